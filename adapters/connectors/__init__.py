@@ -1,0 +1,1 @@
+"""Connectors: features of the encoder to visual tokens of the language model."""

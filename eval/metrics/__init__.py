@@ -1,0 +1,1 @@
+"""Metrics, each a function from predictions and references to a `mllm.scores.Score`."""

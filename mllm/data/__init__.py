@@ -1,0 +1,1 @@
+"""From files to items: readers, the embedded data sets, and batches."""

@@ -1,0 +1,60 @@
+"""Find a part by its exact name: one table of built-in parts, joined by other packages' entry points.
+
+Values are lazy ``"module:attribute"`` strings, so listing names imports nothing. A package adds parts of its own with
+entry points in the same groups (``mllm.connectors``, ...), and they are found by the same lookup.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any
+
+from mllm.errors import MLLMError, near
+
+BUILT_IN: dict[str, dict[str, str]] = {
+    "encoders": {"transformers": "mllm.encoder:Encoder"},
+    "lms": {"transformers": "mllm.lm:LanguageModel"},
+    "connectors": {"linear": "mllm.adapters.connectors.linear:Linear"},
+    "adapters": {},
+    "heads": {},
+    "image_decoders": {},
+    "scorers": {},
+    "objectives": {"caption": "mllm.objectives:caption"},
+    "readers": {},
+    "decoding": {},
+    "suites": {},
+    "metrics": {},
+}
+
+
+@cache
+def table(group: str) -> dict[str, str]:
+    """Return name -> ``"module:attribute"`` of one group, entry points of installed packages included.
+
+    Raises:
+        MLLMError: two packages claim one name.
+    """
+    found = dict(BUILT_IN[group])
+    for point in entry_points(group=f"mllm.{group}"):
+        if found.get(point.name, point.value) != point.value:
+            raise MLLMError(
+                f"Two parts are called {point.name!r} in mllm.{group}: {found[point.name]} and {point.value}. "
+                "Uninstall one of the packages, or rename its entry point."
+            )
+        found[point.name] = point.value
+    return found
+
+
+def lookup(group: str, name: str) -> Any:
+    """Import and return the part ``name`` of ``group`` (``"connectors"``, ``"metrics"``, ...).
+
+    Raises:
+        MLLMError: no part has that name; the message lists the near matches.
+    """
+    known = table(group)
+    if name not in known:
+        raise MLLMError(f"No part called {name!r} in mllm.{group}. {near(name, known)}")
+    module, _, attribute = known[name].partition(":")
+    return getattr(import_module(module), attribute)
