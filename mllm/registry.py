@@ -22,7 +22,12 @@ BUILT_IN: dict[str, dict[str, str]] = {
     "image_decoders": {},
     "scorers": {},
     "objectives": {"caption": "mllm.objectives:caption"},
-    "readers": {},
+    "readers": {
+        "emoji-scenes": "mllm.data.emoji_scenes:emoji_scenes",
+        "easy-vqa": "mllm.data.easy_vqa:easy_vqa",
+        "coco-captions": "mllm.data.readers:coco_captions",
+        "table": "mllm.data.readers:table",
+    },
     "decoding": {},
     "suites": {},
     "metrics": {},

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mllm.images import ImageSource
+from mllm.prompt import Piece, Target, answer_text
+from mllm.recipe import PromptSpec
 
 
 @dataclass(frozen=True)
@@ -16,3 +18,15 @@ class Item:
     answers: tuple[str, ...]  # reference captions, or the annotators' answers (repetitions count)
     question: str | None = None  # None: a caption is wanted
     kind: str = ""  # what results are broken down by, e.g. "yes/no"
+    choices: tuple[str, ...] = ()  # the closed set an answer is chosen from, where there is one
+
+
+def question_text(item: Item, prompt: PromptSpec) -> str:
+    """Return the words an item is put with: the caption prompt, or its question in the question prompt."""
+    return prompt.caption if item.question is None else prompt.question.format(question=item.question)
+
+
+def pieces_of(item: Item, prompt: PromptSpec, answer: str | None = None) -> list[Piece]:
+    """Return an item as an interleaved prompt, images first; with ``answer``, as a training example."""
+    target = [] if answer is None else [Target(answer_text(answer))]
+    return [*item.images, question_text(item, prompt), *target]

@@ -1,0 +1,30 @@
+"""The command line's door: prints what a user can mend as one message, and the rest as it is."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from mllm.errors import MLLMError
+
+
+def main() -> None:
+    """Run `mllm`: status 0; 1 with one message where the user can mend it; 2 for wrong usage."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    debug = "--debug" in sys.argv
+    from mllm.cli import app
+
+    try:
+        app(args=[argument for argument in sys.argv[1:] if argument != "--debug"])
+    except MLLMError as error:
+        if debug:
+            raise
+        sys.exit(f"mllm: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

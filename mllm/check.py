@@ -1,0 +1,130 @@
+"""Find what does not fit in a recipe, all of it, before a weight is loaded.
+
+Notable: the parts are built on torch's meta device, from their configurations, by the same code that builds them for
+training; so what is found here is what training would have run into.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mllm import recipe as recipes
+from mllm.errors import MLLMError
+from mllm.model import Assembly, build_connector, build_encoder, build_lm, trained_module
+from mllm.recipe import DataSpec, Recipe, Stage
+from mllm.registry import lookup
+
+
+def problems(recipe: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> list[str]:
+    """Return every problem of a recipe, one sentence or two each; an empty list where there is none."""
+    found: list[str] = []
+    with _noted(found):
+        config = recipes.load(recipe, overrides)
+        for stage in config.stages:
+            found += [problem for problem in _of_stage(stage, config) if problem not in found]
+        if not config.stages:
+            found.append(f"{config.name} has no stages: there is nothing to train.")
+    return found
+
+
+def on_paper(stage: Stage, config: Recipe) -> Assembly:
+    """Build a stage's model on the meta device: shapes without weights.
+
+    Raises:
+        MLLMError: the first thing that does not fit.
+    """
+    found: list[str] = []
+    model = _assembled(stage, config, found)
+    if model is None:
+        raise MLLMError(found[0])
+    return model
+
+
+def _of_stage(stage: Stage, config: Recipe) -> list[str]:
+    found: list[str] = []
+    for objective in stage.objectives:
+        with _noted(found):
+            lookup("objectives", objective.type)
+    for spec in _sources(stage):
+        with _noted(found):
+            _check_source(spec)
+    if not stage.data.train:
+        found.append(f"Stage {stage.name} has no data: give data.train.")
+    model = _assembled(stage, config, found)
+    if model is not None:
+        found += _of_model(model, stage)
+    return found
+
+
+def _assembled(stage: Stage, config: Recipe, found: list[str]) -> Assembly | None:
+    """Build on the meta device, noting what fails: the encoder and the language model each on their own."""
+    encoder = lm = None
+    with _noted(found):
+        spec = config.assembly(stage)
+        spec = spec.model_copy(
+            update={
+                "encoder": spec.encoder.model_copy(update={"init": "random"}),
+                "lm": spec.lm.model_copy(update={"init": "random", "quantize": None}),
+            }
+        )
+        with torch.device("meta"):
+            with _noted(found):
+                encoder = build_encoder(spec)
+            with _noted(found):
+                lm = build_lm(spec)
+            if encoder is not None and lm is not None:
+                connector = build_connector(spec, encoder=encoder, lm_dim=lm.dim)
+                return Assembly(encoder=encoder, connector=connector, lm=lm, spec=spec)
+    return None
+
+
+def _of_model(model: Assembly, stage: Stage) -> list[str]:
+    found: list[str] = []
+    for path in stage.train:
+        with _noted(found):
+            trained_module(model, path)
+    with _noted(found):
+        _ = model.lm.eos
+    length = model.connector.num_tokens + len(model.lm.tokenize(stage.prompt.question))
+    length += int(stage.decoding.get("max_new_tokens", 20))
+    if model.lm.context is not None and length > model.lm.context:
+        found.append(
+            f"One image ({model.connector.num_tokens} tokens), the prompt and the answer take {length} positions, and the "
+            f"language model was made for {model.lm.context}. Set connector.tokens lower, or take another one."
+        )
+    if stage.fit is not None and not hasattr(model.connector, "body"):
+        found.append(f"Stage {stage.name} fits the connector {stage.connector and stage.connector.type!r} in closed form: only linear ones are.")
+    return found
+
+
+def _sources(stage: Stage) -> list[DataSpec]:
+    both = [stage.data.train, stage.data.val]
+    return [spec for part in both if part for spec in (part if isinstance(part, list) else [part])]
+
+
+def _check_source(spec: DataSpec) -> None:
+    """Hold a source's arguments against its reader, and see that the files it names are there."""
+    reader = lookup("readers", spec.format)
+    try:
+        inspect.signature(reader).bind(**spec.options())
+    except TypeError as error:
+        raise MLLMError(f"data: the reader {spec.format!r} does not take these arguments: {error}.") from None
+    for key in ("annotations", "path", "images"):
+        place = spec.options().get(key)
+        if place is not None and not Path(place).exists():
+            raise MLLMError(f"data: {key} is {place!r}, and there is no such file or folder.")
+
+
+@contextlib.contextmanager
+def _noted(found: list[str]) -> Iterator[None]:
+    """Note an error a user can mend, and go on."""
+    try:
+        yield
+    except MLLMError as error:
+        found.append(str(error))

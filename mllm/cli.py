@@ -1,0 +1,233 @@
+"""The commands. Each reads its arguments, calls the library, and prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from mllm.errors import MLLMError
+from mllm.version import __version__
+
+app = typer.Typer(
+    name="mllm",
+    help="Build a multimodal language model from a frozen encoder, a frozen language model and a trained connector.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+recipes_app = typer.Typer(help="The recipes that come with the package.", invoke_without_command=True)
+parts_app = typer.Typer(help="The embedded parts: small real models and data, out of pinned packages.", no_args_is_help=True)
+app.add_typer(recipes_app, name="recipes")
+app.add_typer(parts_app, name="parts")
+
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name, or a path to a YAML file.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=c]...", help="Dotted overrides of the recipe.")]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run, or a saved model.")]
+Tokens = Annotated[int | None, typer.Option("--max-new-tokens", min=1, help="Tokens of an answer, at most.")]
+
+
+@app.callback(epilog="`--debug` anywhere shows the traceback of an error.")
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)] = False,
+) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def check(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """List everything in a recipe that does not fit, from configurations only; status 1 if there is anything."""
+    from mllm.check import problems
+
+    found = problems(recipe, overrides or [])
+    for problem in found:
+        typer.echo(f"- {problem}")
+    if found:
+        raise MLLMError(f"{recipe}: {len(found)} problem{'s' if len(found) > 1 else ''}.")
+    typer.echo(f"{recipe}: nothing found against it.")
+
+
+@app.command()
+def plan(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """Show what a recipe would cost (not in this version)."""
+    _later("plan", "`mllm check` builds the recipe on paper and finds what does not fit")
+
+
+@app.command()
+def train(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="The run's folder; runs/NAME if left out.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with a run (not in this version).")] = None,
+) -> None:
+    """Train a recipe."""
+    if resume is not None:
+        _later("train --resume", "a run is started anew")
+    from mllm.training import train as run_training
+
+    run = run_training(recipe, overrides or [], out=out)
+    typer.echo(f"Trained: {run.path} (losses in {run.path / 'loss.png'})")
+
+
+@app.command("eval")
+def evaluate(
+    run: RunPath,
+    suite: Annotated[str, typer.Option(help="A suite's name.")],
+    data: Annotated[Path | None, typer.Option(help="The folder of the suite's files, where they are not embedded.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="The first items only.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the report goes; RUN/eval/SUITE if left out.")] = None,
+) -> None:
+    """Run a suite on a model, beside the blind and the shuffled-image baseline."""
+    from mllm.checkpoint import load
+    from mllm.evaluation import evaluate as run_suite
+
+    report = run_suite(load(run), suite, data, limit=limit, out=out or run / "eval" / suite, run=str(run))
+    _print_table(report)
+    typer.echo(f"Report: {report.page}")
+
+
+@app.command()
+def caption(
+    run: RunPath,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Picture files.")],
+    max_new_tokens: Tokens = None,
+) -> None:
+    """Describe pictures."""
+    from mllm.checkpoint import load
+
+    model = load(run)
+    prompts = [[image, model.spec.prompt.caption] for image in images]
+    for image, text in zip(images, model.generate(prompts, **_decoding(max_new_tokens)), strict=True):
+        typer.echo(f"{image}: {text}")
+
+
+@app.command()
+def ask(
+    run: RunPath,
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A picture file.")],
+    question: Annotated[str, typer.Argument(metavar="QUESTION")],
+    max_new_tokens: Tokens = None,
+) -> None:
+    """Ask about a picture."""
+    from mllm.checkpoint import load
+
+    typer.echo(load(run).see([image]).ask(question, **_decoding(max_new_tokens)))
+
+
+@app.command()
+def chat(run: RunPath) -> None:
+    """Talk about pictures (not in this version)."""
+    _later("chat", f"use `mllm ask {run} IMAGE QUESTION`")
+
+
+@app.command()
+def serve(run: RunPath) -> None:
+    """Serve a model over HTTP (not in this version)."""
+    _later("serve", "use `mllm ask`, or `mllm.load(...)` in Python")
+
+
+@app.command()
+def export(
+    run: RunPath,
+    folder: Annotated[Path, typer.Argument(metavar="DIR")],
+    to: Annotated[str, typer.Option(help="hf-llava or hf-blip2.")],
+) -> None:
+    """Write a stock class of transformers (not in this version)."""
+    _later("export", "a run is loaded by `mllm.load`")
+
+
+@app.command()
+def index(action: Annotated[str, typer.Argument(metavar="build")], images: Path, out: Path) -> None:
+    """Build an image index (not in this version)."""
+    _later("index", "nothing retrieves images yet")
+
+
+@app.command()
+def bench(what: Annotated[str, typer.Argument(metavar="train|generate|eval|matrix")]) -> None:
+    """Measure speed beside the alternatives (not in this version)."""
+    _later("bench", "nothing is measured yet")
+
+
+@app.command()
+def data(action: Annotated[str, typer.Argument(metavar="check")], recipe: RecipeName) -> None:
+    """Check a recipe's data (not in this version)."""
+    _later("data", "a reader reports missing pictures and columns when training starts")
+
+
+@recipes_app.callback()
+def recipes(context: typer.Context) -> None:
+    """List the recipes."""
+    if context.invoked_subcommand is None:
+        from mllm import recipe
+
+        for name in recipe.names():
+            typer.echo(f"{name:<24}{recipe.load(name).about}")
+
+
+@recipes_app.command("show")
+def show_recipe(name: Annotated[str, typer.Argument(metavar="NAME")]) -> None:
+    """Print a recipe's YAML."""
+    from mllm import recipe
+
+    typer.echo(recipe.find(name).read_text(), nl=False)
+
+
+@recipes_app.command("verify")
+def verify_recipe(name: Annotated[str, typer.Argument(metavar="NAME")]) -> None:
+    """Train a recipe and hold it against its baselines (not in this version)."""
+    _later("recipes verify", f"use `mllm train {name}` and `mllm eval`")
+
+
+@parts_app.command("list")
+def list_parts() -> None:
+    """List the embedded parts."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from mllm import parts
+
+    table = Table("part", "group", "licence", "MB", "installed", "what it is")
+    for row in parts.listing():
+        table.add_row(row.name, row.group, row.licence, str(row.size), "yes" if row.installed else "", row.source)
+    Console().print(table)
+
+
+@parts_app.command("install")
+def install_parts(names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...")] = None) -> None:
+    """Download, check and convert embedded parts (all of them, if none is named)."""
+    from mllm import parts
+
+    parts.install(names or None, report=typer.echo)
+
+
+def _later(command: str, instead: str) -> NoReturn:
+    raise MLLMError(f"`mllm {command}` is not in version {__version__}; {instead}.")
+
+
+def _decoding(max_new_tokens: int | None) -> dict[str, Any]:
+    return {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
+
+
+def _print_table(report: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    summary = report.summary
+    table = Table("metric", "value", *summary["baselines"], *(f"gain over {name}" for name in summary["baselines"]))
+    for entry in summary["metrics"]:
+        others = [entry["baselines"][name] for name in summary["baselines"]]
+        gains = [_signed(other) for other in others]
+        table.add_row(entry["name"], _figure(entry), *(f"{other['value']:.3f}" for other in others), *gains)
+    Console().print(table)
+    typer.echo(f"{summary['suite']}: {summary['n']} items; intervals are 95 %, by bootstrap over items.")
+
+
+def _figure(entry: dict[str, Any]) -> str:
+    return f"{entry['value']:.3f}" + ("" if entry["low"] is None else f" [{entry['low']:.3f}, {entry['high']:.3f}]")
+
+
+def _signed(other: dict[str, Any]) -> str:
+    return f"{other['gain']:+.3f}" + ("" if other["low"] is None else f" [{other['low']:+.3f}, {other['high']:+.3f}]")

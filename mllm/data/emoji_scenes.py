@@ -1,0 +1,154 @@
+"""`mllm/emoji-scenes`: captions of, and questions about, scenes that are made from a seed and drawn.
+
+About a tenth of the kinds of object, and a tenth of the pairs of the others, are held out by a fixed rule, so that
+naming what was never seen and putting together what was never seen together can be measured apart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from functools import cache
+from itertools import combinations, count, islice
+from random import Random
+
+from mllm.data.items import Item
+from mllm.data.scene_image import BACKGROUNDS, SIDE, Kind, Scene, Thing, kinds
+from mllm.data.scene_text import article, captions, questions
+from mllm.errors import MLLMError, near
+
+SPLITS = ("train", "val", "combinations", "kinds")
+TASKS = ("captions", "questions", "both", "name")
+MAX_KINDS = 3
+SIZES = {1: (96, 156), 2: (60, 104), 3: (52, 84), 4: (48, 76)}  # of an object in pixels, by number of objects
+MARGIN = 4  # pixels between objects, and to the picture's edge
+TILT = 30  # degrees either way
+TONE = 8  # how far each of red, green, blue may be from the background's own colour, of 255
+
+
+def emoji_scenes(
+    *, split: str, task: str = "captions", size: int = 2000, seed: int = 0, max_objects: int = 4
+) -> list[Item]:
+    """Return ``size`` items; item i depends on everything but ``size``.
+
+    Args:
+        split: "train"; "val", new scenes of the same kinds; "combinations", scenes with a pair of kinds that "train"
+            never shows together; "kinds", scenes of kinds that "train" never shows.
+        task: "captions" (kind "single" or "multi": one object or several), "questions" (up to three a scene, following
+            each other; kind is the question's type), "both", or "name": one object, captioned "a red apple".
+        size: number of items.
+        seed: other seeds give other scenes of the same split.
+        max_objects: most objects in a scene, 1 to 4. About half of the scenes hold one ("combinations": none).
+
+    Raises:
+        MLLMError: an unknown split or task, or a number out of range.
+    """
+    _check(split, task, size, max_objects)
+    return list(islice(_items(split, task, seed, 1 if task == "name" else max_objects), size))
+
+
+def names(split: str) -> list[str]:
+    """Return the names of the kinds that scenes of ``split`` are made of: the known ones, or for "kinds" the others.
+
+    Raises:
+        MLLMError: an unknown split.
+    """
+    _check(split, "captions", 0, 2)
+    return [kind.name for kind in _pool(split)]
+
+
+def _check(split: str, task: str, size: int, max_objects: int) -> None:
+    if split not in SPLITS:
+        raise MLLMError(f"emoji-scenes has no split {split!r}. {near(split, SPLITS)}")
+    if task not in TASKS:
+        raise MLLMError(f"emoji-scenes has no task {task!r}. {near(task, TASKS)}")
+    if size < 0:
+        raise MLLMError(f"emoji-scenes cannot have size {size}: expected 0 or more. Set size to the number of items.")
+    if max_objects not in SIZES:
+        raise MLLMError(f"emoji-scenes cannot have max_objects {max_objects}: expected 1 to {max(SIZES)}. Choose one.")
+    if split == "combinations" and (task == "name" or max_objects == 1):
+        raise MLLMError(
+            f"emoji-scenes has no scenes of one object in split 'combinations' (task {task!r}, max_objects "
+            f"{max_objects}): expected at least two. Choose split 'val', or another task and max_objects from 2."
+        )
+
+
+def _items(split: str, task: str, seed: int, max_objects: int) -> Iterator[Item]:
+    for index in count():
+        random = Random(f"{split}/{seed}/{index}")
+        scene = _scene(split, max_objects, random)
+        name = f"emoji-scenes/{split}/{seed}/{index}"
+        if task == "name":
+            thing = scene.things[0].kind.name
+            yield Item(name, (scene,), (f"{article(thing)} {thing}",), kind="single")
+        if task in ("captions", "both"):
+            kind = "single" if len(scene.things) == 1 else "multi"
+            yield Item(name, (scene,), captions(scene, Random(name)), kind=kind)
+        if task in ("questions", "both"):
+            for number, asked in enumerate(questions(scene, _pool(split), Random(f"{name}?"))):
+                yield Item(f"{name}/{number}", (scene,), (asked.answer,), asked.text, asked.type)
+
+
+def _scene(split: str, max_objects: int, random: Random) -> Scene:
+    """Draw scenes by lot until one belongs to the split."""
+    while True:
+        several = split == "combinations" or random.random() < 0.5
+        num_things = random.randint(2, max_objects) if several and max_objects > 1 else 1
+        chosen = random.sample(_pool(split), min(num_things, random.randint(1, MAX_KINDS)))
+        background = random.choice(list(BACKGROUNDS))
+        red, green, blue = (min(255, level + random.randint(-TONE, TONE)) for level in BACKGROUNDS[background])
+        scene = Scene(background, (red, green, blue), _things(chosen, num_things, random))
+        if _belongs(scene, split, chosen):
+            return scene
+
+
+def _belongs(scene: Scene, split: str, chosen: list[Kind]) -> bool:
+    if split == "kinds":
+        return True
+    new_pair = any(_held_out(*pair) for pair in combinations(chosen, 2))
+    if split == "combinations":
+        return new_pair
+    return not new_pair and _tenth(scene.specification()) == (
+        split == "val"
+    )  # so no scene is in both, whatever the seeds
+
+
+def _things(chosen: list[Kind], num_things: int, random: Random) -> tuple[Thing, ...]:
+    """Place each kind at least once, in order from one side to the other: that makes most relations clear ones."""
+    extra = random.choices(chosen, k=num_things - len(chosen))
+    order = [kind for kind in chosen for _ in range(1 + extra.count(kind))]
+    places = _places(num_things, random)
+    axis = random.choice((0, 1))
+    places.sort(key=lambda place: place[axis])
+    return tuple(
+        Thing(kind, x, y, size, random.randint(-TILT, TILT)) for kind, (x, y, size) in zip(order, places, strict=True)
+    )
+
+
+def _places(num_things: int, random: Random) -> list[tuple[int, int, int]]:
+    """Return squares (x, y, size) inside the picture that do not touch."""
+    while True:
+        places: list[tuple[int, int, int]] = []
+        for _ in range(60):
+            size = random.randint(*SIZES[num_things])
+            near_edge = size // 2 + MARGIN
+            x, y = random.randint(near_edge, SIDE - near_edge), random.randint(near_edge, SIDE - near_edge)
+            if all(max(abs(x - u), abs(y - v)) >= (size + other) / 2 + MARGIN for u, v, other in places):
+                places.append((x, y, size))
+            if len(places) == num_things:
+                return places
+
+
+@cache
+def _pool(split: str) -> tuple[Kind, ...]:
+    return tuple(kind for kind in kinds() if _held_out(kind) == (split == "kinds"))
+
+
+def _held_out(*some: Kind) -> bool:
+    """Say whether a kind, or a pair of kinds, is kept out of "train". Other rows of the table play no part in it."""
+    return _tenth(" ".join(f"{kind.code:X}" for kind in sorted(some, key=lambda kind: kind.code)))
+
+
+def _tenth(text: str) -> bool:
+    """Say yes to about one text in ten, always the same ones."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4]) % 10 == 0

@@ -1,0 +1,123 @@
+"""The closed-form start of a connector: ridge regression from features to the words of the captions.
+
+For each image, x is the mean of what the connector's linear map is applied to, and y the mean embedding of its
+caption's tokens, each weighted by how rare it is among captions. The normal equations are accumulated as the images
+stream by, so memory does not grow with them. Compare SITTA (arXiv:2307.05591), which fits by least squares.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mllm.data.items import Item
+from mllm.errors import MLLMError
+from mllm.prompt import answer_text
+
+
+class NormalEquations:
+    """Sums of a linear regression with intercept, Y ~ X W + b, added to in pieces; float64."""
+
+    def __init__(self, x_dim: int, y_dim: int) -> None:
+        self.count = 0
+        self.x, self.y = torch.zeros(x_dim, dtype=torch.float64), torch.zeros(y_dim, dtype=torch.float64)
+        self.xx = torch.zeros(x_dim, x_dim, dtype=torch.float64)
+        self.xy = torch.zeros(x_dim, y_dim, dtype=torch.float64)
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Add rows x ``(N, X)`` and y ``(N, Y)``."""
+        x, y = x.double(), y.double()
+        self.count += len(x)
+        self.x += x.sum(0)
+        self.y += y.sum(0)
+        self.xx += x.T @ x
+        self.xy += x.T @ y
+
+    def ridge(self, strength: float) -> tuple[Tensor, Tensor]:
+        """Return weights ``(X, Y)`` and intercept ``(Y,)``, with a penalty of ``strength`` x the mean variance of X."""
+        x, y = self.x / self.count, self.y / self.count
+        covariance = self.xx / self.count - torch.outer(x, x)
+        penalty = strength * covariance.diagonal().mean().clamp(min=1e-12)
+        regularised = covariance + penalty * torch.eye(len(x), dtype=torch.float64)
+        weights = torch.linalg.solve(regularised, self.xy / self.count - torch.outer(x, y))
+        return weights, y - x @ weights
+
+
+@torch.no_grad()
+def fit_connector(
+    model: Any,
+    items: Sequence[Item],
+    features: Callable[[Sequence[Any]], Tensor],
+    *,
+    strength: float,
+    chunk: int = 64,
+    track: Callable[[Iterable[int]], Iterable[int]] = iter,
+) -> float:
+    """Set the connector's linear map to the ridge solution, at the scale of the language model's embeddings.
+
+    Args:
+        model: the assembly.
+        items: images with captions; items with a question are left out.
+        features: gives ``(I, P, D_vis)`` of images.
+        strength: of the ridge, as a share of the features' mean variance.
+        chunk: images at once.
+        track: wraps the chunks, to show progress.
+
+    Returns:
+        The share of the targets' variance that the fit explains on these items.
+
+    Raises:
+        MLLMError: the connector has no linear map that fits, or there are no captions.
+    """
+    captioned = [item for item in items if item.question is None and item.images]
+    connector = model.connector
+    if not hasattr(connector, "body") or getattr(connector, "expand", 1) != 1:
+        raise MLLMError("stages.fit needs a connector that is one linear map per token: connector.type=linear.")
+    if not captioned:
+        raise MLLMError("stages.fit needs captions, and the training data has only questions.")
+    weight = _rarity(model.lm, captioned)
+    sums = NormalEquations(connector.project.in_features, connector.project.out_features)
+    spread = torch.zeros(sums.y.shape, dtype=torch.float64)
+    for start in track(range(0, len(captioned), chunk)):
+        part = captioned[start : start + chunk]
+        x = connector.body(features([item.images[0] for item in part])).mean(1)  # (N, D_vis)
+        y = torch.stack([_words(model.lm, item, weight) for item in part])  # (N, D_lm)
+        sums.add(x.cpu(), y.cpu())
+        spread += y.cpu().double().square().sum(0)
+    weights, intercept = sums.ridge(strength)
+    _set(connector.project, weights, intercept)
+    return _explained(sums, spread, weights)
+
+
+def _words(lm: Any, item: Item, weight: dict[int, float]) -> Tensor:
+    """Return the weighted mean embedding ``(D_lm,)`` of the tokens of all captions of an item."""
+    ids = [token for answer in item.answers for token in lm.tokenize(answer_text(answer))]
+    rarity = torch.tensor([weight[token] for token in ids], device=lm.model.device)
+    embeds = lm.embed(torch.tensor(ids, device=lm.model.device)).float()  # (T, D_lm)
+    return (rarity[:, None] * embeds).sum(0) / rarity.sum().clamp(min=1e-6)
+
+
+def _rarity(lm: Any, items: Sequence[Item]) -> dict[int, float]:
+    """Return for each token log(captions / captions that hold it): words that say nothing weigh nothing."""
+    captions = [lm.tokenize(answer_text(answer)) for item in items for answer in item.answers]
+    counts = Counter(token for ids in captions for token in set(ids))
+    return {token: math.log((1 + len(captions)) / count) for token, count in counts.items()}
+
+
+def _set(project: torch.nn.Linear, weights: Tensor, intercept: Tensor) -> None:
+    project.weight.copy_(weights.T)
+    project.bias.copy_(intercept)
+
+
+def _explained(sums: NormalEquations, squares: Tensor, weights: Tensor) -> float:
+    x, y = sums.x / sums.count, sums.y / sums.count
+    total = (squares / sums.count - y.square()).sum()
+    covariance = sums.xx / sums.count - torch.outer(x, x)
+    cross = sums.xy / sums.count - torch.outer(x, y)
+    left = total - 2 * (weights * cross).sum() + (weights * (covariance @ weights)).sum()
+    return float(1 - left / total.clamp(min=1e-12))

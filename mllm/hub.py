@@ -1,0 +1,112 @@
+"""The one door through which pretrained parts come: an installed part, a hub id, or a folder.
+
+Notable: weights are identified by a hash of their files, so that a connector can refuse to be put on others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig
+
+from mllm import parts
+from mllm.errors import MLLMError
+
+WEIGHTS = ("*.safetensors", "*.bin")
+
+
+def resolve(model: str, group: str) -> str:
+    """Return what `transformers` can load for ``model``: a folder, or a hub id.
+
+    Raises:
+        MLLMError: an embedded part that is unknown, not installed or of another group.
+    """
+    if Path(model).is_dir():
+        return model
+    if model.startswith("mllm/"):
+        part = parts.PARTS.get(model)
+        if part is not None and part.group != group:
+            raise MLLMError(f"{model!r} is one of the {part.group}, and was given where one of the {group} is needed.")
+        return str(parts.locate(model))
+    if model.startswith((".", "/", "~")):
+        raise MLLMError(f"There is no folder {model!r}. Give a folder with a config.json, a hub id, or an installed part.")
+    return model
+
+
+def load_model(auto: Any, folder: str, *, init: str = "pretrained", seed: int = 0, **options: Any) -> Any:
+    """Load a model by an Auto class; with ``init="random"`` only its configuration is read, and weights are drawn.
+
+    Raises:
+        MLLMError: the model is nowhere to be found, or is of a kind this class does not load.
+    """
+    with _explained(folder):
+        if init == "random":
+            config = AutoConfig.from_pretrained(folder)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                return auto.from_config(config, **options)
+        return auto.from_pretrained(folder, **options)
+
+
+def load_processor(auto: Any, folder: str) -> Any:
+    """Load an image processor (the PIL one: equal pixels with and without torchvision) or a tokenizer."""
+    with _explained(folder):
+        options = {"backend": "pil"} if auto.__name__ == "AutoImageProcessor" else {}
+        return auto.from_pretrained(folder, **options)
+
+
+@cache
+def fingerprint(folder: str) -> str:
+    """Return a sha256 over the weight files of ``folder`` (a folder, or a hub id in the local cache)."""
+    digest = hashlib.sha256()
+    for file in _weight_files(folder):
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def tensor_hash(module: nn.Module) -> str:
+    """Return a sha256 over names, shapes, types and bytes of all tensors of ``module``."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _weight_files(folder: str) -> list[Path]:
+    if not Path(folder).is_dir():
+        from huggingface_hub import snapshot_download
+
+        with _explained(folder):
+            folder = snapshot_download(folder, local_files_only=True, allow_patterns=list(WEIGHTS))
+    for pattern in WEIGHTS:
+        found = sorted(Path(folder).glob(pattern))
+        if found:
+            return found
+    raise MLLMError(f"{folder} holds no weights (*.safetensors). Is it a model that was saved with save_pretrained?")
+
+
+@contextlib.contextmanager
+def _explained(folder: str) -> Iterator[None]:
+    """Turn what `transformers` raises for a missing or unfit model into one message."""
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, MLLMError):
+            raise
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise MLLMError(
+            f"{folder!r} could not be loaded: {first} Give an installed part (`mllm parts list`), a folder with "
+            "config.json and weights, or a hub id that is reachable or already in the local cache."
+        ) from error

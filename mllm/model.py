@@ -1,0 +1,276 @@
+"""The assembled model: encoder, connector and language model, and how a picture goes through them.
+
+Shapes: B batch, T text tokens, I images, P patches, Q visual tokens, D_vis, D_lm, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mllm.errors import MLLMError, near
+from mllm.images import open_image
+from mllm.prompt import Batch, Encoded, Piece, collate, encode, images_of
+from mllm.recipe import AssemblySpec
+from mllm.registry import lookup
+from mllm.view import View
+
+FROZEN = ("encoder", "lm")
+
+
+class Text(str):
+    """A stretch of text in an answer."""
+
+
+class Output(list[Text]):
+    """An answer: a list of parts; ``str(output)`` is its text."""
+
+    def __str__(self) -> str:
+        return "".join(part for part in self if isinstance(part, Text))
+
+
+class Assembly(nn.Module):
+    """A multimodal language model joined from parts.
+
+    Args:
+        encoder: pixels to features ``(B, P, D_vis)``; frozen.
+        connector: features to visual tokens ``(B, Q, D_lm)``; trained.
+        lm: the language model; frozen.
+        spec: what the parts were built from, saved with the trained tensors.
+    """
+
+    def __init__(self, *, encoder: nn.Module, connector: nn.Module, lm: nn.Module, spec: AssemblySpec) -> None:
+        super().__init__()
+        self.encoder, self.connector, self.lm = encoder, connector, lm
+        self.spec = spec
+        self.calibrated = False  # whether the connector starts at the scale of the language model
+        self.eval()
+
+    @property
+    def device(self) -> torch.device:
+        """Return where the language model is."""
+        return next(self.lm.parameters()).device
+
+    def train(self, mode: bool = True) -> Assembly:
+        """Set training mode for what is trained; the frozen parts stay in evaluation mode."""
+        super().train(mode)
+        for name in FROZEN:
+            getattr(self, name).eval()
+        return self
+
+    def features(self, images: Sequence[Any]) -> Tensor:
+        """Return the encoder's features ``(I, P, D_vis)`` of pictures in any accepted form."""
+        pixels = self.encoder.preprocess([open_image(image) for image in images])
+        with torch.no_grad():
+            return self.encoder(pixels.to(self.device))
+
+    def forward(self, features: Tensor | None, batch: Batch, objectives: Sequence[Any] = ()) -> list[tuple[Tensor, int]]:
+        """Return each objective's summed loss and its count.
+
+        Args:
+            features: ``(I, P, D_vis)`` of the batch's images in reading order, or None where it has none.
+            batch: the prompts.
+            objectives: functions such as `mllm.objectives.caption`.
+        """
+        visual = None if features is None else self.connector(features)
+        return [objective(self, visual, batch) for objective in objectives]
+
+    def embed(self, visual: Tensor | None, batch: Batch) -> Tensor:
+        """Return embeddings ``(B, T, D_lm)``: the text's own, and visual tokens ``(I, Q, D_lm)`` at their places."""
+        embeds = self.lm.embed(batch.ids)  # (B, T, D_lm)
+        if visual is None:
+            return embeds
+        return embeds.masked_scatter(batch.visual.unsqueeze(-1), visual.to(embeds.dtype))
+
+    def logits(self, visual: Tensor | None, batch: Batch, keep: Tensor | None = None) -> Tensor:
+        """Return logits ``(B, K, V)`` at the positions ``keep (K,)``; None: all."""
+        return self.lm.logits(self.embed(visual, batch), batch.mask, keep)
+
+    def encode(self, pieces: Sequence[Piece]) -> Encoded:
+        """Return an interleaved prompt as ids; the places of its images are counted in."""
+        encoded = encode(pieces, lm=self.lm, num_visual=self.connector.num_tokens)
+        limit = self.lm.context
+        if limit is not None and len(encoded.ids) >= limit:
+            raise MLLMError(
+                f"The prompt takes {len(encoded.ids)} positions ({len(images_of(pieces))} images of "
+                f"{self.connector.num_tokens} each), and the language model was made for {limit}. Shorten it."
+            )
+        return encoded
+
+    @torch.no_grad()
+    def prepare(self, prompts: Sequence[Sequence[Piece]]) -> tuple[Tensor, Batch]:
+        """Return embeddings ``(B, T, D_lm)`` and the padded batch of interleaved prompts."""
+        batch = collate([self.encode(pieces) for pieces in prompts], self.lm.pad).to(self.device)
+        images = [image for pieces in prompts for image in images_of(pieces)]
+        visual = self.connector(self.features(images)) if images else None
+        return self.embed(visual, batch), batch
+
+    def generate(self, prompts: Sequence[Sequence[Piece]], **decoding: Any) -> list[Output]:
+        """Answer interleaved prompts, in one batch.
+
+        Args:
+            prompts: each a list of texts (`str`) and images (PIL image, array, `pathlib.Path`, bytes); in a prompt a
+                `str` is always text.
+            decoding: fields of `transformers.GenerationConfig` over the recipe's own (``max_new_tokens=20``).
+
+        Returns:
+            One `Output` a prompt, in order. A batch gives what its members give alone.
+
+        Raises:
+            MLLMError: no prompt, an empty prompt, a bad picture, or a prompt longer than the context.
+        """
+        _check_prompts(prompts)
+        embeds, batch = self.prepare(prompts)
+        rows = self.lm.generate(batch.mask, {**self.spec.decoding, **decoding}, inputs_embeds=embeds)
+        return [Output([Text(self.lm.decode(row).strip())]) for row in rows]
+
+    def see(self, pieces: Sequence[Piece]) -> View:
+        """Take in images (and text, interleaved) once, for many questions.
+
+        Raises:
+            MLLMError: nothing to see, or a bad picture.
+        """
+        _check_prompts([pieces])
+        embeds, batch = self.prepare([pieces])
+        return View(self.lm, self.spec.prompt, self.spec.decoding, embeds)
+
+    def score(self, prompt: Sequence[Piece], candidates: Sequence[str], *, normalize: bool = False) -> list[float]:
+        """Return the log-likelihood of each candidate as the whole answer to a prompt (its end included).
+
+        Args:
+            prompt: interleaved texts and images; it is computed once.
+            candidates: possible answers.
+            normalize: divide by the number of tokens.
+        """
+        return self.see(prompt).score(candidates, normalize=normalize)
+
+    def chat(self, system: str | None = None) -> Any:
+        """Not there yet: use `generate` or `see`."""
+        raise MLLMError("Chat is not in this version yet. Use model.generate or model.see(...).ask(...).")
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """Return the tensors of everything that is not frozen, by dotted name."""
+        return {
+            name: tensor.detach().cpu()
+            for name, tensor in self.state_dict().items()
+            if name.split(".")[0] not in FROZEN
+        }
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the trained tensors and ``assembly.json`` to a folder; `mllm.load` reads them back."""
+        from mllm.checkpoint import save
+
+        return save(self, Path(folder))
+
+
+def assemble(
+    encoder: str | dict[str, Any],
+    lm: str | dict[str, Any],
+    connector: str | dict[str, Any] = "linear",
+    *,
+    seed: int = 0,
+    **settings: Any,
+) -> Assembly:
+    """Join a frozen encoder and a frozen language model by a connector with new weights.
+
+    Args:
+        encoder: an installed part, hub id or folder; or the recipe's mapping.
+        lm: likewise.
+        connector: a registry name; or the recipe's mapping with its arguments.
+        seed: of all weights drawn here.
+        settings: the recipe's ``prompt`` and ``decoding``.
+
+    Raises:
+        MLLMError: an unknown part or argument, or parts that do not fit.
+    """
+    from mllm import recipe
+
+    spec = recipe.checked(
+        AssemblySpec,
+        {
+            "encoder": {"model": encoder} if isinstance(encoder, str) else encoder,
+            "lm": {"model": lm} if isinstance(lm, str) else lm,
+            "connector": {"type": connector} if isinstance(connector, str) else connector,
+            "seed": seed,
+            **settings,
+        },
+    )
+    return build(spec)
+
+
+def build(spec: AssemblySpec) -> Assembly:
+    """Build the parts that a specification names, wire their widths, and draw the connector's weights."""
+    encoder, lm = build_encoder(spec), build_lm(spec)
+    return Assembly(encoder=encoder, connector=build_connector(spec, encoder=encoder, lm_dim=lm.dim), lm=lm, spec=spec)
+
+
+def trained_module(model: Assembly, path: str) -> nn.Module:
+    """Return the module that a stage's ``train`` names by a dotted path.
+
+    Raises:
+        MLLMError: there is no such module, or it is one of the frozen parts.
+    """
+    if path.split(".")[0] in FROZEN:
+        raise MLLMError(f"A stage's 'train' names {path!r}: this version trains connectors only.")
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        known = [name for name, _ in model.named_modules() if name and name.split(".")[0] not in FROZEN]
+        raise MLLMError(f"A stage's 'train' names {path!r}, which is no part of the model. {near(path, known)}") from None
+
+
+def build_encoder(spec: AssemblySpec) -> Any:
+    """Build the encoder alone."""
+    options = spec.encoder.model_dump(exclude={"type"})
+    return _made(lookup("encoders", spec.encoder.type), f"encoder {spec.encoder.model}", **options, seed=spec.seed)
+
+
+def build_lm(spec: AssemblySpec) -> Any:
+    """Build the language model alone."""
+    options = spec.lm.model_dump(exclude={"type"})
+    return _made(lookup("lms", spec.lm.type), f"language model {spec.lm.model}", **options, seed=spec.seed)
+
+
+def build_connector(spec: AssemblySpec, *, encoder: Any, lm_dim: int) -> nn.Module:
+    """Build a connector between widths; its random weights depend on the specification's seed alone."""
+    widths = {"vis_dim": encoder.dim, "lm_dim": lm_dim, "num_patches": encoder.num_patches, "grid": encoder.grid}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(spec.seed)
+        cls = lookup("connectors", spec.connector.type)
+        connector: nn.Module = _made(cls, f"connector {spec.connector.type}", **widths, **spec.connector.options())
+    return connector
+
+
+def _made(cls: Any, label: str, **options: Any) -> Any:
+    """Build a part; an argument it does not take is the user's error."""
+    try:
+        inspect.signature(cls).bind(**options)
+    except TypeError as error:
+        raise MLLMError(f"The {label} does not take these arguments: {error}.") from None
+    return cls(**options)
+
+
+@torch.no_grad()
+def calibrate(model: Assembly, features: Tensor) -> None:
+    """Scale a new connector's linear map so that its output has the spread of the language model's embeddings.
+
+    A start far from that scale does not learn at usual learning rates. Args: features ``(I, P, D_vis)`` of real images.
+    """
+    project = getattr(model.connector, "project", None)
+    if project is None:
+        return
+    spread = float(model.connector(features).float().std())
+    project.weight.mul_(model.lm.embedding_scale() / max(spread, 1e-12))
+
+
+def _check_prompts(prompts: Sequence[Sequence[Piece]]) -> None:
+    if isinstance(prompts, str) or not prompts:
+        raise MLLMError("Expected a list of prompts, each a list of texts and images: [['A picture of', image]].")
+    for index, pieces in enumerate(prompts):
+        if isinstance(pieces, str) or not isinstance(pieces, Sequence) or not any(piece != "" for piece in pieces):
+            raise MLLMError(f"Prompt {index} is {pieces!r}: expected a list of texts and images, not empty.")

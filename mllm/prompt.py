@@ -1,0 +1,109 @@
+"""An interleaved prompt to token ids: text is tokenised, an image takes as many places as it has visual tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mllm.images import ImageSource
+
+IGNORED = -100  # a label that is no target
+
+
+@dataclass(frozen=True)
+class Target:
+    """Text that is learnt (in training): the loss is on its tokens and on the end that follows."""
+
+    text: str
+
+
+Piece = Any  # a str, a Target, or an image (a PIL image, an array, a path object, bytes, an ImageSource)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One prompt as ids. At the places of visual tokens ``ids`` holds padding, and ``visual`` is True."""
+
+    ids: list[int]
+    visual: list[bool]
+    labels: list[int]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts of several lengths, padded on the left.
+
+    ``ids``, ``visual``, ``mask`` and ``labels`` are ``(B, T)``; the visual tokens of the batch fill the True places of
+    ``visual`` in reading order.
+    """
+
+    ids: Tensor
+    visual: Tensor
+    mask: Tensor
+    labels: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on a device."""
+        return Batch(*(tensor.to(device) for tensor in (self.ids, self.visual, self.mask, self.labels)))
+
+
+def encode(pieces: Sequence[Piece], *, lm: Any, num_visual: int) -> Encoded:
+    """Return the ids of an interleaved prompt.
+
+    Text that stands together is tokenised together, so a prompt without images has exactly the bare language model's
+    ids. ``num_visual`` is Q, the visual tokens of one image.
+    """
+    ids, visual, labels = list(lm.bos), [False] * len(lm.bos), [IGNORED] * len(lm.bos)
+    for piece in _joined(pieces):
+        if isinstance(piece, str):
+            new = lm.tokenize(piece)
+            new_labels = [IGNORED] * len(new)
+        elif isinstance(piece, Target):
+            new = [*lm.tokenize(piece.text), lm.eos]
+            new_labels = new
+        else:
+            new, new_labels = [lm.pad] * num_visual, [IGNORED] * num_visual
+        ids += new
+        labels += new_labels
+        visual += [not isinstance(piece, str | Target)] * len(new)
+    return Encoded(ids, visual, labels)
+
+
+def collate(rows: Sequence[Encoded], pad: int) -> Batch:
+    """Return rows of several lengths as one batch, padded on the left."""
+    length = max(len(row.ids) for row in rows)
+
+    def padded(fill: Any, values: Callable[[Encoded], list[Any]]) -> Tensor:
+        return torch.tensor([[fill] * (length - len(row.ids)) + values(row) for row in rows])
+
+    return Batch(
+        ids=padded(pad, lambda row: row.ids),
+        visual=padded(False, lambda row: row.visual),
+        mask=padded(0, lambda row: [1] * len(row.ids)),
+        labels=padded(IGNORED, lambda row: row.labels),
+    )
+
+
+def answer_text(answer: str) -> str:
+    """Return an answer as it follows a prompt: behind a space."""
+    return f" {answer.strip()}"
+
+
+def images_of(pieces: Sequence[Piece]) -> list[Any]:
+    """Return the images of a prompt, in order."""
+    return [piece for piece in pieces if not isinstance(piece, str | Target)]
+
+
+def _joined(pieces: Sequence[Piece]) -> list[Piece]:
+    """Join neighbouring texts and leave out empty ones."""
+    joined: list[Piece] = []
+    for piece in pieces:
+        if isinstance(piece, str) and joined and isinstance(joined[-1], str):
+            joined[-1] += piece
+        elif piece != "" or not isinstance(piece, str):
+            joined.append(piece)
+    return joined

@@ -1,0 +1,89 @@
+"""The run: the folder that training writes and everything else reads.
+
+``recipe.yaml`` (resolved), ``environment.json`` (versions, commit), ``log.jsonl`` (losses), ``loss.png``,
+``frozen.json`` (hashes of what did not train, before and after), ``model/`` (see `mllm.checkpoint`), ``eval/``.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from mllm.checkpoint import write
+from mllm.errors import MLLMError
+from mllm.plots import loss_plot
+
+PACKAGES = ("mllm-assembly", "torch", "transformers", "accelerate", "peft")
+
+
+class Run:
+    """One training run's folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, path: Path, recipe: str) -> Run:
+        """Make the folder of a new run and write the resolved recipe (YAML text) and the environment there.
+
+        Raises:
+            MLLMError: there is a run already (nothing is overwritten), or the folder cannot be made.
+        """
+        run = cls(path)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            if any(path.iterdir()):
+                raise MLLMError(f"{path} is not empty. Give another folder with --out, or remove it.")
+            write(path / "recipe.yaml", lambda file: file.write_text(recipe))
+            write(path / "environment.json", lambda file: file.write_text(json.dumps(environment(), indent=2) + "\n"))
+        except OSError as error:
+            raise MLLMError(f"The run folder {path} cannot be written: {error.strerror or error}.") from None
+        return run
+
+    def log(self, **row: Any) -> None:
+        """Append one row to the log."""
+        try:
+            with (self.path / "log.jsonl").open("a") as stream:
+                stream.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise MLLMError(f"The log in {self.path} cannot be written: {error.strerror or error}.") from None
+
+    def record(self, name: str, content: Any) -> None:
+        """Write a JSON file of the run, whole or not at all."""
+        write(self.path / name, lambda file: file.write_text(json.dumps(content, indent=2) + "\n"))
+
+    def plot(self) -> Path:
+        """Draw ``loss.png`` from the log."""
+        out = self.path / "loss.png"
+        if (self.path / "log.jsonl").is_file():
+            write(out, lambda file: loss_plot(self.path / "log.jsonl", file))
+        return out
+
+
+def free_folder(name: str) -> Path:
+    """Return ``runs/NAME``, or the first of ``runs/NAME-2``, ``-3``, ... that is not taken."""
+    paths = (Path("runs") / (name if number == 1 else f"{name}-{number}") for number in range(1, 10_000))
+    return next(path for path in paths if not path.exists())
+
+
+def environment() -> dict[str, str]:
+    """Return the versions that a result depends on, and the commit of the working directory."""
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "absent"
+    return {**found, "commit": _commit()}
+
+
+def _commit() -> str:
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return done.stdout.strip() or "unknown"

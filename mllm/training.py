@@ -1,0 +1,229 @@
+"""The training loop: the one there is. Stages, objectives and parts vary; the loop does not.
+
+Notable: the loss of a step is the sum over all target tokens divided by their number, over accumulated batches and
+processes alike, so how a batch is split changes nothing. What a stage does not name is hashed before and after.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from transformers import get_scheduler
+
+from mllm import recipe as recipes
+from mllm.checkpoint import save
+from mllm.data.loading import examples, read_all
+from mllm.errors import MLLMError
+from mllm.features import FeatureStore
+from mllm.fit import fit_connector
+from mllm.hub import tensor_hash
+from mllm.model import FROZEN, Assembly, build, calibrate
+from mllm.prompt import Batch, Piece, collate, images_of
+from mllm.recipe import Recipe, Stage
+from mllm.registry import lookup
+from mllm.run import Run, free_folder
+
+VALIDATION_ITEMS = 256
+
+
+def train(
+    recipe: str, overrides: Mapping[str, Any] | Sequence[str] = (), *, out: str | Path | None = None
+) -> Run:
+    """Train a recipe and return its run.
+
+    Args:
+        recipe: a recipe's name, or a path to a YAML file.
+        overrides: dotted, ``{"connector.type": "mlp"}`` or ``["connector.type=mlp"]``.
+        out: the run's folder; None: ``runs/NAME``, or the first free ``runs/NAME-2``, ...
+
+    Raises:
+        MLLMError: a recipe, part or data set that is wrong; nothing is trained then.
+    """
+    config = recipes.load(recipe, overrides)
+    if not config.stages:
+        raise MLLMError(f"The recipe {config.name} has no stages, so there is nothing to train.")
+    set_seed(config.seed)
+    model = build(config.assembly(config.stages[0]))
+    run = Run.create(Path(out) if out else free_folder(config.name), recipes.dump(config))
+    store = FeatureStore(model)
+    frozen: dict[str, Any] = {}
+    try:
+        for stage in config.stages:
+            before = _hashes(model)
+            _fit(run, model, stage, store) if stage.fit else _train(run, model, stage, config, store)
+            frozen[stage.name] = {"before": before, "after": _hashes(model)}
+            assert before == frozen[stage.name]["after"], "a frozen part changed"
+    finally:
+        run.plot()
+    run.record("frozen.json", frozen)
+    save(model, run.path / "model")
+    return run
+
+
+def progress() -> Progress:
+    """Return the progress bar of long work: what, how far, how long still, and the latest figures."""
+    return Progress(
+        TextColumn("{task.description:<12}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+
+
+def _fit(run: Run, model: Assembly, stage: Stage, store: FeatureStore) -> None:
+    assert stage.fit is not None
+    items = [item for _, source in _data(stage) for item in source]
+    with progress() as bar:
+        task = bar.add_task(stage.name, total=None, note="")
+        track = lambda chunks: bar.track(chunks, task_id=task)  # noqa: E731
+        explained = fit_connector(model, items, store, strength=stage.fit.strength, track=track)
+        bar.update(task, note=f"explains {explained:.0%} of the words")
+    run.log(stage=stage.name, explained=explained)
+    model.calibrated = True
+
+
+def _train(run: Run, model: Assembly, stage: Stage, config: Recipe, store: FeatureStore) -> None:
+    assert stage.steps is not None
+    accelerator = Accelerator(mixed_precision=_precision(stage))
+    model.to(accelerator.device)
+    stream = examples(_data(stage), stage.prompt, seed=config.seed)
+    first = list(itertools.islice(stream, stage.batch_size))
+    if not model.calibrated:
+        calibrate(model, store([image for pieces in first for image in images_of(pieces)]))
+        model.calibrated = True
+    optimizer = torch.optim.AdamW(
+        _groups(model, stage), weight_decay=stage.optim.weight_decay, betas=stage.optim.betas
+    )
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    schedule = get_scheduler(_schedule(stage), optimizer, stage.optim.warmup, stage.steps)
+    objectives = [lookup("objectives", spec.type) for spec in stage.objectives]
+    weights = [spec.weight for spec in stage.objectives]
+    stream = itertools.chain(first, stream)
+    validation = _validation(stage)
+    started = time.monotonic()
+    with progress() as bar:
+        task = bar.add_task(stage.name, total=stage.steps, note="")
+        for step in range(1, stage.steps + 1):
+            model.train()
+            micro = [_share(stream, stage, accelerator) for _ in range(stage.optim.accumulate)]
+            loss = _step(accelerator, wrapped, optimizer, micro, objectives, weights, store, stage.optim.clip)
+            rate = optimizer.param_groups[0]["lr"]
+            schedule.step()
+            if not torch.isfinite(torch.tensor(loss)):
+                raise MLLMError(f"The loss is {loss} at step {step} of {stage.name}. Lower the learning rate.")
+            speed = step * stage.batch_size * stage.optim.accumulate / (time.monotonic() - started)
+            bar.update(task, advance=1, note=f"loss {loss:.3f}  {speed:.1f} examples/s")
+            run.log(stage=stage.name, step=step, loss=loss, lr=rate)
+            if validation and (step == stage.steps or (stage.validate_every and step % stage.validate_every == 0)):
+                run.log(stage=stage.name, step=step, val_loss=validate(model, validation, store))
+    model.eval()
+
+
+def _step(
+    accelerator: Accelerator,
+    wrapped: nn.Module,
+    optimizer: Any,
+    micro: Sequence[list[list[Piece]]],
+    objectives: Sequence[Any],
+    weights: Sequence[float],
+    store: FeatureStore,
+    clip: float | None,
+) -> float:
+    """Do one optimizer step over accumulated batches; return the mean loss over target tokens."""
+    model: Assembly = accelerator.unwrap_model(wrapped)
+    prepared = [_inputs(model, rows, store, accelerator.device) for rows in micro]
+    targets = torch.tensor(float(sum(int((batch.labels >= 0).sum()) for _, batch in prepared)), device=accelerator.device)
+    share = accelerator.num_processes / accelerator.reduce(targets).clamp(min=1)  # gradients are averaged over processes
+    total = torch.zeros((), device=accelerator.device)
+    for index, (features, batch) in enumerate(prepared):
+        last = index == len(prepared) - 1
+        with contextlib.nullcontext() if last else accelerator.no_sync(wrapped):
+            with accelerator.autocast():
+                losses = wrapped(features, batch, objectives)
+            loss = sum(weight * value for weight, (value, _) in zip(weights, losses, strict=True))
+            accelerator.backward(loss * share)
+            total += loss.detach() * share
+    if clip is not None:
+        accelerator.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    return float(accelerator.reduce(total, "mean"))
+
+
+@torch.no_grad()
+def validate(model: Assembly, rows: Sequence[list[Piece]], store: FeatureStore, *, size: int = 32) -> float:
+    """Return the mean negative log-likelihood of the target tokens of examples."""
+    model.eval()
+    caption = lookup("objectives", "caption")
+    loss, count = 0.0, 0
+    for start in range(0, len(rows), size):
+        features, batch = _inputs(model, rows[start : start + size], store, model.device)
+        ((value, number),) = model(features, batch, [caption])
+        loss, count = loss + float(value), count + number
+    return loss / max(count, 1)
+
+
+def _inputs(
+    model: Assembly, rows: Sequence[list[Piece]], store: FeatureStore, device: torch.device
+) -> tuple[Tensor | None, Batch]:
+    """Return features ``(I, P, D_vis)`` and the padded batch of examples."""
+    images = [image for pieces in rows for image in images_of(pieces)]
+    batch = collate([model.encode(pieces) for pieces in rows], model.lm.pad).to(device)
+    return (store(images).to(device) if images else None), batch
+
+
+def _share(stream: Iterator[list[Piece]], stage: Stage, accelerator: Accelerator) -> list[list[Piece]]:
+    """Take the next global batch and return this process's part of it."""
+    rows = list(itertools.islice(stream, stage.batch_size))
+    return rows[accelerator.process_index :: accelerator.num_processes]
+
+
+def _data(stage: Stage) -> list[tuple[float, Any]]:
+    sources = read_all(stage.data.train)
+    if not sources:
+        raise MLLMError(f"Stage {stage.name} has no data: give data.train.")
+    return sources
+
+
+def _validation(stage: Stage) -> list[list[Piece]]:
+    sources = read_all(stage.data.val)
+    number = min(VALIDATION_ITEMS, sum(len(items) for _, items in sources))
+    return list(itertools.islice(examples(sources, stage.prompt, seed=0), number)) if sources else []
+
+
+def _groups(model: Assembly, stage: Stage) -> list[dict[str, Any]]:
+    """Return the optimizer's groups: each part (or path inside one) that trains, with its learning rate."""
+    model.requires_grad_(False)
+    modules = {path: trained_module(model, path) for path in stage.train}
+    return [
+        {"params": list(module.requires_grad_(True).parameters()), "lr": stage.train[path]}
+        for path, module in modules.items()
+    ]
+
+
+def _hashes(model: Assembly) -> dict[str, str]:
+    return {name: tensor_hash(getattr(model, name)) for name in FROZEN}
+
+
+def _precision(stage: Stage) -> str:
+    """Return accelerate's word; ``auto`` is bfloat16 on a GPU that has it, else what the parts are loaded in."""
+    names = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
+    if stage.optim.precision == "auto":
+        return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+    return names[stage.optim.precision]
+
+
+def _schedule(stage: Stage) -> str:
+    return "constant_with_warmup" if stage.optim.schedule == "constant" else stage.optim.schedule
