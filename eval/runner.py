@@ -20,12 +20,13 @@ from omegaconf import OmegaConf
 
 from mllm import recipe
 from mllm.checkpoint import write
-from mllm.data.items import Item, pieces_of, question_text
+from mllm.data.items import Item, question_text
 from mllm.data.loading import read
 from mllm.errors import MLLMError, near
 from mllm.eval.report import write_report
 from mllm.images import ImageSource
 from mllm.model import Assembly
+from mllm.prompt import arrange
 from mllm.recipe import DataSpec, PromptSpec, Spec
 from mllm.registry import lookup
 from mllm.run import environment
@@ -178,7 +179,7 @@ def _answers(
     answered: dict[Any, str] = {}
     for start in range(0, len(order), config.batch_size):
         batch = order[start : start + config.batch_size]
-        prompts = [[*keys[index][0], keys[index][1]] for index in batch]
+        prompts = [arrange(model.spec.prompt.template, *keys[index][:2]) for index in batch]
         if config.answer == "choose":
             texts = [_choose(model.see(prompt), items[index].choices) for prompt, index in zip(prompts, batch, strict=True)]
         else:

@@ -7,7 +7,6 @@ training; so what is found here is what training would have run into.
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from mllm import recipe as recipes
+from mllm.data.loading import reader
 from mllm.errors import MLLMError
 from mllm.model import Assembly, build_connector, build_encoder, build_lm, trained_module
 from mllm.recipe import DataSpec, Recipe, Stage
@@ -24,10 +24,11 @@ from mllm.registry import lookup
 def problems(recipe: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> list[str]:
     """Return every problem of a recipe, one sentence or two each; an empty list where there is none."""
     found: list[str] = []
+    built: dict[str, Assembly | None] = {}
     with _noted(found):
         config = recipes.load(recipe, overrides)
         for stage in config.stages:
-            found += [problem for problem in _of_stage(stage, config) if problem not in found]
+            found += [problem for problem in _of_stage(stage, config, built) if problem not in found]
         if not config.stages:
             found.append(f"{config.name} has no stages: there is nothing to train.")
     return found
@@ -46,17 +47,21 @@ def on_paper(stage: Stage, config: Recipe) -> Assembly:
     return model
 
 
-def _of_stage(stage: Stage, config: Recipe) -> list[str]:
+def _of_stage(stage: Stage, config: Recipe, built: dict[str, Assembly | None]) -> list[str]:
+    """Return a stage's problems; ``built`` keeps models by their parts, since stages mostly share them."""
     found: list[str] = []
     for objective in stage.objectives:
         with _noted(found):
             lookup("objectives", objective.type)
-    for spec in _sources(stage):
+    for source in (*stage.data.train, *stage.data.val):
         with _noted(found):
-            _check_source(spec)
+            _check_source(source)
     if not stage.data.train:
         found.append(f"Stage {stage.name} has no data: give data.train.")
-    model = _assembled(stage, config, found)
+    parts = f"{stage.encoder!r} {stage.lm!r} {stage.connector!r}"
+    if parts not in built:
+        built[parts] = _assembled(stage, config, found)
+    model = built[parts]
     if model is not None:
         found += _of_model(model, stage)
     return found
@@ -86,35 +91,28 @@ def _assembled(stage: Stage, config: Recipe, found: list[str]) -> Assembly | Non
 
 def _of_model(model: Assembly, stage: Stage) -> list[str]:
     found: list[str] = []
+    connector: Any = model.connector
+    lm: Any = model.lm
     for path in stage.train:
         with _noted(found):
             trained_module(model, path)
     with _noted(found):
-        _ = model.lm.eos
-    length = model.connector.num_tokens + len(model.lm.tokenize(stage.prompt.question))
+        _ = lm.eos
+    length = connector.num_tokens + len(lm.tokenize(stage.prompt.question))
     length += int(stage.decoding.get("max_new_tokens", 20))
-    if model.lm.context is not None and length > model.lm.context:
+    if lm.context is not None and length > lm.context:
         found.append(
-            f"One image ({model.connector.num_tokens} tokens), the prompt and the answer take {length} positions, and the "
-            f"language model was made for {model.lm.context}. Set connector.tokens lower, or take another one."
+            f"One image ({connector.num_tokens} tokens), the prompt and the answer take {length} positions, and the "
+            f"language model was made for {lm.context}. Set connector.tokens lower, or take another one."
         )
-    if stage.fit is not None and not hasattr(model.connector, "body"):
-        found.append(f"Stage {stage.name} fits the connector {stage.connector and stage.connector.type!r} in closed form: only linear ones are.")
+    if stage.fit is not None and not hasattr(connector, "body"):
+        found.append(f"Stage {stage.name} fits the connector in closed form: that needs connector.type=linear.")
     return found
-
-
-def _sources(stage: Stage) -> list[DataSpec]:
-    both = [stage.data.train, stage.data.val]
-    return [spec for part in both if part for spec in (part if isinstance(part, list) else [part])]
 
 
 def _check_source(spec: DataSpec) -> None:
     """Hold a source's arguments against its reader, and see that the files it names are there."""
-    reader = lookup("readers", spec.format)
-    try:
-        inspect.signature(reader).bind(**spec.options())
-    except TypeError as error:
-        raise MLLMError(f"data: the reader {spec.format!r} does not take these arguments: {error}.") from None
+    reader(spec)
     for key in ("annotations", "path", "images"):
         place = spec.options().get(key)
         if place is not None and not Path(place).exists():

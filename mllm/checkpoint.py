@@ -1,11 +1,13 @@
-"""Save and load what was trained: ``trained.safetensors`` and ``assembly.json``, which knows its parts.
+"""Save and load what was trained: a file of tensors and ``assembly.json``, which names it and knows its parts.
 
 Notable: the tensors carry fingerprints of the frozen parts that took part in training them. On other parts they are
-refused, and so is a file with a tensor too many or too few.
+refused, and so is a file with a tensor too many or too few. The tensors' file is named by its content and
+``assembly.json`` is replaced last, so at every instant the folder holds one whole model, the former or the new.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -14,38 +16,56 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from mllm import recipe
 from mllm.errors import MLLMError
 from mllm.model import Assembly, build
-from mllm.recipe import AssemblySpec
+from mllm.recipe import AssemblySpec, Spec
 from mllm.version import __version__
 
 FORMAT = 1
-TENSORS, ASSEMBLY = "trained.safetensors", "assembly.json"
+ASSEMBLY, UNNAMED = "assembly.json", ".trained.safetensors"
+
+
+class About(Spec):
+    """What ``assembly.json`` says."""
+
+    format: int
+    version: str  # of mllm
+    spec: AssemblySpec
+    fingerprints: dict[str, str]  # of the frozen parts
+    tensors: str = Field(pattern=r"^trained-[0-9a-f]{12}\.safetensors$")  # the file beside this one
+    sha256: str  # of that file
 
 
 def save(model: Assembly, folder: Path) -> Path:
     """Write a model's trained tensors and what they belong to.
 
     Raises:
-        MLLMError: the folder cannot be written (a full disk, no permission); nothing half-written is left.
+        MLLMError: the folder cannot be written (a full disk, no permission); nothing half-written is left, and a model
+            that was there before is still there.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write(folder / TENSORS, lambda path: save_file(model.trained_state(), path))
-        about = {
-            "format": FORMAT,
-            "version": __version__,
-            "spec": model.spec.model_dump(mode="json"),
-            "fingerprints": _fingerprints(model),
-            "tensors": _digest(folder / TENSORS),
-        }
-        write(folder / ASSEMBLY, lambda path: path.write_text(json.dumps(about, indent=2) + "\n"))
+        tensors, sha256 = _write_tensors(model, folder)
+        about = About(
+            format=FORMAT,
+            version=__version__,
+            spec=model.spec,
+            fingerprints=_fingerprints(model),
+            tensors=tensors,
+            sha256=sha256,
+        )
+        write(folder / ASSEMBLY, lambda path: path.write_text(about.model_dump_json(indent=2) + "\n"))
     except (OSError, SafetensorError) as error:
-        raise MLLMError(f"The model could not be saved in {folder}: {error}. Free some room, or give another folder.") from error
+        raise MLLMError(
+            f"The model could not be saved in {folder}: {error}. Free some room, or give another folder."
+        ) from error
+    finally:
+        _sweep(folder)
     return folder
 
 
@@ -58,16 +78,14 @@ def load(folder: str | Path) -> Assembly:
     """
     path = _find(Path(folder))
     about = _about(path / ASSEMBLY)
-    if about.get("format") != FORMAT:
+    tensors = path / about.tensors
+    if _digest(tensors) != about.sha256:
         raise MLLMError(
-            f"{path} is of format {about.get('format')!r}, and this version of mllm reads format {FORMAT}. "
-            f"It was written by mllm {about.get('version', '(unknown)')}: load it with that version."
+            f"{tensors} is not the file that {ASSEMBLY} belongs to: it was changed or cut short. Copy the folder again."
         )
-    model = build(recipe.checked(AssemblySpec, about["spec"], label=str(path / ASSEMBLY)))
-    _same_parts(path, about["fingerprints"], _fingerprints(model))
-    if _digest(path / TENSORS) != about["tensors"]:
-        raise MLLMError(f"{path / TENSORS} is not the file that {ASSEMBLY} belongs to: it was changed or cut short.")
-    _put(model, path / TENSORS)
+    model = build(about.spec)
+    _same_parts(path, about.fingerprints, _fingerprints(model))
+    _put(model, tensors)
     return model
 
 
@@ -82,6 +100,26 @@ def write(path: Path, action: Callable[[Path], Any]) -> None:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def _write_tensors(model: Assembly, folder: Path) -> tuple[str, str]:
+    """Write the trained tensors to a file named by its content; return the name and the content's SHA-256."""
+    unnamed = folder / UNNAMED
+    save_file(model.trained_state(), unnamed)
+    unnamed.chmod(0o644)  # it is written for its owner only
+    sha256 = _digest(unnamed)
+    name = f"trained-{sha256[:12]}.safetensors"
+    os.replace(unnamed, folder / name)
+    return name, sha256
+
+
+def _sweep(folder: Path) -> None:
+    """Remove tensors that ``assembly.json`` does not name: a former model's, or of a save that failed."""
+    with contextlib.suppress(OSError, MLLMError):  # a file too many does no harm
+        keep = _about(folder / ASSEMBLY).tensors if (folder / ASSEMBLY).exists() else None
+        for file in [folder / UNNAMED, *folder.glob("trained-*.safetensors")]:
+            if file.name != keep:
+                file.unlink(missing_ok=True)
 
 
 def _put(model: Assembly, tensors: Path) -> None:
@@ -105,12 +143,17 @@ def _find(folder: Path) -> Path:
     raise MLLMError(f"There is no model in {folder}: expected {ASSEMBLY} there or in {folder / 'model'}.")
 
 
-def _about(path: Path) -> dict[str, Any]:
+def _about(path: Path) -> About:
     try:
-        about = json.loads(path.read_text())
-        return about if isinstance(about, dict) else {}
+        about = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise MLLMError(f"{path} cannot be read: {error}") from None
+        raise MLLMError(f"{path} cannot be read: {error}. Copy the folder again.") from None
+    if isinstance(about, dict) and about.get("format") != FORMAT:
+        raise MLLMError(
+            f"{path} is of format {about.get('format')!r}, and this version of mllm reads format {FORMAT}. "
+            f"It was written by mllm {about.get('version', '(unknown)')}: load it with that version."
+        )
+    return recipe.checked(About, about, label=str(path))
 
 
 def _fingerprints(model: Assembly) -> dict[str, str]:
@@ -118,14 +161,18 @@ def _fingerprints(model: Assembly) -> dict[str, str]:
 
 
 def _same_parts(path: Path, trained_on: dict[str, str], here: dict[str, str]) -> None:
-    for part, print_ in trained_on.items():
-        if here[part] != print_:
+    for part, found in here.items():
+        expected = trained_on.get(part, "none")
+        if expected != found:
             raise MLLMError(
-                f"{path} was trained on another {part}: its fingerprint is {print_[:16]}..., and the one found here "
-                f"has {here[part][:16]}.... Put the original {part} back, or train on this one."
+                f"{path} was trained on another {part}: its fingerprint is {expected[:16]}..., and the one found here "
+                f"has {found[:16]}.... Put the original {part} back, or train on this one."
             )
 
 
 def _digest(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise MLLMError(f"{path} cannot be read: {error.strerror or error}. Copy the folder again.") from None

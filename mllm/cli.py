@@ -18,7 +18,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 recipes_app = typer.Typer(help="The recipes that come with the package.", invoke_without_command=True)
-parts_app = typer.Typer(help="The embedded parts: small real models and data, out of pinned packages.", no_args_is_help=True)
+parts_app = typer.Typer(
+    help="The embedded parts: small real models and data, out of pinned packages.", no_args_is_help=True
+)
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(parts_app, name="parts")
 
@@ -28,13 +30,19 @@ RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run, or a saved 
 Tokens = Annotated[int | None, typer.Option("--max-new-tokens", min=1, help="Tokens of an answer, at most.")]
 
 
-@app.callback(epilog="`--debug` anywhere shows the traceback of an error.")
-def _root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)] = False,
-) -> None:
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         typer.echo(__version__)
         raise typer.Exit
+
+
+@app.callback(epilog="`--debug` anywhere shows the traceback of an error.")
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -76,7 +84,7 @@ def train(
 def evaluate(
     run: RunPath,
     suite: Annotated[str, typer.Option(help="A suite's name.")],
-    data: Annotated[Path | None, typer.Option(help="The folder of the suite's files, where they are not embedded.")] = None,
+    data: Annotated[Path | None, typer.Option(help="The folder of the suite's files, if not embedded.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="The first items only.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where the report goes; RUN/eval/SUITE if left out.")] = None,
 ) -> None:
@@ -97,9 +105,11 @@ def caption(
 ) -> None:
     """Describe pictures."""
     from mllm.checkpoint import load
+    from mllm.prompt import arrange
 
     model = load(run)
-    prompts = [[image, model.spec.prompt.caption] for image in images]
+    prompt = model.spec.prompt
+    prompts = [arrange(prompt.template, [image], prompt.caption) for image in images]
     for image, text in zip(images, model.generate(prompts, **_decoding(max_new_tokens)), strict=True):
         typer.echo(f"{image}: {text}")
 
@@ -185,11 +195,11 @@ def verify_recipe(name: Annotated[str, typer.Argument(metavar="NAME")]) -> None:
 def list_parts() -> None:
     """List the embedded parts."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from mllm import parts
 
-    table = Table("part", "group", "licence", "MB", "installed", "what it is")
+    table = Table(Column("part", no_wrap=True), "group", "licence", "MB", "installed", "what it is")
     for row in parts.listing():
         table.add_row(row.name, row.group, row.licence, str(row.size), "yes" if row.installed else "", row.source)
     Console().print(table)

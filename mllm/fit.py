@@ -80,13 +80,13 @@ def fit_connector(
         raise MLLMError("stages.fit needs a connector that is one linear map per token: connector.type=linear.")
     if not captioned:
         raise MLLMError("stages.fit needs captions, and the training data has only questions.")
-    weight = _rarity(model.lm, captioned)
+    weight = rarity(model.lm, captioned)
     sums = NormalEquations(connector.project.in_features, connector.project.out_features)
     spread = torch.zeros(sums.y.shape, dtype=torch.float64)
     for start in track(range(0, len(captioned), chunk)):
         part = captioned[start : start + chunk]
         x = connector.body(features([item.images[0] for item in part])).mean(1)  # (N, D_vis)
-        y = torch.stack([_words(model.lm, item, weight) for item in part])  # (N, D_lm)
+        y = torch.stack([words_embedding(model.lm, item, weight) for item in part])  # (N, D_lm)
         sums.add(x.cpu(), y.cpu())
         spread += y.cpu().double().square().sum(0)
     weights, intercept = sums.ridge(strength)
@@ -94,7 +94,7 @@ def fit_connector(
     return _explained(sums, spread, weights)
 
 
-def _words(lm: Any, item: Item, weight: dict[int, float]) -> Tensor:
+def words_embedding(lm: Any, item: Item, weight: dict[int, float]) -> Tensor:
     """Return the weighted mean embedding ``(D_lm,)`` of the tokens of all captions of an item."""
     ids = [token for answer in item.answers for token in lm.tokenize(answer_text(answer))]
     rarity = torch.tensor([weight[token] for token in ids], device=lm.model.device)
@@ -102,7 +102,7 @@ def _words(lm: Any, item: Item, weight: dict[int, float]) -> Tensor:
     return (rarity[:, None] * embeds).sum(0) / rarity.sum().clamp(min=1e-6)
 
 
-def _rarity(lm: Any, items: Sequence[Item]) -> dict[int, float]:
+def rarity(lm: Any, items: Sequence[Item]) -> dict[int, float]:
     """Return for each token log(captions / captions that hold it): words that say nothing weigh nothing."""
     captions = [lm.tokenize(answer_text(answer)) for item in items for answer in item.answers]
     counts = Counter(token for ids in captions for token in set(ids))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig
 
@@ -38,7 +39,7 @@ def resolve(model: str, group: str) -> str:
             raise MLLMError(f"{model!r} is one of the {part.group}, and was given where one of the {group} is needed.")
         return str(parts.locate(model))
     if model.startswith((".", "/", "~")):
-        raise MLLMError(f"There is no folder {model!r}. Give a folder with a config.json, a hub id, or an installed part.")
+        raise MLLMError(f"There is no folder {model!r}. Give one with a config.json, a hub id, or an installed part.")
     return model
 
 
@@ -51,6 +52,8 @@ def load_model(auto: Any, folder: str, *, init: str = "pretrained", seed: int = 
     with _explained(folder):
         if init == "random":
             config = AutoConfig.from_pretrained(folder)
+            if options.get("dtype") == "auto":  # from_config takes a type only, and the configuration's by itself
+                del options["dtype"]
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 return auto.from_config(config, **options)
@@ -102,9 +105,9 @@ def _explained(folder: str) -> Iterator[None]:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
-        if isinstance(error, MLLMError):
-            raise
+    except MLLMError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise MLLMError(
             f"{folder!r} could not be loaded: {first} Give an installed part (`mllm parts list`), a folder with "

@@ -135,12 +135,9 @@ class LanguageModel(nn.Module):
         output = self.model(inputs_embeds=embeds, attention_mask=mask, use_cache=True, **last)
         return output.past_key_values, output.logits[0, -1]
 
-    def fork(self, cache: Any, copies: int = 1) -> Any:
-        """Return a copy of key-value states for ``copies`` sequences; the original stays as it is."""
-        forked = copy.deepcopy(cache)
-        if copies > 1:
-            forked.batch_repeat_interleave(copies)
-        return forked
+    def fork(self, cache: Any) -> Any:
+        """Return a copy of key-value states, to be added to; the original stays as it is."""
+        return copy.deepcopy(cache)
 
     def generate(self, mask: Tensor, decoding: dict[str, Any], *, cache: Any = None, **inputs: Tensor) -> list[list[int]]:
         """Return the new ids of each sequence, by `transformers`' own decoding.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mllm.errors import MLLMError, near
 from mllm.images import open_image
-from mllm.prompt import Batch, Encoded, Piece, collate, encode, images_of
+from mllm.prompt import Batch, Encoded, Piece, arrange, collate, encode, images_of
 from mllm.recipe import AssemblySpec
 from mllm.registry import lookup
 from mllm.view import View
@@ -132,11 +132,16 @@ class Assembly(nn.Module):
     def see(self, pieces: Sequence[Piece]) -> View:
         """Take in images (and text, interleaved) once, for many questions.
 
+        Args:
+            pieces: images alone are put as the recipe's ``prompt.template`` puts them; with text, all is taken as it is.
+
         Raises:
             MLLMError: nothing to see, or a bad picture.
         """
         _check_prompts([pieces])
-        embeds, batch = self.prepare([pieces])
+        if not any(isinstance(piece, str) for piece in pieces):
+            pieces = arrange(self.spec.prompt.template, pieces)
+        embeds, _ = self.prepare([pieces])
         return View(self.lm, self.spec.prompt, self.spec.decoding, embeds)
 
     def score(self, prompt: Sequence[Piece], candidates: Sequence[str], *, normalize: bool = False) -> list[float]:
@@ -272,5 +277,5 @@ def _check_prompts(prompts: Sequence[Sequence[Piece]]) -> None:
     if isinstance(prompts, str) or not prompts:
         raise MLLMError("Expected a list of prompts, each a list of texts and images: [['A picture of', image]].")
     for index, pieces in enumerate(prompts):
-        if isinstance(pieces, str) or not isinstance(pieces, Sequence) or not any(piece != "" for piece in pieces):
+        if isinstance(pieces, str) or not isinstance(pieces, Sequence) or all(isinstance(piece, str) and not piece for piece in pieces):
             raise MLLMError(f"Prompt {index} is {pieces!r}: expected a list of texts and images, not empty.")

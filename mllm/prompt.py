@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mllm.images import ImageSource
 
 IGNORED = -100  # a label that is no target
 
@@ -88,6 +87,13 @@ def collate(rows: Sequence[Encoded], pad: int) -> Batch:
     )
 
 
+def arrange(template: str, images: Sequence[Piece], text: str = "") -> list[Piece]:
+    """Return images and a text as a prompt, in the order of a template such as ``A photo of{images}. {prompt}``."""
+    before, _, rest = template.partition("{images}")
+    between = rest.removesuffix("{prompt}")
+    return [*([before] if before else []), *images, *([between + text] if between + text else [])]
+
+
 def answer_text(answer: str) -> str:
     """Return an answer as it follows a prompt: behind a space."""
     return f" {answer.strip()}"
@@ -104,6 +110,6 @@ def _joined(pieces: Sequence[Piece]) -> list[Piece]:
     for piece in pieces:
         if isinstance(piece, str) and joined and isinstance(joined[-1], str):
             joined[-1] += piece
-        elif piece != "" or not isinstance(piece, str):
+        elif not (isinstance(piece, str) and piece == ""):
             joined.append(piece)
     return joined

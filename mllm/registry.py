@@ -30,7 +30,18 @@ BUILT_IN: dict[str, dict[str, str]] = {
     },
     "decoding": {},
     "suites": {},
-    "metrics": {},
+    "metrics": {
+        "caption/bleu-1": "mllm.eval.metrics.bleu:bleu_1",
+        "caption/bleu-2": "mllm.eval.metrics.bleu:bleu_2",
+        "caption/bleu-3": "mllm.eval.metrics.bleu:bleu_3",
+        "caption/bleu-4": "mllm.eval.metrics.bleu:bleu_4",
+        "caption/rouge-l": "mllm.eval.metrics.rouge:rouge_l",
+        "caption/cider-d": "mllm.eval.metrics.cider:cider_d",
+        "caption/cider": "mllm.eval.metrics.cider:cider",
+        "vqa/official": "mllm.eval.metrics.vqa:official",
+        "vqa/normalise-both": "mllm.eval.metrics.vqa:normalise_both",
+        "vqa/exact-match": "mllm.eval.metrics.vqa:exact_match",
+    },
 }
 
 
@@ -56,10 +67,18 @@ def lookup(group: str, name: str) -> Any:
     """Import and return the part ``name`` of ``group`` (``"connectors"``, ``"metrics"``, ...).
 
     Raises:
-        MLLMError: no part has that name; the message lists the near matches.
+        MLLMError: no part has that name (the near matches are listed), or another package's part cannot be imported.
     """
     known = table(group)
     if name not in known:
         raise MLLMError(f"No part called {name!r} in mllm.{group}. {near(name, known)}")
     module, _, attribute = known[name].partition(":")
-    return getattr(import_module(module), attribute)
+    try:
+        return getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        if known[name] == BUILT_IN[group].get(name):
+            raise
+        raise MLLMError(
+            f"The part {name!r} of mllm.{group} is {known[name]} of another package, and cannot be imported: "
+            f"{error}. Mend or uninstall that package."
+        ) from error

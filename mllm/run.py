@@ -6,9 +6,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import subprocess
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -46,22 +48,30 @@ class Run:
 
     def log(self, **row: Any) -> None:
         """Append one row to the log."""
-        try:
-            with (self.path / "log.jsonl").open("a") as stream:
-                stream.write(json.dumps(row) + "\n")
-        except OSError as error:
-            raise MLLMError(f"The log in {self.path} cannot be written: {error.strerror or error}.") from None
+        with self._written("log.jsonl"), (self.path / "log.jsonl").open("a") as stream:
+            stream.write(json.dumps(row) + "\n")
 
     def record(self, name: str, content: Any) -> None:
         """Write a JSON file of the run, whole or not at all."""
-        write(self.path / name, lambda file: file.write_text(json.dumps(content, indent=2) + "\n"))
+        with self._written(name):
+            write(self.path / name, lambda file: file.write_text(json.dumps(content, indent=2) + "\n"))
 
     def plot(self) -> Path:
         """Draw ``loss.png`` from the log."""
         out = self.path / "loss.png"
         if (self.path / "log.jsonl").is_file():
-            write(out, lambda file: loss_plot(self.path / "log.jsonl", file))
+            with self._written(out.name):
+                write(out, lambda file: loss_plot(self.path / "log.jsonl", file))
         return out
+
+    @contextlib.contextmanager
+    def _written(self, name: str) -> Iterator[None]:
+        """Explain why a file of the run cannot be written."""
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or error
+            raise MLLMError(f"{self.path / name} cannot be written: {reason}. Free some room.") from None
 
 
 def free_folder(name: str) -> Path:

@@ -27,7 +27,7 @@ from mllm.errors import MLLMError
 from mllm.features import FeatureStore
 from mllm.fit import fit_connector
 from mllm.hub import tensor_hash
-from mllm.model import FROZEN, Assembly, build, calibrate
+from mllm.model import FROZEN, Assembly, build, calibrate, trained_module
 from mllm.prompt import Batch, Piece, collate, images_of
 from mllm.recipe import Recipe, Stage
 from mllm.registry import lookup

@@ -12,9 +12,6 @@ from mllm.errors import MLLMError
 from mllm.prompt import answer_text
 from mllm.recipe import PromptSpec
 
-CANDIDATES_AT_ONCE = 512
-
-
 class View:
     """Images (and text) that went through the model once; questions are answered from there.
 
@@ -65,23 +62,35 @@ class View:
         if not candidates or not all(candidate.strip() for candidate in candidates):
             raise MLLMError(f"Expected candidate answers, none of them empty; got {list(candidates)!r}.")
         rows = [[*self._lm.tokenize(answer_text(candidate)), self._lm.eos] for candidate in candidates]
-        scores: list[float] = []
-        for start in range(0, len(rows), CANDIDATES_AT_ONCE):
-            scores += self._score(rows[start : start + CANDIDATES_AT_ONCE])
+        scores = self._score(rows)
         return [score / len(row) if normalize else score for score, row in zip(scores, rows, strict=True)]
 
     def _score(self, rows: list[list[int]]) -> list[float]:
-        length = max(len(row) for row in rows)
+        """Walk the tree of the candidates' tokens, level by level: what candidates begin with alike is computed once."""
+        scores = [0.0] * len(rows)
+        cache, logits = self._lm.fork(self._cache), self._next.unsqueeze(0)  # (1, V): the tree's root
+        nodes = {(): 0}
+        for depth in range(max(len(row) for row in rows)):
+            likelihood = logits.float().log_softmax(-1)  # (N, V)
+            open_rows = [index for index, row in enumerate(rows) if len(row) > depth]
+            parents = [nodes[tuple(rows[index][:depth])] for index in open_rows]
+            steps = likelihood[parents, [rows[index][depth] for index in open_rows]]
+            for index, step in zip(open_rows, steps.tolist(), strict=True):
+                scores[index] += step
+            children = {tuple(row[: depth + 1]): nodes[tuple(row[:depth])] for row in rows if len(row) > depth + 1}
+            if children:
+                cache, logits = self._grow(cache, list(children), list(children.values()))
+                nodes = {prefix: place for place, prefix in enumerate(children)}
+        return scores
+
+    def _grow(self, cache: Any, prefixes: list[tuple[int, ...]], parents: list[int]) -> tuple[Any, Tensor]:
+        """Return key-value states and logits ``(N, V)`` one token on, for N prefixes of equal length."""
         device = self._embeds.device
-        ids = torch.tensor([row + [self._lm.pad] * (length - len(row)) for row in rows], device=device)  # (N, L)
-        counted = torch.tensor([[1.0] * len(row) + [0.0] * (length - len(row)) for row in rows], device=device)
-        # Padding stands behind a candidate, where nothing that counts can see it: the mask may be all ones.
-        mask = torch.ones(len(rows), self._embeds.shape[1] + length - 1, dtype=torch.long, device=device)
-        cache = self._lm.fork(self._cache, len(rows))
-        later = self._lm.logits(self._lm.embed(ids[:, :-1]), mask, cache=cache)  # (N, L-1, V)
-        logits = torch.cat([self._next.expand(len(rows), 1, -1), later], dim=1).float()  # (N, L, V)
-        likelihood = logits.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)  # (N, L)
-        return (likelihood * counted).sum(-1).tolist()
+        cache.reorder_cache(torch.tensor(parents, device=device))
+        tokens = torch.tensor([prefix[-1:] for prefix in prefixes], device=device)  # (N, 1)
+        length = self._embeds.shape[1] + len(prefixes[0])
+        mask = torch.ones(len(prefixes), length, dtype=torch.long, device=device)
+        return cache, self._lm.logits(self._lm.embed(tokens), mask, cache=cache)[:, -1]
 
     def _decode(self, rows: list[list[int]]) -> str:
         return str(self._lm.decode(rows[0])).strip()

@@ -24,34 +24,21 @@ from mllm.eval.metrics.ptb_grammar import RULES, SPLIT_WORDS
 
 VERSION = "1"
 
-_TOKEN = re.compile("".join(f"(?=(({token})(?:{context}))?)" for token, context in RULES))
+# The list has brackets too (-LRB-), but in capitals, which lower-cased tokens never equal: brackets stay.
+_DROPPED = frozenset(["", "''", "'", "``", "`", '"', ".", "?", "!", ",", ":", ";", "-", "--", "---", "----"])
+
+_TOKEN = re.compile("".join(f"(?=(({rule.token})(?:{rule.context}))?)" for rule in RULES))
 _ENDS = range(1, 2 * len(RULES), 2)  # the groups of whole matches; each is followed by the group of its token
-_PLAIN = re.compile("([A-Za-z]+)[ \n]")  # most of a caption; here the rules cannot but agree
+_PLAIN = re.compile("[ \n]*(?:[A-Za-z]+[ \n]+)+|[ \n]+")  # most of a caption; here the rules cannot but agree
 _SPLIT = {"".join(pair.split()): pair for pair in SPLIT_WORDS}
 _NEW_LINES = str.maketrans("\n\v\f\r\u2028\u2029", "      ")
 
-# How a token is written, where that is not as it stands. Punctuation that the evaluation code drops becomes nothing.
-_DROPPED = re.compile(r"['`\"\u0091-\u0094\u2018\u2019\u201b-\u201d\u2039\u203a\xab\xbb]+|&quot;|-{1,4}|[-.?!,:;\xad]|\.[. \xa0]+"
-    r"|[\x85\u2026\x96\x97\u2013-\u2015]|&(?:md|mdash|ndash);|[(){}]|-[lr][rc]b-")
-_RENAMED = {
-    "[": "-lsb-", "]": "-rsb-", "&lt;": "<", "&gt;": ">", "\x80": "$", "¤": "$", "₠": "$", "€": "$", "£": "#", "¢": "cents",
-    "¼": "1/4", "½": "1/2", "¾": "3/4", "⅓": "1/3", "⅔": "2/3",
-}
-_CURLY = re.compile("([\u0092\u2019]|&apos;)(?:[msd]|re|ve|ll)|n.+t")
 
-
-def _written(token: str) -> str:
-    """Return how a token is written: "" if it is dropped."""
-    token = token.lower()
-    if token.isalnum():
-        return _RENAMED.get(token, token)
-    if token in _RENAMED:
-        return _RENAMED[token]
-    if _DROPPED.fullmatch(token):
-        return ""
-    if not (token[0] == "<" and token[-1] == ">"):
-        token = token.replace("(", "-lrb-").replace(")", "-rrb-")
-    return token.replace(" ", "\xa0").replace("\xad", "").replace("&amp;", "&")
+@lru_cache(maxsize=2**18)
+def tokenize(caption: str) -> str:
+    """Return the caption's tokens joined by spaces; a few (fractions, telephone numbers) hold no-break spaces."""
+    tokens = _tokens(caption.translate(_NEW_LINES) + "\n")
+    return " ".join(token for token in tokens if token not in _DROPPED).rstrip()
 
 
 def _tokens(text: str) -> Iterator[str]:
@@ -59,21 +46,20 @@ def _tokens(text: str) -> Iterator[str]:
     place = 0
     while place < len(text):
         if plain := _PLAIN.match(text, place):
-            word = plain[1].lower()
-            yield _SPLIT.get(word, word)
+            yield from (_SPLIT.get(word, word) for word in plain[0].lower().split())
             place = plain.end()
-            continue
-        match = _TOKEN.match(text, place)
-        assert match is not None
-        best = max(_ENDS, key=match.end)
-        if match.end(best) <= place:
-            place += 1
-            continue
-        yield _written(match[best + 1])
-        place = match.end(best + 1)
+        else:
+            token, length = _first(text[place:])
+            yield token
+            place += length
 
 
-@lru_cache(maxsize=2**18)
-def tokenize(caption: str) -> str:
-    """Return the caption's tokens joined by spaces; a few tokens (fractions, telephone numbers) hold no-break spaces."""
-    return " ".join(filter(None, _tokens(caption.translate(_NEW_LINES) + "\n")))
+@lru_cache(maxsize=2**16)  # captions end alike
+def _first(text: str) -> tuple[str, int]:
+    """Return the first token, as it is written, and how many characters it takes."""
+    match = _TOKEN.match(text)
+    assert match is not None  # every rule is optional
+    best = max(_ENDS, key=match.end)
+    if match.end(best) < 0:
+        return "", 1  # no token begins with this character
+    return RULES[best // 2].write(match[best + 1]).lower(), match.end(best + 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mllm.images import ImageSource
-from mllm.prompt import Piece, Target, answer_text
+from mllm.prompt import Piece, Target, answer_text, arrange
 from mllm.recipe import PromptSpec
 
 
@@ -27,6 +27,6 @@ def question_text(item: Item, prompt: PromptSpec) -> str:
 
 
 def pieces_of(item: Item, prompt: PromptSpec, answer: str | None = None) -> list[Piece]:
-    """Return an item as an interleaved prompt, images first; with ``answer``, as a training example."""
+    """Return an item as an interleaved prompt; with ``answer``, as a training example."""
     target = [] if answer is None else [Target(answer_text(answer))]
-    return [*item.images, question_text(item, prompt), *target]
+    return [*arrange(prompt.template, item.images, question_text(item, prompt)), *target]

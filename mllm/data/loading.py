@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 from mllm.data.items import Item, pieces_of
 from mllm.errors import MLLMError
@@ -12,29 +14,42 @@ from mllm.recipe import DataSpec, PromptSpec
 from mllm.registry import lookup
 
 
+def reader(spec: DataSpec) -> Callable[[], list[Item]]:
+    """Return the reader of one source with its arguments, not called yet.
+
+    Raises:
+        MLLMError: an unknown reader, or arguments that it does not take.
+    """
+    found = lookup("readers", spec.format)
+    signature = inspect.signature(found)
+    try:
+        signature.bind(**spec.options())
+    except TypeError as error:
+        raise MLLMError(
+            f"data: the reader {spec.format!r} does not take these arguments: {error}. "
+            f"It takes: {', '.join(signature.parameters)}."
+        ) from None
+    return partial(found, **spec.options())
+
+
 def read(spec: DataSpec) -> list[Item]:
     """Return the items of one source.
 
     Raises:
-        MLLMError: an unknown reader or argument, or what the reader finds wrong.
+        MLLMError: an unknown reader or argument, no items, or what the reader finds wrong.
     """
-    reader = lookup("readers", spec.format)
-    try:
-        items: list[Item] = reader(**spec.options())
-    except TypeError as error:
-        raise MLLMError(f"data: the reader {spec.format!r} does not take these arguments: {error}.") from None
+    items = reader(spec)()
+    if not items:
+        raise MLLMError(f"data: the reader {spec.format!r} found no items with {spec.options()}.")
     return items
 
 
-def read_all(data: DataSpec | list[DataSpec] | None) -> list[tuple[float, list[Item]]]:
+def read_all(specs: Sequence[DataSpec]) -> list[tuple[float, list[Item]]]:
     """Return (weight, items) of every source; empty where there is none."""
-    specs = [] if data is None else data if isinstance(data, list) else [data]
     return [(spec.weight, read(spec)) for spec in specs]
 
 
-def examples(
-    sources: Sequence[tuple[float, list[Item]]], prompt: PromptSpec, *, seed: int
-) -> Iterator[list[Piece]]:
+def examples(sources: Sequence[tuple[float, list[Item]]], prompt: PromptSpec, *, seed: int) -> Iterator[list[Piece]]:
     """Yield training examples without end: sources by weight, each in a new order every epoch.
 
     Of an item's several answers one is drawn each time it comes up.

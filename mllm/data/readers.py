@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import os
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -26,10 +28,10 @@ def coco_captions(*, annotations: str, images: str) -> list[Item]:
     """
     content = _json(Path(annotations))
     try:
-        files = {image["id"]: Path(images) / image["file_name"] for image in content["images"]}
+        files = {image["id"]: _inside(Path(images), image["file_name"], annotations) for image in content["images"]}
         captions: dict[Any, list[str]] = defaultdict(list)
         for row in content["annotations"]:
-            captions[row["image_id"]].append(str(row["caption"]).strip())
+            captions[row["image_id"]] += _texts(row["caption"])
     except (KeyError, TypeError) as error:
         raise MLLMError(
             f"{annotations} is not in COCO's captions format ({error!r}): expected images: [{{id, file_name}}] and "
@@ -38,9 +40,8 @@ def coco_captions(*, annotations: str, images: str) -> list[Item]:
     unknown = sorted(str(key) for key in captions.keys() - files.keys())
     if unknown:
         raise MLLMError(f"{annotations}: captions of images that are not listed there: {_some(unknown)}.")
-    return _present(
-        [Item(str(key), (ImageFile(files[key]),), tuple(texts)) for key, texts in captions.items()], annotations
-    )
+    items = [Item(str(key), (ImageFile(files[key]),), tuple(texts)) for key, texts in captions.items() if texts]
+    return _present(items, annotations)
 
 
 def table(*, path: str, images: str | None = None) -> list[Item]:
@@ -61,35 +62,59 @@ def table(*, path: str, images: str | None = None) -> list[Item]:
         name, question, answers = _columns(row, f"{path}, row {number}")
         grouped[name, question] += answers
     items = [
-        Item(f"{name}#{question}" if question else name, (ImageFile(folder / name),), tuple(answers), question)
+        Item(_id(name, question), (ImageFile(_inside(folder, name, path)),), tuple(answers), question)
         for (name, question), answers in grouped.items()
     ]
     return _present(items, path)
 
 
+def _id(name: str, question: str | None) -> str:
+    return f"{name}#{question}" if question else name
+
+
 def _columns(row: Any, where: str) -> tuple[str, str | None, list[str]]:
-    if not isinstance(row, dict) or not row.get("image"):
-        raise MLLMError(f"{where}: no 'image'. Each row names a picture in the column 'image'.")
-    answer = row.get("answer") if row.get("question") else row.get("caption")
-    answers = [str(text).strip() for text in (answer if isinstance(answer, list) else [answer]) if text]
+    """Return a row's image, its question if it has one, and its captions or answers."""
+    if not isinstance(row, dict):
+        raise MLLMError(f"{where}: {row!r} is no row. Expected columns 'image' and 'caption'.")
+    columns = f"columns found: {', '.join(map(str, row))}"
+    image, question = _texts(row.get("image")), _texts(row.get("question"))
+    if len(image) != 1:
+        raise MLLMError(f"{where}: no 'image'; {columns}. Each row names one picture file in the column 'image'.")
+    answers = _texts(row.get("answer") if question else row.get("caption"))
     if not answers:
-        raise MLLMError(
-            f"{where}: neither a 'caption' nor a 'question' with an 'answer'; columns found: {', '.join(map(str, row))}."
-        )
-    return str(row["image"]), row.get("question") or None, answers
+        raise MLLMError(f"{where}: neither a 'caption' nor a 'question' with an 'answer'; {columns}.")
+    return image[0], question[0] if question else None, answers
+
+
+def _texts(value: Any) -> list[str]:
+    """Return a text or a list of texts as a list, without empty ones."""
+    texts = [str(text).strip() for text in (value if isinstance(value, list) else [value]) if text is not None]
+    return [text for text in texts if text]
+
+
+def _inside(folder: Path, name: str, label: str) -> Path:
+    """Return ``folder/name``, which must be inside ``folder``: a data file does not choose what else is read."""
+    path = Path(os.path.normpath(folder / name))
+    if not path.is_relative_to(os.path.normpath(folder)):
+        raise MLLMError(f"{label}: the picture {name!r} is outside of {folder}. Set 'images' to a folder that has it.")
+    return path
 
 
 def _rows(file: Path) -> Iterable[Any]:
     kind = file.suffix.lower()
     if kind in (".csv", ".tsv"):
-        text = _text(file)
-        return list(csv.DictReader(text.splitlines(), delimiter="\t" if kind == ".tsv" else ","))
+        try:
+            lines = io.StringIO(_text(file), newline="")  # a quoted field may hold line breaks
+            return list(csv.DictReader(lines, delimiter="\t" if kind == ".tsv" else ","))
+        except csv.Error as error:
+            raise MLLMError(f"{file} is not a table: {error}. Expected a first line 'image,caption'.") from None
     if kind in (".jsonl", ".ndjson"):
-        return [_parsed(line, f"{file}, line {n}") for n, line in enumerate(_text(file).splitlines(), 1) if line.strip()]
+        return [_parsed(line, f"{file}, line {n}") for n, line in enumerate(_text(file).split("\n"), 1) if line.strip()]
     if kind == ".json":
         content = _json(file)
         if not isinstance(content, list):
-            raise MLLMError(f"{file} holds a {type(content).__name__}; expected a list of rows with 'image' and 'caption'.")
+            found = type(content).__name__
+            raise MLLMError(f"{file} holds a {found}; expected a list of rows with 'image' and 'caption'.")
         return content
     raise MLLMError(f"{file}: unknown kind {kind!r}. {near(kind, ['.csv', '.tsv', '.json', '.jsonl'])}")
 

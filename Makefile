@@ -1,0 +1,84 @@
+# Two commands, one environment: `make demo` shows that everything works, `make test` proves it.
+#
+# Both build .venv once, with venv and pip, at the versions of constraints.txt. Settings, all optional:
+#   PYTHON=python3.12        the interpreter .venv is made with (3.11 or later; `make clean` first to change it)
+#   TORCH_INDEX=URL          take torch from this package index, for example one that has CPU-only builds
+#   SET="stages.1.steps=20"  the demo's recipe overrides
+#   LIMIT=50                 the demo's items per suite
+#   RUN=runs/mine            the demo's folder; a free name is chosen if it is left out, nothing is overwritten
+
+PYTHON ?= python3
+BIN := .venv/bin
+MLLM := $(BIN)/mllm
+STAMP := .venv/.installed
+SUITES := emoji-captions emoji-questions emoji-naming
+RUN := $(firstword $(filter-out $(wildcard runs/demo*),runs/demo $(addprefix runs/demo-,$(shell seq 2 999))))
+STARTED := $(shell date +%s)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint parts test-extras clean
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
+
+demo: parts ## train a small model on this machine, evaluate it, and let it describe pictures
+	@echo "== 1 of 3: train the recipe limber-cpu into $(RUN)"
+	$(MLLM) train limber-cpu $(SET) --out $(RUN)
+	@echo "== 2 of 3: evaluate it, beside a model that sees no image and one that sees another image"
+	@set -e; for suite in $(SUITES); do \
+	  echo "$(MLLM) eval $(RUN) --suite $$suite$(if $(LIMIT), --limit $(LIMIT))"; \
+	  $(MLLM) eval $(RUN) --suite $$suite $(if $(LIMIT),--limit $(LIMIT)); \
+	done
+	@echo "== 3 of 3: describe pictures it was not trained on"
+	$(BIN)/python -m mllm.demo $(RUN)/pictures
+	$(MLLM) caption $(RUN) $(RUN)/pictures/*.png
+	@echo
+	@echo "Losses:       $(RUN)/loss.png"
+	@echo "Reports:      $(foreach suite,$(SUITES),$(RUN)/eval/$(suite)/report.html)"
+	@echo "Talk to it:   $(MLLM) ask $(RUN) $(RUN)/pictures/1.png \"What is in the picture?\""
+	@echo "              $(MLLM) caption $(RUN) YOUR-PICTURE.jpg"
+	@echo "All of it took $$(( $$(date +%s) - $(STARTED) )) seconds."
+
+test: lint parts ## check style and types, then run all tests
+	$(BIN)/python -m pytest
+
+lint: $(STAMP) ## check style and types only
+	$(BIN)/ruff check . scripts/reference
+	$(BIN)/ruff format --check . scripts/reference
+	$(BIN)/mypy mllm adapters eval tests scripts/reference
+
+parts: $(STAMP) ## download and convert the embedded models and data, once
+	$(MLLM) parts install
+
+# timm, open_clip and lmms-eval need torchvision, and so another torch than constraints.txt has: a second environment.
+test-extras: .venv-extras/.installed ## run the tests that need timm, open_clip or lmms-eval, in an environment of their own
+	@.venv-extras/bin/python -m pytest -m extras; status=$$?; \
+	if [ $$status -eq 5 ]; then echo "No test is marked 'extras' in this version: the environment was built, nothing was tested."; \
+	else exit $$status; fi
+
+clean: ## remove the environments and what tools left behind; runs/ stays
+	rm -rf .venv .venv-extras build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +
+
+define check_python
+@command -v $(PYTHON) >/dev/null || { echo "There is no $(PYTHON). Install Python 3.11 or later, or name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+  echo "$(PYTHON) is $$($(PYTHON) --version 2>&1); expected Python 3.11 or later. Name another one: make PYTHON=python3.12" >&2; exit 1; }
+@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+  echo "$(PYTHON) has no venv module. On Debian and Ubuntu: apt-get install python3-venv. Then run make again." >&2; exit 1; }
+endef
+
+$(STAMP): pyproject.toml constraints.txt
+	$(check_python)
+	@echo "== Install into .venv (the first time this takes a few minutes; torch is large)"
+	$(PYTHON) -m venv .venv
+	$(if $(TORCH_INDEX),$(BIN)/python -m pip install -c constraints.txt --no-deps --index-url $(TORCH_INDEX) torch)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+.venv-extras/.installed: pyproject.toml
+	$(check_python)
+	$(PYTHON) -m venv .venv-extras
+	.venv-extras/bin/python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
+	  torch==2.14.1 torchvision==0.29.1 -e '.[dev,timm,open-clip,lmms-eval]'
+	@touch $@

@@ -1,0 +1,67 @@
+"""BLEU-1 to BLEU-4 of captions, with the conventions of the COCO caption evaluation.
+
+The corpus value is not the mean of the items': matches and lengths are summed over the corpus first (Papineni et al.
+2002, https://aclanthology.org/P02-1040). Captions are PTB-tokenised; the reference length is the closest one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+from mllm.eval.metrics.checks import check
+from mllm.eval.metrics.ngrams import Ngrams, count_ngrams, words
+
+from mllm.scores import Score
+
+VERSION = "1"
+
+# The COCO evaluation's constants: no match scores almost 0, and nothing is divided by 0.
+_TINY, _SMALL = 1e-15, 1e-9
+
+
+class _Matches(NamedTuple):
+    """What BLEU sums over the corpus; position n - 1 is for n-grams."""
+
+    matched: list[int]
+    possible: list[int]
+    length: int
+    reference_length: int
+
+    def bleu(self) -> float:
+        precisions = ((m + _TINY) / (p + _SMALL) for m, p in zip(self.matched, self.possible, strict=True))
+        ratio = (self.length + _TINY) / (self.reference_length + _SMALL)
+        return math.prod(precisions) ** (1 / len(self.matched)) * (math.exp(1 - 1 / ratio) if ratio < 1 else 1.0)
+
+
+def _matches(order: int, prediction: str, references: Sequence[str]) -> _Matches:
+    said = words(prediction)
+    answers = [words(reference) for reference in references]
+    most = Ngrams()
+    for answer in answers:
+        most |= count_ngrams(answer, order)  # the largest count in any reference
+    matched = [0] * order
+    for ngram, count in (count_ngrams(said, order) & most).items():
+        matched[len(ngram) - 1] += count
+    closest = min((abs(len(answer) - len(said)), len(answer)) for answer in answers)[1]
+    return _Matches(matched, [max(0, len(said) - n) for n in range(order)], len(said), closest)
+
+
+def _bleu(order: int, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Score:
+    check(predictions, references)
+    items = [_matches(order, *item) for item in zip(predictions, references, strict=True)]
+    corpus = _Matches(
+        [sum(column) for column in zip(*(item.matched for item in items), strict=True)],
+        [sum(column) for column in zip(*(item.possible for item in items), strict=True)],
+        sum(item.length for item in items),
+        sum(item.reference_length for item in items),
+    )
+    return Score(corpus.bleu(), [item.bleu() for item in items], f"caption/bleu-{order}", VERSION)
+
+
+bleu_1 = partial(_bleu, 1)
+bleu_2 = partial(_bleu, 2)
+bleu_3 = partial(_bleu, 3)
+bleu_4 = partial(_bleu, 4)

@@ -1,0 +1,24 @@
+"""Keep freed memory in the process.
+
+The C library gives large buffers back to the kernel as soon as they are free, and every step of a model asks for the
+same ones again: on a CPU the page faults of this took three quarters of a convolutional encoder's time (measured:
+40 ms an image against 10 ms, batches of 32, two cores).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
+LARGEST = 2**31 - 1
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc to reuse freed buffers of any size; elsewhere nothing happens. For the whole process."""
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # absent in other C libraries
+        mallopt(M_MMAP_THRESHOLD, LARGEST)
+        mallopt(M_TRIM_THRESHOLD, LARGEST)

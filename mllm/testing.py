@@ -1,0 +1,77 @@
+"""Tiny parts with random weights, saved as `transformers` saves them: for tests here and of plug-ins elsewhere.
+
+They come through the same door as real ones: a folder. A tiny model is made in well under a second and knows nothing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    ViTConfig,
+    ViTImageProcessorPil,
+    ViTModel,
+)
+
+SPECIAL = ("<|end|>", "<|pad|>")
+
+
+def tiny_encoder(folder: Path, *, seed: int = 0, dim: int = 24, side: int = 32, patch: int = 8) -> str:
+    """Save a two-layer ViT for ``side`` x ``side`` pixels (16 patches of width 24) and return its folder."""
+    torch.manual_seed(seed)
+    config = ViTConfig(
+        hidden_size=dim,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=2 * dim,
+        image_size=side,
+        patch_size=patch,
+    )
+    ViTModel(config).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": side, "width": side}).save_pretrained(folder)
+    return str(folder)
+
+
+def tiny_lm(folder: Path, *, seed: int = 0, dim: int = 32, context: int = 256) -> str:
+    """Save a two-layer Llama over bytes (258 tokens, width 32) with its tokenizer and return its folder."""
+    torch.manual_seed(seed)
+    tokenizer = tiny_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=dim,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=2 * dim,
+        max_position_embeddings=context,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.2,  # wide enough that different inputs give clearly different logits
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer with one token a byte, an end and a padding token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate((*alphabet, *SPECIAL))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=SPECIAL[0], pad_token=SPECIAL[1])
+
+
+def tiny_image(seed: int = 0, size: tuple[int, int] = (40, 32)) -> Image.Image:
+    """Return an RGB picture of coloured noise."""
+    draw = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (size[1], size[0], 3), generator=draw, dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())

@@ -1,0 +1,164 @@
+"""`mllm check`: everything wrong in a recipe is said at once, from configurations, before a weight is loaded."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from mllm import recipe, registry
+from mllm.check import on_paper, problems
+from mllm.errors import MLLMError
+from mllm.testing import tiny_image
+
+
+@pytest.fixture(autouse=True)
+def _no_weights(monkeypatch: pytest.MonkeyPatch, tiny_parts: tuple[str, str]) -> None:
+    """From here on nothing may open a weight file."""
+
+    def loaded(*_: Any, **__: Any) -> None:
+        raise AssertionError("a weight was loaded")
+
+    monkeypatch.setattr(torch, "load", loaded)
+    monkeypatch.setattr(safetensors.torch, "load_file", loaded)
+    monkeypatch.setattr(safetensors, "safe_open", loaded)
+    monkeypatch.setattr("transformers.modeling_utils.safe_open", loaded)
+
+
+@pytest.fixture
+def file(tmp_path: Path, tiny_parts: tuple[str, str]) -> Path:
+    tiny_image().save(tmp_path / "a.png")
+    (tmp_path / "train.csv").write_text("image,caption\na.png,noise\n")
+    path = tmp_path / "fine.yaml"
+    path.write_text(f"""
+name: fine
+encoder: {{model: {tiny_parts[0]}}}
+lm: {{model: {tiny_parts[1]}}}
+connector: {{type: linear, tokens: 4}}
+data: {{train: {{format: table, path: {tmp_path}/train.csv}}}}
+stages:
+  - {{name: fit, fit: {{part: connector}}}}
+  - {{name: align, train: {{connector: 1.0e-3}}, steps: 2}}
+""")
+    return path
+
+
+def test_the_guard_against_loading_works(tiny_parts: tuple[str, str]) -> None:
+    import mllm
+
+    with pytest.raises(AssertionError, match="a weight was loaded"):
+        mllm.assemble(*tiny_parts)
+
+
+@pytest.mark.installed
+@pytest.mark.parametrize("name", recipe.names())
+def test_shipped_recipe_checks_clean(name: str, need: Callable[..., None]) -> None:
+    config = recipe.load(name)
+    models = {spec.model for stage in config.stages for spec in (stage.encoder, stage.lm) if spec}
+    need(*(model for model in models if model.startswith("mllm/")))
+    assert problems(name) == []
+
+
+def test_recipe_on_folders_checks_clean(file: Path) -> None:
+    assert problems(str(file)) == []
+
+
+def test_model_on_paper_has_shapes_and_no_weights(file: Path) -> None:
+    config = recipe.load(str(file))
+    model: Any = on_paper(config.stages[0], config)
+    assert (model.connector.num_tokens, model.encoder.dim, model.lm.dim) == (4, 24, 32)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    config = recipe.load(str(file), ["lm.model=./nowhere"])
+    with pytest.raises(MLLMError, match=r"no folder './nowhere'"):
+        on_paper(config.stages[0], config)
+
+
+BROKEN = [
+    (["encoder.model=./nowhere"], "There is no folder './nowhere'"),
+    (["encoder.model=mllm/mobilenet-v3"], "Did you mean 'mllm/mobilenet-v2'"),
+    (["encoder.model=mllm/mobilenet-v2"], "Run `mllm parts install mllm/mobilenet-v2`"),
+    (["encoder.model=mllm/smollm2-135m"], "one of the lms, and was given where one of the encoders is needed"),
+    (["encoder.model=nobody/nothing"], "'nobody/nothing' could not be loaded"),
+    (["encoder.layer=99"], "encoder.layer is 99, but the encoder has 3 hidden states"),
+    (["encoder.type=transfromers"], "No part called 'transfromers' in mllm.encoders. Did you mean 'transformers'"),
+    (["lm.model=nobody/nothing"], "'nobody/nothing' could not be loaded"),
+    (["connector.type=liner"], "No part called 'liner' in mllm.connectors. Did you mean 'linear'"),
+    (["connector.tokens=5"], "connector.tokens is 5, but a grid of 4 x 4 patches"),
+    (["connector.tokns=4"], "The connector linear does not take these arguments"),
+    (["connector=null"], "The recipe fine names no connector"),
+    (["stages.1.objectives=[{type: captoin}]"], "No part called 'captoin' in mllm.objectives. Did you mean 'caption'"),
+    (["stages.1.train={conector: 1e-3}"], "names 'conector', which is no part of the model. Did you mean 'connector"),
+    (["stages.1.train={lm: 1e-5}"], "'lm'"),
+    (["data.train.path=none.csv"], "path is 'none.csv', and there is no such file or folder"),
+    (["data.train.pth=x"], "the reader 'table' does not take these arguments"),
+    (
+        ["data.val={format: coco-caption}"],
+        "No part called 'coco-caption' in mllm.readers. Did you mean 'coco-captions'",
+    ),
+    (["data.train=null"], "Stage fit has no data"),
+    (["decoding.max_new_tokens=9999"], "the language model was made for 256"),
+    (["stages=[]"], "fine has no stages"),
+    (["seed=x"], "seed: 'x'"),
+    (["conector=1"], "conector: unknown key"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "sentence"), BROKEN, ids=[overrides[0] for overrides, _ in BROKEN])
+def test_broken_recipe_gets_its_sentence(file: Path, overrides: list[str], sentence: str) -> None:
+    found = problems(str(file), overrides)
+    assert any(sentence in problem for problem in found), found
+    assert len(found) == len(set(found))
+    assert len(found) <= 2, "one fault, no flood"
+
+
+def test_several_problems_are_all_reported(file: Path) -> None:
+    found = problems(
+        str(file),
+        [
+            "encoder.model=./no-encoder",
+            "lm.model=./no-lm",
+            "data.train.path=none.csv",
+            "stages.1.objectives=[{type: x}]",
+        ],
+    )
+    for sentence in ("./no-encoder", "./no-lm", "none.csv", "'x' in mllm.objectives"):
+        assert sum(sentence in problem for problem in found) == 1, found
+    assert len(found) == 4
+
+
+def test_a_later_stages_own_problem_is_found(file: Path) -> None:
+    (found,) = problems(str(file), ["stages.1.connector.tokens=5"])
+    assert "connector.tokens is 5" in found
+
+
+def test_a_fit_needs_a_linear_connector(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Bent(torch.nn.Module):
+        num_tokens = 1
+
+        def __init__(self, **_: Any) -> None:
+            super().__init__()
+            self.project = torch.nn.Linear(1, 1)
+
+    monkeypatch.setitem(registry.table("connectors"), "bent", f"{__name__}:Bent")
+    monkeypatch.setitem(sys.modules, __name__, type("Module", (), {"Bent": Bent}))
+    assert problems(str(file), ["connector={type: bent}"]) == [
+        "Stage fit fits the connector in closed form: that needs connector.type=linear."
+    ]
+
+
+def test_check_does_without_what_only_training_needs(file: Path) -> None:
+    code = f"""
+import sys
+from mllm.check import problems
+assert problems({str(file)!r}) == []
+heavy = ("peft", "bitsandbytes", "matplotlib", "mllm.training", "mllm.checkpoint")
+print([name for name in heavy if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr

@@ -1,0 +1,275 @@
+"""What the pages, the Makefile and the lists beside them say is so: examples run, names exist, nothing is stale."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from mllm.cli import app
+from mllm.version import __version__
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PACKAGES = ("mllm", "adapters", "eval")
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def commands(page: str | Path) -> list[list[str]]:
+    """Return the arguments of every `mllm ...` line of a page's shell blocks."""
+    lines = "\n".join(blocks(str(page), "sh")).splitlines()
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("mllm ")]
+
+
+def mllm(*arguments: str) -> str:
+    done = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def saved_shapes(folder: str) -> dict[str, list[int]]:
+    (file,) = Path(folder).glob("*.safetensors")
+    return {name: list(tensor.shape) for name, tensor in load_file(file).items()}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Compute on one core: many small operations on several threads crawl when other processes want the cores too."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.installed
+def test_the_readmes_example_runs_as_it_stands(need, tmp_path, monkeypatch):
+    need("mllm/mobilenet-v2", "mllm/smollm2-135m")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "example.py").write_text(blocks("README.md", "python")[0])
+    names = runpy.run_path("example.py")
+    prompt = [[names["image"], "A picture of"], ["The sky is"]]
+    assert [str(text) for text in names["same"].generate(prompt, max_new_tokens=8)] == list(map(str, names["texts"]))
+    assert len(names["answers"]) == 2
+    assert len(names["scores"]) == 2 and max(names["scores"]) < 0
+    assert saved_shapes("my-model") == {"connector.project.weight": [576, 1280], "connector.project.bias": [576]}
+
+
+def tree() -> dict[str, str]:
+    """Return path -> role of the README's tree; two spaces are one level."""
+    found: dict[str, str] = {}
+    folders: list[str] = []
+    for line in blocks("README.md", "text")[0].splitlines():
+        name, role = line.split(maxsplit=1)
+        folders[(len(line) - len(line.lstrip())) // 2 :] = [name]
+        found["".join(folders)] = role
+    return found
+
+
+def test_the_readmes_tree_is_the_disks():
+    listed = set(tree())
+    assert sorted(path for path in listed if not (ROOT / path).exists()) == []
+    git = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)  # not what a user put beside
+    tracked = {re.sub("/.*", "/", name) for name in git.stdout.splitlines() if name[0] != "."}
+    modules = {f"mllm/{path.name}" for path in (ROOT / "mllm").glob("*.py")}
+    folders = {f"{path.parent.relative_to(ROOT)}/" for name in PACKAGES for path in (ROOT / name).glob("*/__init__.py")}
+    assert len(modules) > 20 and "adapters/connectors/" in folders
+    assert sorted((tracked | modules | folders) - listed) == []
+
+
+def test_changelog_and_version_agree():
+    assert re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)[0] == __version__
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        assert (page.parent / target.partition("#")[0]).exists(), target
+
+
+def test_the_index_lists_every_page():
+    listed = set(re.findall(r"\]\(([^)]+\.md)\)", (ROOT / "docs" / "index.md").read_text()))
+    assert listed == {page.name for page in PAGES} - {"README.md", "index.md"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_on_the_pages_exist_and_take_these_arguments(page):
+    for arguments in commands(page):
+        command: Any = get_command(app)
+        name = "mllm"
+        while arguments and arguments[0] in getattr(command, "commands", {}):
+            name, *arguments = arguments
+            command = command.commands[name]
+        assert name != "mllm" and "not in this version" not in (command.help or ""), (page.name, name)
+        command.make_context(name, arguments)  # an unknown option, or an argument too many, raises
+
+
+def test_commands_are_found_on_the_pages():
+    assert ["ask", "runs/mine", "pictures/red-2.png", "What colour is it?"] in commands("docs/your-own-data.md")
+    assert len(commands("README.md")) >= 6
+
+
+def test_your_own_data_works_as_written(tiny_parts, tmp_path, monkeypatch):
+    page = "docs/your-own-data.md"
+    monkeypatch.chdir(tmp_path)
+    (table,), (recipe,) = blocks(page, "csv"), blocks(page, "yaml")
+    Path("train.csv").write_text(table)
+    Path("val.csv").write_text(table)
+    Path("mine.yaml").write_text(recipe)
+    Path("pictures").mkdir()
+    for name in set(re.findall(r"^(\w+)-\d\.png", table, flags=re.MULTILINE)):
+        for number in (1, 2):
+            Image.new("RGB", (24, 24), name).save(f"pictures/{name}-{number}.png")
+    tiny = [f"encoder.model={tiny_parts[0]}", f"lm.model={tiny_parts[1]}", "stages.1.steps=2", "stages.1.batch_size=2"]
+    check, train, caption, ask = commands(page)
+    mllm(*check, *tiny)
+    assert "runs/mine" in mllm(*train, *tiny)
+    assert saved_shapes("runs/mine/model")["connector.project.bias"] == [32] and Path("runs/mine/loss.png").is_file()
+    assert mllm(*caption).startswith("pictures/red-1.png: ")
+    mllm(*ask)
+
+
+@pytest.fixture
+def foreign_package(tmp_path, monkeypatch):
+    """Install the tutorial's package, as pip would leave it, into a folder on the path."""
+    from mllm import registry
+
+    page = "docs/add-a-connector.md"
+    code, _ = blocks(page, "python")
+    entry_points = tomllib.loads(blocks(page, "toml")[0])["project"]["entry-points"]
+    package = tmp_path / "site"
+    about = package / "my_connectors-1.0.dist-info"
+    about.mkdir(parents=True)
+    (package / "my_connectors.py").write_text(code)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: my-connectors\nVersion: 1.0\n")
+    ((group, points),) = entry_points.items()
+    lines = [f"[{group}]", *(f"{name} = {value}" for name, value in points.items())]
+    (about / "entry_points.txt").write_text("\n".join(lines) + "\n")
+    monkeypatch.syspath_prepend(package)
+    registry.table.cache_clear()
+    yield
+    registry.table.cache_clear()
+    sys.modules.pop("my_connectors", None)
+
+
+def test_the_tutorials_connector_works_as_written(foreign_package, tiny_parts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("encoder", "lm"):
+        Path(name).mkdir()
+    Path("use.py").write_text(blocks("docs/add-a-connector.md", "python")[1])
+    model = runpy.run_path("use.py")["model"]
+    assert type(model.connector).__module__ == "my_connectors" and model.connector.hidden.out_features == 8
+    check, train = commands("docs/add-a-connector.md")
+    Path("pictures").mkdir()
+    Image.new("RGB", (24, 24), "red").save("pictures/red.png")
+    Path("train.csv").write_text("image,caption\nred.png,a red square\n")
+    other = [f"encoder.model={tiny_parts[0]}", f"lm.model={tiny_parts[1]}", "data.val=null", "stages.0.steps=2"]
+    other += ["data.train={format: table, path: train.csv, images: pictures}"]
+    mllm(*check, *other)
+    assert "runs/limber-cpu" in mllm(*train, *other)
+    assert saved_shapes("runs/limber-cpu/model")["connector.hidden.weight"][0] == 128
+
+
+def test_the_reference_is_up_to_date_in_any_terminal():
+    terminal = {"COLUMNS": "40", "TERM": "xterm-256color", "FORCE_COLOR": "1"}
+    script = [sys.executable, str(ROOT / "scripts" / "reference"), "--check"]
+    done = subprocess.run(script, env={**os.environ, **terminal}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run make on a copy of the Makefile, where it can do no harm."""
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, folder)
+    return subprocess.run(["make", *arguments], cwd=folder, capture_output=True, text=True)
+
+
+def test_the_demo_takes_a_free_folder_and_commands_that_exist(tmp_path):
+    for taken in ("demo", "demo-2"):
+        (tmp_path / "runs" / taken).mkdir(parents=True)
+    done = make(tmp_path, "--dry-run", "demo", "LIMIT=5", "SET=stages.1.steps=3")
+    lines = [line.strip() for line in done.stdout.splitlines()]
+    ran = [line.removeprefix(".venv/bin/mllm ") for line in lines if line.startswith(".venv/bin/mllm ")]
+    assert "train limber-cpu stages.1.steps=3 --out runs/demo-3" in ran
+    assert "eval runs/demo-3 --suite $suite --limit 5; \\" in ran
+    assert "caption runs/demo-3 runs/demo-3/pictures/*.png" in ran
+
+
+def test_the_demos_suites_exist():
+    suites = re.findall(r"^SUITES := (.*)", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)[0].split()
+    assert suites and all((ROOT / "eval" / "suites" / f"{suite}.yaml").is_file() for suite in suites)
+
+
+@pytest.mark.parametrize(
+    ("says", "message"),
+    [
+        ('case "$2" in *version_info*) exit 1;; esac; echo "Python 3.9.2"', "expected Python 3.11 or later"),
+        ('case "$2" in *ensurepip*) exit 1;; esac', "apt-get install python3-venv"),
+    ],
+)
+def test_an_interpreter_that_will_not_do_gets_a_clear_message(tmp_path, says, message):
+    interpreter = tmp_path / "python"
+    interpreter.write_text(f"#!/bin/sh\n{says}\n")
+    interpreter.chmod(0o755)
+    done = make(tmp_path, f"PYTHON={interpreter}", ".venv/.installed")
+    assert done.returncode != 0 and message in done.stderr
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_a_missing_interpreter_gets_a_clear_message(tmp_path):
+    done = make(tmp_path, "PYTHON=no-such-python", ".venv/.installed")
+    assert done.returncode != 0 and "There is no no-such-python" in done.stderr
+
+
+def test_constraints_pin_every_dependency_and_nothing_else_than_versions():
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line[0] != "#"]
+    assert all(re.fullmatch(r"[\w.-]+==\d[\w.]*", line) for line in lines)
+    pinned = {re.sub(r"[-_.]+", "-", line.partition("==")[0]).lower() for line in lines}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = project["dependencies"] + project["optional-dependencies"]["dev"]
+    names = {re.split("[<>=]", requirement)[0].lower() for requirement in wanted}
+    assert names - pinned == set()
+
+
+def test_hooks_run_what_make_lint_runs():
+    lint = (ROOT / "Makefile").read_text().replace("$(BIN)", ".venv/bin").splitlines()
+    hooks = re.findall(r"entry: (.*?), language", (ROOT / ".pre-commit-config.yaml").read_text())
+    assert [hook for hook in hooks if f"\t{hook}" not in lint] == [".venv/bin/python scripts/reference --check"]
+    assert len(hooks) == 4
+
+
+@pytest.mark.parametrize("script", [".ci/run", "scripts/reference"])
+def test_scripts_can_be_run(script):
+    assert os.access(ROOT / script, os.X_OK)
+
+
+@pytest.mark.installed
+def test_the_demos_pictures_are_the_same_every_time(need, tmp_path):
+    from mllm.demo import write_pictures
+
+    need("mllm/openmoji")
+    first, second = write_pictures(tmp_path / "a"), write_pictures(tmp_path / "b")
+    assert [path.name for path in first] == ["1.png", "2.png", "3.png", "4.png"]
+    pixels = [Image.open(path).tobytes() for path in first]
+    assert pixels == [Image.open(path).tobytes() for path in second]
+    assert len(set(pixels)) == 4

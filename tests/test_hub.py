@@ -1,0 +1,121 @@
+"""The door to pretrained parts: what cannot be loaded is one message that names it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from mllm import hub, parts
+from mllm.encoder import Encoder
+from mllm.errors import MLLMError
+from mllm.lm import LanguageModel
+
+
+@pytest.fixture
+def encoder(tiny_parts: tuple[str, str], tmp_path: Path) -> Path:
+    """A copy of the tiny encoder, to be damaged."""
+    return Path(shutil.copytree(tiny_parts[0], tmp_path / "encoder"))
+
+
+def test_names_of_parts(tiny_parts: tuple[str, str]) -> None:
+    assert hub.resolve(tiny_parts[0], "encoders") == tiny_parts[0]
+    assert hub.resolve("openai/clip-vit-base-patch32", "encoders") == "openai/clip-vit-base-patch32"
+    for name, message in (
+        ("mllm/mobilnet-v2", "Did you mean 'mllm/mobilenet-v2'"),
+        ("mllm/mobilenet-v2", "is not installed.*mllm parts install mllm/mobilenet-v2"),
+        ("mllm/smollm2-135m", "one of the lms, and was given where one of the encoders"),
+        ("./nowhere", "There is no folder './nowhere'"),
+        ("~/nowhere", "There is no folder '~/nowhere'"),
+    ):
+        with pytest.raises(MLLMError, match=message):
+            hub.resolve(name, "encoders")
+
+
+@pytest.mark.installed
+def test_installed_part_is_its_folder(need: Callable[..., None]) -> None:
+    need("mllm/mobilenet-v2")
+    assert hub.resolve("mllm/mobilenet-v2", "encoders") == str(parts.locate("mllm/mobilenet-v2"))
+
+
+@pytest.mark.parametrize("cls", [Encoder, LanguageModel])
+def test_hub_id_that_cannot_be_reached_is_one_message(cls: type[Encoder | LanguageModel]) -> None:
+    with pytest.raises(MLLMError, match=r"'nobody/nothing' could not be loaded: .*mllm parts list") as caught:
+        cls(model="nobody/nothing")
+    assert "\n" not in str(caught.value)
+
+
+def truncate(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+def reshape(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 7}))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        truncate,
+        reshape,
+        lambda folder: (folder / "model.safetensors").unlink(),
+        lambda folder: (folder / "config.json").unlink(),
+        lambda folder: (folder / "config.json").write_text("{"),
+        lambda folder: (folder / "config.json").write_text('{"model_type": "none-such"}'),
+        lambda folder: (folder / "preprocessor_config.json").unlink(),
+    ],
+)
+def test_damaged_folder_is_one_message(encoder: Path, damage: Callable[[Path], object]) -> None:
+    Encoder(model=str(encoder))
+    damage(encoder)
+    with pytest.raises(MLLMError, match=f"'{encoder}' could not be loaded: "):
+        Encoder(model=str(encoder))
+
+
+def test_language_model_is_no_encoder(tiny_parts: tuple[str, str]) -> None:
+    with pytest.raises(MLLMError):
+        Encoder(model=tiny_parts[1])
+    with pytest.raises(MLLMError, match="could not be loaded"):
+        LanguageModel(model=tiny_parts[0])
+
+
+def test_fingerprint_is_of_the_weights_and_of_nothing_else(encoder: Path, tiny_parts: tuple[str, str]) -> None:
+    hub.fingerprint.cache_clear()
+    same = hub.fingerprint(str(encoder))
+    assert same == hub.fingerprint(tiny_parts[0]) != hub.fingerprint(tiny_parts[1])
+    file = encoder / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    hub.fingerprint.cache_clear()
+    assert hub.fingerprint(str(encoder)) != same
+    file.unlink()
+    hub.fingerprint.cache_clear()
+    with pytest.raises(MLLMError, match="holds no weights"):
+        hub.fingerprint(str(encoder))
+
+
+def test_tensor_hash_sees_values_names_and_types() -> None:
+    layer = torch.nn.Linear(2, 3)
+    first = hub.tensor_hash(layer)
+    assert hub.tensor_hash(layer) == first
+    assert hub.tensor_hash(torch.nn.Sequential(layer)) != first
+    with torch.no_grad():
+        layer.bias[1] += 1
+    assert hub.tensor_hash(layer) != first
+    assert hub.tensor_hash(torch.nn.Linear(2, 3).bfloat16()) != hub.tensor_hash(torch.nn.Linear(2, 3))
+
+
+def test_random_weights_come_from_the_seed_and_leave_the_generator_alone(tiny_parts: tuple[str, str]) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    prints = [Encoder(model=tiny_parts[0], init="random", seed=seed).fingerprint for seed in (0, 0, 1)]
+    assert prints[0] == prints[1] != prints[2]
+    assert torch.equal(torch.rand(1), expected)

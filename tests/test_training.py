@@ -1,0 +1,192 @@
+"""Training: it learns, it repeats, what is frozen stays so, and how a batch is split changes nothing."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import mllm
+import mllm.fit
+import mllm.hub
+import mllm.prompt
+import mllm.recipe
+from mllm.data.items import Item
+from mllm.errors import MLLMError
+from mllm.features import FeatureStore
+from mllm.fit import NormalEquations, fit_connector
+from mllm.images import source_of
+from mllm.testing import tiny_image
+from mllm.training import validate
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 220), "white": (250, 250, 250)}
+
+
+@pytest.fixture(scope="session")
+def recipe(tmp_path_factory, tiny_parts):
+    """A recipe on pictures of four colours, whose captions are the colours' names."""
+    folder = tmp_path_factory.mktemp("colours")
+    rows = []
+    for index in range(48):
+        name, colour = list(COLOURS.items())[index % 4]
+        picture = tiny_image(index)
+        picture.paste(colour, (0, 0, 40, 28))
+        picture.save(folder / f"{index}.png")
+        rows.append({"image": f"{index}.png", "caption": name})
+    (folder / "train.json").write_text(json.dumps(rows[:32]))
+    (folder / "val.json").write_text(json.dumps(rows[32:]))
+    text = f"""
+name: colours
+encoder: {{model: {tiny_parts[0]}}}
+lm: {{model: {tiny_parts[1]}}}
+connector: {{type: linear, tokens: 4}}
+data:
+  train: {{format: table, path: {folder}/train.json}}
+  val: {{format: table, path: {folder}/val.json}}
+optim: {{schedule: constant, warmup: 0}}
+stages:
+  - {{name: align, train: {{connector: 0.01}}, steps: 10, batch_size: 8, validate_every: 5}}
+"""
+    (folder / "recipe.yaml").write_text(text)
+    return str(folder / "recipe.yaml")
+
+
+def log(run, key="loss"):
+    rows = [json.loads(line) for line in (run.path / "log.jsonl").read_text().splitlines()]
+    return [row[key] for row in rows if key in row]
+
+
+def test_ten_steps_lower_the_loss_and_repeat_bit_for_bit(recipe, tmp_path):
+    first = mllm.train(recipe, out=tmp_path / "a")
+    again = mllm.train(recipe, out=tmp_path / "b")
+    assert log(first) == log(again)
+    assert (first.path / "model/assembly.json").read_bytes() == (again.path / "model/assembly.json").read_bytes()
+    assert log(first)[-1] < log(first)[0] - 0.5
+    assert len(log(first)) == 10 and len(log(first, "val_loss")) == 2
+    other = mllm.train(recipe, {"seed": 1}, out=tmp_path / "c")
+    assert log(other) != log(first)
+
+
+def test_a_run_holds_what_it_came_from(recipe, tmp_path):
+    run = mllm.train(recipe, ["stages.0.steps=2"], out=tmp_path / "run")
+    assert mllm.recipe.load(str(run.path / "recipe.yaml")).stages[0].steps == 2
+    assert {"recipe.yaml", "environment.json", "log.jsonl", "loss.png", "frozen.json", "model"} == {
+        path.name for path in run.path.iterdir()
+    }
+    frozen = json.loads((run.path / "frozen.json").read_text())["align"]
+    assert frozen["before"] == frozen["after"] and len(frozen["before"]) == 2
+
+
+def test_frozen_parts_hash_the_same_and_the_connector_does_not(recipe, tmp_path, tiny_parts):
+    spec = {"type": "linear", "tokens": 4}
+    before = mllm.assemble(*tiny_parts, spec)
+    after = mllm.load(mllm.train(recipe, ["stages.0.steps=3"], out=tmp_path / "run").path)
+    for part in ("encoder", "lm"):
+        assert mllm.hub.tensor_hash(getattr(before, part)) == mllm.hub.tensor_hash(getattr(after, part))
+    assert mllm.hub.tensor_hash(before.connector) != mllm.hub.tensor_hash(after.connector)
+
+
+def test_a_batch_of_eight_is_two_of_four_accumulated(recipe, tmp_path):
+    whole = mllm.train(recipe, ["stages.0.steps=4"], out=tmp_path / "whole")
+    # Answers of different lengths: a mean of batch means would differ from the mean over tokens.
+    split = mllm.train(
+        recipe, ["stages.0.steps=4", "stages.0.batch_size=4", "optim.accumulate=2"], out=tmp_path / "split"
+    )
+    assert log(split) == pytest.approx(log(whole), rel=1e-4)
+
+
+def test_what_was_trained_reads_the_picture(recipe, tmp_path):
+    model = mllm.load(mllm.train(recipe, ["stages.0.steps=60"], out=tmp_path / "run").path)
+    right = 0
+    for index in range(32, 48):
+        picture = source_of(recipe.replace("recipe.yaml", f"{index}.png"))
+        scores = model.score([picture, "A picture of"], list(COLOURS))
+        right += scores.index(max(scores)) == index % 4
+    assert right >= 12  # of 16; a blind model gets 4
+
+
+def test_several_images_and_text_only_examples_train_together(recipe, tmp_path, tiny_parts):
+    model = mllm.assemble(*tiny_parts, {"type": "linear", "tokens": 4})
+    target = mllm.prompt.Target(" yes")
+    rows = [[tiny_image(0), "and", tiny_image(1), target], ["no picture", target], [tiny_image(2), target]]
+    alone = [validate(model, [row], FeatureStore(model)) for row in rows]
+    assert validate(model, rows, FeatureStore(model)) == pytest.approx(sum(alone) / 3, rel=1e-4)
+
+
+def test_features_are_computed_once_and_are_the_same(tiny_parts):
+    model = mllm.assemble(*tiny_parts)
+    images = [tiny_image(0), tiny_image(1), tiny_image(0)]
+    store, seen = FeatureStore(model), []
+    compute = model.features
+    model.features = lambda batch: seen.append(len(batch)) or compute(batch)
+    first, second = store(images), store(images)
+    assert seen == [2]
+    assert torch.equal(first, second) and torch.allclose(first, compute(images), atol=1e-6)
+    assert torch.equal(first[0], first[2]) and not torch.equal(first[0], first[1])
+    store = FeatureStore(model, limit=0)
+    store(images), store(images)
+    assert seen[1:] == [2, 2]
+
+
+def test_normal_equations_are_ridge_regression():
+    x, y = torch.randn(50, 4, dtype=torch.float64), torch.randn(50, 3, dtype=torch.float64)
+    sums = NormalEquations(4, 3)
+    for rows in (slice(0, 20), slice(20, 50)):
+        sums.add(x[rows], y[rows])
+    centred = x - x.mean(0)
+    penalty = 0.1 * centred.square().mean(0).mean()
+    # Ridge as least squares on rows that pull the weights to zero.
+    padded = torch.cat([centred, (50 * penalty).sqrt() * torch.eye(4, dtype=torch.float64)])
+    targets = torch.cat([y - y.mean(0), torch.zeros(4, 3, dtype=torch.float64)])
+    expected = torch.linalg.lstsq(padded, targets).solution
+    weights, intercept = sums.ridge(0.1)
+    torch.testing.assert_close(weights, expected)
+    torch.testing.assert_close(intercept, y.mean(0) - x.mean(0) @ expected)
+
+
+def test_the_closed_form_start_points_features_at_their_words(tiny_parts):
+    model = mllm.assemble(*tiny_parts, {"type": "linear", "tokens": 4})
+    pictures = [tiny_image(seed) for seed in range(24)]
+    for index, picture in enumerate(pictures):
+        picture.paste(list(COLOURS.values())[index % 4], (0, 0, 40, 26))
+    items = [
+        Item(str(index), (source_of(picture),), (list(COLOURS)[index % 4],)) for index, picture in enumerate(pictures)
+    ]
+    explained = fit_connector(model, items[:16], model.features, strength=0.001)
+    assert 0.5 < explained <= 1
+    predicted = model.connector(model.features(pictures[16:])).mean(1)
+    targets = torch.stack([mllm.fit.words_embedding(model.lm, item, mllm.fit.rarity(model.lm, items)) for item in items[:4]])
+    nearest = torch.cdist(predicted, targets).argmin(1)
+    assert nearest.tolist() == [0, 1, 2, 3] * 2
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages.0.train.conector=0.1", "conector.*Did you mean 'connector"),
+        ("stages.0.train.lm=0.1", "trains connectors only"),
+        ("data.train.path=nowhere.json", "nowhere.json cannot be read"),
+        ("data.train.pth=x", "does not take these arguments"),
+        ("stages.0.objectives.0.type=captoin", "caption"),
+        ("encoder.model=mllm/none", "mllm/none"),
+        ("connector.type=liner", "Did you mean 'linear'"),
+    ],
+)
+def test_what_is_wrong_in_a_recipe_is_one_message_and_leaves_no_model(recipe, tmp_path, override, message):
+    with pytest.raises(MLLMError, match=message):
+        mllm.train(recipe, [override], out=tmp_path / "run")
+    assert not (tmp_path / "run/model").exists()
+
+
+def test_a_run_is_never_written_over(recipe, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/mine.txt").write_text("precious")
+    with pytest.raises(MLLMError, match="not empty"):
+        mllm.train(recipe, out=tmp_path / "run")
+    assert (tmp_path / "run/mine.txt").read_text() == "precious"
+
+
+def test_a_loss_that_is_no_number_stops_the_run(recipe, tmp_path):
+    with pytest.raises(MLLMError, match="Lower the learning rate"):
+        mllm.train(recipe, ["stages.0.train.connector=1e30", "optim.clip=null"], out=tmp_path / "run")
