@@ -16,14 +16,15 @@ from random import Random
 from typing import Any
 
 import numpy as np
+from mllm.eval.report import write_report
 from omegaconf import OmegaConf
+from pydantic import Field
 
 from mllm import recipe
 from mllm.checkpoint import write
 from mllm.data.items import Item, question_text
 from mllm.data.loading import read
 from mllm.errors import MLLMError, near
-from mllm.eval.report import write_report
 from mllm.images import ImageSource
 from mllm.model import Assembly
 from mllm.prompt import arrange
@@ -43,10 +44,10 @@ class Suite(Spec):
     name: str
     about: str
     data: DataSpec
-    folder: dict[str, str] = {}  # reader's argument -> file or folder inside --data
+    folder: dict[str, str] = Field({})  # reader's argument -> file or folder inside --data
     metrics: list[str]
     answer: str = "generate"  # or "choose": the most likely of the item's choices
-    decoding: dict[str, Any] = {}
+    decoding: dict[str, Any] = Field({})
     batch_size: int = 32
 
 
@@ -86,7 +87,9 @@ def load_suite(name: str) -> Suite:
 
 def suite_names() -> list[str]:
     """Return the names of the suites that come with the package."""
-    return sorted(Path(entry.name).stem for entry in (files("mllm.eval") / "suites").iterdir() if entry.name.endswith(".yaml"))
+    return sorted(
+        Path(entry.name).stem for entry in (files("mllm.eval") / "suites").iterdir() if entry.name.endswith(".yaml")
+    )
 
 
 def evaluate(
@@ -181,7 +184,9 @@ def _answers(
         batch = order[start : start + config.batch_size]
         prompts = [arrange(model.spec.prompt.template, *keys[index][:2]) for index in batch]
         if config.answer == "choose":
-            texts = [_choose(model.see(prompt), items[index].choices) for prompt, index in zip(prompts, batch, strict=True)]
+            texts = [
+                _choose(model.see(prompt), items[index].choices) for prompt, index in zip(prompts, batch, strict=True)
+            ]
         else:
             texts = [str(output) for output in model.generate(prompts, **config.decoding)]
         answered.update({keys[index]: text for index, text in zip(batch, texts, strict=True)})
@@ -273,7 +278,9 @@ def _write(folder: Path, summary: dict[str, Any], rows: list[dict[str, Any]], it
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write(folder / "summary.json", lambda file: file.write_text(json.dumps(summary, indent=2) + "\n"))
-        write(folder / "predictions.jsonl", lambda file: file.write_text("".join(json.dumps(row) + "\n" for row in rows)))
+        write(
+            folder / "predictions.jsonl", lambda file: file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        )
         return write_report(folder, summary, rows, {item.id: item.images for item in items})
     except OSError as error:
         raise MLLMError(f"The report in {folder} cannot be written: {error.strerror or error}.") from None

@@ -82,9 +82,7 @@ class Encoder(nn.Module):
         return {"do_center_crop": False} if hasattr(self.processor, "do_center_crop") else {}
 
     def _features(self, pixels: Tensor) -> tuple[Tensor, tuple[int, int] | None]:
-        output = self.model(
-            pixels.to(self.model.device, self.model.dtype), output_hidden_states=self.layer is not None
-        )
+        output = self.model(pixels.to(self.model.device, self.model.dtype), output_hidden_states=self.layer is not None)
         if self.select == "pooled" and self.layer is None and getattr(output, "pooler_output", None) is not None:
             return rearrange(output.pooler_output.flatten(1), "b d -> b 1 d"), None
         hidden = output.last_hidden_state if self.layer is None else self._hidden(output.hidden_states)

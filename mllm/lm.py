@@ -68,7 +68,9 @@ class LanguageModel(nn.Module):
     def context(self) -> int | None:
         """Return the most positions the model was made for, or None where it does not say."""
         config = self.model.config.get_text_config()
-        return next((getattr(config, key) for key in ("max_position_embeddings", "n_positions") if hasattr(config, key)), None)
+        return next(
+            (getattr(config, key) for key in ("max_position_embeddings", "n_positions") if hasattr(config, key)), None
+        )
 
     @property
     def bos(self) -> list[int]:
@@ -139,7 +141,9 @@ class LanguageModel(nn.Module):
         """Return a copy of key-value states, to be added to; the original stays as it is."""
         return copy.deepcopy(cache)
 
-    def generate(self, mask: Tensor, decoding: dict[str, Any], *, cache: Any = None, **inputs: Tensor) -> list[list[int]]:
+    def generate(
+        self, mask: Tensor, decoding: dict[str, Any], *, cache: Any = None, **inputs: Tensor
+    ) -> list[list[int]]:
         """Return the new ids of each sequence, by `transformers`' own decoding.
 
         Args:

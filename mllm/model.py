@@ -44,6 +44,11 @@ class Assembly(nn.Module):
         spec: what the parts were built from, saved with the trained tensors.
     """
 
+    # Parts are asked for what they can do, not for their class; to a type checker they are anything.
+    encoder: Any
+    connector: Any
+    lm: Any
+
     def __init__(self, *, encoder: nn.Module, connector: nn.Module, lm: nn.Module, spec: AssemblySpec) -> None:
         super().__init__()
         self.encoder, self.connector, self.lm = encoder, connector, lm
@@ -69,7 +74,9 @@ class Assembly(nn.Module):
         with torch.no_grad():
             return self.encoder(pixels.to(self.device))
 
-    def forward(self, features: Tensor | None, batch: Batch, objectives: Sequence[Any] = ()) -> list[tuple[Tensor, int]]:
+    def forward(
+        self, features: Tensor | None, batch: Batch, objectives: Sequence[Any] = ()
+    ) -> list[tuple[Tensor, int]]:
         """Return each objective's summed loss and its count.
 
         Args:
@@ -133,7 +140,7 @@ class Assembly(nn.Module):
         """Take in images (and text, interleaved) once, for many questions.
 
         Args:
-            pieces: images alone are put as the recipe's ``prompt.template`` puts them; with text, all is taken as it is.
+            pieces: images alone are put as the recipe's ``prompt.template`` has it; with text, as they stand.
 
         Raises:
             MLLMError: nothing to see, or a bad picture.
@@ -226,7 +233,9 @@ def trained_module(model: Assembly, path: str) -> nn.Module:
         return model.get_submodule(path)
     except AttributeError:
         known = [name for name, _ in model.named_modules() if name and name.split(".")[0] not in FROZEN]
-        raise MLLMError(f"A stage's 'train' names {path!r}, which is no part of the model. {near(path, known)}") from None
+        raise MLLMError(
+            f"A stage's 'train' names {path!r}, which is no part of the model. {near(path, known)}"
+        ) from None
 
 
 def build_encoder(spec: AssemblySpec) -> Any:
@@ -277,5 +286,9 @@ def _check_prompts(prompts: Sequence[Sequence[Piece]]) -> None:
     if isinstance(prompts, str) or not prompts:
         raise MLLMError("Expected a list of prompts, each a list of texts and images: [['A picture of', image]].")
     for index, pieces in enumerate(prompts):
-        if isinstance(pieces, str) or not isinstance(pieces, Sequence) or all(isinstance(piece, str) and not piece for piece in pieces):
+        if (
+            isinstance(pieces, str)
+            or not isinstance(pieces, Sequence)
+            or all(isinstance(piece, str) and not piece for piece in pieces)
+        ):
             raise MLLMError(f"Prompt {index} is {pieces!r}: expected a list of texts and images, not empty.")

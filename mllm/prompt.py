@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 IGNORED = -100  # a label that is no target
 
 

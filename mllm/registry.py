@@ -31,6 +31,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
     "decoding": {},
     "suites": {},
     "metrics": {
+        "caption/mentioned": "mllm.eval.metrics.mentioned:mentioned",
         "caption/bleu-1": "mllm.eval.metrics.bleu:bleu_1",
         "caption/bleu-2": "mllm.eval.metrics.bleu:bleu_2",
         "caption/bleu-3": "mllm.eval.metrics.bleu:bleu_3",

@@ -36,9 +36,7 @@ from mllm.run import Run, free_folder
 VALIDATION_ITEMS = 256
 
 
-def train(
-    recipe: str, overrides: Mapping[str, Any] | Sequence[str] = (), *, out: str | Path | None = None
-) -> Run:
+def train(recipe: str, overrides: Mapping[str, Any] | Sequence[str] = (), *, out: str | Path | None = None) -> Run:
     """Train a recipe and return its run.
 
     Args:
@@ -103,9 +101,7 @@ def _train(run: Run, model: Assembly, stage: Stage, config: Recipe, store: Featu
     if not model.calibrated:
         calibrate(model, store([image for pieces in first for image in images_of(pieces)]))
         model.calibrated = True
-    optimizer = torch.optim.AdamW(
-        _groups(model, stage), weight_decay=stage.optim.weight_decay, betas=stage.optim.betas
-    )
+    optimizer = torch.optim.AdamW(_groups(model, stage), weight_decay=stage.optim.weight_decay, betas=stage.optim.betas)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     schedule = get_scheduler(_schedule(stage), optimizer, stage.optim.warmup, stage.steps)
     objectives = [lookup("objectives", spec.type) for spec in stage.objectives]
@@ -144,8 +140,12 @@ def _step(
     """Do one optimizer step over accumulated batches; return the mean loss over target tokens."""
     model: Assembly = accelerator.unwrap_model(wrapped)
     prepared = [_inputs(model, rows, store, accelerator.device) for rows in micro]
-    targets = torch.tensor(float(sum(int((batch.labels >= 0).sum()) for _, batch in prepared)), device=accelerator.device)
-    share = accelerator.num_processes / accelerator.reduce(targets).clamp(min=1)  # gradients are averaged over processes
+    targets = torch.tensor(
+        float(sum(int((batch.labels >= 0).sum()) for _, batch in prepared)), device=accelerator.device
+    )
+    share = accelerator.num_processes / accelerator.reduce(targets).clamp(
+        min=1
+    )  # gradients are averaged over processes
     total = torch.zeros((), device=accelerator.device)
     for index, (features, batch) in enumerate(prepared):
         last = index == len(prepared) - 1

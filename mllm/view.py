@@ -12,6 +12,7 @@ from mllm.errors import MLLMError
 from mllm.prompt import answer_text
 from mllm.recipe import PromptSpec
 
+
 class View:
     """Images (and text) that went through the model once; questions are answered from there.
 
@@ -66,10 +67,10 @@ class View:
         return [score / len(row) if normalize else score for score, row in zip(scores, rows, strict=True)]
 
     def _score(self, rows: list[list[int]]) -> list[float]:
-        """Walk the tree of the candidates' tokens, level by level: what candidates begin with alike is computed once."""
+        """Walk the tree of the candidates' tokens by levels: what candidates have in common is computed once."""
         scores = [0.0] * len(rows)
         cache, logits = self._lm.fork(self._cache), self._next.unsqueeze(0)  # (1, V): the tree's root
-        nodes = {(): 0}
+        nodes: dict[tuple[int, ...], int] = {(): 0}
         for depth in range(max(len(row) for row in rows)):
             likelihood = logits.float().log_softmax(-1)  # (N, V)
             open_rows = [index for index, row in enumerate(rows) if len(row) > depth]

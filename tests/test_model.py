@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -27,7 +29,7 @@ PROMPTS = [
 
 @pytest.fixture(params=[{"type": "linear"}, {"type": "linear", "tokens": 4}, {"type": "linear", "norm": True}])
 def model(request, tiny_parts):
-    return mllm.assemble(*tiny_parts, request.param)
+    return mllm.assemble(tiny_parts[0], tiny_parts[1], request.param)
 
 
 def test_a_batch_gives_what_its_members_give_alone(model):
@@ -56,8 +58,8 @@ def test_without_an_image_the_logits_are_the_bare_language_models(tiny_parts, mo
 
 
 def test_text_without_images_generates_as_the_bare_language_model(tiny_parts, model):
-    bare = AutoModelForCausalLM.from_pretrained(tiny_parts[1])
-    tokenizer = AutoTokenizer.from_pretrained(tiny_parts[1])
+    bare: Any = AutoModelForCausalLM.from_pretrained(tiny_parts[1])
+    tokenizer: Any = AutoTokenizer.from_pretrained(tiny_parts[1])
     inputs = tokenizer("no picture here", return_tensors="pt", return_token_type_ids=False)
     expected = bare.generate(**inputs, max_new_tokens=10, do_sample=False)[0, inputs.input_ids.shape[1] :]
     text = tokenizer.decode(expected, skip_special_tokens=True).strip()
@@ -136,7 +138,7 @@ def test_a_score_is_the_log_likelihood_of_the_whole_answer(model):
 
 
 def test_a_calibrated_connector_starts_at_the_spread_of_the_embeddings(tiny_parts):
-    model = mllm.assemble(*tiny_parts, {"type": "linear", "tokens": 4})
+    model = mllm.assemble(tiny_parts[0], tiny_parts[1], {"type": "linear", "tokens": 4})
     features = model.features([tiny_image(seed) for seed in range(8)])
     calibrate(model, features)
     spread = float(model.connector(features).detach().std())
@@ -144,7 +146,7 @@ def test_a_calibrated_connector_starts_at_the_spread_of_the_embeddings(tiny_part
 
 
 def test_one_seed_draws_the_same_connector_and_another_seed_another(tiny_parts):
-    weights = [mllm.assemble(*tiny_parts, seed=seed).connector.project.weight for seed in (0, 0, 1)]
+    weights = [mllm.assemble(tiny_parts[0], tiny_parts[1], seed=seed).connector.project.weight for seed in (0, 0, 1)]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
@@ -173,6 +175,6 @@ def test_empty_candidates_are_refused(model):
 
 def test_a_connector_argument_that_does_not_exist_is_named(tiny_parts):
     with pytest.raises(MLLMError, match=r"connector linear.*'tokenz'"):
-        mllm.assemble(*tiny_parts, {"type": "linear", "tokenz": 4})
+        mllm.assemble(tiny_parts[0], tiny_parts[1], {"type": "linear", "tokenz": 4})
     with pytest.raises(MLLMError, match=r"connector.tokens is 5"):
-        mllm.assemble(*tiny_parts, {"type": "linear", "tokens": 5})
+        mllm.assemble(tiny_parts[0], tiny_parts[1], {"type": "linear", "tokens": 5})

@@ -80,7 +80,7 @@ def test_a_run_holds_what_it_came_from(recipe, tmp_path):
 
 def test_frozen_parts_hash_the_same_and_the_connector_does_not(recipe, tmp_path, tiny_parts):
     spec = {"type": "linear", "tokens": 4}
-    before = mllm.assemble(*tiny_parts, spec)
+    before = mllm.assemble(tiny_parts[0], tiny_parts[1], spec)
     after = mllm.load(mllm.train(recipe, ["stages.0.steps=3"], out=tmp_path / "run").path)
     for part in ("encoder", "lm"):
         assert mllm.hub.tensor_hash(getattr(before, part)) == mllm.hub.tensor_hash(getattr(after, part))
@@ -107,19 +107,24 @@ def test_what_was_trained_reads_the_picture(recipe, tmp_path):
 
 
 def test_several_images_and_text_only_examples_train_together(recipe, tmp_path, tiny_parts):
-    model = mllm.assemble(*tiny_parts, {"type": "linear", "tokens": 4})
+    model = mllm.assemble(tiny_parts[0], tiny_parts[1], {"type": "linear", "tokens": 4})
     target = mllm.prompt.Target(" yes")
     rows = [[tiny_image(0), "and", tiny_image(1), target], ["no picture", target], [tiny_image(2), target]]
     alone = [validate(model, [row], FeatureStore(model)) for row in rows]
     assert validate(model, rows, FeatureStore(model)) == pytest.approx(sum(alone) / 3, rel=1e-4)
 
 
-def test_features_are_computed_once_and_are_the_same(tiny_parts):
-    model = mllm.assemble(*tiny_parts)
+def test_features_are_computed_once_and_are_the_same(tiny_parts, monkeypatch):
+    model = mllm.assemble(tiny_parts[0], tiny_parts[1])
     images = [tiny_image(0), tiny_image(1), tiny_image(0)]
-    store, seen = FeatureStore(model), []
+    store, seen = FeatureStore(model), list[int]()
     compute = model.features
-    model.features = lambda batch: seen.append(len(batch)) or compute(batch)
+
+    def counted(batch):
+        seen.append(len(batch))
+        return compute(batch)
+
+    monkeypatch.setattr(model, "features", counted)
     first, second = store(images), store(images)
     assert seen == [2]
     assert torch.equal(first, second) and torch.allclose(first, compute(images), atol=1e-6)
@@ -146,7 +151,7 @@ def test_normal_equations_are_ridge_regression():
 
 
 def test_the_closed_form_start_points_features_at_their_words(tiny_parts):
-    model = mllm.assemble(*tiny_parts, {"type": "linear", "tokens": 4})
+    model = mllm.assemble(tiny_parts[0], tiny_parts[1], {"type": "linear", "tokens": 4})
     pictures = [tiny_image(seed) for seed in range(24)]
     for index, picture in enumerate(pictures):
         picture.paste(list(COLOURS.values())[index % 4], (0, 0, 40, 26))
@@ -156,7 +161,9 @@ def test_the_closed_form_start_points_features_at_their_words(tiny_parts):
     explained = fit_connector(model, items[:16], model.features, strength=0.001)
     assert 0.5 < explained <= 1
     predicted = model.connector(model.features(pictures[16:])).mean(1)
-    targets = torch.stack([mllm.fit.words_embedding(model.lm, item, mllm.fit.rarity(model.lm, items)) for item in items[:4]])
+    targets = torch.stack(
+        [mllm.fit.words_embedding(model.lm, item, mllm.fit.rarity(model.lm, items)) for item in items[:4]]
+    )
     nearest = torch.cdist(predicted, targets).argmin(1)
     assert nearest.tolist() == [0, 1, 2, 3] * 2
 

@@ -8,10 +8,13 @@ against the program itself.
 At each place every rule tries its longest match, what must follow the token included. The longest wins, and of equally
 long ones the first. Where no rule matches, the character is dropped.
 
-What differs: a caption is read as if it stood alone. The Java program reads all captions as one text, in which a few
-constructions (``no.`` before a number, say) reach into the next line, and in which a vertical tab, form feed, carriage
-return, U+2028 or U+2029 begins a new line, so that every later caption is given its neighbour's words. Here these are
-spaces.
+What differs: a caption is read as if it stood alone. The Java program reads all captions as one text, where
+
+- a vertical tab, form feed, carriage return, U+2028 or U+2029 begins a new line, so that every later caption is given
+  its neighbour's words (here these are spaces);
+- a few rules look into the next line: a caption that ends in "no." before one that begins with a digit, in a single
+  letter and a full stop before one that begins with "A", "The" or the like, or in an unclosed tag (``<a b="``);
+- and a capital sigma is lower-cased differently where a word goes on with a digit or another script's letters.
 """
 
 from __future__ import annotations

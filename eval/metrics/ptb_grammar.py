@@ -71,7 +71,7 @@ MAIL = rf'(?:<|(?i:&lt;))?[a-zA-Z0-9][^ \t\n\f\r"<>|(){{}}\u00a0]*@(?:{MAIL_PART
 FILE_TYPES = """bat bmp c class cgi cpp dll docx? exe gif gz h html? jar java jpe?g mov mp3 pdf php pl png ppt ps py sql
     tar txt wav x xml zip"""
 
-# Compounds: x-ray, 24/7, AT&T, T-1,000. The second elements of the third and fourth are plain ASCII.
+# Compounds: x-ray, AT&T, and/or, non-U.S., 1,000-mile.
 ELISION = rf"(?:[dDoOlL]{APOS_LIKE}[{LETTERS}{DIGITS}])?"
 JOINED = rf"{ELISION}[{LETTERS}{DIGITS}]+(?:{HYPHEN}{ELISION}[{LETTERS}{DIGITS}]+)*"
 CAPITALS = rf"[A-Z]+(?:(?:\+|{AMPERSAND})[A-Z]+)+"
@@ -80,7 +80,7 @@ SLASHED = rf"{HALF}(?:\\?/{HALF}){{1,2}}"
 ACRONYM = rf"{_any('Canada Sino Korean EU Japan non')}-{_any('U[.]S')}|{_any('U[.]S[.]-U[.]K U[.]S[.]-U[.]S[.]S[.]R')}"
 HYPHENATED = rf"[A-Za-z0-9][A-Za-z0-9.,\u00ad]*(?:-(?:(?:[A-Za-z](?:\.[A-Za-z])+|{ACRONYM})\.|[A-Za-z0-9\u00ad]+))+"
 
-# Abbreviations that keep their full stop: those of persons and offices, and those that also end before another letter.
+# Abbreviations that keep their full stop; after those of the second list the token ends even if a letter follows.
 ABBREVIATIONS = """Mr Mrs Ms Drs? Profs? Sens? Reps? Attys? Lt Col Gen Messrs Govs? Adm Rev Maj Sgt Cpl Pvt Capt Ste?
     Ave Pres Lieut Hon Brig Co?mdr Pfc Spc Supts? Det Mme Mlle Msgr Insp Asst Assoc Sfc Adj Adv Ens Alex Wm Jos Cf Cie
     Dept Elec Natl Invt M[ft]g Ft Mt Ph Treas Vs"""
@@ -167,7 +167,7 @@ RULES = (
     Rule(f"[yY]{APOS}", f"[{LETTERS}]"),
     Rule(rf"{_any('https?')}://{URL}"),
     Rule(f"{_site('+')}(?:/{PATH})?"),
-    Rule(f"{_site('+?')}/{PATH}"),
+    Rule(f"{_site('+?')}/{PATH}"),  # the longest path may follow a shorter name
     Rule(MAIL),
     Rule(rf"@[A-Za-z_][A-Za-z_0-9]*|#{LETTER}+"),
     Rule(REDUCED, "[^A-Za-z]", _quote),

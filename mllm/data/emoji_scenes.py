@@ -14,11 +14,11 @@ from random import Random
 
 from mllm.data.items import Item
 from mllm.data.scene_image import BACKGROUNDS, SIDE, Kind, Scene, Thing, kinds
-from mllm.data.scene_text import article, captions, questions
+from mllm.data.scene_text import article, captions, groups, noun, phrase, questions
 from mllm.errors import MLLMError, near
 
 SPLITS = ("train", "val", "combinations", "kinds")
-TASKS = ("captions", "questions", "both", "name")
+TASKS = ("captions", "questions", "both", "name", "objects")
 MAX_KINDS = 3
 SIZES = {1: (96, 156), 2: (60, 104), 3: (52, 84), 4: (48, 76)}  # of an object in pixels, by number of objects
 MARGIN = 4  # pixels between objects, and to the picture's edge
@@ -35,7 +35,8 @@ def emoji_scenes(
         split: "train"; "val", new scenes of the same kinds; "combinations", scenes with a pair of kinds that "train"
             never shows together; "kinds", scenes of kinds that "train" never shows.
         task: "captions" (kind "single" or "multi": one object or several), "questions" (up to three a scene, following
-            each other; kind is the question's type), "both", or "name": one object, captioned "a red apple".
+            each other; kind is the question's type), "both", "name": one object, captioned "a red apple", the
+            captions of all the split's kinds being the choices; or "objects": several objects, the answers name them.
         size: number of items.
         seed: other seeds give other scenes of the same split.
         max_objects: most objects in a scene, 1 to 4. About half of the scenes hold one ("combinations": none).
@@ -79,8 +80,9 @@ def _items(split: str, task: str, seed: int, max_objects: int) -> Iterator[Item]
         scene = _scene(split, max_objects, random)
         name = f"emoji-scenes/{split}/{seed}/{index}"
         if task == "name":
-            thing = scene.things[0].kind.name
-            yield Item(name, (scene,), (f"{article(thing)} {thing}",), kind="single")
+            yield Item(name, (scene,), (phrase(scene.things),), kind="single", choices=_choices(split))
+        if task == "objects" and len(scene.things) > 1:
+            yield Item(name, (scene,), tuple(noun(group) for group in groups(scene)), kind="multi")
         if task in ("captions", "both"):
             kind = "single" if len(scene.things) == 1 else "multi"
             yield Item(name, (scene,), captions(scene, Random(name)), kind=kind)
@@ -108,9 +110,8 @@ def _belongs(scene: Scene, split: str, chosen: list[Kind]) -> bool:
     new_pair = any(_held_out(*pair) for pair in combinations(chosen, 2))
     if split == "combinations":
         return new_pair
-    return not new_pair and _tenth(scene.specification()) == (
-        split == "val"
-    )  # so no scene is in both, whatever the seeds
+    is_val = _tenth(scene.specification())  # so no scene is in both, whatever the seeds
+    return not new_pair and is_val == (split == "val")
 
 
 def _things(chosen: list[Kind], num_things: int, random: Random) -> tuple[Thing, ...]:
@@ -137,6 +138,11 @@ def _places(num_things: int, random: Random) -> list[tuple[int, int, int]]:
                 places.append((x, y, size))
             if len(places) == num_things:
                 return places
+
+
+@cache
+def _choices(split: str) -> tuple[str, ...]:
+    return tuple(f"{article(name)} {name}" for name in names(split))
 
 
 @cache

@@ -121,8 +121,8 @@ def captions(scene: Scene, random: Random) -> tuple[str, ...]:
     parts = groups(scene)
     random.shuffle(parts)
     every = _join([phrase(part) for part in parts])
-    background = f"{every} on {article(scene.background)} {scene.background} background"
-    return (*_placed(parts)[:2], every, background, f"a picture of {every}")
+    background = f"{article(scene.background)} {scene.background} background"
+    return (*_placed(parts)[:2], every, f"{every} on {background}", f"{every} in front of {background}")
 
 
 def _placed(parts: list[tuple[Thing, ...]]) -> list[str]:

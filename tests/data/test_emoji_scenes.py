@@ -187,7 +187,7 @@ def test_captions_agree_with_the_scene() -> None:
             assert 3 <= len(item.answers) == len(set(item.answers)) <= 5
             assert any(f" {scene(item).background} background" in answer for answer in item.answers)
             for answer in item.answers:
-                answer = re.sub(r" on an? \w+ background$", "", answer.removeprefix("a picture of "))
+                answer = re.sub(r" (on|in front of) an? \w+ background$", "", answer)
                 word = next((word for word, text in RELATIONS.items() if f" {text} " in answer), None)
                 if word is None:
                     assert edges(item, answer)[1] == codes(item)

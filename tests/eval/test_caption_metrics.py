@@ -17,16 +17,16 @@ from mllm.registry import lookup
 RECORDED = Path(__file__).parents[1] / "fixtures" / "ptb.jsonl"  # captions and the Java program's tokens
 NAMES = [*(f"caption/bleu-{n}" for n in (1, 2, 3, 4)), "caption/rouge-l", "caption/cider-d", "caption/cider"]
 
-WORDS = """a an the A The man woman dog dogs cat street field two Two red blue young is are on in with and of to holding
-    riding standing next park ball frisbee Cannot cannot gonna wanna gimme don't can't isn't won't they're it's he'd I'm
-    man's girls' James' o'clock ma'am rock'n'roll 'em 'n' '90s 'tis O'Neil Hawai'i y'all""".split()
-RARE = """t-shirt black-and-white 2-year-old e-mail -- --- - ... .... . , ; : ! ? ?! 1/2 3/4 24/7 and/or 5 5th 3.14 1,000
-    10:30 12/25/2010 555-1234 $5 5% US$5 €5 £3 20¢ ½ ⅔ 20°C x² #1 #tag @me a@b.com www.foo.com http://foo.com/a?b=1 f.jpg
-    "quoted" 'quoted' “quoted” ‘quoted’ «quoted» ``x'' (x) [x] {x} <b> </b> <br/> &amp; &lt; AT&T R&D C++ U.S. U.S.A. e.g.
-    a.m. p.m. Mr. Mrs. Dr. St. Jan. etc. vs. Ph.D. Inc. No. A. J.R.R. — – … é café naïve l'été 東京 ไทย Привет العربية 😀
-    a😀b ♥ ™ * ** / \\ | ~ ^ + = _ a_b x/y :) ;-) :D ^_^ \u00a0 \u200b \u0301 \u00ad \x01 \x7f 1\u00a01/2 soft\u00adhyphen""".split(
-    " "
-)
+COMMON = """a an the A The man woman dog dogs cat street field two Two red blue young is are on in with and of to
+    holding riding standing next park ball frisbee Cannot cannot gonna wanna gimme don't can't isn't won't they're it's
+    he'd I'm man's girls' James' o'clock ma'am rock'n'roll 'em 'n' '90s 'tis O'Neil Hawai'i y'all"""
+RARE = """t-shirt black-and-white 2-year-old e-mail -- --- - ... .... . , ; : ! ? ?! 1/2 3/4 24/7 and/or 5 5th 3.14
+    1,000 10:30 12/25/2010 555-1234 $5 5% US$5 €5 £3 20¢ ½ ⅔ 20°C x² #1 #tag @me a@b.com www.foo.com f.jpg
+    http://foo.com/a?b=1 "quoted" 'quoted' “quoted” ‘quoted’ «quoted» ``x'' (x) [x] {x} <b> </b> <br/> &amp; &lt; AT&T
+    R&D C++ U.S. U.S.A. e.g. a.m. p.m. Mr. Mrs. Dr. St. Jan. etc. vs. Ph.D. Inc. No. A. J.R.R. — – … é café naïve l'été
+    東京 ไทย Привет العربية 😀 a😀b ♥ ™ * ** / \\ | ~ ^ + = _ a_b x/y :) ;-) :D ^_^"""
+WORDS = COMMON.split()
+TOKENS = [*RARE.split(), "\u00a0", "\u200b", "\u0301", "\u00ad", "\x01", "\x7f", "1\u00a01/2", "soft\u00adhyphen"]
 
 
 def tokenize(caption: str) -> str:
@@ -39,7 +39,7 @@ def made_up(rng: random.Random) -> str:
     """A caption of common words and rare tokens, some of them run together."""
     pieces = []
     for _ in range(rng.choice([0, 1, 3, 6, 9, 12])):
-        pieces.append(rng.choice(RARE).strip() if rng.random() < 0.3 else rng.choice(WORDS))
+        pieces.append(rng.choice(TOKENS) if rng.random() < 0.3 else rng.choice(WORDS))
         pieces.append(rng.choice([" "] * 8 + ["", "", "  ", " , ", "."]))
     return "".join(pieces)
 
@@ -133,8 +133,8 @@ def test_cider_by_hand() -> None:
 
 
 def test_cider_d_clips_and_penalises_length_and_cider_does_not() -> None:
-    # "dog dog dog" for "a dog dog": n = 1 weighs {dog: 3 log 2} against {dog: 2 log 2}, n = 2 {dog dog: 2 log 2} against
-    # {a dog: log 2, dog dog: log 2}, n = 3 has nothing in common; the lengths are equal.
+    # "dog dog dog" for "a dog dog", of equal length: n = 1 weighs {dog: 3 log 2} against {dog: 2 log 2}, and n = 2
+    # {dog dog: 2 log 2} against {a dog: log 2, dog dog: log 2}; nothing longer is common.
     predictions, references = ["dog dog dog", "a"], [["a dog dog"], ["a"]]
     plain = lookup("metrics", "caption/cider")(predictions, references)
     guarded = lookup("metrics", "caption/cider-d")(predictions, references)
