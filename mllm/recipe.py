@@ -23,6 +23,7 @@ from mllm.errors import MLLMError, near
 Model = TypeVar("Model", bound=BaseModel)
 
 # Keys that nothing reads yet: they are refused, not ignored. Whoever builds one takes it out here.
+PARTS = ("encoder", "lm", "connector")  # built once, for all stages
 LATER = ("adapters", "heads", "tokens", "decoder", "scorer", "init.source", "eval.suites")
 
 
@@ -240,13 +241,21 @@ class Recipe(Settings):
     about: str = ""  # one line, shown by `mllm recipes`
     stages: list[Stage] = []
 
+    @model_validator(mode="after")
+    def _one_model(self) -> Recipe:
+        for stage in self.stages[1:]:
+            changed = [part for part in PARTS if getattr(stage, part) != getattr(self.stages[0], part)]
+            if changed:
+                raise ValueError(f"not in this version of mllm: stage {stage.name} changes {' and '.join(changed)}")
+        return self
+
     def assembly(self, stage: Stage) -> AssemblySpec:
         """Return what a stage's model is built from.
 
         Raises:
             MLLMError: a part is not named.
         """
-        missing = [part for part in ("encoder", "lm", "connector") if getattr(stage, part) is None]
+        missing = [part for part in PARTS if getattr(stage, part) is None]
         if missing:
             raise MLLMError(f"The recipe {self.name} names no {' and no '.join(missing)}.")
         shared = {key: getattr(stage, key) for key in AssemblySpec.model_fields if key != "seed"}

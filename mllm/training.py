@@ -34,6 +34,7 @@ from mllm.registry import lookup
 from mllm.run import Run, free_folder
 
 VALIDATION_ITEMS = 256
+CALIBRATION_EXAMPLES = 32
 
 
 def train(recipe: str, overrides: Mapping[str, Any] | Sequence[str] = (), *, out: str | Path | None = None) -> Run:
@@ -96,9 +97,10 @@ def _train(run: Run, model: Assembly, stage: Stage, config: Recipe, store: Featu
     assert stage.steps is not None
     accelerator = Accelerator(mixed_precision=_precision(stage))
     model.to(accelerator.device)
-    stream = examples(_data(stage), stage.prompt, seed=config.seed)
-    first = list(itertools.islice(stream, stage.batch_size))
+    sources = _data(stage)
+    stream = examples(sources, stage.prompt, seed=config.seed)
     if not model.calibrated:
+        first = itertools.islice(examples(sources, stage.prompt, seed=config.seed), CALIBRATION_EXAMPLES)
         calibrate(model, store([image for pieces in first for image in images_of(pieces)]))
         model.calibrated = True
     optimizer = torch.optim.AdamW(_groups(model, stage), weight_decay=stage.optim.weight_decay, betas=stage.optim.betas)
@@ -106,7 +108,6 @@ def _train(run: Run, model: Assembly, stage: Stage, config: Recipe, store: Featu
     schedule = get_scheduler(_schedule(stage), optimizer, stage.optim.warmup, stage.steps)
     objectives = [lookup("objectives", spec.type) for spec in stage.objectives]
     weights = [spec.weight for spec in stage.objectives]
-    stream = itertools.chain(first, stream)
     validation = _validation(stage)
     started = time.monotonic()
     with progress() as bar:

@@ -97,13 +97,12 @@ def test_a_batch_of_eight_is_two_of_four_accumulated(recipe, tmp_path):
 
 
 def test_what_was_trained_reads_the_picture(recipe, tmp_path):
-    model = mllm.load(mllm.train(recipe, ["stages.0.steps=60"], out=tmp_path / "run").path)
-    right = 0
-    for index in range(32, 48):
-        picture = source_of(recipe.replace("recipe.yaml", f"{index}.png"))
-        scores = model.score([picture, "A picture of"], list(COLOURS))
-        right += scores.index(max(scores)) == index % 4
-    assert right >= 12  # of 16; a blind model gets 4
+    model = mllm.load(mllm.train(recipe, ["stages.0.steps=400"], out=tmp_path / "run").path)
+    pictures = [source_of(recipe.replace("recipe.yaml", f"{index}.png")) for index in range(32, 48)]
+    scores = torch.tensor([model.score([picture, "A picture of"], list(COLOURS)) for picture in pictures])
+    # A language model with random weights has likings of its own: what the picture adds is what counts.
+    right = ((scores - scores.mean(0)).argmax(1) == torch.arange(16) % 4).sum()
+    assert right >= 12  # of 16 new pictures; a blind model gets 4
 
 
 def test_several_images_and_text_only_examples_train_together(recipe, tmp_path, tiny_parts):
@@ -175,7 +174,7 @@ def test_the_closed_form_start_points_features_at_their_words(tiny_parts):
         ("stages.0.train.lm=0.1", "trains connectors only"),
         ("data.train.path=nowhere.json", "nowhere.json cannot be read"),
         ("data.train.pth=x", "does not take these arguments"),
-        ("stages.0.objectives.0.type=captoin", "caption"),
+        ("stages.0.objectives=[{type: captoin}]", "Did you mean 'caption'"),
         ("encoder.model=mllm/none", "mllm/none"),
         ("connector.type=liner", "Did you mean 'linear'"),
     ],
@@ -196,4 +195,4 @@ def test_a_run_is_never_written_over(recipe, tmp_path):
 
 def test_a_loss_that_is_no_number_stops_the_run(recipe, tmp_path):
     with pytest.raises(MLLMError, match="Lower the learning rate"):
-        mllm.train(recipe, ["stages.0.train.connector=1e30", "optim.clip=null"], out=tmp_path / "run")
+        mllm.train(recipe, ["stages.0.train.connector=1e37", "optim.clip=null"], out=tmp_path / "run")

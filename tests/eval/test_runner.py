@@ -1,0 +1,114 @@
+"""The runner: what each condition sees, intervals, and a report that says what was measured."""
+
+from __future__ import annotations
+
+import json
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+import pytest
+
+import mllm
+import mllm.data.loading
+from mllm.errors import MLLMError
+from mllm.testing import tiny_image
+
+
+@pytest.fixture
+def captions(tmp_path):
+    """A folder as the suite coco-captions reads it: six pictures, two captions each."""
+    (tmp_path / "images").mkdir()
+    images, annotations = [], []
+    for index in range(6):
+        tiny_image(index).save(tmp_path / "images" / f"{index}.png")
+        images.append({"id": index, "file_name": f"{index}.png"})
+        annotations += [{"image_id": index, "caption": f"picture {index} of {word}"} for word in ("dogs", "a cat")]
+    (tmp_path / "captions_val.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    return tmp_path
+
+
+@pytest.fixture
+def model(tiny_parts):
+    return mllm.assemble(tiny_parts[0], tiny_parts[1], {"type": "linear", "tokens": 4})
+
+
+def test_each_condition_sees_what_its_name_says(model, captions, monkeypatch):
+    seen: list[list[list[Any]]] = []
+    generate = model.generate
+
+    def watched(prompts, **options):
+        seen.append(prompts)
+        return generate(prompts, **options)
+
+    monkeypatch.setattr(model, "generate", watched)
+    mllm.evaluate(model, "coco-captions", captions)
+    ours, blind, shuffled = seen
+    files = [[str(piece.path) for piece in prompt if not isinstance(piece, str)] for prompt in ours]
+    others = [[str(piece.path) for piece in prompt if not isinstance(piece, str)] for prompt in shuffled]
+    assert len(ours) == 6 and all(len(names) == 1 for names in files)
+    assert blind == [["A picture of"]]  # equal prompts are answered once
+    assert sorted(others) == sorted(files) and all(a != b for a, b in zip(files, others, strict=True))
+
+
+def test_predictions_are_the_models_answers_and_scores_the_metrics(model, captions):
+    report = mllm.evaluate(model, "coco-captions", captions)
+    for row in report.rows:
+        image = captions / "images" / f"{row['id']}.png"
+        assert row["prediction"] == str(model.generate([[image, "A picture of"]], max_new_tokens=30)[0])
+    predictions = [row["prediction"] for row in report.rows]
+    references = [row["references"] for row in report.rows]
+    for name in ("caption/cider-d", "caption/bleu-4", "caption/rouge-l"):
+        assert report[name]["value"] == mllm.metric(name)(predictions, references).value
+    again = mllm.evaluate(model, "coco-captions", captions)
+    assert again.rows == report.rows and again.summary == report.summary
+
+
+def test_what_is_written_is_what_was_found(model, captions, tmp_path):
+    report = mllm.evaluate(model, "coco-captions", captions, limit=4, out=tmp_path / "out", run="mine")
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    rows = [json.loads(line) for line in (tmp_path / "out/predictions.jsonl").read_text().splitlines()]
+    assert (summary["n"], summary["run"], len(rows)) == (4, "mine", 4)
+    assert rows == report.rows and report.page == tmp_path / "out/report.html"
+    assert {"prompt", "decoding", "data", "lm"} <= summary["settings"].keys() and "torch" in summary["versions"]
+
+
+def test_the_interval_of_a_mean_covers_it_as_often_as_it_says():
+    interval = import_module("mllm.eval.runner").interval
+    draw = np.random.default_rng(0)
+    covered = 0
+    for seed in range(200):
+        low, high = interval(draw.normal(0.3, 1.0, 100), resamples=200, seed=seed)
+        covered += low <= 0.3 <= high
+    assert 178 <= covered <= 199  # 190 expected; the bounds allow for chance (1 in 1,000) and the bootstrap's own bias
+
+
+def test_bad_requests_are_one_message(model, captions):
+    with pytest.raises(MLLMError, match="Did you mean 'coco-captions'"):
+        mllm.evaluate(model, "coco-caption", captions)
+    with pytest.raises(MLLMError, match="needs --data"):
+        mllm.evaluate(model, "coco-captions")
+    with pytest.raises(MLLMError, match="blnd"):
+        mllm.evaluate(model, "coco-captions", captions, baselines=["blnd"])
+    (captions / "images/3.png").unlink()
+    with pytest.raises(MLLMError, match=r"1 of 6 pictures are not there.*3\.png"):
+        mllm.evaluate(model, "coco-captions", captions)
+
+
+@pytest.mark.installed
+@pytest.mark.parametrize("name", import_module("mllm.eval.runner").suite_names())
+def test_every_suite_reads_its_data_and_its_metrics_exist(name):
+    runner = import_module("mllm.eval.runner")
+    suite = runner.load_suite(name)
+    assert all(mllm.metric(metric) for metric in suite.metrics)
+    if not suite.folder:
+        items = mllm.data.loading.read(suite.data)
+        assert items and all(item.answers for item in items)
+        assert suite.answer != "choose" or all(item.answers[0] in item.choices for item in items)
+
+
+def test_mentioned_counts_whole_words():
+    score = mllm.metric("caption/mentioned")(
+        ["A Dog and two cats.", "a hotdog", "nothing"], [["dog", "cats", "horse"], ["dog"], ["t-rex"]]
+    )
+    assert score.per_item == [pytest.approx(2 / 3), 0.0, 0.0]
