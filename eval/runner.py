@@ -20,7 +20,6 @@ from mllm.eval.report import write_report
 from omegaconf import OmegaConf
 from pydantic import Field
 
-from mllm import recipe
 from mllm.checkpoint import write
 from mllm.data.items import Item, question_text
 from mllm.data.loading import read
@@ -28,9 +27,9 @@ from mllm.errors import MLLMError, near
 from mllm.images import ImageSource
 from mllm.model import Assembly
 from mllm.prompt import arrange
-from mllm.recipe import DataSpec, PromptSpec, Spec
 from mllm.registry import lookup
 from mllm.run import environment
+from mllm.spec import DataSpec, PromptSpec, Spec, checked
 from mllm.training import progress
 from mllm.view import View
 
@@ -82,7 +81,7 @@ def load_suite(name: str) -> Suite:
     if name not in known:
         raise MLLMError(f"No suite is called {name!r}. {near(name, known)}")
     text = (files("mllm.eval") / "suites" / f"{name}.yaml").read_text()
-    return recipe.checked(Suite, OmegaConf.to_container(OmegaConf.create(text)), label=f"Suite {name}")
+    return checked(Suite, OmegaConf.to_container(OmegaConf.create(text)), label=f"Suite {name}")
 
 
 def suite_names() -> list[str]:

@@ -17,8 +17,8 @@ from mllm import recipe as recipes
 from mllm.data.loading import reader
 from mllm.errors import MLLMError
 from mllm.model import Assembly, build_connector, build_encoder, build_lm, trained_module
-from mllm.recipe import DataSpec, Recipe, Stage
 from mllm.registry import lookup
+from mllm.spec import DataSpec, Recipe, Stage
 
 
 def problems(recipe: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> list[str]:

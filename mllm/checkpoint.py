@@ -20,10 +20,9 @@ from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from mllm import recipe
 from mllm.errors import MLLMError
 from mllm.model import Assembly, build
-from mllm.recipe import AssemblySpec, Spec
+from mllm.spec import AssemblySpec, Spec, checked
 from mllm.version import __version__
 
 FORMAT = 1
@@ -153,7 +152,7 @@ def _about(path: Path) -> About:
             f"{path} is of format {about.get('format')!r}, and this version of mllm reads format {FORMAT}. "
             f"It was written by mllm {about.get('version', '(unknown)')}: load it with that version."
         )
-    return recipe.checked(About, about, label=str(path))
+    return checked(About, about, label=str(path))
 
 
 def _fingerprints(model: Assembly) -> dict[str, str]:

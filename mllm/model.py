@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from mllm.errors import MLLMError, near
 from mllm.images import open_image
 from mllm.prompt import Batch, Encoded, Piece, arrange, collate, encode, images_of
-from mllm.recipe import AssemblySpec
 from mllm.registry import lookup
+from mllm.spec import AssemblySpec, checked
 from mllm.view import View
 
 FROZEN = ("encoder", "lm")
@@ -200,9 +200,7 @@ def assemble(
     Raises:
         MLLMError: an unknown part or argument, or parts that do not fit.
     """
-    from mllm import recipe
-
-    spec = recipe.checked(
+    spec = checked(
         AssemblySpec,
         {
             "encoder": {"model": encoder} if isinstance(encoder, str) else encoder,

@@ -29,9 +29,9 @@ from mllm.fit import fit_connector
 from mllm.hub import tensor_hash
 from mllm.model import FROZEN, Assembly, build, calibrate, trained_module
 from mllm.prompt import Batch, Piece, collate, images_of
-from mllm.recipe import Recipe, Stage
 from mllm.registry import lookup
 from mllm.run import Run, free_folder
+from mllm.spec import Recipe, Stage
 
 VALIDATION_ITEMS = 256
 CALIBRATION_EXAMPLES = 32

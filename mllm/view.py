@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mllm.errors import MLLMError
 from mllm.prompt import answer_text
-from mllm.recipe import PromptSpec
+from mllm.spec import PromptSpec
 
 
 class View:

@@ -15,7 +15,7 @@ from mllm.data.readers import coco_captions, table
 from mllm.errors import MLLMError
 from mllm.images import ImageFile
 from mllm.prompt import Target
-from mllm.recipe import DataSpec, PromptSpec
+from mllm.spec import DataSpec, PromptSpec
 
 
 @pytest.fixture

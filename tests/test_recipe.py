@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mllm import recipe
+from mllm import recipe, spec
 from mllm.errors import MLLMError
 
 TEXT = """
@@ -33,7 +33,7 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def load(file: Path, *overrides: str) -> recipe.Recipe:
+def load(file: Path, *overrides: str) -> spec.Recipe:
     return recipe.load(str(file), overrides)
 
 
@@ -209,7 +209,7 @@ def test_a_stage_either_fits_or_trains(file: Path) -> None:
 
 
 def test_what_no_version_reads_yet_is_refused_and_not_ignored(file: Path) -> None:
-    for key in recipe.LATER:
+    for key in spec.LATER:
         shown = key.replace("init.source", "init.from")
         value = "[x]" if shown in ("tokens", "eval.suites") else "x" if "." in key else "[{type: x}]"
         value = "{type: x}" if key in ("decoder", "scorer") else value

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from mllm.images import ImageSource
 from mllm.prompt import Piece, Target, answer_text, arrange
-from mllm.recipe import PromptSpec
+from mllm.spec import PromptSpec
 
 
 @dataclass(frozen=True)

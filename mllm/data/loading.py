@@ -10,8 +10,8 @@ from functools import partial
 from mllm.data.items import Item, pieces_of
 from mllm.errors import MLLMError
 from mllm.prompt import Piece
-from mllm.recipe import DataSpec, PromptSpec
 from mllm.registry import lookup
+from mllm.spec import DataSpec, PromptSpec
 
 
 def reader(spec: DataSpec) -> Callable[[], list[Item]]:

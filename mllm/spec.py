@@ -1,0 +1,310 @@
+"""What a recipe may say: its keys, their types and their defaults, checked by pydantic."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import reduce
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from mllm.errors import MLLMError, near
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+PARTS = ("encoder", "lm", "connector")  # built once, for all stages
+# Keys that nothing reads yet: they are refused, not ignored. Whoever builds one takes it out here.
+LATER = ("adapters", "heads", "tokens", "decoder", "scorer", "init.source", "eval.suites")
+
+
+class Spec(BaseModel):
+    """A mapping of the recipe whose keys are all known."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class PartSpec(BaseModel):
+    """A part by its registry name; every other key is an argument of the part."""
+
+    model_config = ConfigDict(extra="allow")
+    type: str
+
+    def options(self) -> dict[str, Any]:
+        """Return the arguments of the part."""
+        return dict(self.__pydantic_extra__ or {})
+
+
+class EncoderSpec(Spec):
+    """The frozen encoder: which model, and what is taken from it."""
+
+    type: str = "transformers"
+    model: str = Field(min_length=1)
+    layer: int | None = None  # index into the hidden states; null: the model's own output
+    select: Literal["patches", "pooled", "all"] = "patches"
+    resolution: int | None = Field(default=None, ge=1)  # pixels; null: the image processor's
+    init: Literal["pretrained", "random"] = "pretrained"
+
+
+class LMSpec(Spec):
+    """The frozen language model."""
+
+    type: str = "transformers"
+    model: str = Field(min_length=1)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantize: Literal["8bit", "4bit"] | None = None
+    init: Literal["pretrained", "random"] = "pretrained"
+
+
+class PromptSpec(Spec):
+    """The words around images and questions."""
+
+    template: str = "{images}{prompt}"  # the order of the images and the words below; null: this one
+    caption: str = "A picture of"
+    question: str = "Question: {question} Answer:"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_template(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("template", "") is None:
+            return {key: value for key, value in values.items() if key != "template"}
+        return values
+
+    @model_validator(mode="after")
+    def _fields(self) -> PromptSpec:
+        if not re.fullmatch(r"[^{}]*\{images\}[^{}]*\{prompt\}", self.template):
+            raise ValueError("the template holds {images} once, and ends with {prompt}")
+        if self.question.count("{question}") != 1:
+            raise ValueError("the question prompt holds {question} once")
+        return self
+
+    @field_validator("question")
+    @classmethod
+    def _has_a_place(cls, value: str) -> str:
+        """Braces elsewhere would fail, or do something, only when the first question is put."""
+        if value.count("{question}") != 1 or set(value.replace("{question}", "")) & set("{}"):
+            raise ValueError("expected {question} once, and no other braces")
+        return value
+
+
+class OptimSpec(Spec):
+    """The optimizer and its schedule."""
+
+    name: Literal["adamw"] = "adamw"
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: float | None = 1.0
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: int = 100  # steps
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    accumulate: int = Field(default=1, ge=1)
+
+
+class DataSpec(BaseModel):
+    """One source of items: a reader by name; every other key but ``weight`` is an argument of the reader."""
+
+    model_config = ConfigDict(extra="allow")
+    format: str
+    weight: float = Field(default=1.0, gt=0)
+
+    def options(self) -> dict[str, Any]:
+        """Return the arguments of the reader."""
+        return dict(self.__pydantic_extra__ or {})
+
+
+def _listed(value: Any) -> Any:
+    """One source is short for a list of one, and none for an empty list."""
+    return [] if value is None else [value] if isinstance(value, Mapping) else value
+
+
+Sources = Annotated[list[DataSpec], BeforeValidator(_listed)]
+
+
+class Data(Spec):
+    """What is trained on, and what the validation loss is computed on."""
+
+    train: Sources = []
+    val: Sources = []
+
+
+class InitSpec(Spec):
+    """Trained parts taken from another run."""
+
+    model_config = ConfigDict(populate_by_name=True)
+    source: str | None = Field(default=None, alias="from")
+    parts: list[str] = []
+
+
+class FitSpec(Spec):
+    """A closed-form fit of one part: no gradient."""
+
+    part: Literal["connector"] = "connector"
+    solver: Literal["ridge"] = "ridge"
+    targets: Literal["caption-words"] = "caption-words"
+    strength: float = Field(default=0.01, gt=0)  # of the ridge, as a share of the features' mean variance
+
+
+class ObjectiveSpec(PartSpec):
+    """A loss by its registry name, and its weight in the stage's sum."""
+
+    weight: float = 1.0
+
+
+class EvalSpec(Spec):
+    """Suites to run, and how often while training (steps; null: after it)."""
+
+    suites: list[str] = []
+    every: int | None = None
+
+
+class Settings(Spec):
+    """What the recipe sets for all stages, and a stage may override."""
+
+    encoder: EncoderSpec | None = None
+    lm: LMSpec | None = None
+    connector: PartSpec | None = None
+    adapters: list[PartSpec] = []
+    heads: list[PartSpec] = []
+    tokens: list[str] = []
+    decoder: PartSpec | None = None
+    scorer: PartSpec | None = None
+    prompt: PromptSpec = PromptSpec()
+    decoding: dict[str, Any] = {"max_new_tokens": 20}
+    data: Data = Data()
+    init: InitSpec = InitSpec()
+    optim: OptimSpec = OptimSpec()
+    cache: Literal["auto", "on", "off"] = "auto"
+    eval: EvalSpec = EvalSpec()
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _nothing_ignored(self) -> Settings:
+        set_ = [key for key in LATER if reduce(getattr, key.split("."), self)]
+        if set_:
+            names = ", ".join(key.replace("init.source", "init.from") for key in set_)
+            raise ValueError(f"not in this version of mllm: {names}. Leave out what it cannot do")
+        return self
+
+
+class AssemblySpec(Spec):
+    """What a model is built from: the part of a recipe that is saved with the trained tensors."""
+
+    encoder: EncoderSpec
+    lm: LMSpec
+    connector: PartSpec
+    prompt: PromptSpec = PromptSpec()
+    decoding: dict[str, Any] = {"max_new_tokens": 20}
+    seed: int = 0
+
+
+class Stage(Settings):
+    """One stage: the recipe's settings with the stage's own over them, and what is fitted or trained."""
+
+    name: str
+    fit: FitSpec | None = None
+    train: dict[str, float] = {}  # part, or dotted path inside one -> learning rate
+    objectives: list[ObjectiveSpec] = [ObjectiveSpec(type="caption")]
+    steps: int | None = Field(default=None, ge=1)
+    batch_size: int = Field(default=32, ge=1)
+    validate_every: int | None = Field(default=None, ge=1)  # steps
+
+    @model_validator(mode="before")
+    @classmethod
+    def _train_list(cls, values: Any) -> Any:
+        """``train: [connector]`` is short for the default learning rate."""
+        if isinstance(values, dict) and isinstance(values.get("train"), list):
+            values = {**values, "train": {part: 2.0e-4 for part in values["train"]}}
+        return values
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Stage:
+        if bool(self.fit) == bool(self.train):
+            raise ValueError("a stage has either 'fit' or 'train': give one of the two")
+        if self.train and self.steps is None:
+            raise ValueError("a stage that trains needs 'steps'")
+        return self
+
+
+class Recipe(Settings):
+    """A whole recipe, checked; ``stages`` are resolved (each carries every setting)."""
+
+    name: str
+    about: str = ""  # one line, shown by `mllm recipes`
+    stages: list[Stage] = []
+
+    @model_validator(mode="after")
+    def _one_model(self) -> Recipe:
+        for stage in self.stages[1:]:
+            changed = [part for part in PARTS if getattr(stage, part) != getattr(self.stages[0], part)]
+            if changed:
+                raise ValueError(f"not in this version of mllm: stage {stage.name} changes {' and '.join(changed)}")
+        return self
+
+    def assembly(self, stage: Stage) -> AssemblySpec:
+        """Return what a stage's model is built from.
+
+        Raises:
+            MLLMError: a part is not named.
+        """
+        missing = [part for part in PARTS if getattr(stage, part) is None]
+        if missing:
+            raise MLLMError(f"The recipe {self.name} names no {' and no '.join(missing)}.")
+        shared = {key: getattr(stage, key) for key in AssemblySpec.model_fields if key != "seed"}
+        return AssemblySpec(**shared, seed=self.seed)
+
+
+def checked(model: type[Model], values: Any, label: str = "These settings do not fit") -> Model:
+    """Return ``values`` as a checked ``model``.
+
+    Raises:
+        MLLMError: every problem on a line of its own, with the key, the value and the near match.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise MLLMError(f"{label}:\n" + "\n".join(_explain(model, error))) from None
+
+
+def _explain(model: type[BaseModel], error: ValidationError) -> list[str]:
+    """One line for each problem: the key, the value, what was expected, the near match."""
+    problems = error.errors()
+    shared = {(problem["loc"], problem["type"]) for problem in problems}
+    lines = []
+    for problem in problems:
+        location = problem["loc"]
+        if location[:1] == ("stages",) and (location[2:], problem["type"]) in shared:
+            continue  # a stage repeats what the recipe sets for all
+        lines.append(f"  {'.'.join(str(step) for step in location) or 'recipe'}: {_reason(model, problem)}")
+    return lines
+
+
+def _reason(model: type[BaseModel], problem: Any) -> str:
+    """Say what is wrong with one key: a mapping's value is not repeated, it may be long."""
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key. {near(str(problem['loc'][-1]), _siblings(model, problem['loc']))}"
+    if problem["type"] == "missing":
+        return "missing"
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    return message if isinstance(problem["input"], Mapping) else f"{problem['input']!r}: {message}"
+
+
+def _siblings(model: Any, location: tuple[int | str, ...]) -> list[str]:
+    """Return the keys that are known beside an unknown one."""
+    for step in location[:-1]:
+        if isinstance(step, int) or not hasattr(model, "model_fields"):
+            continue
+        field = next((f for name, f in model.model_fields.items() if step in (name, f.alias)), None)
+        model = _model_of(field.annotation) if field else model
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _model_of(annotation: Any) -> Any:
+    """Return the pydantic model inside ``X``, ``X | None`` or ``list[X]``."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        found = _model_of(argument)
+        if found is not None:
+            return found
+    return None
