@@ -29,6 +29,7 @@ def problems(recipe: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> 
         config = recipes.load(recipe, overrides)
         for stage in config.stages:
             found += [problem for problem in _of_stage(stage, config, built) if problem not in found]
+        found += [f"Stage {name}: this version builds the model once." for name in config.changed_parts()]
         if not config.stages:
             found.append(f"{config.name} has no stages: there is nothing to train.")
     return found

@@ -233,13 +233,12 @@ class Recipe(Settings):
     about: str = ""  # one line, shown by `mllm recipes`
     stages: list[Stage] = []
 
-    @model_validator(mode="after")
-    def _one_model(self) -> Recipe:
-        for stage in self.stages[1:]:
-            changed = [part for part in PARTS if getattr(stage, part) != getattr(self.stages[0], part)]
-            if changed:
-                raise ValueError(f"not in this version of mllm: stage {stage.name} changes {' and '.join(changed)}")
-        return self
+    def changed_parts(self) -> list[str]:
+        """Return the parts that a later stage changes: a run builds its model once, from the first stage."""
+        later = [(stage, part) for stage in self.stages[1:] for part in PARTS]
+        return [
+            f"{stage.name}.{part}" for stage, part in later if getattr(stage, part) != getattr(self.stages[0], part)
+        ]
 
     def assembly(self, stage: Stage) -> AssemblySpec:
         """Return what a stage's model is built from.

@@ -51,6 +51,9 @@ def train(recipe: str, overrides: Mapping[str, Any] | Sequence[str] = (), *, out
     config = recipes.load(recipe, overrides)
     if not config.stages:
         raise MLLMError(f"The recipe {config.name} has no stages, so there is nothing to train.")
+    if config.changed_parts():
+        changed = ", ".join(config.changed_parts())
+        raise MLLMError(f"This version builds the model once, and stages change it: {changed}. Take that out.")
     set_seed(config.seed)
     model = build(config.assembly(config.stages[0]))
     run = Run.create(Path(out) if out else free_folder(config.name), recipes.dump(config))

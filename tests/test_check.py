@@ -133,8 +133,8 @@ def test_several_problems_are_all_reported(file: Path) -> None:
 
 
 def test_a_later_stages_own_problem_is_found(file: Path) -> None:
-    (found,) = problems(str(file), ["stages.1.connector.tokens=5"])
-    assert "connector.tokens is 5" in found
+    changed, misfit = problems(str(file), ["stages.1.connector.tokens=5"])
+    assert "builds the model once" in changed and "connector.tokens is 5" in misfit
 
 
 def test_a_fit_needs_a_linear_connector(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -175,6 +175,10 @@ def test_the_closed_form_start_points_features_at_their_words(tiny_parts):
         ("data.train.path=nowhere.json", "nowhere.json cannot be read"),
         ("data.train.pth=x", "does not take these arguments"),
         ("stages.0.objectives=[{type: captoin}]", "Did you mean 'caption'"),
+        (
+            "stages=[{name: a, train: [connector], steps: 1}, {name: b, train: [connector], steps: 1, lm: {model: x}}]",
+            "b.lm",
+        ),
         ("encoder.model=mllm/none", "mllm/none"),
         ("connector.type=liner", "Did you mean 'linear'"),
     ],
