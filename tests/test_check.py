@@ -133,7 +133,7 @@ def test_several_problems_are_all_reported(file: Path) -> None:
 
 
 def test_a_later_stages_own_problem_is_found(file: Path) -> None:
-    changed, misfit = problems(str(file), ["stages.1.connector.tokens=5"])
+    misfit, changed = problems(str(file), ["stages.1.connector.tokens=5"])
     assert "builds the model once" in changed and "connector.tokens is 5" in misfit
 
 
