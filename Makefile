@@ -4,13 +4,14 @@
 #   PYTHON=python3.12        the interpreter .venv is made with (3.11 or later; `make clean` first to change it)
 #   TORCH_INDEX=URL          take torch from this package index, for example one that has CPU-only builds
 #   SET="stages.1.steps=20"  the demo's recipe overrides
-#   LIMIT=50                 the demo's items per suite
+#   LIMIT=100                the demo's items per suite; empty: all
 #   RUN=runs/mine            the demo's folder; a free name is chosen if it is left out, nothing is overwritten
 
 PYTHON ?= python3
 BIN := .venv/bin
 MLLM := $(BIN)/mllm
 STAMP := .venv/.installed
+LIMIT ?= 100
 SUITES := emoji-captions emoji-questions emoji-naming
 RUN := $(firstword $(filter-out $(wildcard runs/demo*),runs/demo $(addprefix runs/demo-,$(shell seq 2 999))))
 STARTED := $(shell date +%s)

@@ -223,10 +223,15 @@ def _decoding(max_new_tokens: int | None) -> dict[str, Any]:
 
 def _print_table(report: Any) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     summary = report.summary
-    table = Table("metric", "value", *summary["baselines"], *(f"gain over {name}" for name in summary["baselines"]))
+    table = Table(
+        Column("metric", no_wrap=True),
+        "value",
+        *summary["baselines"],
+        *(f"gain over {name}" for name in summary["baselines"]),
+    )
     for entry in summary["metrics"]:
         others = [entry["baselines"][name] for name in summary["baselines"]]
         gains = [_signed(other) for other in others]
