@@ -212,7 +212,9 @@ def _summary(
         "settings": {
             "data": json.dumps({"format": config.data.format, **config.data.options()}),
             "answer": config.answer,
-            "prompt": prompt.caption if items[0].question is None else prompt.question,
+            "prompt": prompt.template.replace(
+                "{prompt}", prompt.caption if items[0].question is None else prompt.question
+            ),
             "decoding": json.dumps({**model.spec.decoding, **config.decoding}),
             "encoder": model.spec.encoder.model,
             "lm": model.spec.lm.model,
