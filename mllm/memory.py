@@ -1,8 +1,8 @@
 """Keep freed memory in the process.
 
 The C library gives large buffers back to the kernel as soon as they are free, and every step of a model asks for the
-same ones again: on a CPU the page faults of this took three quarters of a convolutional encoder's time (measured:
-40 ms an image against 10 ms, batches of 32, two cores).
+same ones again: on a CPU the page faults of this took most of a convolutional encoder's time (measured:
+40 ms an image against 12 ms, batches of 32, two cores).
 """
 
 from __future__ import annotations

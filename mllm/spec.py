@@ -16,7 +16,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 PARTS = ("encoder", "lm", "connector")  # built once, for all stages
 # Keys that nothing reads yet: they are refused, not ignored. Whoever builds one takes it out here.
-LATER = ("adapters", "heads", "tokens", "decoder", "scorer", "init.source", "eval.suites")
+LATER = ("adapters", "heads", "tokens", "decoder", "scorer", "init.source", "eval.suites", "eval.every")
 
 
 class Spec(BaseModel):
