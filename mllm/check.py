@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
+from mllm import published
 from mllm import recipe as recipes
 from mllm.data.loading import reader
 from mllm.errors import MLLMError
 from mllm.model import Assembly, build_connector, build_encoder, build_lm, trained_module
 from mllm.registry import lookup
-from mllm.spec import DataSpec, Recipe, Stage
+from mllm.spec import AssemblySpec, DataSpec, Recipe, Stage
 
 
 def problems(recipe: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> list[str]:
@@ -81,13 +82,21 @@ def _assembled(stage: Stage, config: Recipe, found: list[str]) -> Assembly | Non
         )
         with torch.device("meta"):
             with _noted(found):
-                encoder = build_encoder(spec)
+                encoder = _encoder(spec)
             with _noted(found):
                 lm = build_lm(spec)
             if encoder is not None and lm is not None:
                 connector = build_connector(spec, encoder=encoder, lm_dim=lm.dim)
                 return Assembly(encoder=encoder, connector=connector, lm=lm, spec=spec)
     return None
+
+
+def _encoder(spec: AssemblySpec) -> Any:
+    """Build the encoder; one that only another library has is known by its shape."""
+    known = published.configuration(spec.encoder.model) or {}
+    if known.pop("model_type", None) == "shape":
+        return published.Shape(**known)
+    return build_encoder(spec)
 
 
 def _of_model(model: Assembly, stage: Stage) -> list[str]:
@@ -97,6 +106,10 @@ def _of_model(model: Assembly, stage: Stage) -> list[str]:
     for path in stage.train:
         with _noted(found):
             trained_module(model, path)
+    if stage.fit is not None and not hasattr(connector, "body"):
+        found.append(f"Stage {stage.name} fits the connector in closed form: that needs connector.type=linear.")
+    if lm.tokenizer is None:  # only its configuration is here: the words cannot be counted
+        return found
     with _noted(found):
         _ = lm.eos
     length = connector.num_tokens + len(lm.tokenize(stage.prompt.question))
@@ -106,8 +119,6 @@ def _of_model(model: Assembly, stage: Stage) -> list[str]:
             f"One image ({connector.num_tokens} tokens), the prompt and the answer take {length} positions, and the "
             f"language model was made for {lm.context}. Set connector.tokens lower, or take another one."
         )
-    if stage.fit is not None and not hasattr(connector, "body"):
-        found.append(f"Stage {stage.name} fits the connector in closed form: that needs connector.type=linear.")
     return found
 
 

@@ -52,9 +52,11 @@ class Encoder(nn.Module):
         self.model = _tower(hub.load_model(AutoModel, folder, init=init, seed=seed))
         self.model.requires_grad_(False).eval()
         self.processor = hub.load_processor(AutoImageProcessor, folder)
-        self.size = resolution or _side(self.processor)
+        self.size = resolution or _side(self.processor, self.model.config)
         self._folder, self._init = folder, init
-        blank = self.preprocess([Image.new("RGB", (self.size, self.size))])
+        blank = torch.zeros(1, 3, self.size, self.size)  # on paper
+        if self.processor is not None:
+            blank = self.preprocess([Image.new("RGB", (self.size, self.size))])
         with torch.no_grad():
             features, self.grid = self._features(blank)
         self.num_patches, self.dim = features.shape[1], features.shape[2]
@@ -115,7 +117,9 @@ def _tower(model: Any) -> Any:
     return model.get_encoder(modality="image")
 
 
-def _side(processor: Any) -> int:
+def _side(processor: Any, config: PretrainedConfig) -> int:
+    if processor is None:  # on paper
+        return int(config.image_size)
     size = getattr(processor, "crop_size", None) or processor.size
     sides = [size[key] for key in ("height", "width", "shortest_edge", "longest_edge") if key in size]
     return int(sides[0])

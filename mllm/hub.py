@@ -21,6 +21,7 @@ from transformers import AutoConfig
 
 from mllm import parts
 from mllm.errors import MLLMError
+from mllm.published import configuration
 
 WEIGHTS = ("*.safetensors", "*.bin")
 
@@ -51,7 +52,7 @@ def load_model(auto: Any, folder: str, *, init: str = "pretrained", seed: int = 
     """
     with _explained(folder):
         if init == "random":
-            config = AutoConfig.from_pretrained(folder)
+            config = load_config(folder)
             if options.get("dtype") == "auto":  # from_config takes a type only, and the configuration's by itself
                 del options["dtype"]
             with torch.random.fork_rng(devices=[]):
@@ -60,8 +61,24 @@ def load_model(auto: Any, folder: str, *, init: str = "pretrained", seed: int = 
         return auto.from_pretrained(folder, **options)
 
 
+def load_config(folder: str) -> Any:
+    """Load a model's configuration; of a published model that is not on this machine, the one that comes with us."""
+    known = configuration(folder)
+    if known is None:
+        return AutoConfig.from_pretrained(folder)
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except OSError:
+        return AutoConfig.for_model(**known)
+
+
 def load_processor(auto: Any, folder: str) -> Any:
-    """Load an image processor (the PIL one: equal pixels with and without torchvision) or a tokenizer."""
+    """Load an image processor (the PIL one: equal pixels with and without torchvision) or a tokenizer.
+
+    None on the meta device where only the configuration is known: shapes need neither.
+    """
+    if torch.get_default_device().type == "meta" and configuration(folder) is not None:
+        return None
     with _explained(folder):
         options = {"backend": "pil"} if auto.__name__ == "AutoImageProcessor" else {}
         return auto.from_pretrained(folder, **options)
