@@ -169,12 +169,17 @@ def data(action: Annotated[str, typer.Argument(metavar="check")], recipe: Recipe
 
 @recipes_app.callback()
 def recipes(context: typer.Context) -> None:
-    """List the recipes."""
-    if context.invoked_subcommand is None:
-        from mllm import recipe
+    """List the recipes: paper, parts, what they reached."""
+    if context.invoked_subcommand is not None:
+        return
+    from mllm import recipe, verify
 
-        for name in recipe.names():
-            typer.echo(f"{name:<24}{recipe.load(name).about}")
+    for name in recipe.names():
+        config = recipe.load(name)
+        parts = " + ".join(str(part) for part in _part_names(config) if part)
+        typer.echo(f"{name:<22}{config.about}")
+        for line in filter(None, (config.paper, parts, verify.summary(name))):
+            typer.echo(f"{'':<22}{line}")
 
 
 @recipes_app.command("show")
@@ -186,9 +191,27 @@ def show_recipe(name: Annotated[str, typer.Argument(metavar="NAME")]) -> None:
 
 
 @recipes_app.command("verify")
-def verify_recipe(name: Annotated[str, typer.Argument(metavar="NAME")]) -> None:
-    """Train a recipe and hold it against its baselines (not in this version)."""
-    _later("recipes verify", f"use `mllm train {name}` and `mllm eval`")
+def verify_recipe(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Every recipe that names suites.")] = False,
+    seeds: Annotated[int, typer.Option(help="Runs a recipe, with seeds 0, 1, ...", min=1)] = 3,
+    out: Annotated[Path, typer.Option(help="Folder of the results, and of their table, index.md.")] = Path(
+        "runs/verify/results"
+    ),
+    runs: Annotated[Path, typer.Option(help="Folder of the runs; a finished one is not trained again.")] = Path(
+        "runs/verify"
+    ),
+) -> None:
+    """Train recipes with several seeds and hold them against their baselines."""
+    from mllm import recipe, verify
+
+    if every:
+        names = [name for name in recipe.names() if recipe.load(name).eval.suites]
+    if not names:
+        raise MLLMError("Name a recipe to verify, or say --all.")
+    for name in names:
+        verify.verify(name, out=out, seeds=range(seeds), runs=runs)
+    typer.echo(verify.table(recipe.names(), out))
 
 
 @parts_app.command("list")
@@ -215,6 +238,11 @@ def install_parts(names: Annotated[list[str] | None, typer.Argument(metavar="[NA
 
 def _later(command: str, instead: str) -> NoReturn:
     raise MLLMError(f"`mllm {command}` is not in version {__version__}; {instead}.")
+
+
+def _part_names(config: Any) -> tuple[str | None, ...]:
+    encoder, lm, connector = config.encoder, config.lm, config.connector
+    return encoder and encoder.model, connector and connector.type, lm and lm.model
 
 
 def _decoding(max_new_tokens: int | None) -> dict[str, Any]:

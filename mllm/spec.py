@@ -16,7 +16,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 PARTS = ("encoder", "lm", "connector")  # built once, for all stages
 # Keys that nothing reads yet: they are refused, not ignored. Whoever builds one takes it out here.
-LATER = ("adapters", "heads", "tokens", "decoder", "scorer", "init.source", "eval.suites", "eval.every")
+LATER = ("adapters", "heads", "tokens", "decoder", "scorer", "init.source", "eval.every")
 
 
 class Spec(BaseModel):
@@ -152,9 +152,10 @@ class ObjectiveSpec(PartSpec):
 
 
 class EvalSpec(Spec):
-    """Suites to run, and how often while training (steps; null: after it)."""
+    """Suites a recipe is held against (`mllm recipes verify`), and how often while training."""
 
     suites: list[str] = []
+    limit: int | None = Field(default=None, ge=1)  # items of a suite; null: all
     every: int | None = None
 
 
@@ -231,6 +232,7 @@ class Recipe(Settings):
 
     name: str
     about: str = ""  # one line, shown by `mllm recipes`
+    paper: str = ""  # arXiv:NUMBER
     stages: list[Stage] = []
 
     def changed_parts(self) -> list[str]:

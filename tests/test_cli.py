@@ -119,7 +119,7 @@ def test_unknown_names(mllm: Mllm, model: Path, recipe: Path, picture: Path, tmp
     fails(mllm("train", recipe, "encoder.model=mllm/mobilenet-v3"), "Did you mean 'mllm/mobilenet-v2'")
     fails(mllm("train", recipe, "encoder.model=mllm/mobilenet-v2"), "mllm parts install mllm/mobilenet-v2")
     fails(mllm("parts", "install", "mllm/easyvqa"), "Did you mean 'mllm/easy-vqa'")
-    fails(mllm("recipes", "show", "limber"), "No recipe is called 'limber'")
+    fails(mllm("recipes", "show", "limbre"), "No recipe is called 'limbre'")
     fails(mllm("train", tmp_path / "none.yaml"), "There is no recipe file")
     fails(mllm("caption", tmp_path / "no-run", picture), "There is no model in")
     fails(mllm("eval", model, "--suite", "coco-caption"), "Did you mean 'coco-captions'")
@@ -163,7 +163,6 @@ def test_run_of_another_version(mllm: Mllm, model: Path, picture: Path, tmp_path
         ["index", "build", "images", "out"],
         ["bench", "train"],
         ["data", "check", "limber-cpu"],
-        ["recipes", "verify", "limber-cpu"],
     ],
 )
 def test_commands_of_later_versions_say_so(mllm: Mllm, arguments: list[str]) -> None:
