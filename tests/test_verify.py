@@ -91,7 +91,7 @@ def test_verify_trains_evaluates_and_writes_what_the_table_shows(
     assert found is not None and place == Path("results/small.yaml")
     assert found["items"] == {"small": 3} and found["seeds"] == [0, 1]
     rows = [
-        [json.loads(line) for line in (Path("runs") / f"small-{seed}/eval/small/predictions.jsonl").open()]
+        [json.loads(x) for x in Path(f"runs/small-{seed}/eval/small/predictions.jsonl").read_text().splitlines()]
         for seed in (0, 1)
     ]
     score = metric("caption/rouge-l")
