@@ -17,6 +17,7 @@ from mllm import published
 from mllm import recipe as recipes
 from mllm.data.loading import reader
 from mllm.errors import MLLMError
+from mllm.fit import can_be_fitted
 from mllm.model import Assembly, build_connector, build_encoder, build_lm, trained_module
 from mllm.registry import lookup
 from mllm.spec import AssemblySpec, DataSpec, Recipe, Stage
@@ -106,8 +107,8 @@ def _of_model(model: Assembly, stage: Stage) -> list[str]:
     for path in stage.train:
         with _noted(found):
             trained_module(model, path)
-    if stage.fit is not None and not hasattr(connector, "body"):
-        found.append(f"Stage {stage.name} fits the connector in closed form: that needs connector.type=linear.")
+    if stage.fit is not None and not can_be_fitted(connector):
+        found.append(f"Stage {stage.name} fits the connector, which does not end in a linear map: take another type.")
     if lm.tokenizer is None:  # only its configuration is here: the words cannot be counted
         return found
     with _noted(found):

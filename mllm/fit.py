@@ -28,6 +28,7 @@ class NormalEquations:
         self.x, self.y = torch.zeros(x_dim, dtype=torch.float64), torch.zeros(y_dim, dtype=torch.float64)
         self.xx = torch.zeros(x_dim, x_dim, dtype=torch.float64)
         self.xy = torch.zeros(x_dim, y_dim, dtype=torch.float64)
+        self.yy = torch.zeros(y_dim, dtype=torch.float64)  # of its diagonal only the sums are needed
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Add rows x ``(N, X)`` and y ``(N, Y)``."""
@@ -37,15 +38,46 @@ class NormalEquations:
         self.y += y.sum(0)
         self.xx += x.T @ x
         self.xy += x.T @ y
+        self.yy += y.square().sum(0)
 
-    def ridge(self, strength: float) -> tuple[Tensor, Tensor]:
-        """Return weights ``(X, Y)`` and intercept ``(Y,)``, with a penalty of ``strength`` x the mean variance of X."""
+    def solve(self, solver: str, strength: float) -> tuple[Tensor, Tensor]:
+        """Return weights ``(X, Y)`` and intercept ``(Y,)``.
+
+        Args:
+            solver: ``ridge``; ``least-squares`` (of least norm, where there are fewer rows than columns); or
+                ``procrustes``, the best orthogonal map between the standardised sides (SITTA, arXiv:2307.05591).
+            strength: of the ridge's penalty, as a share of the mean variance of X.
+        """
         x, y = self.x / self.count, self.y / self.count
         covariance = self.xx / self.count - torch.outer(x, x)
-        penalty = strength * covariance.diagonal().mean().clamp(min=1e-12)
-        regularised = covariance + penalty * torch.eye(len(x), dtype=torch.float64)
-        weights = torch.linalg.solve(regularised, self.xy / self.count - torch.outer(x, y))
+        cross = self.xy / self.count - torch.outer(x, y)
+        weights = {
+            "ridge": lambda: _ridge(covariance, cross, strength),
+            "least-squares": lambda: torch.linalg.pinv(covariance, rtol=1e-10, hermitian=True) @ cross,
+            "procrustes": lambda: _procrustes(cross, covariance.diagonal(), self.yy / self.count - y.square()),
+        }[solver]()
         return weights, y - x @ weights
+
+    def explained(self, weights: Tensor) -> float:
+        """Return the share of Y's variance that ``X weights`` and an intercept explain on these rows."""
+        x, y = self.x / self.count, self.y / self.count
+        total = (self.yy / self.count - y.square()).sum()
+        covariance = self.xx / self.count - torch.outer(x, x)
+        cross = self.xy / self.count - torch.outer(x, y)
+        left = total - 2 * (weights * cross).sum() + (weights * (covariance @ weights)).sum()
+        return float(1 - left / total.clamp(min=1e-12))
+
+
+def _ridge(covariance: Tensor, cross: Tensor, strength: float) -> Tensor:
+    penalty = strength * covariance.diagonal().mean().clamp(min=1e-12)
+    return torch.linalg.solve(covariance + penalty * torch.eye(len(covariance), dtype=torch.float64), cross)
+
+
+def _procrustes(cross: Tensor, x_variance: Tensor, y_variance: Tensor) -> Tensor:
+    """Return D_x^-1/2 U V^T D_y^1/2, where U S V^T is the correlation of the two sides."""
+    x_spread, y_spread = (variance.clamp(min=1e-12).sqrt() for variance in (x_variance, y_variance))
+    left, _, right = torch.linalg.svd(cross / x_spread[:, None] / y_spread, full_matrices=False)
+    return left @ right / x_spread[:, None] * y_spread
 
 
 @torch.no_grad()
@@ -54,16 +86,20 @@ def fit_connector(
     items: Sequence[Item],
     features: Callable[[Sequence[Any]], Tensor],
     *,
+    solver: str,
     strength: float,
     chunk: int = 64,
     track: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> float:
-    """Set the connector's linear map to the ridge solution, at the scale of the language model's embeddings.
+    """Set the connector's last linear map in closed form, so that its output has the scale of embeddings.
+
+    Every token gets the same map. What stands before the map (pooling, or a body with random weights) stays as it is.
 
     Args:
         model: the assembly.
         items: images with captions; items with a question are left out.
         features: gives ``(I, P, D_vis)`` of images.
+        solver: see `NormalEquations.solve`.
         strength: of the ridge, as a share of the features' mean variance.
         chunk: images at once.
         track: wraps the chunks, to show progress.
@@ -72,26 +108,29 @@ def fit_connector(
         The share of the targets' variance that the fit explains on these items.
 
     Raises:
-        MLLMError: the connector has no linear map that fits, or there are no captions.
+        MLLMError: the connector does not end in a linear map, or there are no captions.
     """
     captioned = [item for item in items if item.question is None and item.images]
     connector = model.connector
-    if not hasattr(connector, "body") or getattr(connector, "expand", 1) != 1:
-        raise MLLMError("stages.fit needs a connector that is one linear map per token: connector.type=linear.")
+    if not can_be_fitted(connector):
+        raise MLLMError("stages.fit needs a connector that ends in a linear map, such as connector.type=linear.")
     if not captioned:
         raise MLLMError("stages.fit needs captions, and the training data has only questions.")
     weight = rarity(model.lm, captioned)
-    sums = NormalEquations(connector.project.in_features, connector.project.out_features)
-    spread = torch.zeros(sums.y.shape, dtype=torch.float64)
+    sums = NormalEquations(connector.project.in_features, model.lm.dim)
     for start in track(range(0, len(captioned), chunk)):
         part = captioned[start : start + chunk]
         x = connector.body(features([item.images[0] for item in part])).mean(1)  # (N, D_vis)
         y = torch.stack([words_embedding(model.lm, item, weight) for item in part])  # (N, D_lm)
         sums.add(x.cpu(), y.cpu())
-        spread += y.cpu().double().square().sum(0)
-    weights, intercept = sums.ridge(strength)
+    weights, intercept = sums.solve(solver, strength)
     _set(connector.project, weights, intercept)
-    return _explained(sums, spread, weights)
+    return sums.explained(weights)
+
+
+def can_be_fitted(connector: Any) -> bool:
+    """Whether a connector is a ``body`` and a linear map, ``project``, behind it."""
+    return hasattr(connector, "body") and isinstance(getattr(connector, "project", None), torch.nn.Linear)
 
 
 def words_embedding(lm: Any, item: Item, weight: dict[int, float]) -> Tensor:
@@ -110,14 +149,6 @@ def rarity(lm: Any, items: Sequence[Item]) -> dict[int, float]:
 
 
 def _set(project: torch.nn.Linear, weights: Tensor, intercept: Tensor) -> None:
-    project.weight.copy_(weights.T)
-    project.bias.copy_(intercept)
-
-
-def _explained(sums: NormalEquations, squares: Tensor, weights: Tensor) -> float:
-    x, y = sums.x / sums.count, sums.y / sums.count
-    total = (squares / sums.count - y.square()).sum()
-    covariance = sums.xx / sums.count - torch.outer(x, x)
-    cross = sums.xy / sums.count - torch.outer(x, y)
-    left = total - 2 * (weights * cross).sum() + (weights * (covariance @ weights)).sum()
-    return float(1 - left / total.clamp(min=1e-12))
+    tokens = project.out_features // len(intercept)  # one vector may give several tokens
+    project.weight.copy_(weights.T.repeat(tokens, 1))
+    project.bias.copy_(intercept.repeat(tokens))

@@ -16,7 +16,14 @@ from mllm.errors import MLLMError, near
 BUILT_IN: dict[str, dict[str, str]] = {
     "encoders": {"transformers": "mllm.encoder:Encoder"},
     "lms": {"transformers": "mllm.lm:LanguageModel"},
-    "connectors": {"linear": "mllm.adapters.connectors.linear:Linear"},
+    "connectors": {
+        "linear": "mllm.adapters.connectors.linear:Linear",
+        "mlp": "mllm.adapters.connectors.mlp:MLP",
+        "mapper": "mllm.adapters.connectors.mapper:Mapper",
+        "resampler": "mllm.adapters.connectors.resampler:Resampler",
+        "qformer": "mllm.adapters.connectors.qformer:QFormer",
+        "token-merge": "mllm.adapters.connectors.token_merge:TokenMerge",
+    },
     "adapters": {},
     "heads": {},
     "image_decoders": {},

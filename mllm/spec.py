@@ -140,7 +140,7 @@ class FitSpec(Spec):
     """A closed-form fit of one part: no gradient."""
 
     part: Literal["connector"] = "connector"
-    solver: Literal["ridge"] = "ridge"
+    solver: Literal["ridge", "least-squares", "procrustes"] = "ridge"
     targets: Literal["caption-words"] = "caption-words"
     strength: float = Field(default=0.01, gt=0)  # of the ridge, as a share of the features' mean variance
 

@@ -90,7 +90,9 @@ def _fit(run: Run, model: Assembly, stage: Stage, store: FeatureStore) -> None:
     with progress() as bar:
         task = bar.add_task(stage.name, total=None, note="")
         track = lambda chunks: bar.track(chunks, task_id=task)  # noqa: E731
-        explained = fit_connector(model, items, store, strength=stage.fit.strength, track=track)
+        explained = fit_connector(
+            model, items, store, solver=stage.fit.solver, strength=stage.fit.strength, track=track
+        )
         bar.update(task, note=f"explains {explained:.0%} of the words")
     run.log(stage=stage.name, explained=explained)
     model.calibrated = True

@@ -144,9 +144,22 @@ def test_normal_equations_are_ridge_regression():
     padded = torch.cat([centred, (50 * penalty).sqrt() * torch.eye(4, dtype=torch.float64)])
     targets = torch.cat([y - y.mean(0), torch.zeros(4, 3, dtype=torch.float64)])
     expected = torch.linalg.lstsq(padded, targets).solution
-    weights, intercept = sums.ridge(0.1)
+    weights, intercept = sums.solve("ridge", 0.1)
     torch.testing.assert_close(weights, expected)
     torch.testing.assert_close(intercept, y.mean(0) - x.mean(0) @ expected)
+
+
+def test_procrustes_finds_a_rotation_and_least_squares_any_map():
+    x = torch.randn(200, 4, dtype=torch.float64)
+    rotation = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64)).Q
+    x = (x - x.mean(0)) @ torch.linalg.cholesky(torch.linalg.inv(x.T.cov(correction=0)))  # uncorrelated, variance 1
+    sums = NormalEquations(4, 4)
+    sums.add(x, x @ rotation + 3)
+    for solver in ("procrustes", "least-squares"):
+        weights, intercept = sums.solve(solver, 0.0)
+        torch.testing.assert_close(weights, rotation)
+        torch.testing.assert_close(intercept, torch.full((4,), 3.0, dtype=torch.float64))
+        assert sums.explained(weights) == pytest.approx(1)
 
 
 def test_the_closed_form_start_points_features_at_their_words(tiny_parts):
@@ -157,7 +170,7 @@ def test_the_closed_form_start_points_features_at_their_words(tiny_parts):
     items = [
         Item(str(index), (source_of(picture),), (list(COLOURS)[index % 4],)) for index, picture in enumerate(pictures)
     ]
-    explained = fit_connector(model, items[:16], model.features, strength=0.001)
+    explained = fit_connector(model, items[:16], model.features, solver="ridge", strength=0.001)
     assert 0.5 < explained <= 1
     predicted = model.connector(model.features(pictures[16:])).mean(1)
     targets = torch.stack(

@@ -1,0 +1,60 @@
+"""A multi-layer perceptron on every patch (LLaVA-1.5, arXiv:2310.03744: two layers with GELU)."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from mllm.adapters.connectors.reduce import Reduce
+from torch import Tensor, nn
+
+
+class MLP(nn.Module):
+    """Features ``(B, P, D_vis)`` to visual tokens ``(B, Q, D_lm)``, each patch or cell on its own.
+
+    Args:
+        vis_dim: D_vis.
+        lm_dim: D_lm.
+        num_patches: P.
+        grid: rows and columns of the patches, or None.
+        depth: linear layers.
+        hidden: width between them; None: D_lm.
+        tokens: a square number: the grid is averaged to that many cells first.
+        shuffle: s x s neighbours are put side by side first (pixel shuffle).
+        norm: a LayerNorm after every linear layer (Yi-VL).
+
+    Attributes:
+        num_tokens: Q.
+        body: all but the last linear layer.
+        project: the last linear layer.
+
+    Raises:
+        MLLMError: the patches cannot be reduced so.
+    """
+
+    def __init__(
+        self,
+        *,
+        vis_dim: int,
+        lm_dim: int,
+        num_patches: int,
+        grid: tuple[int, int] | None,
+        depth: int = 2,
+        hidden: int | None = None,
+        tokens: int | None = None,
+        shuffle: int | None = None,
+        norm: bool = False,
+    ) -> None:
+        super().__init__()
+        reduce = Reduce(vis_dim=vis_dim, num_patches=num_patches, grid=grid, tokens=tokens, shuffle=shuffle)
+        widths = [reduce.dim, *[hidden or lm_dim] * (depth - 1)]
+        layers: list[nn.Module] = [reduce]
+        for before, after in pairwise(widths):
+            layers += [nn.Linear(before, after), *([nn.LayerNorm(after)] if norm else []), nn.GELU()]
+        self.num_tokens = reduce.num_tokens
+        self.body = nn.Sequential(*layers)
+        self.project = nn.Linear(widths[-1], lm_dim)
+        self.norm = nn.LayerNorm(lm_dim) if norm else nn.Identity()
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return visual tokens ``(B, Q, D_lm)`` of features ``(B, P, D_vis)``."""
+        return self.norm(self.project(self.body(features)))

@@ -1,0 +1,65 @@
+"""A perceiver resampler: latents that attend to the features and to themselves (Flamingo, arXiv:2204.14198)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers.models.idefics2.configuration_idefics2 import Idefics2PerceiverConfig
+from transformers.models.idefics2.modeling_idefics2 import Idefics2PerceiverResampler
+
+
+class Resampler(nn.Module):
+    """Features ``(B, P, D_vis)`` to Q visual tokens, by `transformers`' resampler of Idefics2 (arXiv:2405.02246).
+
+    Args:
+        vis_dim: D_vis.
+        lm_dim: D_lm.
+        num_patches: P.
+        grid: not used: a sequence will do.
+        tokens: Q, the latents.
+        depth: layers.
+        heads: of the attention.
+        head_dim: width of a head; None: D_vis / heads.
+        kv_heads: heads of keys and values; None: as many as ``heads``.
+
+    Attributes:
+        num_tokens: Q.
+        project: the linear map to the language model's width.
+    """
+
+    def __init__(
+        self,
+        *,
+        vis_dim: int,
+        lm_dim: int,
+        num_patches: int,
+        grid: tuple[int, int] | None,
+        tokens: int = 64,
+        depth: int = 3,
+        heads: int = 16,
+        head_dim: int | None = None,
+        kv_heads: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_tokens = tokens
+        config = Idefics2PerceiverConfig(
+            hidden_size=vis_dim,
+            resampler_n_latents=tokens,
+            resampler_depth=depth,
+            resampler_n_heads=heads,
+            resampler_head_dim=head_dim or max(1, vis_dim // heads),
+            num_key_value_heads=kv_heads or heads,
+        )
+        self.resampler = Idefics2PerceiverResampler(config)
+        nn.init.normal_(self.resampler.latents, std=0.02)  # latents that start equal would stay equal
+        self.project = nn.Linear(vis_dim, lm_dim)
+
+    def body(self, features: Tensor) -> Tensor:
+        """Return the latents after reading the features: ``(B, Q, D_vis)``."""
+        mask = torch.ones(features.shape[:2], dtype=torch.long, device=features.device)
+        latents: Tensor = self.resampler(features, mask)
+        return latents
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return visual tokens ``(B, Q, D_lm)`` of features ``(B, P, D_vis)``."""
+        return self.project(self.body(features))
