@@ -51,11 +51,12 @@ class NormalEquations:
         x, y = self.x / self.count, self.y / self.count
         covariance = self.xx / self.count - torch.outer(x, x)
         cross = self.xy / self.count - torch.outer(x, y)
-        weights = {
-            "ridge": lambda: _ridge(covariance, cross, strength),
-            "least-squares": lambda: torch.linalg.pinv(covariance, rtol=1e-10, hermitian=True) @ cross,
-            "procrustes": lambda: _procrustes(cross, covariance.diagonal(), self.yy / self.count - y.square()),
-        }[solver]()
+        if solver == "procrustes":
+            weights = _procrustes(cross, covariance.diagonal(), self.yy / self.count - y.square())
+        elif solver == "least-squares":
+            weights = torch.linalg.pinv(covariance, rtol=1e-10, hermitian=True) @ cross
+        else:
+            weights = _ridge(covariance, cross, strength)
         return weights, y - x @ weights
 
     def explained(self, weights: Tensor) -> float:

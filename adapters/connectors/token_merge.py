@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -63,6 +65,7 @@ class TokenMerge(nn.Module):
         """Return the merged tokens ``(B, Q, dim)``."""
         tokens = self.enter(features)
         sizes = torch.ones_like(tokens[..., :1])  # patches in each token
+        block: Any
         for block in self.blocks:
             keys = rearrange(block.attention.self.key(tokens), "b n (h d) -> b n h d", h=self.heads).mean(2)
             tokens, sizes = merged(block.attention(tokens)[0], sizes, keys, self.merge)

@@ -14,9 +14,12 @@ from transformers.models.idefics3.modeling_idefics3 import Idefics3Connector
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 import mllm
+from mllm.data.items import Item
 from mllm.errors import MLLMError
 from mllm.fit import fit_connector
+from mllm.images import source_of
 from mllm.model import calibrate
+from mllm.prompt import collate
 from mllm.registry import lookup, table
 from mllm.testing import tiny_image
 
@@ -37,8 +40,8 @@ def made(name: str, **options: Any) -> Any:
 
 
 @pytest.fixture(params=NAMES)
-def model(request, tiny_parts) -> Any:
-    return mllm.assemble(*tiny_parts, {"type": request.param, **OPTIONS.get(request.param, {})})
+def model(request, tiny_parts):
+    return mllm.assemble(tiny_parts[0], tiny_parts[1], {"type": request.param, **OPTIONS.get(request.param, {})})
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -66,7 +69,7 @@ def test_tokens_differ_from_one_another(name):
 
 
 def test_it_is_built_alike_from_one_seed(tiny_parts, model):
-    again = mllm.assemble(*tiny_parts, model.spec.connector.model_dump())
+    again = mllm.assemble(tiny_parts[0], tiny_parts[1], model.spec.connector.model_dump())
     for name, tensor in model.connector.state_dict().items():
         assert torch.equal(tensor, again.connector.state_dict()[name]), name
 
@@ -90,7 +93,7 @@ def test_only_the_connector_gets_a_gradient(model):
 
 
 def _batch(model: Any) -> Any:
-    return mllm.model.collate([model.encode([PICTURES[0], "a word"])], model.lm.pad)
+    return collate([model.encode([PICTURES[0], "a word"])], model.lm.pad)
 
 
 def test_batch_equals_single_and_saved_equals_loaded(model, tmp_path):
@@ -109,8 +112,7 @@ def _inputs(model: Any, prompts: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_its_last_map_can_be_fitted(model):
     items = [
-        mllm.data.items.Item(str(i), (mllm.images.source_of(picture),), ("red" if i % 2 else "a blue one",))
-        for i, picture in enumerate(PICTURES)
+        Item(str(i), (source_of(picture),), ("red" if i % 2 else "a blue one",)) for i, picture in enumerate(PICTURES)
     ]
     explained = fit_connector(model, items, model.features, solver="least-squares", strength=0.0)
     assert 0 < explained <= 1 + 1e-9
@@ -128,9 +130,10 @@ def copy_into(target: nn.Module, source: nn.Module, rename: dict[str, str]) -> N
 
 def test_mlp_is_llavas_projector():
     sizes = {"vision_config": SimpleNamespace(hidden_size=8), "text_config": SimpleNamespace(hidden_size=12)}
-    llava = LlavaMultiModalProjector(
-        SimpleNamespace(vision_feature_layer=-2, projector_hidden_act="gelu", multimodal_projector_bias=True, **sizes)
+    config: Any = SimpleNamespace(
+        vision_feature_layer=-2, projector_hidden_act="gelu", multimodal_projector_bias=True, **sizes
     )
+    llava = LlavaMultiModalProjector(config)
     connector = made("mlp")
     copy_into(connector, llava, {"linear_1": "body.1", "linear_2": "project"})
     features = torch.randn(2, 16, 8)
@@ -139,7 +142,8 @@ def test_mlp_is_llavas_projector():
 
 def test_pixel_shuffle_is_idefics3s():
     features = torch.randn(2, 16, 8)
-    expected = Idefics3Connector.pixel_shuffle(None, features, scale_factor=2)
+    pixel_shuffle: Any = Idefics3Connector.pixel_shuffle
+    expected = pixel_shuffle(None, features, scale_factor=2)
     assert torch.equal(made("linear", shuffle=2).body(features), expected)
 
 
