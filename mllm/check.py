@@ -18,7 +18,7 @@ from mllm import recipe as recipes
 from mllm.data.loading import reader
 from mllm.errors import MLLMError
 from mllm.fit import can_be_fitted
-from mllm.model import Assembly, build_connector, build_encoder, build_lm, trained_module
+from mllm.model import Assembly, build_encoder, build_lm, join, trained_module
 from mllm.registry import lookup
 from mllm.spec import AssemblySpec, DataSpec, Recipe, Stage
 
@@ -61,7 +61,7 @@ def _of_stage(stage: Stage, config: Recipe, built: dict[str, Assembly | None]) -
             _check_source(source)
     if not stage.data.train:
         found.append(f"Stage {stage.name} has no data: give data.train.")
-    parts = f"{stage.encoder!r} {stage.lm!r} {stage.connector!r}"
+    parts = f"{stage.encoder!r} {stage.lm!r} {stage.connector!r} {stage.adapters!r}"
     if parts not in built:
         built[parts] = _assembled(stage, config, found)
     model = built[parts]
@@ -87,8 +87,7 @@ def _assembled(stage: Stage, config: Recipe, found: list[str]) -> Assembly | Non
             with _noted(found):
                 lm = build_lm(spec)
             if encoder is not None and lm is not None:
-                connector = build_connector(spec, encoder=encoder, lm_dim=lm.dim)
-                return Assembly(encoder=encoder, connector=connector, lm=lm, spec=spec)
+                return join(spec, encoder=encoder, lm=lm)
     return None
 
 

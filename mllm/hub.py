@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -94,10 +94,12 @@ def fingerprint(folder: str) -> str:
     return digest.hexdigest()
 
 
-def tensor_hash(module: nn.Module) -> str:
-    """Return a sha256 over names, shapes, types and bytes of all tensors of ``module``."""
+def tensor_hash(module: nn.Module, without: Container[str] = ()) -> str:
+    """Return a sha256 over names, shapes, types and bytes of the tensors of ``module``, some names left out."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
+        if name in without:
+            continue
         digest.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -5,15 +5,17 @@ Shapes: B batch, T text tokens, I images, P patches, Q visual tokens, D_vis, D_l
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from mllm.errors import MLLMError, near
+from mllm.hub import tensor_hash
 from mllm.images import open_image
 from mllm.prompt import Batch, Encoded, Piece, arrange, collate, encode, images_of
 from mllm.registry import lookup
@@ -41,6 +43,7 @@ class Assembly(nn.Module):
         encoder: pixels to features ``(B, P, D_vis)``; frozen.
         connector: features to visual tokens ``(B, Q, D_lm)``; trained.
         lm: the language model; frozen.
+        adapters: trained modules inside the language model.
         spec: what the parts were built from, saved with the trained tensors.
     """
 
@@ -49,9 +52,18 @@ class Assembly(nn.Module):
     connector: Any
     lm: Any
 
-    def __init__(self, *, encoder: nn.Module, connector: nn.Module, lm: nn.Module, spec: AssemblySpec) -> None:
+    def __init__(
+        self,
+        *,
+        encoder: nn.Module,
+        connector: nn.Module,
+        lm: nn.Module,
+        adapters: Sequence[nn.Module] = (),
+        spec: AssemblySpec,
+    ) -> None:
         super().__init__()
         self.encoder, self.connector, self.lm = encoder, connector, lm
+        self.adapters = nn.ModuleList(adapters)
         self.spec = spec
         self.calibrated = False  # whether the connector starts at the scale of the language model
         self.eval()
@@ -66,7 +78,23 @@ class Assembly(nn.Module):
         super().train(mode)
         for name in FROZEN:
             getattr(self, name).eval()
+        self.adapters.train(mode)  # peft's are inside the language model
         return self
+
+    @contextlib.contextmanager
+    def adapters_off(self) -> Iterator[None]:
+        """Compute as if there were no adapters: text alone then gives what the bare language model gives."""
+        with contextlib.ExitStack() as stack:
+            for adapter in self.adapters:
+                stack.enter_context(cast(Any, adapter).off())
+            yield
+
+    def frozen_hash(self, part: str) -> str:
+        """Return a hash of all tensors of a frozen part, adapters inside it left out."""
+        own = {id(parameter) for parameter in self.adapters.parameters()}
+        module = getattr(self, part)
+        inside = {name for name, p in module.named_parameters(remove_duplicate=False) if id(p) in own}
+        return tensor_hash(module, without=inside)
 
     def features(self, images: Sequence[Any]) -> Tensor:
         """Return the encoder's features ``(I, P, D_vis)`` of pictures in any accepted form."""
@@ -185,6 +213,7 @@ def assemble(
     lm: str | dict[str, Any],
     connector: str | dict[str, Any] = "linear",
     *,
+    adapters: Sequence[dict[str, Any]] = (),
     seed: int = 0,
     **settings: Any,
 ) -> Assembly:
@@ -194,6 +223,7 @@ def assemble(
         encoder: an installed part, hub id or folder; or the recipe's mapping.
         lm: likewise.
         connector: a registry name; or the recipe's mapping with its arguments.
+        adapters: the recipe's mappings: ``[{"type": "lora", "r": 16}]``.
         seed: of all weights drawn here.
         settings: the recipe's ``prompt`` and ``decoding``.
 
@@ -206,6 +236,7 @@ def assemble(
             "encoder": {"model": encoder} if isinstance(encoder, str) else encoder,
             "lm": {"model": lm} if isinstance(lm, str) else lm,
             "connector": {"type": connector} if isinstance(connector, str) else connector,
+            "adapters": list(adapters),
             "seed": seed,
             **settings,
         },
@@ -216,7 +247,13 @@ def assemble(
 def build(spec: AssemblySpec) -> Assembly:
     """Build the parts that a specification names, wire their widths, and draw the connector's weights."""
     encoder, lm = build_encoder(spec), build_lm(spec)
-    return Assembly(encoder=encoder, connector=build_connector(spec, encoder=encoder, lm_dim=lm.dim), lm=lm, spec=spec)
+    return join(spec, encoder=encoder, lm=lm)
+
+
+def join(spec: AssemblySpec, *, encoder: Any, lm: Any) -> Assembly:
+    """Bridge a built encoder and a built language model by a new connector, and put new adapters into the latter."""
+    connector = build_connector(spec, encoder=encoder, lm_dim=lm.dim)
+    return Assembly(encoder=encoder, connector=connector, lm=lm, adapters=build_adapters(spec, lm=lm), spec=spec)
 
 
 def trained_module(model: Assembly, path: str) -> nn.Module:
@@ -226,7 +263,7 @@ def trained_module(model: Assembly, path: str) -> nn.Module:
         MLLMError: there is no such module, or it is one of the frozen parts.
     """
     if path.split(".")[0] in FROZEN:
-        raise MLLMError(f"A stage's 'train' names {path!r}: this version trains connectors only.")
+        raise MLLMError(f"A stage's 'train' names {path!r}: this version trains connectors and adapters only.")
     try:
         return model.get_submodule(path)
     except AttributeError:
@@ -258,13 +295,23 @@ def build_connector(spec: AssemblySpec, *, encoder: Any, lm_dim: int) -> nn.Modu
     return connector
 
 
-def _made(cls: Any, label: str, **options: Any) -> Any:
+def build_adapters(spec: AssemblySpec, *, lm: Any) -> list[nn.Module]:
+    """Put new adapters into a language model; their random weights depend on the specification's seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(spec.seed)
+        return [
+            _made(lookup("adapters", part.type), f"adapter {part.type}", lm.model, **part.options())
+            for part in spec.adapters
+        ]
+
+
+def _made(cls: Any, label: str, *inside: Any, **options: Any) -> Any:
     """Build a part; an argument it does not take is the user's error."""
     try:
-        inspect.signature(cls).bind(**options)
+        inspect.signature(cls).bind(*inside, **options)
     except TypeError as error:
         raise MLLMError(f"The {label} does not take these arguments: {error}.") from None
-    return cls(**options)
+    return cls(*inside, **options)
 
 
 @torch.no_grad()

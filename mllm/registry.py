@@ -24,7 +24,10 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "qformer": "mllm.adapters.connectors.qformer:QFormer",
         "token-merge": "mllm.adapters.connectors.token_merge:TokenMerge",
     },
-    "adapters": {},
+    "adapters": {
+        "lora": "mllm.adapters.language.lora:LoRA",
+        "bottleneck": "mllm.adapters.language.bottleneck:Bottleneck",
+    },
     "heads": {},
     "image_decoders": {},
     "scorers": {},

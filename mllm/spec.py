@@ -14,9 +14,9 @@ from mllm.errors import MLLMError, near
 Model = TypeVar("Model", bound=BaseModel)
 
 
-PARTS = ("encoder", "lm", "connector")  # built once, for all stages
+PARTS = ("encoder", "lm", "connector", "adapters")  # built once, for all stages
 # Keys that nothing reads yet: they are refused, not ignored. Whoever builds one takes it out here.
-LATER = ("adapters", "heads", "tokens", "decoder", "scorer", "init.source", "eval.every")
+LATER = ("heads", "tokens", "decoder", "scorer", "init.source", "eval.every")
 
 
 class Spec(BaseModel):
@@ -194,6 +194,7 @@ class AssemblySpec(Spec):
     encoder: EncoderSpec
     lm: LMSpec
     connector: PartSpec
+    adapters: list[PartSpec] = []
     prompt: PromptSpec = PromptSpec()
     decoding: dict[str, Any] = {"max_new_tokens": 20}
     seed: int = 0

@@ -26,7 +26,6 @@ from mllm.data.loading import examples, read_all
 from mllm.errors import MLLMError
 from mllm.features import FeatureStore
 from mllm.fit import fit_connector
-from mllm.hub import tensor_hash
 from mllm.model import FROZEN, Assembly, build, calibrate, trained_module
 from mllm.prompt import Batch, Piece, collate, images_of
 from mllm.registry import lookup
@@ -220,7 +219,7 @@ def _groups(model: Assembly, stage: Stage) -> list[dict[str, Any]]:
 
 
 def _hashes(model: Assembly) -> dict[str, str]:
-    return {name: tensor_hash(getattr(model, name)) for name in FROZEN}
+    return {name: model.frozen_hash(name) for name in FROZEN}
 
 
 def _precision(stage: Stage) -> str:

@@ -87,6 +87,18 @@ def test_frozen_parts_hash_the_same_and_the_connector_does_not(recipe, tmp_path,
     assert mllm.hub.tensor_hash(before.connector) != mllm.hub.tensor_hash(after.connector)
 
 
+def test_an_adapter_trains_beside_the_connector_at_its_own_rate(recipe, tmp_path):
+    overrides = ["adapters=[{type: lora, r: 2}]", "stages.0.train={connector: 0.01, adapters: 0.02}"]
+    run = mllm.train(recipe, overrides, out=tmp_path / "both")
+    assert log(run)[-1] < log(run)[0] - 0.5
+    model = mllm.load(run.path)
+    assert any(tensor.abs().sum() > 0 for name, tensor in model.trained_state().items() if "lora_B" in name)
+    frozen = json.loads((run.path / "frozen.json").read_text())["align"]
+    assert frozen["before"] == frozen["after"]
+    still = mllm.load(mllm.train(recipe, overrides[:1], out=tmp_path / "one").path)
+    assert all(tensor.abs().sum() == 0 for name, tensor in still.trained_state().items() if "lora_B" in name)
+
+
 def test_a_batch_of_eight_is_two_of_four_accumulated(recipe, tmp_path):
     whole = mllm.train(recipe, ["stages.0.steps=4"], out=tmp_path / "whole")
     # Answers of different lengths: a mean of batch means would differ from the mean over tokens.

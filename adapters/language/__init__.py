@@ -1,0 +1,1 @@
+"""Adapters: trained modules inside the frozen language model, a file each."""
