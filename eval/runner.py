@@ -20,10 +20,10 @@ from mllm.eval.report import write_report
 from omegaconf import OmegaConf
 from pydantic import Field
 
-from mllm.checkpoint import write
 from mllm.data.items import Item, question_text
 from mllm.data.loading import read
 from mllm.errors import MLLMError, near
+from mllm.files import write
 from mllm.images import ImageSource
 from mllm.model import Assembly
 from mllm.prompt import arrange

@@ -11,16 +11,14 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from mllm.errors import MLLMError
+from mllm.files import write
 from mllm.model import Assembly, build
 from mllm.spec import AssemblySpec, Spec, checked
 from mllm.version import __version__
@@ -86,19 +84,6 @@ def load(folder: str | Path) -> Assembly:
     _same_parts(path, about.fingerprints, _fingerprints(model))
     _put(model, tensors)
     return model
-
-
-def write(path: Path, action: Callable[[Path], Any]) -> None:
-    """Make a file whole or not at all: it is written beside its place and moved there."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    beside = Path(name)
-    try:
-        action(beside)
-        os.chmod(beside, 0o644)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _write_tensors(model: Assembly, folder: Path) -> tuple[str, str]:

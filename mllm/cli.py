@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -97,40 +98,55 @@ def evaluate(
     typer.echo(f"Report: {report.page}")
 
 
+Lines = Annotated[bool, typer.Option("--jsonl", help="A line of JSON for each picture: image, and text or error.")]
+
+
 @app.command()
 def caption(
     run: RunPath,
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Picture files.")],
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Picture files, folders or patterns.")],
     max_new_tokens: Tokens = None,
+    jsonl: Lines = False,
 ) -> None:
     """Describe pictures."""
     from mllm.checkpoint import load
-    from mllm.prompt import arrange
 
     model = load(run)
-    prompt = model.spec.prompt
-    prompts = [arrange(prompt.template, [image], prompt.caption) for image in images]
-    for image, text in zip(images, model.generate(prompts, **_decoding(max_new_tokens)), strict=True):
-        typer.echo(f"{image}: {text}")
+    _tell(model, images, model.spec.prompt.caption, jsonl, **_decoding(max_new_tokens))
 
 
 @app.command()
 def ask(
     run: RunPath,
-    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A picture file.")],
+    image: Annotated[str, typer.Argument(metavar="IMAGE", help="A picture file, a folder or a pattern.")],
     question: Annotated[str, typer.Argument(metavar="QUESTION")],
     max_new_tokens: Tokens = None,
+    jsonl: Lines = False,
 ) -> None:
-    """Ask about a picture."""
+    """Ask about a picture, or the same about several."""
     from mllm.checkpoint import load
 
-    typer.echo(load(run).see([image]).ask(question, **_decoding(max_new_tokens)))
+    model = load(run)
+    text = model.spec.prompt.question.format(question=question)
+    _tell(model, [image], text, jsonl, **_decoding(max_new_tokens))
 
 
 @app.command()
-def chat(run: RunPath) -> None:
-    """Talk about pictures (not in this version)."""
-    _later("chat", f"use `mllm ask {run} IMAGE QUESTION`")
+def chat(
+    run: RunPath,
+    images: Annotated[
+        list[Path] | None, typer.Argument(metavar="[IMAGE]...", help="Pictures of the first turn.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
+    history: Annotated[Path | None, typer.Option(help="A conversation that /save wrote, to go on with.")] = None,
+    max_new_tokens: Tokens = None,
+) -> None:
+    """Talk about pictures; /help lists what else can be typed."""
+    from mllm.checkpoint import load
+    from mllm.terminal import converse, read_history
+
+    messages = read_history(history) if history else []
+    converse(load(run).chat(system, messages), images or [], **_decoding(max_new_tokens))
 
 
 @app.command()
@@ -234,6 +250,30 @@ def install_parts(names: Annotated[list[str] | None, typer.Argument(metavar="[NA
     from mllm import parts
 
     parts.install(names or None, report=typer.echo)
+
+
+def _tell(model: Any, images: list[str], text: str, jsonl: bool, **decoding: Any) -> None:
+    """Print what the model says to every picture; one that cannot be read costs the others nothing."""
+    from mllm.answers import answer_each
+    from mllm.images import find_pictures
+
+    wrong = []
+    paths = find_pictures(images)
+    for path, answer in zip(paths, answer_each(model, paths, text, **decoding), strict=True):
+        bad = isinstance(answer, MLLMError)
+        if bad:
+            wrong.append(answer)
+        if jsonl:
+            typer.echo(json.dumps({"image": str(path), "error" if bad else "text": str(answer)}, ensure_ascii=False))
+        elif not bad:
+            typer.echo(f"{path}: {answer}")
+    if wrong and len(paths) == 1:
+        raise MLLMError(str(wrong[0]))
+    if wrong:
+        listed = "".join(f"\n  {error}" for error in wrong)
+        raise MLLMError(
+            f"{len(wrong)} of {len(paths)} pictures could not be read, the others have their answer:{listed}"
+        )
 
 
 def _later(command: str, instead: str) -> NoReturn:

@@ -9,8 +9,9 @@ import io
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -22,6 +23,7 @@ from mllm.errors import MLLMError
 MAX_BYTES = 64 * 2**20
 MAX_PIXELS = 64_000_000  # checked from the header, before anything is decoded
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000")  # none that runs a program
+SUFFIXES = {".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".jp2"}  # of these, in a folder
 DAMAGED = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, OverflowError, struct.error, zlib.error)
 
 
@@ -83,6 +85,27 @@ def source_of(image: Any) -> ImageSource:
     if isinstance(image, str | Path) and not str(image).startswith("data:"):
         return ImageFile(Path(image))
     return _Opened(open_image(image))
+
+
+def find_pictures(names: Sequence[str | Path]) -> list[Path]:
+    """Return the picture files that names stand for: a file, a folder (its pictures by name), or a pattern.
+
+    Raises:
+        MLLMError: a folder or a pattern without pictures.
+    """
+    found: list[Path] = []
+    for name in names:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+        elif not path.exists() and any(mark in str(name) for mark in "*?["):
+            inside = [Path(match) for match in sorted(glob(str(path), recursive=True))]
+        else:
+            inside = [path]  # whether it is a picture shows when it is opened
+        if not inside:
+            raise MLLMError(f"{str(name)!r} holds no pictures ({', '.join(sorted(SUFFIXES))}).")
+        found += inside
+    return found
 
 
 @dataclass(frozen=True)

@@ -91,9 +91,9 @@ class LanguageModel(nn.Module):
         pad = self.tokenizer.pad_token_id
         return int(self.eos if pad is None else pad)
 
-    def tokenize(self, text: str) -> list[int]:
-        """Return the ids of a text, no special token added and none read out of it."""
-        return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids)
+    def tokenize(self, text: str, *, control: bool = False) -> list[int]:
+        """Return the ids of a text, no special token added; ``control``: those in it are read as such."""
+        return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=not control).input_ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, special tokens left out."""
@@ -142,7 +142,7 @@ class LanguageModel(nn.Module):
         return copy.deepcopy(cache)
 
     def generate(
-        self, mask: Tensor, decoding: dict[str, Any], *, cache: Any = None, **inputs: Tensor
+        self, mask: Tensor, decoding: dict[str, Any], *, cache: Any = None, streamer: Any = None, **inputs: Tensor
     ) -> list[list[int]]:
         """Return the new ids of each sequence, by `transformers`' own decoding.
 
@@ -150,6 +150,7 @@ class LanguageModel(nn.Module):
             mask: ``(B, T)``.
             decoding: fields of `transformers.GenerationConfig`, plus ``stop_strings``.
             cache: key-value states of the first positions.
+            streamer: is given the tokens as they come (`transformers.TextIteratorStreamer`).
             inputs: ``inputs_embeds (B, T, D_lm)`` or ``input_ids (B, T)``.
         """
         options = dict(decoding)
@@ -161,6 +162,7 @@ class LanguageModel(nn.Module):
             attention_mask=mask,
             generation_config=config,
             past_key_values=cache,
+            streamer=streamer,
             tokenizer=self.tokenizer if stop else None,
             **inputs,
         )

@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from mllm.chat import Chat
 from mllm.errors import MLLMError, near
 from mllm.hub import tensor_hash
 from mllm.images import open_image
@@ -189,9 +190,9 @@ class Assembly(nn.Module):
         """
         return self.see(prompt).score(candidates, normalize=normalize)
 
-    def chat(self, system: str | None = None) -> Any:
-        """Not there yet: use `generate` or `see`."""
-        raise MLLMError("Chat is not in this version yet. Use model.generate or model.see(...).ask(...).")
+    def chat(self, system: str | None = None, messages: Sequence[dict[str, Any]] = ()) -> Chat:
+        """Start a conversation, or go on with one; see `mllm.chat.Chat`."""
+        return Chat(self, system, messages)
 
     def trained_state(self) -> dict[str, Tensor]:
         """Return the tensors of everything that is not frozen, by dotted name."""

@@ -19,7 +19,14 @@ class Target:
     text: str
 
 
-Piece = Any  # a str, a Target, or an image (a PIL image, an array, a path object, bytes, an ImageSource)
+@dataclass(frozen=True)
+class Control:
+    """Words of a chat template: what stands for a control token in them is one."""
+
+    text: str
+
+
+Piece = Any  # a str, a Target, a Control, or an image (a PIL image, an array, a path object, bytes, an ImageSource)
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,9 @@ def encode(pieces: Sequence[Piece], *, lm: Any, num_visual: int) -> Encoded:
         if isinstance(piece, str):
             new = lm.tokenize(piece)
             new_labels = [IGNORED] * len(new)
+        elif isinstance(piece, Control):
+            new = lm.tokenize(piece.text, control=True)
+            new_labels = [IGNORED] * len(new)
         elif isinstance(piece, Target):
             new = [*lm.tokenize(piece.text), lm.eos]
             new_labels = new
@@ -67,7 +77,7 @@ def encode(pieces: Sequence[Piece], *, lm: Any, num_visual: int) -> Encoded:
             new, new_labels = [lm.pad] * num_visual, [IGNORED] * num_visual
         ids += new
         labels += new_labels
-        visual += [not isinstance(piece, str | Target)] * len(new)
+        visual += [not isinstance(piece, str | Target | Control)] * len(new)
     return Encoded(ids, visual, labels)
 
 
@@ -100,7 +110,7 @@ def answer_text(answer: str) -> str:
 
 def images_of(pieces: Sequence[Piece]) -> list[Any]:
     """Return the images of a prompt, in order."""
-    return [piece for piece in pieces if not isinstance(piece, str | Target)]
+    return [piece for piece in pieces if not isinstance(piece, str | Target | Control)]
 
 
 def _joined(pieces: Sequence[Piece]) -> list[Piece]:

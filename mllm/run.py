@@ -15,8 +15,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from mllm.checkpoint import write
 from mllm.errors import MLLMError
+from mllm.files import write
 from mllm.plots import loss_plot
 
 PACKAGES = ("mllm-assembly", "torch", "transformers", "accelerate", "peft")

@@ -63,6 +63,7 @@ class PromptSpec(Spec):
     template: str = "{images}{prompt}"  # the order of the images and the words below; null: this one
     caption: str = "A picture of"
     question: str = "Question: {question} Answer:"
+    chat: Literal["plain", "own"] = "plain"  # a turn in these words, or in the language model's own chat template
 
     @model_validator(mode="before")
     @classmethod

@@ -16,9 +16,10 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from mllm import recipe as recipes
-from mllm.checkpoint import load, write
+from mllm.checkpoint import load
 from mllm.errors import MLLMError
 from mllm.evaluation import evaluate, metric
+from mllm.files import write
 from mllm.training import train
 
 SEEDS = (0, 1, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -157,7 +158,6 @@ def test_run_of_another_version(mllm: Mllm, model: Path, picture: Path, tmp_path
     [
         ["plan", "limber-cpu"],
         ["train", "limber-cpu", "--resume", "run"],
-        ["chat", "run"],
         ["serve", "run"],
         ["export", "run", "out", "--to", "hf-llava"],
         ["index", "build", "images", "out"],
@@ -217,3 +217,41 @@ def test_part_names_are_whole_on_a_narrow_screen() -> None:
     assert max(len(line) for line in done.output.splitlines()) <= 80
     for name in parts.PARTS:
         assert name in done.output
+
+
+def test_many_pictures_are_described_and_a_bad_one_costs_the_others_nothing(
+    mllm: Mllm, model: Path, picture: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name in ("a.png", "c.png"):
+        (folder / name).write_bytes(picture.read_bytes())
+    (folder / "b.png").write_bytes(b"no picture")
+    (folder / "notes.txt").write_text("not a picture")
+    status, out, err = mllm("caption", model, folder, "--max-new-tokens", "3", "--jsonl")
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [Path(row["image"]).name for row in rows] == ["a.png", "b.png", "c.png"]
+    assert rows[0]["text"] == rows[2]["text"] and "b.png is no picture" in rows[1]["error"]
+    assert status == 1 and "1 of 3 pictures could not be read" in err
+    status, out, err = mllm("ask", model, f"{folder}/[ac].png", "What?", "--max-new-tokens", "3")
+    assert status == 0
+    assert [line.partition(": ")[0] for line in out.splitlines()] == [f"{folder}/{n}.png" for n in "ac"]
+    fails(mllm("caption", model, tmp_path / "pictures" / "*.jpg"), "holds no pictures")
+
+
+def test_chat_in_the_terminal(
+    mllm: Mllm, model: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [f"/image {picture}", "what is it?", "/imgae x", "/image nowhere.png", f"/save {tmp_path / 'chat.json'}"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join([*lines, "/help", "/exit", "never read"])))
+    status, out, err = mllm("chat", model, "--max-new-tokens", "4")
+    assert status == 0 and err == ""
+    assert "Did you mean '/image'" in out and "There is no picture file 'nowhere.png'" in out and "/reset" in out
+    messages = json.loads((tmp_path / "chat.json").read_text())
+    assert [message["role"] for message in messages] == ["user", "assistant"]
+    assert messages[0]["content"][0] == {"type": "image", "image": str(picture)}
+    assert " ".join(messages[1]["content"][0]["text"].split()) in " ".join(out.split())
+    monkeypatch.setattr(sys, "stdin", io.StringIO("and now?"))
+    status, again, _ = mllm("chat", model, "--history", tmp_path / "chat.json", "--max-new-tokens", "4")
+    assert status == 0 and again.strip()
+    fails(mllm("chat", model, "--history", tmp_path / "none.json"), "cannot be read")

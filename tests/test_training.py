@@ -196,7 +196,7 @@ def test_the_closed_form_start_points_features_at_their_words(tiny_parts):
     ("override", "message"),
     [
         ("stages.0.train.conector=0.1", "conector.*Did you mean 'connector"),
-        ("stages.0.train.lm=0.1", "trains connectors only"),
+        ("stages.0.train.lm=0.1", "trains connectors and adapters only"),
         ("data.train.path=nowhere.json", "nowhere.json cannot be read"),
         ("data.train.pth=x", "does not take these arguments"),
         ("stages.0.objectives=[{type: captoin}]", "Did you mean 'caption'"),

@@ -1,0 +1,249 @@
+"""A conversation about pictures: several turns, several pictures in any of them.
+
+Notable: what a person writes is tokenised as plain text, so it cannot smuggle in a control token or a picture; only
+the words of the template may hold control tokens. Key-value states of earlier turns are kept: a turn costs its own
+length, and its tokens are those of the whole conversation computed at once.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import secrets
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TextIteratorStreamer
+
+from mllm.errors import MLLMError
+from mllm.files import write
+from mllm.images import ImageFile, open_image, source_of
+from mllm.prompt import Control, Encoded, Piece, answer_text, arrange, collate, images_of
+
+ROLES = ("system", "user", "assistant")
+
+
+class Chat:
+    """A conversation with a model.
+
+    Args:
+        model: the assembly.
+        system: what the model is told before the first turn.
+        messages: an earlier conversation, in transformers' or OpenAI's schema.
+
+    Attributes:
+        messages: the conversation, in transformers' schema; pictures are `ImageSource`.
+
+    Raises:
+        MLLMError: messages of another form, or a recipe that asks for a chat template where the model has none.
+    """
+
+    def __init__(self, model: Any, system: str | None = None, messages: Sequence[dict[str, Any]] = ()) -> None:
+        self._model = model
+        if model.spec.prompt.chat == "own" and model.lm.tokenizer.chat_template is None:
+            raise MLLMError("This language model has no chat template of its own: set prompt.chat=plain.")
+        self._start = [_message("system", [_text(system)])] if system else []
+        self.messages = [*self._start, *(_checked(message) for message in messages)]
+        self._cache: Any = None
+        self._seen: list[int] = []  # the ids that the key-value states stand for
+        self._seen_images = 0
+
+    def send(self, text: str, images: Sequence[Any] = (), **decoding: Any) -> str:
+        """Say something, with pictures, and return the answer.
+
+        Raises:
+            MLLMError: nothing is said, a picture cannot be read, or the conversation outgrows the context; the
+                conversation is then as it was.
+        """
+        return "".join(self.stream(text, images, **decoding))
+
+    def stream(self, text: str, images: Sequence[Any] = (), **decoding: Any) -> Iterator[str]:
+        """Say something, and yield the answer as it is written; the turn counts once all of it was taken."""
+        if not text.strip() and not images:
+            raise MLLMError("Nothing was said: give a text, a picture, or both.")
+        sources = [source_of(image) for image in images]
+        for source in sources:
+            source.open()
+        turn = _message("user", [*({"type": "image", "image": source} for source in sources), _text(text)])
+        messages = [*self.messages, turn]
+        answer = ""
+        for new in self._answer(messages, decoding):
+            new = new if answer else new.lstrip()
+            answer += new
+            if new:
+                yield new
+        self.messages = [*messages, _message("assistant", [_text(answer.strip())])]
+
+    def reset(self) -> None:
+        """Forget all but what the model was told at the start."""
+        self.messages = list(self._start)
+        self._forget()
+
+    def drop(self, turns: int = 1) -> None:
+        """Forget the oldest turns, each a question and its answer."""
+        first = len(self._start)
+        self.messages = [*self._start, *self.messages[first + 2 * turns :]]
+
+    def save(self, path: str | Path) -> Path:
+        """Write the conversation as JSON: pictures by path where they are files, else as data URLs."""
+        messages = [{**m, "content": [_saved(part) for part in m["content"]]} for m in self.messages]
+        write(Path(path), lambda file: file.write_text(json.dumps(messages, indent=2, ensure_ascii=False) + "\n"))
+        return Path(path)
+
+    def _answer(self, messages: Sequence[dict[str, Any]], decoding: dict[str, Any]) -> Iterator[str]:
+        model = self._model
+        pieces = turns(model, messages)
+        try:
+            encoded = model.encode(pieces)
+        except MLLMError as error:
+            raise MLLMError(f"{error} Drop the oldest turns (chat.drop(2)), or start anew (chat.reset()).") from None
+        self._read(encoded, images_of(pieces))
+        # What was read stands in the key-value states; decoding starts from the last token, which is text.
+        ids = torch.tensor([[model.lm.pad] * len(self._seen) + encoded.ids[len(self._seen) :]], device=model.device)
+        yield from _streamed(model, ids, self._cache, {**model.spec.decoding, **decoding})
+
+    @torch.no_grad()
+    def _read(self, encoded: Encoded, images: Sequence[Any]) -> None:
+        """Bring the key-value states up to all of the conversation but its last token."""
+        model, known, end = self._model, len(self._seen), len(encoded.ids) - 1
+        if encoded.ids[:known] != self._seen or known > end:
+            self._forget()  # a template may word earlier turns anew
+            known = 0
+        if known == end:
+            return
+        part = Encoded(encoded.ids[known:end], encoded.visual[known:end], encoded.labels[known:end])
+        new = images[self._seen_images :]
+        batch = collate([part], model.lm.pad).to(model.device)
+        embeds = model.embed(model.connector(model.features(new)) if new else None, batch)
+        if self._cache is None:
+            self._cache, _ = model.lm.prefill(embeds)
+        else:
+            mask = torch.ones(1, end, dtype=torch.long, device=model.device)
+            model.lm.logits(embeds, mask, keep=torch.tensor([0], device=model.device), cache=self._cache)
+        self._seen, self._seen_images = encoded.ids[:end], len(images)
+
+    def _forget(self) -> None:
+        self._cache, self._seen, self._seen_images = None, [], 0
+
+
+def turns(model: Any, messages: Sequence[dict[str, Any]]) -> list[Piece]:
+    """Return a conversation as an interleaved prompt that ends where the answer starts."""
+    return (_templated if model.spec.prompt.chat == "own" else _plain)(model, messages)
+
+
+def _plain(model: Any, messages: Sequence[dict[str, Any]]) -> list[Piece]:
+    """Put every turn with the recipe's own words, as the connector was trained with them."""
+    prompt = model.spec.prompt
+    pieces: list[Piece] = []
+    for message in messages:
+        text, images = _parts(message)
+        if message["role"] == "assistant":
+            pieces.append(f"{answer_text(text)}\n")
+        elif message["role"] == "system":
+            pieces.append(f"{text}\n")
+        else:
+            words = prompt.question.format(question=text) if text else prompt.caption
+            pieces += arrange(prompt.template, images, words) if images else [words]
+    return pieces
+
+
+def _templated(model: Any, messages: Sequence[dict[str, Any]]) -> list[Piece]:
+    """Put the conversation into the language model's own chat template.
+
+    The template is filled with marks that nobody can guess, which are then replaced by texts and pictures: only the
+    template's own words are read for control tokens.
+    """
+    nonce = secrets.token_hex(8)
+    held: list[Piece] = []
+
+    def marked(message: dict[str, Any]) -> dict[str, str]:
+        start = len(held)
+        held.extend(part["text"] if part["type"] == "text" else part["image"] for part in message["content"])
+        return {
+            "role": message["role"],
+            "content": "".join(f"{nonce}:{number};" for number in range(start, len(held))),
+        }
+
+    rendered = model.lm.tokenizer.apply_chat_template(
+        [marked(message) for message in messages], tokenize=False, add_generation_prompt=True
+    )
+    first, *rest = rendered.split(f"{nonce}:")
+    pieces: list[Piece] = [Control(first)]
+    for stretch in rest:
+        number, _, control = stretch.partition(";")
+        pieces += [held[int(number)], Control(control)]
+    return pieces
+
+
+def _streamed(model: Any, ids: torch.Tensor, cache: Any, decoding: dict[str, Any]) -> Iterator[str]:
+    streamer = TextIteratorStreamer(model.lm.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    failed: list[Exception] = []
+
+    def work() -> None:
+        try:
+            mask = torch.ones_like(ids)
+            model.lm.generate(mask, decoding, cache=cache and model.lm.fork(cache), streamer=streamer, input_ids=ids)
+        except Exception as error:  # it is raised where the answer is read
+            failed.append(error)
+            streamer.end()
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    yield from streamer
+    thread.join()
+    if failed:
+        raise failed[0]
+
+
+def _message(role: str, content: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+def _text(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
+
+
+def _parts(message: dict[str, Any]) -> tuple[str, list[Any]]:
+    """Return a message's text, and its pictures."""
+    texts = [part["text"] for part in message["content"] if part["type"] == "text"]
+    return " ".join(texts).strip(), [part["image"] for part in message["content"] if part["type"] == "image"]
+
+
+def _checked(message: Any) -> dict[str, Any]:
+    """Return a message of transformers' or OpenAI's schema in our form."""
+    if not isinstance(message, dict) or message.get("role") not in ROLES:
+        raise MLLMError(f"A message needs a role ({', '.join(ROLES)}) and a content; got {str(message)[:80]!r}.")
+    content = message.get("content")
+    parts = [_text(content)] if isinstance(content, str) else content
+    if not isinstance(parts, list):
+        raise MLLMError(f"A message's content is a text or a list of parts; got {type(content).__name__}.")
+    return _message(message["role"], [_part(part) for part in parts])
+
+
+def _part(part: Any) -> dict[str, Any]:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "text" and isinstance(part.get("text"), str):
+        return _text(part["text"])
+    if kind == "image" and "image" in part:
+        return {"type": "image", "image": source_of(part["image"])}
+    if kind == "image_url" and isinstance(part.get("image_url"), dict):
+        url = str(part["image_url"].get("url"))
+        if not url.startswith("data:"):
+            raise MLLMError(f"image_url is {url[:60]!r}; only data URLs are read, nothing is downloaded.")
+        return {"type": "image", "image": source_of(open_image(url))}
+    raise MLLMError(f"A part of a message is a text, an image or an image_url; got {str(part)[:80]!r}.")
+
+
+def _saved(part: dict[str, Any]) -> dict[str, Any]:
+    if part["type"] == "text":
+        return part
+    source = part["image"]
+    if isinstance(source, ImageFile):
+        return {"type": "image", "image": str(source.path.resolve())}
+    buffer = io.BytesIO()
+    source.open().save(buffer, "PNG")
+    return {"type": "image", "image": f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"}
