@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from mllm.eval.report import write_report
@@ -45,7 +45,8 @@ class Suite(Spec):
     data: DataSpec
     folder: dict[str, str] = Field({})  # reader's argument -> file or folder inside --data
     metrics: list[str]
-    answer: str = "generate"  # or "choose": the most likely of the item's choices
+    answer: Literal["generate", "choose"] = "generate"  # choose: the most likely of the item's choices
+    calibrate: float = Field(0.0, ge=0, le=1)  # of choices: the share of their mean score over all items taken off
     decoding: dict[str, Any] = Field({})
     batch_size: int = 32
 
@@ -119,11 +120,12 @@ def evaluate(
     items = _items(config, data)[:limit]
     conditions = {"model": lambda i: items[i].images, **{name: _condition(name, items) for name in baselines}}
     results = {}
+    known: dict[Any, Any] = {}  # what was put to the model, in any condition
     with progress() as bar:
         for name, images in conditions.items():
             task = bar.add_task(name, total=len(items), note="")
             advance = lambda n, task=task: bar.update(task, advance=n)  # noqa: E731
-            results[name] = Result(_answers(model, config, items, images, advance))
+            results[name] = Result(_answers(model, config, items, images, known, advance))
     for result in results.values():
         result.scores = {
             metric: lookup("metrics", metric)(result.predictions, [item.answers for item in items])
@@ -172,33 +174,46 @@ def _answers(
     config: Suite,
     items: Sequence[Item],
     images: Callable[[int], tuple[ImageSource, ...]],
+    known: dict[Any, Any],
     advance: Callable[[int], None],
 ) -> list[str]:
-    """Answer all items; prompts that are equal (as without images) are answered once."""
+    """Answer all items. What was put before, with these images, is in ``known`` and is not put again."""
     keys = [(images(index), question_text(item, model.spec.prompt), item.choices) for index, item in enumerate(items)]
-    first = {key: index for index, key in reversed(list(enumerate(keys)))}
-    order = sorted(first.values(), key=lambda index: len(keys[index][1]))
-    answered: dict[Any, str] = {}
+    order = sorted({key: None for key in keys if key not in known}, key=lambda key: len(key[1]))
+    advance(len(items) - len(order))
     for start in range(0, len(order), config.batch_size):
         batch = order[start : start + config.batch_size]
-        prompts = [arrange(model.spec.prompt.template, *keys[index][:2]) for index in batch]
+        prompts = [arrange(model.spec.prompt.template, *key[:2]) for key in batch]
         if config.answer == "choose":
-            texts = [
-                _choose(model.see(prompt), items[index].choices) for prompt, index in zip(prompts, batch, strict=True)
-            ]
+            for key, prompt in zip(batch, prompts, strict=True):
+                known[key] = _scores(model.see(prompt), key[2])
+                advance(1)
         else:
-            texts = [str(output) for output in model.generate(prompts, **config.decoding)]
-        answered.update({keys[index]: text for index, text in zip(batch, texts, strict=True)})
-        advance(len(batch))
-    advance(len(items) - len(order))
-    return [answered[key] for key in keys]
+            outputs = model.generate(prompts, **config.decoding)
+            known.update({key: str(output) for key, output in zip(batch, outputs, strict=True)})
+            advance(len(batch))
+    found = [known[key] for key in keys]
+    return chosen(found, config.calibrate) if config.answer == "choose" else found
 
 
-def _choose(view: View, choices: Sequence[str]) -> str:
+def _scores(view: View, choices: Sequence[str]) -> dict[str, float]:
     if not choices:
         raise MLLMError("This suite chooses among given answers, and the data has none.")
-    scores = view.score(choices)
-    return choices[int(np.argmax(scores))]
+    return dict(zip(choices, view.score(choices), strict=True))
+
+
+def chosen(scores: Sequence[dict[str, float]], calibrate: float) -> list[str]:
+    """Return each item's most likely answer, less a share of the answer's mean score over all items.
+
+    An answer that is likely whatever is seen says little about what is seen. This is batch calibration
+    (arXiv:2309.17249; there the share is 1). It needs the items together, and none of their references.
+    """
+    by_answer: dict[str, list[float]] = defaultdict(list)
+    for row in scores:
+        for answer, score in row.items():
+            by_answer[answer].append(score)
+    prior = {answer: calibrate * float(np.mean(values)) for answer, values in by_answer.items()}
+    return [max(row, key=lambda answer: row[answer] - prior[answer]) for row in scores]
 
 
 def _summary(
@@ -211,7 +226,7 @@ def _summary(
         "n": len(items),
         "settings": {
             "data": json.dumps({"format": config.data.format, **config.data.options()}),
-            "answer": config.answer,
+            "answer": config.answer + (f", calibrated by {config.calibrate}" if config.calibrate else ""),
             "prompt": prompt.template.replace(
                 "{prompt}", prompt.caption if items[0].question is None else prompt.question
             ),

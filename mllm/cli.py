@@ -70,14 +70,15 @@ def train(
     recipe: RecipeName,
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder; runs/NAME if left out.")] = None,
-    resume: Annotated[Path | None, typer.Option(help="Go on with a run (not in this version).")] = None,
+    resume: Annotated[Path | None, typer.Option(help="A run that was interrupted, to go on with.")] = None,
+    accept_changes: Annotated[
+        bool, typer.Option("--accept-changes", help="Go on although the recipe changed since the run was started.")
+    ] = False,
 ) -> None:
     """Train a recipe."""
-    if resume is not None:
-        _later("train --resume", "a run is started anew")
     from mllm.training import train as run_training
 
-    run = run_training(recipe, overrides or [], out=out)
+    run = run_training(recipe, overrides or [], out=out, resume=resume, accept_changes=accept_changes)
     typer.echo(f"Trained: {run.path} (losses in {run.path / 'loss.png'})")
 
 

@@ -1,35 +1,53 @@
-"""Frozen features, computed once: the encoder never changes, so an image seen again costs nothing."""
+"""Frozen features, computed once: the encoder never changes, so an image seen again costs nothing.
+
+Notable: what is kept on disk stands under a hash of everything that decides a feature (the encoder's weights, layer,
+selection, resolution and processor, and the type of its numbers), and in there by the picture's content. When any of it
+changes, another place is looked in: nothing stale can be found.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from mllm.errors import MLLMError
+from mllm.files import write
 from mllm.images import source_of
+from mllm.parts import cache_dir
+
+LIMIT = 4 * 2**30  # bytes
 
 
 class FeatureStore:
-    """Features of images in memory, by the content of the image.
+    """Features of images, in memory and, given a folder, on disk.
 
     Args:
         model: whose `features` are kept.
-        limit: bytes that are kept at most; what comes later is computed each time.
+        limit: bytes that are kept at most; what comes later is computed each time. None: no limit.
         chunk: images that go through the encoder at once.
+        folder: where shards are read from and written to; None: memory only.
     """
 
-    def __init__(self, model: Any, *, limit: int = 4 * 2**30, chunk: int = 32) -> None:
-        self._model, self._limit, self._chunk = model, limit, chunk
+    def __init__(self, model: Any, *, limit: int | None = LIMIT, chunk: int = 32, folder: Path | None = None) -> None:
+        self._model, self._limit, self._chunk, self._folder = model, limit, chunk, folder
         self._kept: dict[str, Tensor] = {}
-        self._bytes = 0
+        self._new: list[str] = []  # kept, and not on disk yet
+        self._stored = _index(folder) if folder else {}
+        self._bytes = sum(path.stat().st_size for path in set(self._stored.values()))
 
     def __call__(self, images: Sequence[Any]) -> Tensor:
         """Return features ``(I, P, D_vis)`` of pictures in any accepted form, in order."""
         sources = [source_of(image) for image in images]
         keys = [source.key() for source in sources]
-        found = {key: self._kept[key] for key in keys if key in self._kept}
+        found = {key: self._find(key) for key in keys if key in self._kept or key in self._stored}
         missing = {key: source for key, source in zip(keys, sources, strict=True) if key not in found}
         names = list(missing)
         for start in range(0, len(names), self._chunk):
@@ -39,8 +57,73 @@ class FeatureStore:
                 self._keep(key, row)
         return torch.stack([found[key] for key in keys])
 
+    def flush(self) -> None:
+        """Write what is new to a shard on disk; a kill while it is written leaves nothing of it.
+
+        Raises:
+            MLLMError: the folder cannot be written.
+        """
+        if self._folder is None or not self._new:
+            return
+        rows = {key: self._kept[key].cpu().contiguous() for key in self._new}
+        path = self._folder / f"{hashlib.sha256(''.join(rows).encode()).hexdigest()[:16]}.safetensors"
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            write(path, lambda file: save_file(rows, file))
+        except (OSError, SafetensorError) as error:
+            raise MLLMError(
+                f"The features could not be kept in {self._folder}: {error}. Free some room, or say cache=off."
+            ) from error
+        self._stored |= dict.fromkeys(rows, path)
+        self._new = []
+
+    def _find(self, key: str) -> Tensor:
+        if key not in self._kept:
+            with safe_open(self._stored[key], framework="pt", device=str(self._model.device)) as shard:
+                for name in shard.keys():  # noqa: SIM118  # it is no mapping
+                    self._kept.setdefault(name, shard.get_tensor(name))
+        return self._kept[key]
+
     def _keep(self, key: str, row: Tensor) -> None:
         size = row.numel() * row.element_size()
-        if self._bytes + size <= self._limit:
+        if self._limit is None or self._bytes + size <= self._limit:
             self._kept[key] = row.clone()  # a view would keep the whole chunk alive
+            self._new.append(key)
             self._bytes += size
+
+
+def open_store(model: Any, cache: str) -> FeatureStore:
+    """Return the store that a recipe's ``cache`` asks for.
+
+    Args:
+        model: the assembly.
+        cache: ``auto`` keeps up to 4 GiB in memory and in the user's cache folder, ``on`` without a limit, ``off``
+            computes every feature each time it is needed.
+    """
+    if cache == "off":
+        return FeatureStore(model, limit=0)
+    return FeatureStore(model, limit=LIMIT if cache == "auto" else None, folder=place_of(model))
+
+
+def place_of(model: Any) -> Path:
+    """Return the folder of features that this very encoder, so set up, has made."""
+    encoder = model.encoder
+    decides = {
+        "weights": encoder.fingerprint,
+        "dtype": str(next(encoder.parameters()).dtype),
+        "settings": encoder.settings(),
+    }
+    digest = hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()
+    return cache_dir() / "features" / digest[:32]
+
+
+def _index(folder: Path) -> dict[str, Path]:
+    """Return key -> shard of all that is on disk; a shard that is damaged is passed over, and computed again."""
+    found: dict[str, Path] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as shard:
+                found |= dict.fromkeys(shard.keys(), path)
+        except (SafetensorError, OSError):
+            continue
+    return found

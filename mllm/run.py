@@ -10,14 +10,17 @@ import contextlib
 import json
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from mllm.errors import MLLMError
 from mllm.files import write
 from mllm.plots import loss_plot
+from mllm.resume import changes
 
 PACKAGES = ("mllm-assembly", "torch", "transformers", "accelerate", "peft")
 
@@ -45,6 +48,44 @@ class Run:
         except OSError as error:
             raise MLLMError(f"The run folder {path} cannot be written: {error.strerror or error}.") from None
         return run
+
+    @classmethod
+    def reopen(cls, path: Path, recipe: str, *, accept: bool) -> Run:
+        """Return a run that did not end, to go on with it.
+
+        Args:
+            path: its folder.
+            recipe: the resolved recipe (YAML text) it is to go on with.
+            accept: go on although the recipe changed since; the new one is written down.
+
+        Raises:
+            MLLMError: there is no run, it has ended, or the recipe changed: every change is listed.
+        """
+        written = path / "recipe.yaml"
+        if not written.is_file():
+            raise MLLMError(f"There is no run in {path}: expected recipe.yaml there.")
+        if (path / "model" / "assembly.json").is_file():
+            raise MLLMError(f"The run {path} has ended: there is nothing to resume. `mllm eval {path}` evaluates it.")
+        found = changes(yaml.safe_load(written.read_text()), yaml.safe_load(recipe))
+        if found and not accept:
+            listed = "".join(f"\n  {change}" for change in found)
+            raise MLLMError(f"The recipe changed since {path} was started; --accept-changes goes on with it:{listed}")
+        write(written, lambda file: file.write_text(recipe))
+        return cls(path)
+
+    def rewind(self, done: Sequence[str], stage: str, step: int) -> None:
+        """Take out of the log what came after a checkpoint: it will be done, and logged, again."""
+        path = self.path / "log.jsonl"
+        if not path.is_file():
+            return
+        kept = []
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(ValueError):  # a line cut short by a kill
+                row = json.loads(line)
+                if row["stage"] in done or (row["stage"] == stage and 0 < row.get("step", 0) <= step):
+                    kept.append(line + "\n")
+        with self._written(path.name):
+            write(path, lambda file: file.write_text("".join(kept)))
 
     def log(self, **row: Any) -> None:
         """Append one row to the log."""

@@ -211,6 +211,7 @@ class Stage(Settings):
     steps: int | None = Field(default=None, ge=1)
     batch_size: int = Field(default=32, ge=1)
     validate_every: int | None = Field(default=None, ge=1)  # steps
+    checkpoint_every: int = Field(default=100, ge=1)  # steps; what a killed run goes on from
 
     @model_validator(mode="before")
     @classmethod

@@ -24,11 +24,13 @@ from mllm import recipe as recipes
 from mllm.checkpoint import save
 from mllm.data.loading import examples, read_all
 from mllm.errors import MLLMError
-from mllm.features import FeatureStore
+from mllm.features import FeatureStore, open_store
 from mllm.fit import fit_connector
 from mllm.model import FROZEN, Assembly, build, calibrate, trained_module
 from mllm.prompt import Batch, Piece, collate, images_of
 from mllm.registry import lookup
+from mllm.resume import NAME as CHECKPOINT
+from mllm.resume import State, optimizer_tensors, random_states, set_optimizer, set_random_states
 from mllm.run import Run, free_folder
 from mllm.spec import Recipe, Stage
 
@@ -36,16 +38,25 @@ VALIDATION_ITEMS = 256
 CALIBRATION_EXAMPLES = 32
 
 
-def train(recipe: str, overrides: Mapping[str, Any] | Sequence[str] = (), *, out: str | Path | None = None) -> Run:
+def train(
+    recipe: str,
+    overrides: Mapping[str, Any] | Sequence[str] = (),
+    *,
+    out: str | Path | None = None,
+    resume: str | Path | None = None,
+    accept_changes: bool = False,
+) -> Run:
     """Train a recipe and return its run.
 
     Args:
         recipe: a recipe's name, or a path to a YAML file.
         overrides: dotted, ``{"connector.type": "mlp"}`` or ``["connector.type=mlp"]``.
         out: the run's folder; None: ``runs/NAME``, or the first free ``runs/NAME-2``, ...
+        resume: a run that was interrupted, to go on with from its last checkpoint.
+        accept_changes: go on although the recipe is not the one the run was started with.
 
     Raises:
-        MLLMError: a recipe, part or data set that is wrong; nothing is trained then.
+        MLLMError: a recipe, part or data set that is wrong; nothing is trained then. Or a run that cannot be resumed.
     """
     config = recipes.load(recipe, overrides)
     if not config.stages:
@@ -55,20 +66,47 @@ def train(recipe: str, overrides: Mapping[str, Any] | Sequence[str] = (), *, out
         raise MLLMError(f"This version builds the model once, and stages change it: {changed}. Take that out.")
     set_seed(config.seed)
     model = build(config.assembly(config.stages[0]))
-    run = Run.create(Path(out) if out else free_folder(config.name), recipes.dump(config))
-    store = FeatureStore(model)
-    frozen: dict[str, Any] = {}
+    if resume:
+        run = Run.reopen(Path(resume), recipes.dump(config), accept=accept_changes)
+    else:
+        run = Run.create(Path(out) if out else free_folder(config.name), recipes.dump(config))
+    state = _taken_up(run, model, config) if resume else State()
     try:
-        for stage in config.stages:
+        for index in range(state.stage, len(config.stages)):
+            stage = config.stages[index]
+            store = open_store(model, stage.cache)
             before = _hashes(model)
-            _fit(run, model, stage, store) if stage.fit else _train(run, model, stage, config, store)
-            frozen[stage.name] = {"before": before, "after": _hashes(model)}
-            assert before == frozen[stage.name]["after"], "a frozen part changed"
+            _fit(run, model, stage, store) if stage.fit else _train(run, model, stage, config, store, state)
+            state.frozen[stage.name] = {"before": before, "after": _hashes(model)}
+            assert before == state.frozen[stage.name]["after"], "a frozen part changed"
+            store.flush()
+            state = State(index + 1, tensors={**_trained(model), **random_states()}, frozen=state.frozen)
+            state.write(run.path)
     finally:
         run.plot()
-    run.record("frozen.json", frozen)
+    run.record("frozen.json", state.frozen)
     save(model, run.path / "model")
+    (run.path / CHECKPOINT).unlink(missing_ok=True)
     return run
+
+
+def _taken_up(run: Run, model: Assembly, config: Recipe) -> State:
+    """Put a model and the random states back to a run's last checkpoint, and the log with them."""
+    state = State.read(run.path) or State()
+    names = [stage.name for stage in config.stages]
+    run.rewind(names[: state.stage], names[state.stage] if state.stage < len(names) else "", state.step)
+    if state.tensors:
+        trained = {name.removeprefix("model."): t for name, t in state.tensors.items() if name.startswith("model.")}
+        if trained.keys() != model.trained_state().keys():
+            raise MLLMError(f"The checkpoint of {run.path} is of another model: the recipe's parts changed.")
+        model.load_state_dict(trained, strict=False)
+        model.calibrated = True
+        set_random_states(state.tensors)
+    return state
+
+
+def _trained(model: Assembly) -> dict[str, Tensor]:
+    return {f"model.{name}": tensor for name, tensor in model.trained_state().items()}
 
 
 def progress() -> Progress:
@@ -97,7 +135,8 @@ def _fit(run: Run, model: Assembly, stage: Stage, store: FeatureStore) -> None:
     model.calibrated = True
 
 
-def _train(run: Run, model: Assembly, stage: Stage, config: Recipe, store: FeatureStore) -> None:
+def _train(run: Run, model: Assembly, stage: Stage, config: Recipe, store: FeatureStore, state: State) -> None:
+    """Train one stage, from ``state.step`` on, which goes on with it."""
     assert stage.steps is not None
     accelerator = Accelerator(mixed_precision=_precision(stage))
     model.to(accelerator.device)
@@ -110,13 +149,18 @@ def _train(run: Run, model: Assembly, stage: Stage, config: Recipe, store: Featu
     optimizer = torch.optim.AdamW(_groups(model, stage), weight_decay=stage.optim.weight_decay, betas=stage.optim.betas)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     schedule = get_scheduler(_schedule(stage), optimizer, stage.optim.warmup, stage.steps)
+    if state.step:
+        set_optimizer(optimizer, state.tensors, state.rates)
+        schedule.load_state_dict(state.schedule)
+        done = state.step * stage.batch_size * stage.optim.accumulate
+        next(itertools.islice(stream, done, done), None)  # passed over: nothing is opened
     objectives = [lookup("objectives", spec.type) for spec in stage.objectives]
     weights = [spec.weight for spec in stage.objectives]
     validation = _validation(stage)
     started = time.monotonic()
     with progress() as bar:
-        task = bar.add_task(stage.name, total=stage.steps, note="")
-        for step in range(1, stage.steps + 1):
+        task = bar.add_task(stage.name, total=stage.steps, completed=state.step, note="")
+        for step in range(state.step + 1, stage.steps + 1):
             model.train()
             micro = [_share(stream, stage, accelerator) for _ in range(stage.optim.accumulate)]
             loss = _step(accelerator, wrapped, optimizer, micro, objectives, weights, store, stage.optim.clip)
@@ -124,11 +168,16 @@ def _train(run: Run, model: Assembly, stage: Stage, config: Recipe, store: Featu
             schedule.step()
             if not torch.isfinite(torch.tensor(loss)):
                 raise MLLMError(f"The loss is {loss} at step {step} of {stage.name}. Lower the learning rate.")
-            speed = step * stage.batch_size * stage.optim.accumulate / (time.monotonic() - started)
+            speed = (step - state.step) * stage.batch_size * stage.optim.accumulate / (time.monotonic() - started)
             bar.update(task, advance=1, note=f"loss {loss:.3f}  {speed:.1f} examples/s")
             run.log(stage=stage.name, step=step, loss=loss, lr=rate)
             if validation and (step == stage.steps or (stage.validate_every and step % stage.validate_every == 0)):
                 run.log(stage=stage.name, step=step, val_loss=validate(model, validation, store))
+            if step % stage.checkpoint_every == 0 and step < stage.steps:
+                store.flush()  # first: features that are computed again, among others, may differ in the last bit
+                tensors = {**_trained(model), **optimizer_tensors(optimizer), **random_states()}
+                rates = [group["lr"] for group in optimizer.param_groups]
+                State(state.stage, step, tensors, schedule.state_dict(), rates, state.frozen).write(run.path)
     model.eval()
 
 

@@ -42,13 +42,24 @@ def test_each_condition_sees_what_its_name_says(model, captions, monkeypatch):
         return generate(prompts, **options)
 
     monkeypatch.setattr(model, "generate", watched)
-    mllm.evaluate(model, "coco-captions", captions)
-    ours, blind, shuffled = seen
-    files = [[str(piece.path) for piece in prompt if not isinstance(piece, str)] for prompt in ours]
-    others = [[str(piece.path) for piece in prompt if not isinstance(piece, str)] for prompt in shuffled]
-    assert len(ours) == 6 and all(len(names) == 1 for names in files)
+    report = mllm.evaluate(model, "coco-captions", captions)
+    ours, blind = seen  # the shuffled condition puts what was put before: its answers are known
+    assert len(ours) == 6 and all(len([p for p in prompt if not isinstance(p, str)]) == 1 for prompt in ours)
     assert blind == [["A picture of"]]  # equal prompts are answered once
-    assert sorted(others) == sorted(files) and all(a != b for a, b in zip(files, others, strict=True))
+    predictions = {row["id"]: row["prediction"] for row in report.rows}
+    borrowed = [row["baselines"]["shuffled"] for row in report.rows]
+    assert sorted(borrowed) == sorted(predictions.values())
+    assert all(row["baselines"]["shuffled"] != row["prediction"] for row in report.rows)
+
+
+def test_choosing_takes_the_answers_own_likeliness_off():
+    chosen = import_module("mllm.eval.runner").chosen
+    # "yes" is always likely; what the picture adds decides once half of its mean is taken off.
+    scores = [{"yes": -1.0, "no": -3.0}, {"yes": -1.4, "no": -1.6}, {"yes": -0.2, "no": -4.0}]
+    assert chosen(scores, 0.0) == ["yes", "yes", "yes"]
+    assert chosen(scores, 0.5) == ["yes", "no", "yes"]  # means: yes -0.867, no -2.867
+    uneven = [{"a": -1.0, "b": -1.2}, {"a": -1.0, "c": -1.2}]
+    assert chosen(uneven, 1.0) == ["a", "a"]
 
 
 def test_predictions_are_the_models_answers_and_scores_the_metrics(model, captions):
