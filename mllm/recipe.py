@@ -71,8 +71,13 @@ def check(values: Any, label: str) -> Recipe:
 
 
 def _merged(base: Any, over: Any) -> Any:
-    """Return ``over`` on ``base``: mappings are merged key by key, all else is replaced."""
+    """Return ``over`` on ``base``: mappings are merged key by key, all else is replaced.
+
+    A mapping that names another part or reader (``type``, ``format``) replaces too: it has options of its own.
+    """
     if not (isinstance(base, dict) and isinstance(over, dict)):
+        return over
+    if any(key in over and over[key] != base.get(key, over[key]) for key in ("type", "format")):
         return over
     return {**base, **{key: _merged(base.get(key), value) for key, value in over.items()}}
 
@@ -101,7 +106,8 @@ def _read(path: Path, seen: tuple[Path, ...]) -> DictConfig:
     if not isinstance(base, str):
         raise MLLMError(f"{path}: extends: {base!r}: expected the name of one recipe, or the path of a YAML file.")
     sibling = path.parent / base
-    merged = OmegaConf.merge(_read(sibling if sibling.is_file() else find(base), (*seen, path)), config)
+    below = _read(sibling if sibling.is_file() else find(base), (*seen, path))
+    merged = OmegaConf.create(_merged(OmegaConf.to_container(below), OmegaConf.to_container(config)))
     assert isinstance(merged, DictConfig)
     return merged
 

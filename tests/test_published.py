@@ -34,7 +34,14 @@ LM_SIZES = {
 TRAINED = [
     ("limber", {}, 12_587_008, 144),
     ("limber", {"encoder": {"model": "microsoft/beit-large-patch16-224"}}, 4_198_400, 196),
+    ("mapl", {}, 3_431_680, 32),
+    ("magma", {}, 12_587_008 + 2 * 4096 + 235_024_384, 144),  # the prefix, its LayerNorm, the adapters
+    ("llava", {"adapters": []}, 1024 * 4096 + 4096 + 4096 * 4096 + 4096, 576),
 ]
+
+
+# recipe -> visual tokens, where the papers give the tokens and not the weights
+TOKENS = {"simvlg": 29, "blip2-opt": 32}
 
 
 def size(module: nn.Module) -> int:
@@ -65,6 +72,11 @@ def test_recipes_train_what_the_papers_train(
     model = built(name, overrides)
     assert sum(size(child) for part, child in model.named_children() if part not in ("encoder", "lm")) == weights
     assert model.connector.num_tokens == tokens
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_recipes_have_the_papers_tokens(name: str) -> None:
+    assert built(name, {}).connector.num_tokens == TOKENS[name]
 
 
 @pytest.mark.parametrize("path", sorted(MODELS.glob("*.yaml")), ids=lambda path: path.stem)

@@ -129,6 +129,22 @@ def test_extends_takes_the_rest_from_another_recipe(file: Path, tmp_path: Path) 
     assert [stage.name for stage in config.stages] == ["fit", "align"]
 
 
+def test_another_part_or_reader_brings_its_own_options(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(
+        "extends: limber-cpu\nname: mine\nconnector: {type: mlp, depth: 3}\n"
+        "stages: [{name: s, train: [connector], steps: 1, data: {val: {format: table, path: x.csv}}}]\n"
+    )
+    config = load(tmp_path / "mine.yaml")
+    assert config.connector is not None and config.connector.options() == {"depth": 3}
+    assert config.stages[0].data.val[0].options() == {"path": "x.csv"}
+    (tmp_path / "less.yaml").write_text("extends: limber-cpu\nname: less\nconnector: {tokens: 1}\n")
+    config = load(tmp_path / "less.yaml")
+    assert config.connector is not None and (config.connector.type, config.connector.options()) == (
+        "linear",
+        {"tokens": 1},
+    )
+
+
 def test_extends_finds_shipped_recipes(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("extends: limber-cpu\nname: mine\nseed: 5\n")
     config = load(tmp_path / "mine.yaml")
