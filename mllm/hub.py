@@ -48,7 +48,7 @@ def load_model(auto: Any, folder: str, *, init: str = "pretrained", seed: int = 
     """Load a model by an Auto class; with ``init="random"`` only its configuration is read, and weights are drawn.
 
     Raises:
-        MLLMError: the model is nowhere to be found, or is of a kind this class does not load.
+        MLLMError: the model is nowhere to be found, is of a kind this class does not load, or lacks weights.
     """
     with _explained(folder):
         if init == "random":
@@ -58,7 +58,24 @@ def load_model(auto: Any, folder: str, *, init: str = "pretrained", seed: int = 
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 return auto.from_config(config, **options)
-        return auto.from_pretrained(folder, **options)
+        model, found = auto.from_pretrained(folder, output_loading_info=True, **options)
+    _refuse_drawn(model, folder, sorted(found["missing_keys"]))
+    return model
+
+
+def _refuse_drawn(model: Any, folder: str, missing: list[str]) -> None:
+    """Let no weight be drawn in silence for one that the files lack.
+
+    Classifiers are saved without the pooler of the bare model: it is taken off, so that its noise is no feature.
+    """
+    if any(name.startswith("pooler.") for name in missing):
+        model.pooler = None
+    left = [name for name in missing if not name.startswith("pooler.")]
+    if left:
+        raise MLLMError(
+            f"{folder!r} lacks {len(left)} of the model's tensors: {', '.join(left[:4])}{', ...' * (len(left) > 4)}. "
+            "Weights drawn at random in their place would be no pretrained model. Is the folder whole?"
+        )
 
 
 def load_config(folder: str) -> Any:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import ViTConfig, ViTForImageClassification
 
 from mllm import hub, parts
 from mllm.encoder import Encoder
@@ -119,3 +121,24 @@ def test_random_weights_come_from_the_seed_and_leave_the_generator_alone(tiny_pa
     prints = [Encoder(model=tiny_parts[0], init="random", seed=seed).fingerprint for seed in (0, 0, 1)]
     assert prints[0] == prints[1] != prints[2]
     assert torch.equal(torch.rand(1), expected)
+
+
+@pytest.mark.parametrize(("cls", "part", "lost"), [(Encoder, 0, "layernorm.weight"), (LanguageModel, 1, "down_proj")])
+def test_a_tensor_that_is_missing_is_not_drawn(
+    cls: type[Encoder | LanguageModel], part: int, lost: str, tiny_parts: tuple[str, str], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_parts[part], tmp_path / "part"))
+    tensors = load_file(folder / "model.safetensors")
+    gone = next(name for name in tensors if lost in name)
+    del tensors[gone]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(MLLMError, match=f"lacks 1 of the model's tensors: .*{lost}"):
+        cls(model=str(folder))
+
+
+def test_a_classifiers_missing_pooler_is_taken_off(tiny_parts: tuple[str, str], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_parts[0], tmp_path / "classifier"))
+    ViTForImageClassification(ViTConfig.from_pretrained(folder)).save_pretrained(folder)
+    pixels = torch.randn(2, 3, 32, 32)
+    patches = Encoder(model=str(folder))(pixels)
+    torch.testing.assert_close(Encoder(model=str(folder), select="pooled")(pixels)[:, 0], patches.mean(1))
