@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
+from itertools import chain
 from pathlib import Path
 from random import Random
 from typing import Any, Literal
@@ -179,21 +180,43 @@ def _answers(
 ) -> list[str]:
     """Answer all items. What was put before, with these images, is in ``known`` and is not put again."""
     keys = [(images(index), question_text(item, model.spec.prompt), item.choices) for index, item in enumerate(items)]
-    order = sorted({key: None for key in keys if key not in known}, key=lambda key: len(key[1]))
+    order = list({key: None for key in keys if key not in known})
     advance(len(items) - len(order))
-    for start in range(0, len(order), config.batch_size):
-        batch = order[start : start + config.batch_size]
-        prompts = [arrange(model.spec.prompt.template, *key[:2]) for key in batch]
+    for batch in _batches(model, config, order):
+        views = model.see_each([prompt for prompt, _ in batch])
         if config.answer == "choose":
-            for key, prompt in zip(batch, prompts, strict=True):
-                known[key] = _scores(model.see(prompt), key[2])
-                advance(1)
+            for (_, own), view in zip(batch, views, strict=True):
+                known.update({key: _scores(view, key[2]) for key in own.values()})
         else:
-            outputs = model.generate(prompts, **config.decoding)
-            known.update({key: str(output) for key, output in zip(batch, outputs, strict=True)})
-            advance(len(batch))
+            answers = views.go_on([list(own) for _, own in batch], **config.decoding)
+            known.update(zip(chain(*(own.values() for _, own in batch)), chain(*answers), strict=True))
+        advance(sum(len(own) for _, own in batch))
     found = [known[key] for key in keys]
     return chosen(found, config.calibrate) if config.answer == "choose" else found
+
+
+def _batches(model: Assembly, config: Suite, keys: Sequence[Any]) -> Iterator[list[tuple[list[Any], dict[str, Any]]]]:
+    """Yield prompts, each with the texts that follow it (text -> key), some ``batch_size`` texts at a time.
+
+    Images are one prompt for all that is asked about them. A question without images, or whose answers are scored, is
+    a prompt itself, with nothing to follow.
+    """
+    template, shared = model.spec.prompt.template, config.answer == "generate"
+    prompts: dict[Any, tuple[list[Any], dict[str, Any]]] = {}
+    for key in keys:
+        images, text, _ = key
+        if images and shared:
+            prompts.setdefault(images, (arrange(template, images), {}))[1][text] = key
+        else:
+            prompts[key] = (arrange(template, images, text), {"": key})
+    batch: list[tuple[list[Any], dict[str, Any]]] = []
+    for prompt in prompts.values():
+        batch.append(prompt)
+        if sum(len(own) for _, own in batch) >= config.batch_size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
 
 
 def _scores(view: View, choices: Sequence[str]) -> dict[str, float]:

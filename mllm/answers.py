@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mllm.errors import MLLMError
-from mllm.images import open_image
+from mllm.images import source_of
 from mllm.prompt import arrange
 
 BATCH = 16
@@ -21,16 +21,9 @@ def answer_each(model: Any, images: Sequence[Any], text: str, **decoding: Any) -
         text: what stands with each, for example the recipe's caption prompt.
         decoding: fields of `transformers.GenerationConfig`.
     """
+    template = model.spec.prompt.template
     for start in range(0, len(images), BATCH):
-        found = [_opened(image) for image in images[start : start + BATCH]]
-        good = [image for image in found if not isinstance(image, MLLMError)]
-        prompts = [arrange(model.spec.prompt.template, [image], text) for image in good]
-        answers = iter(model.generate(prompts, **decoding) if prompts else [])
-        yield from (image if isinstance(image, MLLMError) else str(next(answers)) for image in found)
-
-
-def _opened(image: Any) -> Any:
-    try:
-        return open_image(image)
-    except MLLMError as error:
-        return error
+        # A path as text would be text: what is a picture here is made one.
+        prompts = [arrange(template, [source_of(image)], text) for image in images[start : start + BATCH]]
+        for answer in model.generate(prompts, errors="return", **decoding):
+            yield answer if isinstance(answer, MLLMError) else str(answer)

@@ -104,7 +104,7 @@ class Chat:
         self._read(encoded, images_of(pieces))
         # What was read stands in the key-value states; decoding starts from the last token, which is text.
         ids = torch.tensor([[model.lm.pad] * len(self._seen) + encoded.ids[len(self._seen) :]], device=model.device)
-        yield from _streamed(model, ids, self._cache, {**model.spec.decoding, **decoding})
+        yield from _streamed(model, ids, self._cache, model.decodings([pieces], decoding))
 
     @torch.no_grad()
     def _read(self, encoded: Encoded, images: Sequence[Any]) -> None:
@@ -120,7 +120,7 @@ class Chat:
         batch = collate([part], model.lm.pad).to(model.device)
         embeds = model.embed(model.connector(model.features(new)) if new else None, batch)
         if self._cache is None:
-            self._cache, _ = model.lm.prefill(embeds)
+            self._cache, _ = model.lm.prefill(embeds, batch.mask)
         else:
             mask = torch.ones(1, end, dtype=torch.long, device=model.device)
             model.lm.logits(embeds, mask, keep=torch.tensor([0], device=model.device), cache=self._cache)
@@ -179,14 +179,15 @@ def _templated(model: Any, messages: Sequence[dict[str, Any]]) -> list[Piece]:
     return pieces
 
 
-def _streamed(model: Any, ids: torch.Tensor, cache: Any, decoding: dict[str, Any]) -> Iterator[str]:
+def _streamed(model: Any, ids: torch.Tensor, cache: Any, settings: Sequence[dict[str, Any]]) -> Iterator[str]:
     streamer = TextIteratorStreamer(model.lm.tokenizer, skip_prompt=True, skip_special_tokens=True)
     failed: list[Exception] = []
 
     def work() -> None:
         try:
             mask = torch.ones_like(ids)
-            model.lm.generate(mask, decoding, cache=cache and model.lm.fork(cache), streamer=streamer, input_ids=ids)
+            forked = cache and model.lm.fork(cache)
+            model.lm.generate(mask, settings, cache=forked, streamer=streamer, input_ids=ids)
         except Exception as error:  # it is raised where the answer is read
             failed.append(error)
             streamer.end()

@@ -13,9 +13,15 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+)
 
-from mllm import hub
+from mllm import decoding, hub
 from mllm.errors import MLLMError
 
 
@@ -130,44 +136,72 @@ class LanguageModel(nn.Module):
         return self.model(**options).logits[:, keep]
 
     @torch.no_grad()
-    def prefill(self, embeds: Tensor) -> tuple[Any, Tensor]:
-        """Return the key-value states of one sequence ``(1, T, D_lm)`` and the next token's logits ``(V,)``."""
-        mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+    def prefill(self, embeds: Tensor, mask: Tensor) -> tuple[Any, Tensor]:
+        """Return the key-value states of sequences ``(B, T, D_lm)`` and the next token's logits ``(B, V)``."""
+        options = {"position_ids": positions(mask)} if "position_ids" in self._accepts else {}
         last = {"logits_to_keep": 1} if "logits_to_keep" in self._accepts else {}
-        output = self.model(inputs_embeds=embeds, attention_mask=mask, use_cache=True, **last)
-        return output.past_key_values, output.logits[0, -1]
+        output = self.model(inputs_embeds=embeds, attention_mask=mask, use_cache=True, **options, **last)
+        return output.past_key_values, output.logits[:, -1]
 
-    def fork(self, cache: Any) -> Any:
-        """Return a copy of key-value states, to be added to; the original stays as it is."""
-        return copy.deepcopy(cache)
+    def fork(self, cache: Any, rows: Sequence[int] = (0,)) -> Any:
+        """Return key-value states of these rows, to be added to; the original stays as it is."""
+        new = copy.copy(cache)
+        new.layers = [copy.copy(layer) for layer in cache.layers]
+        new.reorder_cache(torch.tensor(rows, device=self.model.device))  # makes new tensors
+        return new
 
     def generate(
-        self, mask: Tensor, decoding: dict[str, Any], *, cache: Any = None, streamer: Any = None, **inputs: Tensor
+        self,
+        mask: Tensor,
+        decodings: Sequence[dict[str, Any]],
+        *,
+        cache: Any = None,
+        streamer: Any = None,
+        **inputs: Tensor,
     ) -> list[list[int]]:
         """Return the new ids of each sequence, by `transformers`' own decoding.
 
         Args:
             mask: ``(B, T)``.
-            decoding: fields of `transformers.GenerationConfig`, plus ``stop_strings``.
+            decodings: each row's settings: fields of `transformers.GenerationConfig`, ``seed``, ``logits_processor``.
             cache: key-value states of the first positions.
             streamer: is given the tokens as they come (`transformers.TextIteratorStreamer`).
             inputs: ``inputs_embeds (B, T, D_lm)`` or ``input_ids (B, T)``.
+
+        Raises:
+            MLLMError: a setting that is unknown, or that rows decoded together cannot differ in.
         """
-        options = dict(decoding)
-        stop = options.pop("stop_strings", None)
+        for settings in decodings:
+            decoding.check(settings)
+        options = decoding.shared(decodings)
+        processors = [*options.pop("logits_processor", [])]
+        beams = options.get("num_beams", 1) > 1
+        if beams and any(settings.get("cancelled") or settings != decodings[0] for settings in decodings):
+            raise MLLMError("Beam search decodes a batch with one set of settings; give all prompts the same.")
+        own = {key: value for key, value in decodings[0].items() if beams and key in decoding.ROW}
+        if own.pop("seed", None) is not None:
+            raise MLLMError("A seed is for sampling without beams (num_beams=1).")
+        start = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
+        limits = [settings.get("max_new_tokens") for settings in decodings]
+        if not beams:
+            own = {"max_new_tokens": None if None in limits else max(limits)}
+            if any(decoding.samples(settings) for settings in decodings):
+                processors.append(decoding.Sampler(decodings))
         config = GenerationConfig(
-            **{"do_sample": False, "eos_token_id": self.eos, "pad_token_id": self.pad, **options}, stop_strings=stop
+            **{"do_sample": False, "eos_token_id": self.eos, "pad_token_id": self.pad, **options, **own}
         )
+        ends = [] if beams else [decoding.RowLimits(decodings, start=start, tokenizer=self.tokenizer)]
         out = self.model.generate(
             attention_mask=mask,
             generation_config=config,
             past_key_values=cache,
             streamer=streamer,
-            tokenizer=self.tokenizer if stop else None,
+            logits_processor=LogitsProcessorList(processors),
+            stopping_criteria=StoppingCriteriaList(ends),
+            tokenizer=self.tokenizer if own.get("stop_strings") else None,
             **inputs,
         )
-        start = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
-        return [self._until_eos(row) for row in out[:, start:].tolist()]
+        return [self._until_eos(row)[:limit] for row, limit in zip(out[:, start:].tolist(), limits, strict=True)]
 
     def _until_eos(self, ids: list[int]) -> list[int]:
         return ids[: ids.index(self.eos)] if self.eos in ids else ids

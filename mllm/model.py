@@ -9,7 +9,7 @@ import contextlib
 import inspect
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,10 @@ from mllm.chat import Chat
 from mllm.errors import MLLMError, near
 from mllm.hub import tensor_hash
 from mllm.images import open_image
-from mllm.prompt import Batch, Encoded, Piece, arrange, collate, encode, images_of
-from mllm.registry import lookup
+from mllm.prompt import Batch, Control, Encoded, Piece, arrange, collate, encode, images_of, without_images
+from mllm.registry import lookup, table
 from mllm.spec import AssemblySpec, checked
-from mllm.view import View
+from mllm.view import View, Views
 
 FROZEN = ("encoder", "lm")
 
@@ -127,9 +127,9 @@ class Assembly(nn.Module):
         """Return logits ``(B, K, V)`` at the positions ``keep (K,)``; None: all."""
         return self.lm.logits(self.embed(visual, batch), batch.mask, keep)
 
-    def encode(self, pieces: Sequence[Piece]) -> Encoded:
+    def encode(self, pieces: Sequence[Piece], *, start: bool = True) -> Encoded:
         """Return an interleaved prompt as ids; the places of its images are counted in."""
-        encoded = encode(pieces, lm=self.lm, num_visual=self.connector.num_tokens)
+        encoded = encode(pieces, lm=self.lm, num_visual=self.connector.num_tokens, start=start)
         limit = self.lm.context
         if limit is not None and len(encoded.ids) >= limit:
             raise MLLMError(
@@ -138,31 +138,70 @@ class Assembly(nn.Module):
             )
         return encoded
 
-    @torch.no_grad()
     def prepare(self, prompts: Sequence[Sequence[Piece]]) -> tuple[Tensor, Batch]:
         """Return embeddings ``(B, T, D_lm)`` and the padded batch of interleaved prompts."""
-        batch = collate([self.encode(pieces) for pieces in prompts], self.lm.pad).to(self.device)
+        return self.embedded(prompts, [self.encode(pieces) for pieces in prompts])
+
+    @torch.no_grad()
+    def embedded(self, prompts: Sequence[Sequence[Piece]], encoded: Sequence[Encoded]) -> tuple[Tensor, Batch]:
+        """Return embeddings ``(B, T, D_lm)`` and the padded batch of prompts that are encoded already."""
+        batch = collate(encoded, self.lm.pad).to(self.device)
         images = [image for pieces in prompts for image in images_of(pieces)]
         visual = self.connector(self.features(images)) if images else None
         return self.embed(visual, batch), batch
 
-    def generate(self, prompts: Sequence[Sequence[Piece]], **decoding: Any) -> list[Output]:
+    def decodings(self, prompts: Sequence[Sequence[Piece]], given: Any) -> list[dict[str, Any]]:
+        """Return each prompt's decoding settings: the recipe's own, what is given over them, its parts made.
+
+        Args:
+            prompts: what is answered.
+            given: settings for all prompts, or a mapping for each.
+        """
+        rows = [given] * len(prompts) if isinstance(given, dict) else list(given)
+        settings = [{**self.spec.decoding, **row} for row in rows]
+        processors = [
+            _made(lookup("decoding", name), f"decoding {name}", self, prompts, **(settings[0][name] or {}))
+            for name in table("decoding")
+            if settings[0].get(name) is not None
+        ]
+        plain = [{key: value for key, value in row.items() if key not in table("decoding")} for row in settings]
+        if processors:
+            plain = [{**row, "logits_processor": [*row.get("logits_processor", []), *processors]} for row in plain]
+        return plain
+
+    def generate(
+        self, prompts: Sequence[Sequence[Piece]], *, errors: Literal["raise", "return"] = "raise", **decoding: Any
+    ) -> list[Any]:
         """Answer interleaved prompts, in one batch.
 
         Args:
             prompts: each a list of texts (`str`) and images (PIL image, array, `pathlib.Path`, bytes); in a prompt a
                 `str` is always text.
-            decoding: fields of `transformers.GenerationConfig` over the recipe's own (``max_new_tokens=20``).
+            errors: ``return``: a prompt that cannot be read gets its `MLLMError` as its answer, the others theirs.
+            decoding: fields of `transformers.GenerationConfig` over the recipe's own (``max_new_tokens=20``), and
+                ``seed``: a temperature, top-p or seed means sampling; each prompt draws from its own seed.
 
         Returns:
             One `Output` a prompt, in order. A batch gives what its members give alone.
 
         Raises:
-            MLLMError: no prompt, an empty prompt, a bad picture, or a prompt longer than the context.
+            MLLMError: no prompt, an empty prompt, a bad picture, or a prompt longer than the context: the message
+                names the prompt.
         """
-        _check_prompts(prompts)
+        _check_list(prompts)
+        read = [_read(self, pieces) for pieces in prompts]
+        if errors == "raise":
+            _raise_first(read)
+        good = [prompt for prompt in read if not isinstance(prompt, MLLMError)]
+        answers = iter(self.answer(good, self.decodings(good, decoding)) if good else [])
+        return [prompt if isinstance(prompt, MLLMError) else next(answers) for prompt in read]
+
+    def answer(
+        self, prompts: Sequence[Sequence[Piece]], settings: Sequence[dict[str, Any]], streamer: Any = None
+    ) -> list[Output]:
+        """Answer prompts with settings as `decodings` returns them, a mapping for each prompt."""
         embeds, batch = self.prepare(prompts)
-        rows = self.lm.generate(batch.mask, {**self.spec.decoding, **decoding}, inputs_embeds=embeds)
+        rows = self.lm.generate(batch.mask, settings, streamer=streamer, inputs_embeds=embeds)
         return [Output([Text(self.lm.decode(row).strip())]) for row in rows]
 
     def see(self, pieces: Sequence[Piece]) -> View:
@@ -174,21 +213,44 @@ class Assembly(nn.Module):
         Raises:
             MLLMError: nothing to see, or a bad picture.
         """
-        _check_prompts([pieces])
-        if not any(isinstance(piece, str) for piece in pieces):
-            pieces = arrange(self.spec.prompt.template, pieces)
-        embeds, _ = self.prepare([pieces])
-        return View(self.lm, self.spec.prompt, self.spec.decoding, embeds)
+        return self.see_each([pieces])[0]
 
-    def score(self, prompt: Sequence[Piece], candidates: Sequence[str], *, normalize: bool = False) -> list[float]:
+    def see_each(self, prompts: Sequence[Sequence[Piece]]) -> Views:
+        """Take in several prompts in one batch, for many questions each; see `mllm.view.Views`."""
+        _check_list(prompts)
+        read = _raise_first([_read(self, pieces) for pieces in prompts])
+        template = self.spec.prompt.template
+        return Views(self, [p if any(isinstance(x, str) for x in p) else arrange(template, p) for p in read])
+
+    def score(
+        self,
+        prompt: Sequence[Piece],
+        candidates: Sequence[str],
+        *,
+        normalize: bool = False,
+        calibrate: float = 0.0,
+    ) -> list[float]:
         """Return the log-likelihood of each candidate as the whole answer to a prompt (its end included).
 
         Args:
             prompt: interleaved texts and images; it is computed once.
             candidates: possible answers.
             normalize: divide by the number of tokens.
+            calibrate: the share of each candidate's score without the images that is taken off: an answer that is
+                likely whatever is seen says little (arXiv:2403.05262, post-hoc debiasing; there the share is 1).
         """
-        return self.see(prompt).score(candidates, normalize=normalize)
+        scores = self.see(prompt).score(candidates, normalize=normalize)
+        if not calibrate:
+            return scores
+        blind = self.see(self.blind(prompt)).score(candidates, normalize=normalize)
+        return [score - calibrate * other for score, other in zip(scores, blind, strict=True)]
+
+    def blind(self, pieces: Sequence[Piece]) -> list[Piece]:
+        """Return a prompt without its images; where nothing is left, with an end token, which starts a sequence."""
+        if not any(isinstance(piece, str) for piece in pieces):
+            pieces = arrange(self.spec.prompt.template, pieces)
+        end = Control(self.lm.tokenizer.decode([self.lm.eos]))
+        return without_images(pieces) or [end]
 
     def chat(self, system: str | None = None, messages: Sequence[dict[str, Any]] = ()) -> Chat:
         """Start a conversation, or go on with one; see `mllm.chat.Chat`."""
@@ -334,13 +396,29 @@ def _scales(model: Assembly, name: str) -> bool:
     return any(True for _ in getattr(model.connector, name, torch.nn.Identity()).parameters())
 
 
-def _check_prompts(prompts: Sequence[Sequence[Piece]]) -> None:
+def _check_list(prompts: Sequence[Sequence[Piece]]) -> None:
     if isinstance(prompts, str) or not prompts:
         raise MLLMError("Expected a list of prompts, each a list of texts and images: [['A picture of', image]].")
-    for index, pieces in enumerate(prompts):
+
+
+def _raise_first(read: Sequence[list[Piece] | MLLMError]) -> list[list[Piece]]:
+    """Raise the first error among prompts that were read; where there are several prompts, say which it is."""
+    for index, prompt in enumerate(read):
+        if isinstance(prompt, MLLMError):
+            raise MLLMError(f"Prompt {index}: {prompt}" if len(read) > 1 else str(prompt))
+    return [prompt for prompt in read if not isinstance(prompt, MLLMError)]
+
+
+def _read(model: Assembly, pieces: Any) -> list[Piece] | MLLMError:
+    """Return a prompt with its images opened and its length checked, or what is wrong with it."""
+    try:
         if (
             isinstance(pieces, str)
             or not isinstance(pieces, Sequence)
             or all(isinstance(piece, str) and not piece for piece in pieces)
         ):
-            raise MLLMError(f"Prompt {index} is {pieces!r}: expected a list of texts and images, not empty.")
+            raise MLLMError(f"The prompt is {pieces!r}: expected a list of texts and images, not empty.")
+        model.encode(pieces)
+        return [piece if isinstance(piece, str | Control) else open_image(piece) for piece in pieces]
+    except MLLMError as error:
+        return error

@@ -56,13 +56,14 @@ class Batch:
         return Batch(*(tensor.to(device) for tensor in (self.ids, self.visual, self.mask, self.labels)))
 
 
-def encode(pieces: Sequence[Piece], *, lm: Any, num_visual: int) -> Encoded:
+def encode(pieces: Sequence[Piece], *, lm: Any, num_visual: int, start: bool = True) -> Encoded:
     """Return the ids of an interleaved prompt.
 
     Text that stands together is tokenised together, so a prompt without images has exactly the bare language model's
-    ids. ``num_visual`` is Q, the visual tokens of one image.
+    ids. ``num_visual`` is Q, the visual tokens of one image; ``start``: with what every sequence starts with.
     """
-    ids, visual, labels = list(lm.bos), [False] * len(lm.bos), [IGNORED] * len(lm.bos)
+    ids = list(lm.bos) if start else []
+    visual, labels = [False] * len(ids), [IGNORED] * len(ids)
     for piece in _joined(pieces):
         if isinstance(piece, str):
             new = lm.tokenize(piece)
@@ -111,6 +112,17 @@ def answer_text(answer: str) -> str:
 def images_of(pieces: Sequence[Piece]) -> list[Any]:
     """Return the images of a prompt, in order."""
     return [piece for piece in pieces if not isinstance(piece, str | Target | Control)]
+
+
+def trailing_text(pieces: Sequence[Piece]) -> str:
+    """Return the text that a prompt ends with, behind its last image."""
+    joined = _joined(pieces)
+    return joined[-1] if joined and isinstance(joined[-1], str) else ""
+
+
+def without_images(pieces: Sequence[Piece]) -> list[Piece]:
+    """Return a prompt's text alone."""
+    return [piece for piece in pieces if isinstance(piece, str | Target | Control)]
 
 
 def _joined(pieces: Sequence[Piece]) -> list[Piece]:

@@ -38,7 +38,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "coco-captions": "mllm.data.readers:coco_captions",
         "table": "mllm.data.readers:table",
     },
-    "decoding": {},
+    "decoding": {"contrastive": "mllm.contrastive:Contrastive"},
     "suites": {},
     "metrics": {
         "caption/mentioned": "mllm.eval.metrics.mentioned:mentioned",

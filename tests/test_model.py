@@ -155,7 +155,7 @@ def test_one_seed_draws_the_same_connector_and_another_seed_another(tiny_parts):
     [
         ([], "list of prompts"),
         ("a text", "list of prompts"),
-        ([[]], "Prompt 0"),
+        ([[]], "expected a list of texts"),
         ([["x"], [""]], "Prompt 1"),
         ([["x", 3]], "int is no picture"),
         ([["x" * 300]], "300 positions"),
