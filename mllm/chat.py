@@ -47,7 +47,7 @@ class Chat:
         if model.spec.prompt.chat == "own" and model.lm.tokenizer.chat_template is None:
             raise MLLMError("This language model has no chat template of its own: set prompt.chat=plain.")
         self._start = [_message("system", [_text(system)])] if system else []
-        self.messages = [*self._start, *(_checked(message) for message in messages)]
+        self.messages = [*self._start, *checked_messages(messages)]
         self._cache: Any = None
         self._seen: list[int] = []  # the ids that the key-value states stand for
         self._seen_images = 0
@@ -133,6 +133,15 @@ class Chat:
 def turns(model: Any, messages: Sequence[dict[str, Any]]) -> list[Piece]:
     """Return a conversation as an interleaved prompt that ends where the answer starts."""
     return (_templated if model.spec.prompt.chat == "own" else _plain)(model, messages)
+
+
+def checked_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
+    """Return messages of transformers' or OpenAI's schema in our form.
+
+    Raises:
+        MLLMError: a message of another form.
+    """
+    return [_checked(message) for message in messages]
 
 
 def _plain(model: Any, messages: Sequence[dict[str, Any]]) -> list[Piece]:

@@ -151,9 +151,42 @@ def chat(
 
 
 @app.command()
-def serve(run: RunPath) -> None:
-    """Serve a model over HTTP (not in this version)."""
-    _later("serve", "use `mllm ask`, or `mllm.load(...)` in Python")
+def serve(
+    run: RunPath,
+    host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0: all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
+    token: Annotated[
+        str | None, typer.Option(envvar="MLLM_TOKEN", help="A bearer token that requests must carry.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Requests that are decoded together, at most.")] = 16,
+    waiting: Annotated[int, typer.Option(min=1, help="Requests that may wait; more get status 429.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer, at most.")] = 512,
+    max_images: Annotated[int, typer.Option(min=0, help="Images of a request, at most.")] = 8,
+    max_body: Annotated[int, typer.Option(min=1, help="MB of a request, at most.")] = 32,
+    allow_host: Annotated[list[str] | None, typer.Option(help="A host that pictures may be downloaded from.")] = None,
+    allow_folder: Annotated[list[Path] | None, typer.Option(help="A folder that pictures may be read from.")] = None,
+) -> None:
+    """Serve a model over HTTP: OpenAI's chat completions, and a chat page at /."""
+    from mllm.checkpoint import load
+
+    try:
+        import uvicorn
+
+        from mllm.serve.app import Limits, create_app
+    except ImportError as error:
+        raise MLLMError(f"The server needs {error.name}: pip install 'mllm-assembly[serve]'.") from None
+    limits = Limits(
+        body=max_body * 2**20,
+        images=max_images,
+        max_new_tokens=max_new_tokens,
+        batch=batch,
+        waiting=waiting,
+        hosts=allow_host or (),
+        folders=allow_folder or (),
+        token=token,
+    )
+    server = create_app(load(run), run.resolve().name, limits)
+    uvicorn.run(server, host=host, port=port, log_level="info", timeout_keep_alive=5)
 
 
 @app.command()
@@ -173,9 +206,19 @@ def index(action: Annotated[str, typer.Argument(metavar="build")], images: Path,
 
 
 @app.command()
-def bench(what: Annotated[str, typer.Argument(metavar="train|generate|eval|matrix")]) -> None:
-    """Measure speed beside the alternatives (not in this version)."""
-    _later("bench", "nothing is measured yet")
+def bench(
+    what: Annotated[str, typer.Argument(metavar="generate", help="What is measured.")],
+    out: Annotated[Path, typer.Option(help="Folder of the figures, as JSON.")] = Path("runs/bench"),
+    repeats: Annotated[int, typer.Option(min=1, help="Pairs of runs; medians are shown.")] = 3,
+) -> None:
+    """Measure speed beside the alternatives, in one run. Nothing else should run on the machine."""
+    from importlib import import_module
+
+    if what in ("train", "eval", "matrix"):
+        _later(f"bench {what}", "`mllm bench generate` is")
+    if what != "generate":
+        raise MLLMError(f"No bench is called {what!r}. There is: generate.")
+    import_module("mllm.eval.bench.generate").run(out=out, repeats=repeats, progress=typer.echo)
 
 
 @app.command()

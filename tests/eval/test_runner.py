@@ -35,13 +35,13 @@ def model(tiny_parts):
 
 def test_each_condition_sees_what_its_name_says(model, captions, monkeypatch):
     seen: list[list[list[Any]]] = []
-    generate = model.generate
+    see_each = model.see_each
 
-    def watched(prompts, **options):
+    def watched(prompts):
         seen.append(prompts)
-        return generate(prompts, **options)
+        return see_each(prompts)
 
-    monkeypatch.setattr(model, "generate", watched)
+    monkeypatch.setattr(model, "see_each", watched)
     report = mllm.evaluate(model, "coco-captions", captions)
     ours, blind = seen  # the shuffled condition puts what was put before: its answers are known
     assert len(ours) == 6 and all(len([p for p in prompt if not isinstance(p, str)]) == 1 for prompt in ours)

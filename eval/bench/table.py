@@ -1,0 +1,75 @@
+"""What a bench prints and writes: a row for each measurement, with the ratio that is wanted and the one arithmetic allows."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Column, Table
+
+from mllm.files import write
+from mllm.run import environment
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement: medians in `unit`, and how many times better ours is."""
+
+    name: str
+    unit: str
+    ours: float
+    alternative: float
+    ratio: float
+    wanted: float
+    bound: float | None = None  # what arithmetic allows
+    note: str = ""
+
+
+def paired(
+    ours: Callable[[], Any], alternative: Callable[[], Any], *, repeats: int, progress: Callable[[str], None]
+) -> tuple[list[float], list[float]]:
+    """Return the seconds of both, run in turns, after one run of each that is not counted."""
+    ours()
+    alternative()
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for repeat in range(repeats):
+        for run, found in zip((ours, alternative), seconds, strict=True):
+            started = time.perf_counter()
+            run()
+            found.append(time.perf_counter() - started)
+        progress(f"{repeat + 1} of {repeats}: ours {seconds[0][-1]:.2f} s, the alternative {seconds[1][-1]:.2f} s")
+    return seconds
+
+
+def ratio(ours: Sequence[float], alternative: Sequence[float]) -> float:
+    """Return the median over the pairs of how many times faster ours is."""
+    return statistics.median(b / a for a, b in zip(ours, alternative, strict=True))
+
+
+def report(name: str, rows: Sequence[Row], out: Path | None) -> None:
+    """Print the table, and write it as JSON where a folder is given."""
+    table = Table(Column("measurement"), "unit", "ours", "alternative", "ratio", "wanted", "arithmetic allows")
+    for row in rows:
+        bound = "" if row.bound is None else f"{row.bound:.1f}"
+        label = row.name + (f"\n{row.note}" if row.note else "")
+        table.add_row(
+            label, row.unit, f"{row.ours:.3g}", f"{row.alternative:.3g}", f"{row.ratio:.2f}", f"{row.wanted:g}", bound
+        )
+    Console().print(table)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        body = {
+            "bench": name,
+            "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
+            "versions": environment(),
+            "rows": [asdict(row) for row in rows],
+        }
+        write(out / f"{name}.json", lambda file: file.write_text(json.dumps(body, indent=2) + "\n"))

@@ -1,0 +1,1 @@
+"""A model behind HTTP: OpenAI's chat completions, and a page to talk on. Needs the extra ``serve``."""

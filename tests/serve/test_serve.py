@@ -1,0 +1,442 @@
+"""The server, spoken to over a socket by OpenAI's own client, by bad clients, and by a browser."""
+
+from __future__ import annotations
+
+import base64
+import concurrent.futures
+import contextlib
+import http.client
+import http.server
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import uvicorn
+from fastapi import Request, Response
+
+import mllm
+from mllm.chat import turns
+from mllm.errors import MLLMError
+from mllm.images import source_of
+from mllm.serve.app import Limits, create_app
+from mllm.serve.remote import Remote, public_address
+from mllm.testing import tiny_image
+
+A, B = tiny_image(1), tiny_image(2)
+
+
+def url(image: Any) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def user(text: str, *images: Any) -> dict[str, Any]:
+    pictures = [{"type": "image_url", "image_url": {"url": i if isinstance(i, str) else url(i)}} for i in images]
+    return {"role": "user", "content": [*pictures, {"type": "text", "text": text}]}
+
+
+@pytest.fixture(scope="module")
+def model(tiny_parts):
+    return mllm.assemble(
+        tiny_parts[0], tiny_parts[1], {"type": "linear", "tokens": 4}, prompt={"template": "See{images}. {prompt}"}
+    )
+
+
+@contextlib.contextmanager
+def served(model: Any, page: Any = None, **limits: Any) -> Iterator[int]:
+    """Serve a model on a free port in a thread."""
+    app = create_app(model, "tiny", Limits(**limits))
+    if page:
+        page(app)
+    config = uvicorn.Config(app, port=0, log_level="critical", timeout_graceful_shutdown=5)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    try:
+        yield server.servers[0].sockets[0].getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def port(model):
+    with served(model) as port:
+        yield port
+
+
+def client(port: int, key: str = "none") -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=key, max_retries=0, timeout=30)
+
+
+def post(port: int, body: bytes | dict[str, Any], **headers: str) -> tuple[int, dict[str, Any]]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    connection.request("POST", "/v1/chat/completions", data, {"Content-Type": "application/json", **headers})
+    answer = connection.getresponse()
+    found = answer.status, json.loads(answer.read())
+    connection.close()
+    return found
+
+
+def expected(model: Any, *messages: dict[str, Any], **decoding: Any) -> str:
+    ours = [
+        {**m, "content": [p if p["type"] == "text" else {"type": "image", "image": source_of(p["image_url"]["url"])}
+                          for p in m["content"]]}
+        for m in messages
+    ]  # fmt: skip
+    return str(model.generate([turns(model, ours)], **decoding)[0])
+
+
+def test_openais_client_gets_what_the_model_says(model, port):
+    with client(port) as api:
+        assert [entry.id for entry in api.models.list()] == ["tiny"]
+        ask = user("what is it?", A, B)
+        answer = api.chat.completions.create(model="tiny", messages=[ask], max_tokens=9)
+        assert answer.choices[0].message.content == expected(model, ask, max_new_tokens=9)
+        assert answer.choices[0].finish_reason == "length"
+        assert answer.usage.completion_tokens == 9
+        assert answer.usage.prompt_tokens == len(model.encode(["See", A, B, ". Question: what is it? Answer:"]).ids)
+
+
+def test_a_stream_is_the_answer_in_pieces(model, port):
+    ask = user("what is it?", A)
+    for options in ({}, {"temperature": 1.3, "seed": 5, "top_p": 0.9}):
+        ours = {key: value for key, value in options.items()}
+        whole = expected(model, ask, max_new_tokens=12, **ours)
+        with client(port) as api:
+            events = list(
+                api.chat.completions.create(
+                    model="tiny", messages=[ask], max_completion_tokens=12, stream=True,
+                    stream_options={"include_usage": True}, **options,
+                )
+            )  # fmt: skip
+        assert "".join(e.choices[0].delta.content or "" for e in events if e.choices) == whole
+        assert [e.choices[0].finish_reason for e in events if e.choices][-1] == "length"
+        assert events[-1].usage.completion_tokens == 12
+
+
+def test_a_stop_string_ends_an_answer_and_is_not_in_it(model, port):
+    ask = user("what is it?", A)
+    whole = expected(model, ask, max_new_tokens=30)
+    stop = next(letter for letter in whole if letter.isascii())
+    for stream in (False, True):
+        with client(port) as api:
+            answer = api.chat.completions.create(
+                model="tiny", messages=[ask], max_tokens=30, stop=[stop, "zzzz"], stream=stream
+            )
+            text = (
+                "".join(e.choices[0].delta.content or "" for e in answer)
+                if stream
+                else answer.choices[0].message.content
+            )
+        assert text == whole[: whole.index(stop)].rstrip()
+
+
+def test_requests_that_arrive_together_are_decoded_together(model, port, monkeypatch):
+    sizes = []
+    answer = model.answer
+
+    def watched(prompts, *arguments, **options):
+        sizes.append(len(prompts))
+        return answer(prompts, *arguments, **options)
+
+    monkeypatch.setattr(model, "answer", watched)
+    asks = [user(f"number {number}?", *([A] * (number % 3))) for number in range(16)]
+    with client(port) as api, concurrent.futures.ThreadPoolExecutor(16) as pool:
+        create = api.chat.completions.create
+        futures = [
+            pool.submit(create, model="tiny", messages=[a], max_tokens=3 + n % 5) for n, a in enumerate(asks)
+        ]
+        texts = [future.result().choices[0].message.content for future in futures]
+    assert sum(sizes) == 16 and len(sizes) < 16
+    monkeypatch.undo()
+    assert texts == [expected(model, ask, max_new_tokens=3 + n % 5) for n, ask in enumerate(asks)]
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        (b"{", 400, "JSON"),
+        ({"messages": []}, 400, "messages"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, 400, "role"),
+        ({"messages": [user("x", "data:image/png;base64,AAAA")]}, 400, "no picture"),
+        ({"messages": [user("x", "https://example.com/a.png")]}, 400, "does not download"),
+        ({"messages": [user("x", "/etc/passwd")]}, 400, "does not read"),
+        ({"messages": [user("x", "file:///etc/passwd")]}, 400, "does not read"),
+        ({"messages": [user("x", "ftp://example.com/a.png")]}, 400, "is not read"),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "image": "/etc/passwd"}]}]}, 400, "image_url"),
+        ({"messages": [user("x", A, A, A)]}, 400, "3 images; at most 2"),
+        ({"messages": [user("x" * 300)]}, 400, "made for 256"),
+        ({"messages": [user("x")], "max_tokens": 0}, 400, "max_tokens"),
+        ({"messages": [user("x")], "temperature": 9}, 400, "temperature"),
+        ({"messages": [user("x")], "n": 2}, 400, "n:"),
+        ({"messages": [user("y" * 200_000)]}, 413, "longer than"),
+        ({"messages": [user("x"), {"role": "assistant", "content": "y"}]}, 400, "the user's"),
+    ],
+)
+def test_a_bad_request_is_told_why(model, body, status, message):
+    with served(model, images=2, body=100_000) as port:
+        found, answer = post(port, body)
+        assert (found, message in answer["error"]["message"]) == (status, True), answer
+        assert post(port, {"messages": [user("x")], "max_tokens": 2})[0] == 200
+
+
+def test_a_body_without_a_length_is_counted_as_it_comes(model):
+    with served(model, body=100_000) as port, socket.create_connection(("127.0.0.1", port)) as sock:
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+        sock.sendall(head.encode())
+        with contextlib.suppress(OSError):
+            for _ in range(50):
+                sock.sendall(b"2710\r\n" + b"y" * 10_000 + b"\r\n")
+        assert b" 413 " in sock.recv(64)
+
+
+def test_a_token_is_asked_for_where_one_is_set(model):
+    with served(model, token="sesame") as port:
+        with client(port, "wrong") as api, pytest.raises(openai.AuthenticationError):
+            api.models.list()
+        assert post(port, {"messages": [user("x")]})[0] == 401
+        with client(port, "sesame") as api:
+            assert api.chat.completions.create(model="m", messages=[user("x")], max_tokens=2).choices
+        connection = http.client.HTTPConnection("127.0.0.1", port)
+        connection.request("GET", "/health")
+        assert json.loads(connection.getresponse().read()) == {"status": "ok"}
+        connection.close()
+
+
+@pytest.fixture
+def slow(model, monkeypatch):
+    """Every token takes a while, so that a request lasts; returns the tokens made."""
+    made = []
+    logits = model.lm.model.forward
+
+    def forward(*arguments, **options):
+        made.append(1)
+        time.sleep(0.05)
+        return logits(*arguments, **options)
+
+    monkeypatch.setattr(model.lm.model, "forward", forward)
+    return made
+
+
+def test_a_full_queue_answers_429_and_empties_again(model, slow):
+    body = {"messages": [user("x")], "max_tokens": 20}
+    with served(model, batch=1, waiting=1) as port, concurrent.futures.ThreadPoolExecutor(6) as pool:
+        found = [future.result()[0] for future in [pool.submit(post, port, body) for _ in range(6)]]
+        assert set(found) == {200, 429}
+        assert post(port, body)[0] == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_hangs_up_frees_its_place(model, slow, stream):
+    body = json.dumps({"messages": [user("x")], "max_tokens": 200, "stream": stream}).encode()
+    with served(model, batch=1) as port:
+        with socket.create_connection(("127.0.0.1", port)) as sock:
+            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+            sock.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
+            while len(slow) < 3:
+                time.sleep(0.01)
+        started = time.monotonic()
+        assert post(port, {"messages": [user("x")], "max_tokens": 1})[0] == 200
+        assert time.monotonic() - started < 5  # 200 tokens would take ten seconds
+
+
+def test_a_failure_of_the_model_costs_one_batch(model, port, monkeypatch):
+    monkeypatch.setattr(model, "answer", lambda *arguments, **options: 1 / 0)
+    status, answer = post(port, {"messages": [user("x")]})
+    assert status == 500 and "ZeroDivisionError" in answer["error"]["message"]
+    monkeypatch.undo()
+    assert post(port, {"messages": [user("x")], "max_tokens": 2})[0] == 200
+
+
+def test_remote_pictures_come_from_allowed_places_only(tmp_path):
+    A.save(tmp_path / "a.png")
+    (tmp_path / "inside").mkdir()
+    remote = Remote(["127.0.0.1", "localhost"], [tmp_path / "inside"])
+    for place in ("http://127.0.0.1/a.png", "http://localhost:1/a.png"):
+        with pytest.raises(MLLMError, match="private address"):
+            remote.read(place)
+    for path in ("a.png", "inside/../a.png"):
+        with pytest.raises(MLLMError, match="does not read"):
+            remote.read(str(tmp_path / path))
+    shutil.move(tmp_path / "a.png", tmp_path / "inside/a.png")
+    assert remote.read(f"file://{tmp_path}/inside/a.png") == (tmp_path / "inside/a.png").read_bytes()
+    for host in ("10.0.0.1", "169.254.169.254", "::1", "0.0.0.0", "192.168.1.1"):
+        with pytest.raises(MLLMError, match="private address"):
+            public_address(host, 80)
+
+
+def test_a_redirect_is_not_followed_and_a_good_answer_is_read(monkeypatch):
+    class Site(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(302 if self.path == "/away" else 200)
+            self.send_header("Location", "http://127.0.0.1/")
+            self.end_headers()
+            self.wfile.write(b"bytes")
+
+        def log_message(self, *arguments): ...
+
+    monkeypatch.setattr("mllm.serve.remote.public_address", lambda host, port: "127.0.0.1")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Site) as site:
+        threading.Thread(target=site.serve_forever).start()
+        remote, base = Remote(["pictures.test"]), f"http://pictures.test:{site.server_port}"
+        assert remote.read(f"{base}/a.png") == b"bytes"
+        with pytest.raises(MLLMError, match="redirects are not followed"):
+            remote.read(f"{base}/away")
+        site.shutdown()
+
+
+def test_sigterm_finishes_what_is_running(model, tmp_path):
+    model.save(tmp_path / "run")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "mllm", "serve", str(tmp_path / "run"), "--port", str(port)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    while "running on" not in (line := process.stderr.readline()):
+        assert line, "the server did not start"
+    with client(port) as api:
+        events = api.chat.completions.create(model="m", messages=[user("x")], max_tokens=100, stream=True)
+        next(iter(events))  # it is being decoded
+        process.send_signal(signal.SIGTERM)
+        assert list(events)[-1].choices[0].finish_reason in ("length", "stop")
+    _, rest = process.communicate(timeout=60)
+    assert "Traceback" not in rest
+
+
+def test_a_soak_loses_no_good_request_and_keeps_no_memory(model):
+    good = {"messages": [user("what?", A)], "max_tokens": 2}
+    bad = [{"messages": [user("x", "data:image/png;base64,AAAA")]}, {"messages": 3}, {"messages": [user("y" * 60_000)]}]
+
+    def abandoned(port: int) -> None:
+        body = json.dumps({**good, "max_tokens": 50, "stream": True}).encode()
+        with socket.create_connection(("127.0.0.1", port)) as sock:
+            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+            sock.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
+
+    def one(number: int) -> bool:
+        if number % 4 == 3:
+            abandoned(port)
+            return True
+        if number % 4 == 2:
+            return post(port, bad[number % 3])[0] in (400, 413)
+        return post(port, good)[0] == 200
+
+    with served(model, body=50_000, waiting=10_000) as port, concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(one, range(200)))
+        before = memory()
+        assert all(pool.map(one, range(200, SOAK)))
+        assert memory() - before < 30e6
+
+
+SOAK = int(os.environ.get("MLLM_SOAK", "400"))  # requests; 2000 takes about a minute
+
+
+def memory() -> float:
+    """Bytes that this process holds."""
+    return int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1e3  # type: ignore[index]
+
+
+def test_the_page_takes_a_dropped_picture_and_streams_the_answer(model, chromium):
+    act = """
+    const wait = async (until) => { while (!until()) await new Promise((go) => setTimeout(go, 20)); };
+    addEventListener("load", async () => {
+      const bytes = await (await fetch("/picture.png")).blob();
+      const data = new DataTransfer();
+      data.items.add(new File([bytes], "a.png", { type: "image/png" }));
+      dispatchEvent(new DragEvent("drop", { dataTransfer: data }));
+      await wait(() => document.querySelectorAll("#waiting img").length === 1);
+      const grown = [];
+      document.getElementById("text").value = "what is it?";
+      document.getElementById("send").click();
+      const said = () => [...document.querySelectorAll("#talk .assistant")].map((item) => item.textContent);
+      await wait(() => { grown.push(said()[0]); return document.getElementById("send").textContent === "Send" && said()[0]; });
+      document.getElementById("text").value = "and <b>why</b>?";
+      document.getElementById("send").click();
+      await wait(() => said().length === 2 && document.getElementById("send").textContent === "Send");
+      const seen = { name: document.getElementById("name").textContent, said: said(),
+        asked: [...document.querySelectorAll("#talk .user")].map((item) => item.textContent),
+        pictures: document.querySelectorAll("#talk img").length, steps: new Set(grown).size,
+        wrong: document.querySelectorAll(".wrong").length };
+      await fetch("/seen", { method: "POST", body: JSON.stringify(seen) });
+    });"""
+    told: list[dict[str, Any]] = []
+    buffer = io.BytesIO()
+    A.save(buffer, "PNG")
+
+    def page(app):
+
+        real = next(route for route in app.routes if route.path == "/").endpoint
+
+        @app.get("/acted")
+        async def acted():
+            answer = await real()
+            text = answer.body.decode()
+            nonce = re.search(r'script nonce="([^"]+)"', text)[1]
+            del answer.headers["content-length"]
+            body = text.replace("</body>", f'<script nonce="{nonce}">{act}</script></body>')
+            return Response(body, media_type="text/html", headers=dict(answer.headers))
+
+        @app.get("/picture.png")
+        async def picture():
+            return Response(buffer.getvalue(), media_type="image/png")
+
+        @app.post("/seen")
+        async def report(request: Request):
+            told.append(await request.json())
+            return {}
+
+    with served(model, page) as port:
+        chromium(f"http://127.0.0.1:{port}/acted", until=lambda: told)
+    (seen,) = told
+    first = user("what is it?", A)
+    said = expected(model, first)
+    assert seen["name"] == "tiny" and seen["wrong"] == 0 and seen["pictures"] == 1
+    assert seen["said"][0] == said and len(seen["said"]) == 2
+    assert seen["asked"] == ["what is it?", "and <b>why</b>?"]  # what is typed is text, never HTML
+    assert seen["steps"] > 1  # it was seen to grow
+
+
+@pytest.fixture
+def chromium(tmp_path):
+    """Return a function that opens a page and closes it when something has happened."""
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        if os.environ.get("CI") == "true":
+            pytest.fail("Chromium is missing: install the package chromium")
+        pytest.skip("Chromium is missing: install the package chromium")
+
+    def opened(address: str, until: Callable[[], object]) -> None:
+        command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
+                   "--disable-background-networking", f"--user-data-dir={tmp_path}", "--remote-debugging-port=0",
+                   address]  # fmt: skip
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            give_up = time.monotonic() + 60
+            while not until():
+                assert process.poll() is None and time.monotonic() < give_up, "the page did not report"
+                time.sleep(0.05)
+        finally:
+            process.terminate()
+            process.wait()
+
+    return opened
