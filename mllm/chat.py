@@ -12,7 +12,7 @@ import io
 import json
 import secrets
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +48,9 @@ class Chat:
             raise MLLMError("This language model has no chat template of its own: set prompt.chat=plain.")
         self._start = [_message("system", [_text(system)])] if system else []
         self.messages = [*self._start, *checked_messages(messages)]
-        self._cache: Any = None
-        self._seen: list[int] = []  # the ids that the key-value states stand for
-        self._seen_images = 0
+        self._cache: Any = None  # key-value states
+        self._mask: list[int] = []  # of every state, whether it still counts
+        self._seen: list[int | str] = []  # what the states that count stand for: ids, and pictures by their content
 
     def send(self, text: str, images: Sequence[Any] = (), **decoding: Any) -> str:
         """Say something, with pictures, and return the answer.
@@ -101,33 +101,62 @@ class Chat:
             encoded = model.encode(pieces)
         except MLLMError as error:
             raise MLLMError(f"{error} Drop the oldest turns (chat.drop(2)), or start anew (chat.reset()).") from None
-        self._read(encoded, images_of(pieces))
-        # What was read stands in the key-value states; decoding starts from the last token, which is text.
-        ids = torch.tensor([[model.lm.pad] * len(self._seen) + encoded.ids[len(self._seen) :]], device=model.device)
-        yield from _streamed(model, ids, self._cache, model.decodings([pieces], decoding))
+        known = self._agree(encoded, images_of(pieces))
+        if self._cache is None or any(encoded.visual[known:]):  # pictures come in as embeddings, not as ids
+            self._read(encoded, images_of(pieces))
+            known = len(self._seen)
+        rest = encoded.ids[known:]
+        mask = torch.tensor([self._mask + [1] * len(rest)], device=model.device)
+        ids = torch.tensor([[model.lm.pad] * len(self._mask) + rest], device=model.device)
+        cache = model.lm.fork(self._cache)
+        answer = yield from _streamed(model, ids, mask, cache, model.decodings([pieces], decoding))
+        self._keep(cache, [*rest, *answer])
+
+    def _agree(self, encoded: Encoded, images: Sequence[Any]) -> int:
+        """Mask what the states hold and the conversation no longer says; return how much of it they hold."""
+        said = _said(encoded, images)
+        same = next((i for i, (a, b) in enumerate(zip(self._seen, said, strict=False)) if a != b), len(self._seen))
+        same = min(same, len(said) - 1)  # one token is needed to start from
+        if same < len(self._seen) / 2:  # a turn was dropped, or a template words earlier turns anew
+            self._forget()
+            return 0
+        visible = [place for place, shown in enumerate(self._mask) if shown]
+        for place in visible[same:]:
+            self._mask[place] = 0
+        self._seen = self._seen[:same]
+        return same
 
     @torch.no_grad()
     def _read(self, encoded: Encoded, images: Sequence[Any]) -> None:
         """Bring the key-value states up to all of the conversation but its last token."""
         model, known, end = self._model, len(self._seen), len(encoded.ids) - 1
-        if encoded.ids[:known] != self._seen or known > end:
-            self._forget()  # a template may word earlier turns anew
-            known = 0
-        if known == end:
-            return
         part = Encoded(encoded.ids[known:end], encoded.visual[known:end], encoded.labels[known:end])
-        new = images[self._seen_images :]
+        before = sum(encoded.visual[:known]) // model.connector.num_tokens
+        new = images[before:]
         batch = collate([part], model.lm.pad).to(model.device)
         embeds = model.embed(model.connector(model.features(new)) if new else None, batch)
         if self._cache is None:
             self._cache, _ = model.lm.prefill(embeds, batch.mask)
         else:
-            mask = torch.ones(1, end, dtype=torch.long, device=model.device)
+            mask = torch.tensor([self._mask + [1] * (end - known)], device=model.device)
             model.lm.logits(embeds, mask, keep=torch.tensor([0], device=model.device), cache=self._cache)
-        self._seen, self._seen_images = encoded.ids[:end], len(images)
+        self._mask += [1] * (end - known)
+        self._seen = _said(encoded, images)[:end]
+
+    def _keep(self, cache: Any, ids: list[int]) -> None:
+        """Keep the states that answering left: of what was read, and of the answer but for its last token."""
+        new = cache.get_seq_length() - len(self._mask)
+        self._cache, self._mask, self._seen = cache, self._mask + [1] * new, [*self._seen, *ids[:new]]
 
     def _forget(self) -> None:
-        self._cache, self._seen, self._seen_images = None, [], 0
+        self._cache, self._mask, self._seen = None, [], []
+
+
+def _said(encoded: Encoded, images: Sequence[Any]) -> list[int | str]:
+    """Return a prompt's ids, and its pictures' hashes in the places of visual tokens."""
+    count = sum(encoded.visual) // max(len(images), 1)
+    keys = iter([source_of(image).key() for image in images for _ in range(count)])
+    return [next(keys) if visual else token for token, visual in zip(encoded.ids, encoded.visual, strict=True)]
 
 
 def turns(model: Any, messages: Sequence[dict[str, Any]]) -> list[Piece]:
@@ -188,25 +217,27 @@ def _templated(model: Any, messages: Sequence[dict[str, Any]]) -> list[Piece]:
     return pieces
 
 
-def _streamed(model: Any, ids: torch.Tensor, cache: Any, settings: Sequence[dict[str, Any]]) -> Iterator[str]:
+def _streamed(
+    model: Any, ids: torch.Tensor, mask: torch.Tensor, cache: Any, settings: Sequence[dict[str, Any]]
+) -> Generator[str, None, list[int]]:
+    """Yield an answer's text as it is written; return its ids."""
     streamer = TextIteratorStreamer(model.lm.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    failed: list[Exception] = []
+    found: list[Any] = []
 
     def work() -> None:
         try:
-            mask = torch.ones_like(ids)
-            forked = cache and model.lm.fork(cache)
-            model.lm.generate(mask, settings, cache=forked, streamer=streamer, input_ids=ids)
+            found.extend(model.lm.generate(mask, settings, cache=cache, streamer=streamer, input_ids=ids))
         except Exception as error:  # it is raised where the answer is read
-            failed.append(error)
+            found.append(error)
             streamer.end()
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     yield from streamer
     thread.join()
-    if failed:
-        raise failed[0]
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return list(found[0])
 
 
 def _message(role: str, content: list[dict[str, Any]]) -> dict[str, Any]:

@@ -26,7 +26,9 @@ class Contrastive(LogitsProcessor):
         beta: the plausibility cut, 0 to 1.
     """
 
-    def __init__(self, model: Any, prompts: Sequence[Sequence[Piece]], *, alpha: float = 0.5, beta: float = 0.1) -> None:
+    def __init__(
+        self, model: Any, prompts: Sequence[Sequence[Piece]], *, alpha: float = 0.5, beta: float = 0.1
+    ) -> None:
         self._lm, self._alpha, self._cut = model.lm, alpha, math.log(beta) if beta else -math.inf
         batch = collate([model.encode(model.blind(prompt)) for prompt in prompts], model.lm.pad).to(model.device)
         self._mask = batch.mask

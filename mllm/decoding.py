@@ -8,7 +8,7 @@ their softmax), so a request with a seed is answered the same in any company. Be
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -86,7 +86,7 @@ class Sampler(LogitsProcessor):
             own = scores[row : row + 1]
             if generator is not None:
                 uniform = torch.rand(own.shape, generator=generator).clamp_min(1e-20).to(own.device)
-                own = warpers(input_ids[row : row + 1], own) - (-uniform.log()).log()
+                own = warpers(cast(Any, input_ids[row : row + 1]), own) - (-uniform.log()).log()
             drawn.append(own)
         return torch.cat(drawn)
 

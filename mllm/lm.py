@@ -184,7 +184,7 @@ class LanguageModel(nn.Module):
         start = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
         limits = [settings.get("max_new_tokens") for settings in decodings]
         if not beams:
-            own = {"max_new_tokens": None if None in limits else max(limits)}
+            own = {"max_new_tokens": None if None in limits else max(limit or 0 for limit in limits)}
             if any(decoding.samples(settings) for settings in decodings):
                 processors.append(decoding.Sampler(decodings))
         config = GenerationConfig(

@@ -6,6 +6,7 @@ Shapes: B batch, T text tokens, I images, P patches, Q visual tokens, D_vis, D_l
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from mllm.hub import tensor_hash
 from mllm.images import open_image
 from mllm.prompt import Batch, Control, Encoded, Piece, arrange, collate, encode, images_of, without_images
 from mllm.registry import lookup, table
+from mllm.rerank import reranked
 from mllm.spec import AssemblySpec, checked
 from mllm.view import View, Views
 
@@ -97,6 +99,14 @@ class Assembly(nn.Module):
         inside = {name for name, p in module.named_parameters(remove_duplicate=False) if id(p) in own}
         return tensor_hash(module, without=inside)
 
+    @functools.cached_property
+    def scorer(self) -> Any:
+        """Return the recipe's scorer, loaded when it is first needed; it is no part of what is trained or saved."""
+        if self.spec.scorer is None:
+            raise MLLMError("Reranking needs a scorer: set scorer={'type': 'dual-encoder', 'model': ...} (CLIP, ...).")
+        cls = lookup("scorers", self.spec.scorer.type)
+        return _made(cls, f"scorer {self.spec.scorer.type}", **self.spec.scorer.options()).to(self.device)
+
     def features(self, images: Sequence[Any]) -> Tensor:
         """Return the encoder's features ``(I, P, D_vis)`` of pictures in any accepted form."""
         pixels = self.encoder.preprocess([open_image(image) for image in images])
@@ -164,7 +174,8 @@ class Assembly(nn.Module):
             for name in table("decoding")
             if settings[0].get(name) is not None
         ]
-        plain = [{key: value for key, value in row.items() if key not in table("decoding")} for row in settings]
+        ours = {*table("decoding"), "candidates"}
+        plain = [{key: value for key, value in row.items() if key not in ours} for row in settings]
         if processors:
             plain = [{**row, "logits_processor": [*row.get("logits_processor", []), *processors]} for row in plain]
         return plain
@@ -180,6 +191,8 @@ class Assembly(nn.Module):
             errors: ``return``: a prompt that cannot be read gets its `MLLMError` as its answer, the others theirs.
             decoding: fields of `transformers.GenerationConfig` over the recipe's own (``max_new_tokens=20``), and
                 ``seed``: a temperature, top-p or seed means sampling; each prompt draws from its own seed.
+                ``contrastive`` (`mllm.contrastive.Contrastive`) and ``candidates`` (how many answers the scorer
+                chooses from) look at the image.
 
         Returns:
             One `Output` a prompt, in order. A batch gives what its members give alone.
@@ -193,7 +206,13 @@ class Assembly(nn.Module):
         if errors == "raise":
             _raise_first(read)
         good = [prompt for prompt in read if not isinstance(prompt, MLLMError)]
-        answers = iter(self.answer(good, self.decodings(good, decoding)) if good else [])
+        count = decoding.pop("candidates", self.spec.decoding.get("candidates", 1))
+        found: list[Output] = []
+        if good and count > 1:
+            found = reranked(self, good, count, decoding)
+        elif good:
+            found = self.answer(good, self.decodings(good, decoding))
+        answers = iter(found)
         return [prompt if isinstance(prompt, MLLMError) else next(answers) for prompt in read]
 
     def answer(

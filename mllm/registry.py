@@ -30,7 +30,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
     },
     "heads": {},
     "image_decoders": {},
-    "scorers": {},
+    "scorers": {"dual-encoder": "mllm.scorer:DualEncoder"},
     "objectives": {"caption": "mllm.objectives:caption"},
     "readers": {
         "emoji-scenes": "mllm.data.emoji_scenes:emoji_scenes",

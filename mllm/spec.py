@@ -16,7 +16,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 PARTS = ("encoder", "lm", "connector", "adapters")  # built once, for all stages
 # Keys that nothing reads yet: they are refused, not ignored. Whoever builds one takes it out here.
-LATER = ("heads", "tokens", "decoder", "scorer", "init.source", "eval.every")
+LATER = ("heads", "tokens", "decoder", "init.source", "eval.every")
 
 
 class Spec(BaseModel):
@@ -196,6 +196,7 @@ class AssemblySpec(Spec):
     lm: LMSpec
     connector: PartSpec
     adapters: list[PartSpec] = []
+    scorer: PartSpec | None = None
     prompt: PromptSpec = PromptSpec()
     decoding: dict[str, Any] = {"max_new_tokens": 20}
     seed: int = 0

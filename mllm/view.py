@@ -77,7 +77,9 @@ class Views(Sequence["View"]):
     def _decoded(self, rows: Sequence[tuple[int, str]], decoding: dict[str, Any]) -> list[str]:
         model = self.model
         new = [self.following(view, text) for view, text in rows]
-        if not all(ids for _, ids in new):  # an image at the end and nothing behind it: no token to start from
+        candidates = {**model.spec.decoding, **decoding}.get("candidates", 1)
+        # An image at the end and nothing behind it leaves no token to start from.
+        if candidates > 1 or not all(ids for _, ids in new):
             outputs = model.generate([[*self.prompts[view], text] for view, text in rows], **decoding)
             return [str(output) for output in outputs]
         width, seen = max(len(ids) for _, ids in new), self.mask.shape[1]
@@ -96,7 +98,9 @@ class Views(Sequence["View"]):
         """Return how many of a view's last tokens are replaced, and the ids that follow the others."""
         tail, seen = self._tails[view]
         whole = self.model.lm.tokenize(tail + text)
-        same = next((i for i, (a, b) in enumerate(zip(seen, whole, strict=False)) if a != b), min(len(seen), len(whole)))
+        same = next(
+            (i for i, (a, b) in enumerate(zip(seen, whole, strict=False)) if a != b), min(len(seen), len(whole))
+        )
         same = min(same, len(whole) - 1) if whole else 0  # one token is needed to start from
         return len(seen) - same, whole[same:]
 

@@ -70,6 +70,16 @@ def test_earlier_turns_are_not_computed_again(model, monkeypatch):
     assert seen == [1, 1]  # the first turn went with its pictures: what is left is read anew
 
 
+def test_another_picture_under_the_same_words_is_looked_at(model):
+    chat = model.chat()
+    for image in (A, B):
+        chat.send("what is it?", [image], max_new_tokens=1)
+    chat.messages[1]["content"] = chat.messages[3]["content"]  # both turns now differ in their picture alone
+    chat.drop()
+    expected = str(model.generate([turns(model, [*chat.messages, user("why?")])], max_new_tokens=7)[0])
+    assert chat.send("why?", max_new_tokens=7) == expected
+
+
 def test_a_stream_is_the_answer_in_pieces(model):
     whole = model.chat().send("what is it?", [A], max_new_tokens=9)
     chat = model.chat()

@@ -1,18 +1,21 @@
-"""Decoding: drawn tokens, limits and stops of each row alone; the contrast with the image-free pass; views in batches."""
+"""Decoding: tokens drawn, limited and stopped row by row; the contrast with the blind pass; views in batches."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
 
 import mllm
 from mllm.contrastive import Contrastive
 from mllm.decoding import Sampler
 from mllm.errors import MLLMError
-from mllm.testing import tiny_image
+from mllm.scorer import DualEncoder
+from mllm.testing import tiny_image, tiny_tokenizer
 
 A, B, C = tiny_image(1), tiny_image(2), tiny_image(3, size=(20, 50))
 PROMPTS = [["A picture of", A], [A, "cat.", B, "and another"], ["only text"], [C, "x"]]
@@ -123,7 +126,7 @@ def test_one_bad_prompt_costs_the_others_nothing(model):
 
 
 def test_several_pictures_are_seen_and_asked_in_one_batch(model):
-    prompts = [[A], ["first", B, "then", C, "and"], ["words alone"]]
+    prompts: list[list[Any]] = [[A], ["first", B, "then", C, "and"], ["words alone"]]
     texts = [["what?", "why is it so?"], [""], ["x", " y", "what?"]]
     views = model.see_each(prompts)
     found = views.go_on(texts, max_new_tokens=9)
@@ -139,7 +142,8 @@ def test_several_pictures_are_seen_and_asked_in_one_batch(model):
 
 def test_examples_are_seen_once_and_queries_behind_them(model):
     shots = model.see([A, "a cat.", B, "a dog"])
-    for query in ([C], [".", C, "which"], ["words"]):
+    queries: list[list[Any]] = [[C], [".", C, "which"], ["words"]]
+    for query in queries:
         whole = [A, "a cat.", B, "a dog", *query]
         assert shots.see(query).go_on(" is", max_new_tokens=8) == str(
             model.generate([[*whole, " is"]], max_new_tokens=8)[0]
@@ -157,3 +161,50 @@ def test_a_token_that_the_question_changes_is_read_anew(model, monkeypatch):
     found = views.go_on(texts, max_new_tokens=8)
     for prompt, own, answers in zip(views.prompts, texts, found, strict=True):
         assert answers == [str(model.generate([[*prompt, text]], max_new_tokens=8)[0]) for text in own]
+
+
+@pytest.fixture(scope="module")
+def tiny_clip(tmp_path_factory):
+    """The folder of a tiny CLIP with a byte tokenizer."""
+    folder = tmp_path_factory.mktemp("clip")
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tokenizer = tiny_tokenizer()
+    text = {
+        **shape,
+        "vocab_size": len(tokenizer),
+        "eos_token_id": tokenizer.eos_token_id,
+        "max_position_embeddings": 64,
+    }
+    config = CLIPConfig(text_config=text, vision_config={**shape, "image_size": 32, "patch_size": 8}, projection_dim=12)
+    CLIPModel(config).save_pretrained(folder)
+    tokenizer.model_max_length = 64
+    CLIPProcessor(
+        CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}), tokenizer
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_scorer_gives_the_similarities_of_its_model(tiny_clip):
+    found = DualEncoder(model=tiny_clip).image_text([A, B, C], ["a cat", "two dogs and a bus"])
+    clip, processor = CLIPModel.from_pretrained(tiny_clip), CLIPProcessor.from_pretrained(tiny_clip, backend="pil")
+    inputs = processor(images=[A, B, C], text=["a cat", "two dogs and a bus"], return_tensors="pt", padding=True)
+    with torch.no_grad():
+        expected = clip(**inputs).logits_per_image / clip.logit_scale.exp()
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_the_candidate_closest_to_the_picture_is_kept(tiny_parts, tiny_clip):
+    scorer = {"type": "dual-encoder", "model": tiny_clip}
+    model = mllm.assemble(tiny_parts[0], tiny_parts[1], {"type": "linear", "tokens": 4}, scorer=scorer)
+    options: dict[str, Any] = {"max_new_tokens": 6, "temperature": 2.0}
+    prompts: list[list[Any]] = [[A, "x"], [C, "it is"]]
+    for prompt in prompts:
+        texts = [str(model.generate([prompt], max_new_tokens=6, seed=seed, temperature=2.0)[0]) for seed in (5, 6, 7)]
+        best = texts[int(model.scorer.image_text([prompt[0]], texts)[0].argmax())]
+        assert str(model.generate([prompt], candidates=3, seed=5, **options)[0]) == best
+        assert model.see(prompt[:1]).go_on(prompt[1], candidates=3, seed=5, **options) == best
+    with pytest.raises(MLLMError, match="has none"):
+        model.generate([["words"]], candidates=2)
+    with pytest.raises(MLLMError, match="needs a scorer"):
+        mllm.assemble(tiny_parts[0], tiny_parts[1]).generate([[A, "x"]], candidates=2)

@@ -72,6 +72,17 @@ def test_the_readmes_example_runs_as_it_stands(need, tmp_path, monkeypatch):
     assert saved_shapes("my-model") == {"connector.project.weight": [576, 1280], "connector.project.bias": [576]}
 
 
+def test_the_answering_page_runs_as_it_stands(tiny_parts, tmp_path, monkeypatch):
+    from mllm import assemble
+
+    assemble(tiny_parts[0], tiny_parts[1]).save(tmp_path / "runs" / "limber-cpu")
+    monkeypatch.chdir(tmp_path)
+    Path("page.py").write_text("\n".join(blocks("docs/answering.md", "python")))
+    names = runpy.run_path("page.py")
+    assert len(names["texts"]) == 2 and [len(own) for own in names["answers"]] == [2, 1]
+    assert Path("chat.json").is_file()
+
+
 def tree() -> dict[str, str]:
     """Return path -> role of the README's tree; two spaces are one level."""
     found: dict[str, str] = {}

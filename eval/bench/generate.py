@@ -21,7 +21,10 @@ from mllm.prompt import arrange
 from mllm.serve.batcher import Answer, Batcher, Job
 
 QUESTION = "Question: is there a {} in the picture or is it not there? Answer:"  # some 14 tokens
-THINGS = "cat dog bus car tree cup man bed ball boat bird fish door lamp book desk chair clock".split()
+THINGS = (
+    *("cat", "dog", "bus", "car", "tree", "cup", "man", "bed", "ball"),
+    *("boat", "bird", "fish", "door", "lamp", "book", "desk", "chair", "clock"),
+)
 TOKENS = 4  # of an answer
 SHAPES = ((5, 8, 3.4), (18, 4, 8.0))  # questions on an image, images, the ratio that is wanted
 
@@ -124,7 +127,7 @@ def clients(*, count: int = 16, tokens: int = 32, repeats: int, progress: Callab
             list(pool.map(ask, prompts))
 
     progress(f"{count} clients of a server")
-    mine, theirs = paired(together, lambda: [ask(prompt) for prompt in prompts], repeats=repeats, progress=progress)
+    mine, theirs = paired(together, lambda: list(map(ask, prompts)), repeats=repeats, progress=progress)
     batcher.close()
     return Row(
         name=f"{count} clients at once",

@@ -25,7 +25,7 @@ LM = "mllm/smollm2-135m"
 IMAGE_TOKEN = "<reponame>"  # in the vocabulary, and in none of the prompts
 
 
-def llava(folder: Path, *, size: dict[str, int] | None = None, lm: str = LM) -> tuple[Assembly, Any]:
+def llava(folder: Path, *, size: dict[str, Any] | None = None, lm: str = LM) -> tuple[Assembly, Any]:
     """Return ours and the alternative: ViT-B/16 at 224 px (196 visual tokens), a two-layer MLP, a language model.
 
     Args:
@@ -34,9 +34,15 @@ def llava(folder: Path, *, size: dict[str, int] | None = None, lm: str = LM) -> 
         lm: a part or a folder.
     """
     torch.manual_seed(0)
-    shape = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-    vision = CLIPVisionConfig(**{**shape, "image_size": 224, "patch_size": 16, **(size or {})})
-    side = vision.image_size
+    shape: dict[str, Any] = {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+    }
+    shape |= {"image_size": 224, "patch_size": 16} | (size or {})
+    vision = CLIPVisionConfig(**shape)
+    side = int(vision.to_dict()["image_size"])
     CLIPVisionModel(vision).save_pretrained(folder)
     CLIPImageProcessorPil(
         size={"height": side, "width": side}, crop_size={"height": side, "width": side}

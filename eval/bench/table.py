@@ -1,4 +1,4 @@
-"""What a bench prints and writes: a row for each measurement, with the ratio that is wanted and the one arithmetic allows."""
+"""What a bench prints and writes: the ratio of each measurement, the one wanted, and what arithmetic allows."""
 
 from __future__ import annotations
 

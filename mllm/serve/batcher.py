@@ -1,6 +1,6 @@
 """Requests that arrive together are decoded together, by the one thread that uses the model.
 
-Notable: a job is told of its text as it grows; a job that nobody waits for any more ends at the next token and makes room.
+Notable: a job is told of its text as it grows; one that nobody waits for any more ends at the next token.
 """
 
 from __future__ import annotations

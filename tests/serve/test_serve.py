@@ -82,7 +82,7 @@ def port(model):
         yield port
 
 
-def client(port: int, key: str = "none") -> openai.OpenAI:
+def client(port: int, key: str = "none") -> Any:
     return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=key, max_retries=0, timeout=30)
 
 
@@ -118,7 +118,8 @@ def test_openais_client_gets_what_the_model_says(model, port):
 
 def test_a_stream_is_the_answer_in_pieces(model, port):
     ask = user("what is it?", A)
-    for options in ({}, {"temperature": 1.3, "seed": 5, "top_p": 0.9}):
+    drawn: dict[str, Any] = {"temperature": 1.3, "seed": 5, "top_p": 0.9}
+    for options in ({}, drawn):
         ours = {key: value for key, value in options.items()}
         whole = expected(model, ask, max_new_tokens=12, **ours)
         with client(port) as api:
@@ -162,9 +163,7 @@ def test_requests_that_arrive_together_are_decoded_together(model, port, monkeyp
     asks = [user(f"number {number}?", *([A] * (number % 3))) for number in range(16)]
     with client(port) as api, concurrent.futures.ThreadPoolExecutor(16) as pool:
         create = api.chat.completions.create
-        futures = [
-            pool.submit(create, model="tiny", messages=[a], max_tokens=3 + n % 5) for n, a in enumerate(asks)
-        ]
+        futures = [pool.submit(create, model="tiny", messages=[a], max_tokens=3 + n % 5) for n, a in enumerate(asks)]
         texts = [future.result().choices[0].message.content for future in futures]
     assert sum(sizes) == 16 and len(sizes) < 16
     monkeypatch.undo()
@@ -324,24 +323,28 @@ def test_sigterm_finishes_what_is_running(model, tmp_path):
 
 
 def test_a_soak_loses_no_good_request_and_keeps_no_memory(model):
-    good = {"messages": [user("what?", A)], "max_tokens": 2}
-    bad = [{"messages": [user("x", "data:image/png;base64,AAAA")]}, {"messages": 3}, {"messages": [user("y" * 60_000)]}]
+    good: dict[str, Any] = {"messages": [user("what?", A)], "max_tokens": 2}
+    bad: list[Any] = [
+        {"messages": [user("x", "data:image/png;base64,AAAA")]},
+        {"messages": 3},
+        {"messages": [user("y" * 60_000)]},
+    ]
 
-    def abandoned(port: int) -> None:
+    def abandoned(place: Any) -> None:
         body = json.dumps({**good, "max_tokens": 50, "stream": True}).encode()
-        with socket.create_connection(("127.0.0.1", port)) as sock:
+        with socket.create_connection(("127.0.0.1", place)) as sock:
             head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
             sock.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
 
     def one(number: int) -> bool:
         if number % 4 == 3:
-            abandoned(port)
+            abandoned(place)
             return True
         if number % 4 == 2:
-            return post(port, bad[number % 3])[0] in (400, 413)
-        return post(port, good)[0] == 200
+            return post(place, bad[number % 3])[0] in (400, 413)
+        return post(place, good)[0] == 200
 
-    with served(model, body=50_000, waiting=10_000) as port, concurrent.futures.ThreadPoolExecutor(8) as pool:
+    with served(model, body=50_000, waiting=10_000) as place, concurrent.futures.ThreadPoolExecutor(8) as pool:
         assert all(pool.map(one, range(200)))
         before = memory()
         assert all(pool.map(one, range(200, SOAK)))
@@ -369,7 +372,8 @@ def test_the_page_takes_a_dropped_picture_and_streams_the_answer(model, chromium
       document.getElementById("text").value = "what is it?";
       document.getElementById("send").click();
       const said = () => [...document.querySelectorAll("#talk .assistant")].map((item) => item.textContent);
-      await wait(() => { grown.push(said()[0]); return document.getElementById("send").textContent === "Send" && said()[0]; });
+      await wait(() => { grown.push(said()[0]); 
+        return document.getElementById("send").textContent === "Send" && said()[0]; });
       document.getElementById("text").value = "and <b>why</b>?";
       document.getElementById("send").click();
       await wait(() => said().length === 2 && document.getElementById("send").textContent === "Send");
@@ -391,7 +395,7 @@ def test_the_page_takes_a_dropped_picture_and_streams_the_answer(model, chromium
         async def acted():
             answer = await real()
             text = answer.body.decode()
-            nonce = re.search(r'script nonce="([^"]+)"', text)[1]
+            (nonce,) = re.findall(r'script nonce="([^"]+)"', text)
             del answer.headers["content-length"]
             body = text.replace("</body>", f'<script nonce="{nonce}">{act}</script></body>')
             return Response(body, media_type="text/html", headers=dict(answer.headers))
@@ -400,10 +404,11 @@ def test_the_page_takes_a_dropped_picture_and_streams_the_answer(model, chromium
         async def picture():
             return Response(buffer.getvalue(), media_type="image/png")
 
-        @app.post("/seen")
-        async def report(request: Request):
+        async def report(request: Request) -> dict[str, Any]:
             told.append(await request.json())
             return {}
+
+        app.add_api_route("/seen", report, methods=["POST"])
 
     with served(model, page) as port:
         chromium(f"http://127.0.0.1:{port}/acted", until=lambda: told)
