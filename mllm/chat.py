@@ -59,10 +59,13 @@ class Chat:
             MLLMError: nothing is said, a picture cannot be read, or the conversation outgrows the context; the
                 conversation is then as it was.
         """
-        return "".join(self.stream(text, images, **decoding))
+        return "".join(self._turn(text, images, decoding, _at_once))
 
     def stream(self, text: str, images: Sequence[Any] = (), **decoding: Any) -> Iterator[str]:
         """Say something, and yield the answer as it is written; the turn counts once all of it was taken."""
+        return self._turn(text, images, decoding, _streamed)
+
+    def _turn(self, text: str, images: Sequence[Any], decoding: dict[str, Any], writer: Any) -> Iterator[str]:
         if not text.strip() and not images:
             raise MLLMError("Nothing was said: give a text, a picture, or both.")
         sources = [source_of(image) for image in images]
@@ -71,7 +74,7 @@ class Chat:
         turn = _message("user", [*({"type": "image", "image": source} for source in sources), _text(text)])
         messages = [*self.messages, turn]
         answer = ""
-        for new in self._answer(messages, decoding):
+        for new in self._answer(messages, decoding, writer):
             new = new if answer else new.lstrip()
             answer += new
             if new:
@@ -94,7 +97,7 @@ class Chat:
         write(Path(path), lambda file: file.write_text(json.dumps(messages, indent=2, ensure_ascii=False) + "\n"))
         return Path(path)
 
-    def _answer(self, messages: Sequence[dict[str, Any]], decoding: dict[str, Any]) -> Iterator[str]:
+    def _answer(self, messages: Sequence[dict[str, Any]], decoding: dict[str, Any], writer: Any) -> Iterator[str]:
         model = self._model
         pieces = turns(model, messages)
         try:
@@ -109,7 +112,7 @@ class Chat:
         mask = torch.tensor([self._mask + [1] * len(rest)], device=model.device)
         ids = torch.tensor([[model.lm.pad] * len(self._mask) + rest], device=model.device)
         cache = model.lm.fork(self._cache)
-        answer = yield from _streamed(model, ids, mask, cache, model.decodings([pieces], decoding))
+        answer = yield from writer(model, ids, mask, cache, model.decodings([pieces], decoding))
         self._keep(cache, [*rest, *answer])
 
     def _agree(self, encoded: Encoded, images: Sequence[Any]) -> int:
@@ -155,7 +158,7 @@ class Chat:
 def _said(encoded: Encoded, images: Sequence[Any]) -> list[int | str]:
     """Return a prompt's ids, and its pictures' hashes in the places of visual tokens."""
     count = sum(encoded.visual) // max(len(images), 1)
-    keys = iter([source_of(image).key() for image in images for _ in range(count)])
+    keys = iter([key for image in images for key in [source_of(image).key()] * count])
     return [next(keys) if visual else token for token, visual in zip(encoded.ids, encoded.visual, strict=True)]
 
 
@@ -215,6 +218,15 @@ def _templated(model: Any, messages: Sequence[dict[str, Any]]) -> list[Piece]:
         number, _, control = stretch.partition(";")
         pieces += [held[int(number)], Control(control)]
     return pieces
+
+
+def _at_once(
+    model: Any, ids: torch.Tensor, mask: torch.Tensor, cache: Any, settings: Sequence[dict[str, Any]]
+) -> Generator[str, None, list[int]]:
+    """Yield an answer's text whole; return its ids. Without a second thread, which would cost time."""
+    (answer,) = model.lm.generate(mask, settings, cache=cache, input_ids=ids)
+    yield model.lm.decode(answer)
+    return list(answer)
 
 
 def _streamed(
