@@ -351,7 +351,7 @@ def test_a_soak_loses_no_good_request_and_keeps_no_memory(model):
         assert memory() - before < 30e6
 
 
-SOAK = int(os.environ.get("MLLM_SOAK", "400"))  # requests; 2000 takes about a minute
+SOAK = int(os.environ.get("MLLM_SOAK", "2000"))  # requests
 
 
 def memory() -> float:
