@@ -134,7 +134,7 @@ def table(names: Sequence[str], folder: str | Path | None = None) -> str:
         for suite, score in (found["scores"] if found else {}).items():
             gains = score["gains"]
             lines.append(
-                f"| [{name}]({name}.md) | {suite} | {score['metric']} | {score['value']:.3f} | "
+                f"| {name} | {suite} | {score['metric']} | {score['value']:.3f} | "
                 + " | ".join(f"{gains[b]['value']:.3f}" for b in ("blind", "shuffled"))
                 + " | "
                 + " | ".join(f"{gains[b]['low']:+.3f} to {gains[b]['high']:+.3f}" for b in ("blind", "shuffled"))
