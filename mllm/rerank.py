@@ -1,6 +1,6 @@
 """Several answers to each prompt, of which the one is kept that a scorer finds closest to the picture.
 
-As in MacCap (arXiv:2403.05093 and kin), which reranks sampled captions by CLIP similarity.
+As in MacCap (Qiu et al., AAAI 2024), which reranks sampled captions by CLIP similarity.
 """
 
 from __future__ import annotations
