@@ -176,3 +176,15 @@ def test_score_names_its_metric_and_keeps_the_order(name: str) -> None:
 def test_what_cannot_be_scored_is_named(name: str, predictions: Any, references: Any, message: str) -> None:
     with pytest.raises(MLLMError, match=message):
         lookup("metrics", name)(predictions, references)
+
+
+def test_meteor_equals_the_reference_evaluation(reference: Any) -> None:
+    from pycocoevalcap.meteor.meteor import Meteor
+
+    predictions = ["a dog runs on grass", "the cats are sleeping", "two men", ""]
+    references = [["a dog running", "the dog runs on the lawn"], ["a cat sleeps"], ["two men"], ["nothing"]]
+    value, items = Meteor().compute_score(dict(enumerate(references)), {i: [p] for i, p in enumerate(predictions)})
+    score = lookup("metrics", "caption/meteor")([p.title() + "." for p in predictions], references)
+    assert score.value == pytest.approx(value, abs=1e-9) and 0.3 < value < 1
+    assert score.per_item == pytest.approx(items, abs=1e-9)
+    assert score.per_item[2] > score.per_item[1] > 0 == score.per_item[3]

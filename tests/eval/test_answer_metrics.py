@@ -1,0 +1,80 @@
+"""ANLS, relaxed accuracy, POPE and rankings: worked by hand, and against scikit-learn."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sklearn.metrics import average_precision_score, f1_score, label_ranking_average_precision_score, ndcg_score
+
+import mllm
+from mllm.errors import MLLMError
+
+
+@pytest.mark.parametrize(
+    ("said", "answers", "value"),
+    [
+        ("Brownish", ["brown"], 1 - 3 / 8),
+        ("red", ["blue", "RED "], 1.0),
+        ("cat", ["dog"], 0.0),
+        ("ab", ["ac"], 0.5),  # the threshold itself counts
+        ("abc", ["axy"], 0.0),
+        ("", ["a"], 0.0),
+    ],
+)
+def test_anls_is_the_share_of_letters_that_stay(said, answers, value):
+    assert mllm.metric("vqa/anls")([said], [answers]).value == pytest.approx(value)
+
+
+@pytest.mark.parametrize(
+    ("said", "answer", "right"),
+    [
+        ("105", "100", True),
+        ("105.1", "100", False),
+        ("-95", "-100", True),
+        ("12%", "0.12", True),
+        ("1,050", "1000", False),
+        ("0.01", "0", False),
+        ("0", "0", True),
+        ("Germany", "germany", True),
+        ("2012", "in 2012", False),
+    ],
+)
+def test_relaxed_accuracy_allows_numbers_five_percent(said, answer, right):
+    assert mllm.metric("vqa/relaxed")([said], [[answer]]).value == float(right)
+
+
+def test_pope_is_what_scikit_learn_says():
+    draw = np.random.default_rng(0)
+    said, true = draw.integers(0, 2, 500), draw.integers(0, 2, 500)
+    words = np.array([["No.", "There is not one", "no, it isn't"], ["Yes", "yes. No doubt.", "I see a dog"]])
+    predictions = [str(words[value, draw.integers(3)]) for value in said]
+    references = [["yes" if value else "no"] for value in true]
+    assert mllm.metric("pope/f1")(predictions, references).value == pytest.approx(f1_score(true, said))
+    assert mllm.metric("pope/accuracy")(predictions, references).value == pytest.approx((said == true).mean())
+    assert mllm.metric("pope/yes-rate")(predictions, references).value == pytest.approx(said.mean())
+    assert mllm.metric("pope/f1")(["no"], [["no"]]).value == 0.0
+    with pytest.raises(MLLMError, match=r"item 1 is \['maybe'\]"):
+        mllm.metric("pope/f1")(["no", "no"], [["no"], ["maybe"]])
+
+
+def test_rankings_are_what_scikit_learn_says():
+    draw = np.random.default_rng(1)
+    scores, right = draw.normal(size=(40, 30)), draw.random((40, 30)) < 0.1
+    right[:, 0] = True
+    predictions = [" ".join(map(str, np.argsort(-row))) for row in scores]
+    references = [[str(i) for i in np.flatnonzero(row)] for row in right]
+    ours = {name: mllm.metric(f"retrieval/{name}")(predictions, references) for name in ("map", "ndcg", "mrr", "r@5")}
+    assert ours["map"].per_item == pytest.approx(
+        [average_precision_score(*item) for item in zip(right, scores, strict=True)]
+    )
+    assert ours["ndcg"].value == pytest.approx(ndcg_score(right, scores))
+    assert ours["r@5"].value == np.mean([row[np.argsort(-s)[:5]].any() for row, s in zip(right, scores, strict=True)])
+    one = [refs[:1] for refs in references]  # with one right id the average precision is its reciprocal rank
+    alone = np.zeros_like(right)
+    alone[:, 0] = True
+    assert mllm.metric("retrieval/mrr")(predictions, one).value == pytest.approx(
+        label_ranking_average_precision_score(alone, scores)
+    )
+    assert mllm.metric("retrieval/map")(["b"], [["a", "b"]]).value == 0.5  # what was not found counts as missed
+    with pytest.raises(MLLMError, match="names an id twice"):
+        mllm.metric("retrieval/mrr")(["a b a"], [["a"]])
