@@ -1,55 +1,40 @@
 """Run a suite: every item answered with its image and by the baselines, scored, compared, written down.
 
-Baselines: ``blind`` sees no image, ``shuffled`` sees another item's. A score without them says little: a language model
-alone answers many questions.
+Answers are kept batch by batch as they come (`mllm.eval.journal`), so an evaluation that was killed goes on.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files
 from itertools import chain
 from pathlib import Path
-from random import Random
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
+import torch
+from mllm.eval.baselines import USUAL, Condition, conditions
+from mllm.eval.journal import Journal
 from mllm.eval.report import write_report
-from omegaconf import OmegaConf
-from pydantic import Field
+from mllm.eval.suite import Suite, load_suite, read_items
 
 from mllm.data.items import Item, question_text
-from mllm.data.loading import read
-from mllm.errors import MLLMError, near
+from mllm.errors import MLLMError
 from mllm.files import write
-from mllm.images import ImageSource
 from mllm.model import Assembly
 from mllm.prompt import arrange
 from mllm.registry import lookup
 from mllm.run import environment
-from mllm.spec import DataSpec, PromptSpec, Spec, checked
+from mllm.spec import PromptSpec
 from mllm.training import progress
+from mllm.version import __version__
 from mllm.view import View
 
 RESAMPLES = 2000
-BASELINES = ("blind", "shuffled")
-
-
-class Suite(Spec):
-    """One suite: which data, how it is put, what is measured."""
-
-    name: str
-    about: str
-    data: DataSpec
-    folder: dict[str, str] = Field({})  # reader's argument -> file or folder inside --data
-    metrics: list[str]
-    answer: Literal["generate", "choose"] = "generate"  # choose: the most likely of the item's choices
-    calibrate: float = Field(0.0, ge=0, le=1)  # of choices: the share of their mean score over all items taken off
-    decoding: dict[str, Any] = Field({})
-    batch_size: int = 32
 
 
 @dataclass
@@ -73,26 +58,6 @@ class Report:
         return next(entry for entry in self.summary["metrics"] if entry["name"] == metric)
 
 
-def load_suite(name: str) -> Suite:
-    """Return a suite by its name.
-
-    Raises:
-        MLLMError: no suite has that name.
-    """
-    known = suite_names()
-    if name not in known:
-        raise MLLMError(f"No suite is called {name!r}. {near(name, known)}")
-    text = (files("mllm.eval") / "suites" / f"{name}.yaml").read_text()
-    return checked(Suite, OmegaConf.to_container(OmegaConf.create(text)), label=f"Suite {name}")
-
-
-def suite_names() -> list[str]:
-    """Return the names of the suites that come with the package."""
-    return sorted(
-        Path(entry.name).stem for entry in (files("mllm.eval") / "suites").iterdir() if entry.name.endswith(".yaml")
-    )
-
-
 def evaluate(
     model: Assembly,
     suite: str,
@@ -100,99 +65,112 @@ def evaluate(
     *,
     limit: int | None = None,
     out: str | Path | None = None,
-    baselines: Sequence[str] = BASELINES,
+    baselines: Sequence[str] = USUAL,
     run: str = "",
+    overrides: Sequence[str] = (),
 ) -> Report:
     """Run a suite on a model and its baselines.
 
     Args:
         model: the assembly.
-        suite: a suite's name.
+        suite: a suite's name, or the path of its YAML file.
         data: the folder the suite's files are in, for suites whose data is not embedded.
         limit: the first items only.
         out: a folder for ``report.html``, ``summary.json`` and ``predictions.jsonl``; None: nothing is written.
-        baselines: of ``blind``, ``shuffled``.
+            An evaluation that was killed goes on there, and ends with the same files.
+        baselines: of ``blind``, ``shuffled``, ``mean-image``, ``random-connector``.
         run: what the report calls the model.
+        overrides: of the suite, dotted: ``["batch_size=8"]``.
 
     Raises:
-        MLLMError: no such suite, or its data is not there.
+        MLLMError: no such suite, its data is not there, or ``out`` holds a part of another evaluation.
     """
-    config = load_suite(suite)
-    items = _items(config, data)[:limit]
-    conditions = {"model": lambda i: items[i].images, **{name: _condition(name, items) for name in baselines}}
+    config = load_suite(suite, overrides)
+    items = read_items(config.data, config.folder, data, config.name)[:limit]
+    about = _about(model, config, items, baselines)
+    journal = Journal(Path(out) if out else None, about)
     results = {}
     known: dict[Any, Any] = {}  # what was put to the model, in any condition
     with progress() as bar:
-        for name, images in conditions.items():
+        for name, condition in conditions(model, items, baselines).items():
             task = bar.add_task(name, total=len(items), note="")
             advance = lambda n, task=task: bar.update(task, advance=n)  # noqa: E731
-            results[name] = Result(_answers(model, config, items, images, known, advance))
+            if condition.model is not model:
+                known = {}
+            results[name] = Result(_answers(condition, name, config, items, known, journal, advance))
     for result in results.values():
         result.scores = {
             metric: lookup("metrics", metric)(result.predictions, [item.answers for item in items])
             for metric in config.metrics
         }
-    summary = _summary(model, config, items, results, run)
+    summary = _summary(model, config, items, results, run) | {"fingerprints": about}
     rows = [_row(index, item, results) for index, item in enumerate(items)]
-    return Report(summary, rows, _write(Path(out), summary, rows, items) if out else None)
+    page = _write(Path(out), summary, rows, items) if out else None
+    journal.close()
+    return Report(summary, rows, page)
 
 
-def _items(config: Suite, data: str | Path | None) -> list[Item]:
-    options = config.data.options()
-    if config.folder:
-        if data is None:
-            wanted = ", ".join(config.folder.values())
-            raise MLLMError(f"The suite {config.name} needs --data DIR, a folder with {wanted}.")
-        options.update({name: str(Path(data) / place) for name, place in config.folder.items()})
-    return read(DataSpec(format=config.data.format, **options))
-
-
-def _condition(name: str, items: Sequence[Item]) -> Callable[[int], tuple[ImageSource, ...]]:
-    """Return what an item's images are replaced by."""
-    if name == "blind":
-        return lambda index: ()
-    if name == "shuffled":
-        partner = _derangement(items)
-        return lambda index: items[partner[index]].images
-    raise MLLMError(f"No baseline is called {name!r}. {near(name, BASELINES)}")
-
-
-def _derangement(items: Sequence[Item]) -> list[int]:
-    """Give each item another item, with another image, in an order fixed by a seed."""
-    order = list(range(len(items)))
-    Random(0).shuffle(order)
-    partner = [0] * len(items)
-    for place, index in enumerate(order):
-        others = (order[(place + step) % len(order)] for step in range(1, len(order)))
-        partner[index] = next((other for other in others if items[other].images != items[index].images), index)
-    if len(items) > 1 and partner == list(range(len(items))):
-        raise MLLMError("The baseline 'shuffled' needs items with different images.")
-    return partner
+def _about(model: Assembly, config: Suite, items: Sequence[Item], baselines: Sequence[str]) -> dict[str, Any]:
+    """Return what decides an evaluation's answers, large things by their hashes."""
+    data = [[i.id, [image.key() for image in i.images], i.question, i.answers, i.choices] for i in items]
+    trained = hashlib.sha256()
+    for name, tensor in sorted(model.trained_state().items()):
+        trained.update(name.encode() + tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return {
+        "suite": config.model_dump(mode="json"),
+        "data": hashlib.sha256(json.dumps(data).encode()).hexdigest(),
+        "baselines": list(baselines),
+        "assembly": hashlib.sha256(model.spec.model_dump_json().encode()).hexdigest(),
+        "encoder": str(model.encoder.fingerprint),
+        "lm": str(model.lm.fingerprint),
+        "trained": trained.hexdigest(),
+        "mllm": __version__,
+    }
 
 
 def _answers(
-    model: Assembly,
+    condition: Condition,
+    name: str,
     config: Suite,
     items: Sequence[Item],
-    images: Callable[[int], tuple[ImageSource, ...]],
     known: dict[Any, Any],
+    journal: Journal,
     advance: Callable[[int], None],
 ) -> list[str]:
     """Answer all items. What was put before, with these images, is in ``known`` and is not put again."""
-    keys = [(images(index), question_text(item, model.spec.prompt), item.choices) for index, item in enumerate(items)]
+    model, prompt = condition.model, condition.model.spec.prompt
+    keys = [(condition.images(index), question_text(item, prompt), item.choices) for index, item in enumerate(items)]
     order = list({key: None for key in keys if key not in known})
     advance(len(items) - len(order))
-    for batch in _batches(model, config, order):
-        views = model.see_each([prompt for prompt, _ in batch])
-        if config.answer == "choose":
-            for (_, own), view in zip(batch, views, strict=True):
-                known.update({key: _scores(view, key[2]) for key in own.values()})
-        else:
-            answers = views.go_on([list(own) for _, own in batch], **config.decoding)
-            known.update(zip(chain(*(own.values() for _, own in batch)), chain(*answers), strict=True))
-        advance(sum(len(own) for _, own in batch))
+    for number, batch in enumerate(_batches(model, config, order)):
+        own = [key for _, texts in batch for key in texts.values()]
+        # Batches are made the same way when an evaluation goes on, so that its answers are the same to the last bit.
+        answers = journal.get(f"{name}/{number}")
+        if answers is None:
+            answers = _answered(model, config, batch)
+            _finite(answers, own, items, keys)
+            journal.put(f"{name}/{number}", answers)
+        known.update(zip(own, answers, strict=True))
+        advance(len(own))
     found = [known[key] for key in keys]
     return chosen(found, config.calibrate) if config.answer == "choose" else found
+
+
+def _answered(model: Assembly, config: Suite, batch: Sequence[tuple[list[Any], dict[str, Any]]]) -> list[Any]:
+    """Return a batch's answers, or each choice's log-likelihood, in the order of its texts."""
+    views = model.see_each([prompt for prompt, _ in batch])
+    if config.answer == "generate":
+        return list(chain(*views.go_on([list(own) for _, own in batch], **config.decoding)))
+    pairs = zip(batch, views, strict=True)
+    return [_scores(view, key[2]) for (_, own), view in pairs for key in own.values()]
+
+
+def _finite(answers: Sequence[Any], own: Sequence[Any], items: Sequence[Item], keys: Sequence[Any]) -> None:
+    """Refuse scores that are no numbers: the greatest of them would be a word of chance."""
+    for answer, key in zip(answers, own, strict=True):
+        if isinstance(answer, dict) and not all(math.isfinite(score) for score in answer.values()):
+            item = items[keys.index(key)].id
+            raise MLLMError(f"Item {item!r}: a choice's log-likelihood is not finite. Did training diverge?")
 
 
 def _batches(model: Assembly, config: Suite, keys: Sequence[Any]) -> Iterator[list[tuple[list[Any], dict[str, Any]]]]:

@@ -85,16 +85,30 @@ def train(
 @app.command("eval")
 def evaluate(
     run: RunPath,
-    suite: Annotated[str, typer.Option(help="A suite's name.")],
+    suite: Annotated[str, typer.Option(help="A suite's name, or the path of its YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[a.b=c]...", help="Overrides of the suite.")] = None,
     data: Annotated[Path | None, typer.Option(help="The folder of the suite's files, if not embedded.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="The first items only.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where the report goes; RUN/eval/SUITE if left out.")] = None,
+    baselines: Annotated[
+        str, typer.Option(help="Of blind, shuffled, mean-image, random-connector; with commas, or all, or none.")
+    ] = "blind,shuffled",
 ) -> None:
-    """Run a suite on a model, beside the blind and the shuffled-image baseline."""
+    """Run a suite on a model, beside baselines; one that was killed goes on."""
     from mllm.checkpoint import load
     from mllm.evaluation import evaluate as run_suite
 
-    report = run_suite(load(run), suite, data, limit=limit, out=out or run / "eval" / suite, run=str(run))
+    every = {"all": ["blind", "shuffled", "mean-image", "random-connector"], "none": []}
+    report = run_suite(
+        load(run),
+        suite,
+        data,
+        limit=limit,
+        out=out or run / "eval" / Path(suite).stem,
+        run=str(run),
+        baselines=every.get(baselines, baselines.split(",")),
+        overrides=overrides or [],
+    )
     _print_table(report)
     typer.echo(f"Report: {report.page}")
 
@@ -338,16 +352,12 @@ def _print_table(report: Any) -> None:
     from rich.table import Column, Table
 
     summary = report.summary
-    table = Table(
-        Column("metric", no_wrap=True),
-        "value",
-        *summary["baselines"],
-        *(f"gain over {name}" for name in summary["baselines"]),
-    )
+    table = Table(Column("metric", no_wrap=True), "of", Column("value", no_wrap=True), "gain over it")
     for entry in summary["metrics"]:
-        others = [entry["baselines"][name] for name in summary["baselines"]]
-        gains = [_signed(other) for other in others]
-        table.add_row(entry["name"], _figure(entry), *(f"{other['value']:.3f}" for other in others), *gains)
+        table.add_row(entry["name"], "the model", _figure(entry), "")
+        for name, other in entry["baselines"].items():
+            table.add_row("", name, f"{other['value']:.3f}", _signed(other))
+        table.add_section()
     Console().print(table)
     typer.echo(f"{summary['suite']}: {summary['n']} items; intervals are 95 %, by bootstrap over items.")
 

@@ -108,7 +108,7 @@ def find_pictures(names: Sequence[str | Path]) -> list[Path]:
     return found
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Opened:
     """A picture that is in memory already."""
 

@@ -101,7 +101,7 @@ def pooled(runs: Sequence[Sequence[dict[str, Any]]], name: str) -> dict[str, Any
 
 def headline(suite: str) -> str:
     """Return a suite's first metric, by which recipes are compared."""
-    return str(import_module("mllm.eval.runner").load_suite(suite).metrics[0])
+    return str(import_module("mllm.eval.suite").load_suite(suite).metrics[0])
 
 
 def results(name: str, folder: str | Path | None = None) -> dict[str, Any] | None:

@@ -67,4 +67,6 @@ def _asked(
     said = {item: [" ".join(words(text))] for item, text in enumerate(predictions)}
     true = {item: [" ".join(words(text)) for text in texts] for item, texts in enumerate(references)}
     found: tuple[Any, Sequence[Any]] = scorer.compute_score(true, said)
+    if process := getattr(scorer, "meteor_p", None):  # it would be ended with its pipes left open
+        process.communicate()
     return found

@@ -107,10 +107,9 @@ def test_bad_requests_are_one_message(model, captions):
 
 
 @pytest.mark.installed
-@pytest.mark.parametrize("name", import_module("mllm.eval.runner").suite_names())
+@pytest.mark.parametrize("name", import_module("mllm.eval.suite").suite_names())
 def test_every_suite_reads_its_data_and_its_metrics_exist(name):
-    runner = import_module("mllm.eval.runner")
-    suite = runner.load_suite(name)
+    suite = import_module("mllm.eval.suite").load_suite(name)
     assert all(mllm.metric(metric) for metric in suite.metrics)
     if not suite.folder:
         items = mllm.data.loading.read(suite.data)
@@ -123,3 +122,67 @@ def test_mentioned_counts_whole_words():
         ["A Dog and two cats.", "a hotdog", "nothing"], [["dog", "cats", "horse"], ["dog"], ["t-rex"]]
     )
     assert score.per_item == [pytest.approx(2 / 3), 0.0, 0.0]
+
+
+def test_a_killed_evaluation_goes_on_and_ends_with_the_same_files(model, captions, tmp_path, monkeypatch):
+    options: dict[str, Any] = {
+        "overrides": ["batch_size=2"],
+        "baselines": ["blind", "shuffled", "mean-image", "random-connector"],
+    }
+    mllm.evaluate(model, "coco-captions", captions, out=tmp_path / "whole", **options)
+    see_each, asked = model.see_each, []
+
+    def killed(prompts):
+        asked.append(len(prompts))
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return see_each(prompts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "see_each", killed)
+        with pytest.raises(KeyboardInterrupt):
+            mllm.evaluate(model, "coco-captions", captions, out=tmp_path / "cut", **options)
+        journal = tmp_path / "cut" / "answers.0.partial.jsonl"
+        assert not (tmp_path / "cut" / "report.html").exists()
+        journal.write_text(journal.read_text() + '["model/2", ["half a li')  # the kill fell into a write
+        with pytest.raises(MLLMError, match="is of another evaluation"):
+            mllm.evaluate(model, "coco-captions", captions, limit=5, out=tmp_path / "cut", **options)
+        asked.append(0)
+        mllm.evaluate(model, "coco-captions", captions, out=tmp_path / "cut", **options)
+    assert asked[4:] == [2, 1, 1]  # the model's third batch, then blind and mean-image: one prompt each
+    for name in ("summary.json", "predictions.jsonl", "report.html"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not journal.exists()
+
+
+def test_the_further_baselines_see_what_their_names_say(model, captions):
+    baselines = import_module("mllm.eval.baselines")
+    suite = import_module("mllm.eval.suite")
+    config = suite.load_suite("coco-captions")
+    items = suite.read_items(config.data, config.folder, captions, "coco-captions")
+    found = baselines.conditions(model, items, ["mean-image", "random-connector"])
+    (mean,) = found["mean-image"].images(0)
+    expected = np.mean([np.asarray(i.images[0].open().resize((224, 224)), dtype=float) for i in items], axis=0)
+    assert np.abs(np.asarray(mean.open()) - expected).max() <= 0.5
+    other = found["random-connector"].model
+    assert other.lm is model.lm and other.encoder is model.encoder
+    mine, theirs = (m.connector(m.features(items[0].images)) for m in (model, other))
+    assert not np.allclose(mine.detach().numpy(), theirs.detach().numpy())
+    assert float(theirs.detach().std()) == pytest.approx(model.lm.embedding_scale(), rel=0.2)
+
+
+def test_what_cannot_be_believed_is_not_scored(model, captions, monkeypatch, tmp_path):
+    content = json.loads((captions / "captions_val.json").read_text())
+    suite = "name: mine\nabout: x\ndata: {format: coco-captions}\nmetrics: [caption/rouge-l]\n"
+    suite += "folder: {annotations: captions_val.json, images: images}\n"
+    (tmp_path / "mine.yaml").write_text(suite)
+    assert mllm.evaluate(model, str(tmp_path / "mine.yaml"), captions, limit=2).summary["suite"] == "mine"
+    with pytest.raises(MLLMError, match="cannot be read"):
+        mllm.evaluate(model, str(tmp_path / "none.yaml"), captions)
+    (captions / "captions_val.json").write_text(json.dumps(content)[:-9])
+    with pytest.raises(MLLMError, match=r"captions_val\.json is not JSON"):
+        mllm.evaluate(model, str(tmp_path / "mine.yaml"), captions)
+    finite = import_module("mllm.eval.runner")._finite
+    item = import_module("mllm.data.items").Item("q7", (), ("a",))
+    with pytest.raises(MLLMError, match=r"'q7'.*not finite"):
+        finite([{"a": float("nan")}], ["key"], [item], ["key"])
