@@ -1,88 +1,74 @@
-"""The evaluation report: one self-contained HTML page with the results and a gallery of the items.
-
-The page (``report.html`` beside this file) draws itself from JSON that is put into it here. It makes no request: the
-thumbnails are data URLs and its content security policy forbids the rest.
-"""
+"""What an evaluation leaves: a summary, a row an item, the page that shows them, the file that is submitted."""
 
 from __future__ import annotations
 
-import base64
-import io
 import json
-import math
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mllm.images import ImageSource
+from mllm.eval.page import write_page
+from mllm.eval.scoring import Result, rows, tally
+from mllm.eval.suite import Suite
 
-THUMBNAIL_SIDE = 224  # pixels, the longer side at most
-PICTURED_ROWS = 500  # rows whose images are embedded; about 10 kB each
+from mllm.data.items import Item
+from mllm.errors import MLLMError
+from mllm.files import write
+from mllm.run import environment
 
 
-def write_report(
-    folder: Path,
-    summary: dict[str, Any],
-    rows: list[dict[str, Any]],
-    images: Mapping[str, Sequence[ImageSource]],
-) -> Path:
-    """Write ``folder/report.html`` and return its path.
+@dataclass(frozen=True)
+class Report:
+    """What an evaluation found: ``summary`` (figures, intervals, settings), ``rows`` (an item each), and its page."""
 
-    Args:
-        folder: where the page goes; made if it is missing.
-        summary: ``suite``, ``run``, ``n``, ``settings`` and ``versions`` (name to value), ``baselines`` (names),
-            ``metrics``, and ``kinds`` (kind to ``n`` and each metric's value by its name). A metric has ``name``,
-            ``version``, ``value``, its 95 % interval ``low`` and ``high``, and ``baselines`` (name to ``value``,
-            ``gain``, and the gain's own ``low`` and ``high``).
-        rows: the items in their original order: ``id``, ``kind``, ``question`` (or None), ``references``,
-            ``prediction``, ``baselines`` (name to what it said) and ``scores`` (metric to the item's score).
-        images: a row's id to its pictures; rows that are missing here are text only.
+    summary: dict[str, Any]
+    rows: list[dict[str, Any]]
+    page: Path | None
 
-    A number that is not finite is shown as a dash. Scores are taken to be better when higher.
+    def __getitem__(self, metric: str) -> dict[str, Any]:
+        """Return one metric's entry of the summary: value, low, high, baselines."""
+        return next(entry for entry in self.summary["metrics"] if entry["name"] == metric)
+
+
+def report(
+    config: Suite,
+    items: Sequence[Item],
+    results: Mapping[str, Result],
+    out: Path | None,
+    *,
+    run: str,
+    settings: Mapping[str, Any],
+    about: Mapping[str, Any],
+) -> Report:
+    """Put scored results together, and write them into ``out`` where it is given.
+
+    The files: ``summary.json``, ``predictions.jsonl``, ``report.html``, and ``submission.json`` for a suite that has
+    one.
     """
-    content = json.dumps(_finite({"summary": summary, **_gallery(rows, images)}), allow_nan=False)
-    template = files("mllm.eval").joinpath("report.html").read_text(encoding="utf-8")
-    folder.mkdir(parents=True, exist_ok=True)
-    page = folder / "report.html"
-    # Inside a script element only "<" can end it early ("</script>", "<!--").
-    page.write_text(template.replace("{{data}}", content.replace("<", "\\u003c")), encoding="utf-8")
-    return page
+    summary = {"suite": config.name, "run": run, **tally(config.metrics, items, results)}
+    summary |= {"settings": dict(settings), "versions": environment(), "fingerprints": dict(about)}
+    lines = rows(items, results)
+    if out is None:
+        return Report(summary, lines, None)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        _text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+        _text(out / "predictions.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        if config.submission:
+            _text(out / "submission.json", json.dumps(submission(config.submission, lines)))
+        return Report(summary, lines, write_page(out, summary, lines, {item.id: item.images for item in items}))
+    except OSError as error:
+        raise MLLMError(f"The report in {out} cannot be written: {error.strerror or error}.") from None
 
 
-def _gallery(rows: list[dict[str, Any]], images: Mapping[str, Sequence[ImageSource]]) -> dict[str, Any]:
-    """Return the rows with indices into one table of thumbnails, where equal pictures are kept once."""
-    numbers: dict[str, int] = {}  # an image's key -> its place in the table
-    thumbnails: list[str] = []
-    shown: list[dict[str, Any]] = []
-    for position, row in enumerate(rows):
-        sources = images.get(row["id"], ())
-        row = {**row, "pictures": len(sources), "thumbnails": None}
-        if position < PICTURED_ROWS:
-            row["thumbnails"] = []
-            for source in sources:
-                key = source.key()
-                if key not in numbers:
-                    numbers[key] = len(thumbnails)
-                    thumbnails.append(_thumbnail(source))
-                row["thumbnails"].append(numbers[key])
-        shown.append(row)
-    return {"rows": shown, "thumbnails": thumbnails, "pictured": PICTURED_ROWS}
+def submission(names: Sequence[str], lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return predictions in the form that an official server takes: ``names`` are the keys of the id and the answer."""
+    item, answer = names
+    return [
+        {item: int(line["id"]) if line["id"].isdecimal() else line["id"], answer: line["prediction"]} for line in lines
+    ]
 
 
-def _thumbnail(source: ImageSource) -> str:
-    """Return the picture as a data URL of a JPEG, made smaller where it is too large."""
-    image = source.open().copy()
-    image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
-def _finite(value: Any) -> Any:
-    """Return ``value`` with None for every number that JSON has no word for (NaN, the infinities)."""
-    if isinstance(value, dict):
-        return {key: _finite(member) for key, member in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(member) for member in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _text(path: Path, text: str) -> None:
+    write(path, lambda file: file.write_text(text))

@@ -9,8 +9,7 @@ import hashlib
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -19,43 +18,18 @@ import numpy as np
 import torch
 from mllm.eval.baselines import USUAL, Condition, conditions
 from mllm.eval.journal import Journal
-from mllm.eval.report import write_report
-from mllm.eval.suite import Suite, load_suite, read_items
+from mllm.eval.report import Report, report
+from mllm.eval.scoring import Helpers, Result, measure
+from mllm.eval.suite import Suite, data_hash, load_suite, read_items
 
 from mllm.data.items import Item, question_text
 from mllm.errors import MLLMError
-from mllm.files import write
 from mllm.model import Assembly
 from mllm.prompt import arrange
-from mllm.registry import lookup
-from mllm.run import environment
 from mllm.spec import PromptSpec
 from mllm.training import progress
 from mllm.version import __version__
 from mllm.view import View
-
-RESAMPLES = 2000
-
-
-@dataclass
-class Result:
-    """One condition's predictions, and their scores by metric."""
-
-    predictions: list[str]
-    scores: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Report:
-    """What an evaluation found: ``summary`` (figures, intervals, settings), ``rows`` (an item each), and its page."""
-
-    summary: dict[str, Any]
-    rows: list[dict[str, Any]]
-    page: Path | None
-
-    def __getitem__(self, metric: str) -> dict[str, Any]:
-        """Return one metric's entry of the summary: value, low, high, baselines."""
-        return next(entry for entry in self.summary["metrics"] if entry["name"] == metric)
 
 
 def evaluate(
@@ -98,27 +72,23 @@ def evaluate(
             if condition.model is not model:
                 known = {}
             results[name] = Result(_answers(condition, name, config, items, known, journal, advance))
+    helpers = Helpers(config.scorer, config.judge, lambda: model.scorer)
     for result in results.values():
-        result.scores = {
-            metric: lookup("metrics", metric)(result.predictions, [item.answers for item in items])
-            for metric in config.metrics
-        }
-    summary = _summary(model, config, items, results, run) | {"fingerprints": about}
-    rows = [_row(index, item, results) for index, item in enumerate(items)]
-    page = _write(Path(out), summary, rows, items) if out else None
+        result.scores = {name: measure(name, result.predictions, items, helpers) for name in config.metrics}
+    settings = _settings(model, config, items)
+    found = report(config, items, results, Path(out) if out else None, run=run, settings=settings, about=about)
     journal.close()
-    return Report(summary, rows, page)
+    return found
 
 
 def _about(model: Assembly, config: Suite, items: Sequence[Item], baselines: Sequence[str]) -> dict[str, Any]:
     """Return what decides an evaluation's answers, large things by their hashes."""
-    data = [[i.id, [image.key() for image in i.images], i.question, i.answers, i.choices] for i in items]
     trained = hashlib.sha256()
     for name, tensor in sorted(model.trained_state().items()):
         trained.update(name.encode() + tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return {
         "suite": config.model_dump(mode="json"),
-        "data": hashlib.sha256(json.dumps(data).encode()).hexdigest(),
+        "data": data_hash(items),
         "baselines": list(baselines),
         "assembly": hashlib.sha256(model.spec.model_dump_json().encode()).hexdigest(),
         "encoder": str(model.encoder.fingerprint),
@@ -217,87 +187,14 @@ def chosen(scores: Sequence[dict[str, float]], calibrate: float) -> list[str]:
     return [max(row, key=lambda answer: row[answer] - prior[answer]) for row in scores]
 
 
-def _summary(
-    model: Assembly, config: Suite, items: Sequence[Item], results: Mapping[str, Result], run: str
-) -> dict[str, Any]:
+def _settings(model: Assembly, config: Suite, items: Sequence[Item]) -> dict[str, Any]:
     prompt: PromptSpec = model.spec.prompt
     return {
-        "suite": config.name,
-        "run": run,
-        "n": len(items),
-        "settings": {
-            "data": json.dumps({"format": config.data.format, **config.data.options()}),
-            "answer": config.answer + (f", calibrated by {config.calibrate}" if config.calibrate else ""),
-            "prompt": prompt.template.replace(
-                "{prompt}", prompt.caption if items[0].question is None else prompt.question
-            ),
-            "decoding": json.dumps({**model.spec.decoding, **config.decoding}),
-            "encoder": model.spec.encoder.model,
-            "lm": model.spec.lm.model,
-            "connector": model.spec.connector.type,
-        },
-        "versions": environment(),
-        "baselines": [name for name in results if name != "model"],
-        "metrics": [_entry(name, results) for name in config.metrics],
-        "kinds": _kinds(items, results["model"]),
+        "data": json.dumps({"format": config.data.format, **config.data.options()}),
+        "answer": config.answer + (f", calibrated by {config.calibrate}" if config.calibrate else ""),
+        "prompt": prompt.template.replace("{prompt}", prompt.caption if items[0].question is None else prompt.question),
+        "decoding": json.dumps({**model.spec.decoding, **config.decoding}),
+        "encoder": model.spec.encoder.model,
+        "lm": model.spec.lm.model,
+        "connector": model.spec.connector.type,
     }
-
-
-def _entry(metric: str, results: Mapping[str, Result]) -> dict[str, Any]:
-    score = results["model"].scores[metric]
-    values = np.asarray(score.per_item)
-    averages = np.isclose(values.mean(), score.value)  # BLEU is no mean over items: it has no interval here
-    low, high = interval(values) if averages else (None, None)
-    entry: dict[str, Any] = {"name": metric, "version": score.version, "value": score.value, "low": low, "high": high}
-    entry["baselines"] = {}
-    for name, result in results.items():
-        if name == "model":
-            continue
-        other = result.scores[metric]
-        low, high = interval(values - np.asarray(other.per_item)) if averages else (None, None)
-        gain = score.value - other.value
-        entry["baselines"][name] = {"value": other.value, "gain": gain, "low": low, "high": high}
-    return entry
-
-
-def interval(values: Any, *, resamples: int = RESAMPLES, seed: int = 0) -> tuple[float, float]:
-    """Return the 95 % bootstrap interval of the mean of ``values (N,)``; paired, where they are differences."""
-    draw = np.random.default_rng(seed)
-    means = [float(values[draw.integers(0, len(values), len(values))].mean()) for _ in range(resamples)]
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
-
-
-def _kinds(items: Sequence[Item], result: Result) -> dict[str, dict[str, float]]:
-    groups: dict[str, list[int]] = defaultdict(list)
-    for index, item in enumerate(items):
-        groups[item.kind or "all"].append(index)
-    return {
-        kind: {"n": len(members)}
-        | {name: float(np.mean([score.per_item[i] for i in members])) for name, score in result.scores.items()}
-        for kind, members in sorted(groups.items())
-    }
-
-
-def _row(index: int, item: Item, results: Mapping[str, Result]) -> dict[str, Any]:
-    return {
-        "id": item.id,
-        "kind": item.kind,
-        "question": item.question,
-        "references": list(item.answers),
-        "prediction": results["model"].predictions[index],
-        "baselines": {name: result.predictions[index] for name, result in results.items() if name != "model"},
-        "scores": {name: score.per_item[index] for name, score in results["model"].scores.items()},
-    }
-
-
-def _write(folder: Path, summary: dict[str, Any], rows: list[dict[str, Any]], items: Sequence[Item]) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write(folder / "summary.json", lambda file: file.write_text(json.dumps(summary, indent=2) + "\n"))
-        write(
-            folder / "predictions.jsonl", lambda file: file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        )
-        return write_report(folder, summary, rows, {item.id: item.images for item in items})
-    except OSError as error:
-        raise MLLMError(f"The report in {folder} cannot be written: {error.strerror or error}.") from None

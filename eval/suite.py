@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -14,8 +16,9 @@ from pydantic import Field
 from mllm.data.items import Item
 from mllm.data.loading import read
 from mllm.errors import MLLMError, near
+from mllm.images import ImageSource
 from mllm.registry import table
-from mllm.spec import DataSpec, Spec, checked
+from mllm.spec import DataSpec, PartSpec, Spec, checked
 
 
 class Suite(Spec):
@@ -26,6 +29,9 @@ class Suite(Spec):
     data: DataSpec
     folder: dict[str, str] = Field({})  # reader's argument -> file or folder inside --data
     metrics: list[str]
+    scorer: PartSpec | None = None  # for metrics that compare images and text; None: the recipe's own
+    judge: str | None = None  # a language model, for metrics that ask one
+    submission: tuple[str, str] | None = None  # keys of the id and the answer in the file an official server takes
     answer: Literal["generate", "choose"] = "generate"  # choose: the most likely of the item's choices
     calibrate: float = Field(0.0, ge=0, le=1)  # of choices: the share of their mean score over all items taken off
     decoding: dict[str, Any] = Field({})
@@ -85,3 +91,16 @@ def read_items(data: DataSpec, folder: Mapping[str, str], place: str | Path | No
             raise MLLMError(f"The suite {label}: two items have the id {item.id!r}; expected each once.")
         seen.add(item.id)
     return items
+
+
+def data_hash(items: Sequence[Item]) -> str:
+    """Return what tells these items, pixels included, from others."""
+    keys: dict[ImageSource, str] = {}
+    whole = hashlib.sha256()
+    for image in (image for item in items for image in item.images):
+        if image not in keys:
+            keys[image] = image.key()
+    for item in items:
+        images = [keys[image] for image in item.images]
+        whole.update(json.dumps([item.id, images, item.question, item.answers, item.choices]).encode())
+    return whole.hexdigest()

@@ -53,6 +53,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "caption/cider": "mllm.eval.metrics.cider:cider",
         "vqa/official": "mllm.eval.metrics.vqa:official",
         "vqa/normalise-both": "mllm.eval.metrics.vqa:normalise_both",
+        "vqa/textvqa": "mllm.eval.metrics.vqa:textvqa",
         "vqa/exact-match": "mllm.eval.metrics.vqa:exact_match",
         "vqa/anls": "mllm.eval.metrics.answers:anls",
         "vqa/relaxed": "mllm.eval.metrics.answers:relaxed",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
 
 
 @dataclass(frozen=True)
@@ -13,3 +15,9 @@ class Score:
     per_item: list[float]
     name: str  # the registry name, e.g. "caption/cider-d"
     version: str  # raised when the same input would score differently
+    better: str = "higher"  # or "lower"
+    alone: Callable[[Sequence[int]], float] | None = field(default=None, compare=False, repr=False)
+
+    def of(self, items: Sequence[int]) -> float:
+        """Return the value of some of the items alone, where an item may be named several times."""
+        return self.alone(items) if self.alone else fmean(self.per_item[item] for item in items)

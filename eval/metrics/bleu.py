@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 from mllm.eval.metrics.checks import check
 from mllm.eval.metrics.ngrams import Ngrams, count_ngrams, words
 
@@ -52,13 +53,14 @@ def _matches(order: int, prediction: str, references: Sequence[str]) -> _Matches
 def _bleu(order: int, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Score:
     check(predictions, references)
     items = [_matches(order, *item) for item in zip(predictions, references, strict=True)]
-    corpus = _Matches(
-        [sum(column) for column in zip(*(item.matched for item in items), strict=True)],
-        [sum(column) for column in zip(*(item.possible for item in items), strict=True)],
-        sum(item.length for item in items),
-        sum(item.reference_length for item in items),
-    )
-    return Score(corpus.bleu(), [item.bleu() for item in items], f"caption/bleu-{order}", VERSION)
+    table = np.array([[*item.matched, *item.possible, item.length, item.reference_length] for item in items])
+
+    def alone(chosen: Sequence[int]) -> float:
+        total = table[chosen].sum(axis=0).tolist()
+        return _Matches(total[:order], total[order:-2], *total[-2:]).bleu()
+
+    value = alone(range(len(items)))
+    return Score(value, [item.bleu() for item in items], f"caption/bleu-{order}", VERSION, alone=alone)
 
 
 bleu_1 = partial(_bleu, 1)

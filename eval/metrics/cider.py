@@ -49,6 +49,10 @@ class _Table(NamedTuple):
 
 def _score(predictions: Sequence[str], references: Sequence[Sequence[str]], guarded: bool) -> Score:
     check(predictions, references)
+
+    def alone(chosen: Sequence[int]) -> float:
+        return _score([predictions[i] for i in chosen], [references[i] for i in chosen], guarded).value
+
     num_references = np.array([len(answers) for answers in references])
     item = np.repeat(np.arange(len(references)), num_references)  # (references,): whose reference it is
     captions = [words(caption) for caption in predictions]
@@ -60,7 +64,8 @@ def _score(predictions: Sequence[str], references: Sequence[Sequence[str]], guar
         difference = num_bigrams[item] - num_bigrams[len(references) :]
         similarity *= np.exp(-(difference**2) / (2 * _SIGMA**2))
     per_item = 10 / _LONGEST * np.bincount(item, similarity) / num_references
-    return Score(float(per_item.mean()), per_item.tolist(), "caption/cider-d" if guarded else "caption/cider", VERSION)
+    name = "caption/cider-d" if guarded else "caption/cider"
+    return Score(float(per_item.mean()), per_item.tolist(), name, VERSION, alone=alone)
 
 
 def _tables(captions: Sequence[list[str]]) -> Iterator[_Table]:

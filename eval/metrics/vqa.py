@@ -61,6 +61,11 @@ def _normalised(answer: str) -> str:
     return " ".join(_MENDED.get(word, word) for word in words if word not in _ARTICLES)
 
 
+def _split_and_normalised(answer: str) -> str:
+    plain = answer.lower().replace(",", "").replace("?", "").replace("'s", " 's")
+    return _normalised(_trimmed(plain))
+
+
 def official(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Score:
     """Score as the newest revision of the official program: both sides are normalised only where annotators disagree.
 
@@ -76,6 +81,19 @@ def normalise_both(predictions: Sequence[str], references: Sequence[Sequence[str
         return _agreement(_normalised(prediction), [_normalised(answer) for answer in answers])
 
     return _score(predictions, references, accuracy, "vqa/normalise-both")
+
+
+def textvqa(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Score:
+    """Score as TextVQA's program (M4C's "EvalAI processor"): as `normalise_both`, after a simple split into words.
+
+    Commas and question marks go first, and "'s" is a word of its own (Singh et al. 2019,
+    https://arxiv.org/abs/1904.08920).
+    """
+
+    def accuracy(prediction: str, answers: list[str]) -> float:
+        return _agreement(_split_and_normalised(prediction), [_split_and_normalised(answer) for answer in answers])
+
+    return _score(predictions, references, accuracy, "vqa/textvqa")
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Score:

@@ -32,14 +32,15 @@ def yes_rate(predictions: Sequence[str], references: Sequence[Sequence[str]]) ->
 
 
 def f1(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Score:
-    """Return the harmonic mean of precision and recall of "yes"; 0 where neither is. An item's value is its rightness.
-
-    F1 is no mean over items, so a report shows no interval for it.
-    """
+    """Return the harmonic mean of precision and recall of "yes"; 0 where neither is."""
     said, true = _read(predictions, references)
-    both = int((said & true).sum())
-    value = 2 * both / total if (total := int(said.sum() + true.sum())) else 0.0
-    return Score(value, (said == true).astype(float).tolist(), "pope/f1", VERSION)
+
+    def alone(chosen: Sequence[int]) -> float:
+        both = int((said[chosen] & true[chosen]).sum())
+        return 2 * both / total if (total := int(said[chosen].sum() + true[chosen].sum())) else 0.0
+
+    value = alone(range(len(said)))
+    return Score(value, (said == true).astype(float).tolist(), "pope/f1", VERSION, alone=alone)
 
 
 def _read(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:

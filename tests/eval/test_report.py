@@ -97,7 +97,7 @@ def row(name: str, score: float | None = 0.5, **changed: Any) -> dict[str, Any]:
 
 
 def write(folder: Path, rows: list[dict[str, Any]], images: Any = None, **changed: Any) -> Path:
-    page = importlib.import_module("mllm.eval.report").write_report(folder, summary(**changed), rows, images or {})
+    page = importlib.import_module("mllm.eval.page").write_page(folder, summary(**changed), rows, images or {})
     assert isinstance(page, Path)
     return page
 

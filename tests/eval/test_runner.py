@@ -85,7 +85,7 @@ def test_what_is_written_is_what_was_found(model, captions, tmp_path):
 
 
 def test_the_interval_of_a_mean_covers_it_as_often_as_it_says():
-    interval = import_module("mllm.eval.runner").interval
+    interval = import_module("mllm.eval.scoring").interval
     draw = np.random.default_rng(0)
     covered = 0
     for seed in range(200):

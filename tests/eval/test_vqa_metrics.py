@@ -10,7 +10,10 @@ from mllm.errors import MLLMError
 from mllm.registry import lookup
 
 OFFICIAL = Path(__file__).parents[1] / "fixtures" / "vqa-official.jsonl"  # answers, and the official program's percents
-NAMES = ["vqa/official", "vqa/normalise-both", "vqa/exact-match"]
+NAMES = ["vqa/official", "vqa/normalise-both", "vqa/textvqa", "vqa/exact-match"]
+
+
+TEXTVQA = OFFICIAL.with_name("vqa-textvqa.jsonl")  # answers scored with M4C's answer processor, as lmms-eval packs it
 
 
 def value(name: str, prediction: str, references: list[str]) -> float:
@@ -28,6 +31,18 @@ def test_official_equals_the_official_program() -> None:
     )
     assert [round(100 * accuracy, 2) for accuracy in score.per_item] == expected
     assert 100 * score.value == pytest.approx(sum(expected) / 300)
+
+
+def test_textvqa_equals_its_program() -> None:
+    cases = [json.loads(line) for line in TEXTVQA.read_text(encoding="utf-8").splitlines()]
+    score = lookup("metrics", "vqa/textvqa")(
+        [case["answer"] for case in cases], [case["annotations"] for case in cases]
+    )
+    assert score.per_item == pytest.approx([case["score"] for case in cases], abs=1e-6)
+    others = lookup("metrics", "vqa/normalise-both")(
+        [case["answer"] for case in cases], [case["annotations"] for case in cases]
+    )
+    assert score.per_item != pytest.approx(others.per_item)
 
 
 @pytest.mark.parametrize(
