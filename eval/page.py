@@ -33,13 +33,13 @@ def write_page(
         folder: where the page goes; made if it is missing.
         summary: ``suite``, ``run``, ``n``, ``settings`` and ``versions`` (name to value), ``baselines`` (names),
             ``metrics``, and ``kinds`` (kind to ``n`` and each metric's value by its name). A metric has ``name``,
-            ``version``, ``value``, its 95 % interval ``low`` and ``high``, and ``baselines`` (name to ``value``,
-            ``gain``, and the gain's own ``low`` and ``high``).
+            ``version``, ``better`` (``higher`` or ``lower``), ``value``, its 95 % interval ``low`` and ``high``, and
+            ``baselines`` (name to ``value``, ``gain``, and the gain's own ``low`` and ``high``).
         rows: the items in their original order: ``id``, ``kind``, ``question`` (or None), ``references``,
             ``prediction``, ``baselines`` (name to what it said) and ``scores`` (metric to the item's score).
         images: a row's id to its pictures; rows that are missing here are text only.
 
-    A number that is not finite is shown as a dash. Scores are taken to be better when higher.
+    A number that is not finite is shown as a dash.
     """
     content = json.dumps(_finite({"summary": summary, **_gallery(rows, images)}), allow_nan=False)
     template = files("mllm.eval").joinpath("page.html").read_text(encoding="utf-8")

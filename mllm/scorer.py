@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from transformers import AutoModel, AutoProcessor, BatchEncoding
 from mllm import hub
 from mllm.errors import MLLMError
 from mllm.images import open_image
+
+_BATCH = 64
 
 
 class DualEncoder(nn.Module):
@@ -32,14 +34,36 @@ class DualEncoder(nn.Module):
         if not hasattr(self.model, "get_image_features") or not hasattr(self.model, "get_text_features"):
             raise MLLMError(f"The scorer {model} has no image and text towers; expected a dual encoder such as CLIP.")
 
-    @torch.no_grad()
     def image_text(self, images: Sequence[Any], texts: Sequence[str]) -> Tensor:
         """Return the cosine similarities ``(I, N)`` of images and texts."""
+        return self.embed_images(images) @ self.embed_texts(texts).T
+
+    def embed_images(self, images: Sequence[Any]) -> Tensor:
+        """Return vectors ``(I, D)`` of length 1."""
+        return self._embed(images, self._images)
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Return vectors ``(N, D)`` of length 1; a text that is too long is cut."""
+        return self._embed(texts, self._texts)
+
+    @torch.no_grad()
+    def _embed(self, inputs: Sequence[Any], encode: Callable[[Sequence[Any]], Any]) -> Tensor:
+        batches = [inputs[start : start + _BATCH] for start in range(0, len(inputs), _BATCH)]
+        return torch.cat([nn.functional.normalize(_vectors(encode(batch)), dim=-1) for batch in batches])
+
+    def _images(self, images: Sequence[Any]) -> Any:
         pixels = self._processor(images=[open_image(image) for image in images], return_tensors="pt")
-        words = self._processor(text=list(texts), return_tensors="pt", padding=True, truncation=True)
-        image = _vectors(self.model.get_image_features(**_on(pixels, self.model)))
-        text = _vectors(self.model.get_text_features(**_on(words, self.model)))
-        return nn.functional.normalize(image, dim=-1) @ nn.functional.normalize(text, dim=-1).T
+        return self.model.get_image_features(**_on(pixels, self.model))
+
+    def _texts(self, texts: Sequence[str]) -> Any:
+        # Padded to the full length, as these models are trained: SigLIP masks nothing, and reads the padding too.
+        longest = min(
+            self._processor.tokenizer.model_max_length, self.model.config.get_text_config().max_position_embeddings
+        )
+        words = self._processor(
+            text=list(texts), return_tensors="pt", padding="max_length", truncation=True, max_length=longest
+        )
+        return self.model.get_text_features(**_on(words, self.model))
 
 
 def _vectors(found: Any) -> Tensor:

@@ -11,6 +11,10 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPProcessor,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -57,6 +61,21 @@ def tiny_lm(folder: Path, *, seed: int = 0, dim: int = 32, context: int = 256) -
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def tiny_clip(folder: Path, *, seed: int = 0) -> str:
+    """Save a CLIP over bytes (two layers, vectors of width 12, 64 tokens at most) and return its folder."""
+    torch.manual_seed(seed)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tokenizer = tiny_tokenizer()
+    tokenizer.model_max_length = 64
+    text = {**shape, "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+    text["max_position_embeddings"] = tokenizer.model_max_length
+    vision = {**shape, "image_size": 32, "patch_size": 8}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)).save_pretrained(folder)
+    images = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    CLIPProcessor(images, tokenizer).save_pretrained(folder)
     return str(folder)
 
 

@@ -39,6 +39,14 @@ def tiny_parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 
 @pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a tiny CLIP."""
+    from mllm.testing import tiny_clip
+
+    return tiny_clip(tmp_path_factory.mktemp("tiny-clip"))
+
+
+@pytest.fixture(scope="session")
 def tiny_model(tiny_parts: tuple[str, str]) -> Callable[..., Any]:
     """Return a function that assembles the tiny parts; it takes the arguments of `mllm.assemble` behind them."""
     import mllm

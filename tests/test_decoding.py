@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
+from transformers import CLIPModel, CLIPProcessor
 
 import mllm
 from mllm.contrastive import Contrastive
 from mllm.decoding import Sampler
 from mllm.errors import MLLMError
 from mllm.scorer import DualEncoder
-from mllm.testing import tiny_image, tiny_tokenizer
+from mllm.testing import tiny_image
 
 A, B, C = tiny_image(1), tiny_image(2), tiny_image(3, size=(20, 50))
 PROMPTS = [["A picture of", A], [A, "cat.", B, "and another"], ["only text"], [C, "x"]]
@@ -161,28 +161,6 @@ def test_a_token_that_the_question_changes_is_read_anew(model, monkeypatch):
     found = views.go_on(texts, max_new_tokens=8)
     for prompt, own, answers in zip(views.prompts, texts, found, strict=True):
         assert answers == [str(model.generate([[*prompt, text]], max_new_tokens=8)[0]) for text in own]
-
-
-@pytest.fixture(scope="module")
-def tiny_clip(tmp_path_factory):
-    """The folder of a tiny CLIP with a byte tokenizer."""
-    folder = tmp_path_factory.mktemp("clip")
-    torch.manual_seed(0)
-    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    tokenizer = tiny_tokenizer()
-    text = {
-        **shape,
-        "vocab_size": len(tokenizer),
-        "eos_token_id": tokenizer.eos_token_id,
-        "max_position_embeddings": 64,
-    }
-    config = CLIPConfig(text_config=text, vision_config={**shape, "image_size": 32, "patch_size": 8}, projection_dim=12)
-    CLIPModel(config).save_pretrained(folder)
-    tokenizer.model_max_length = 64
-    CLIPProcessor(
-        CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}), tokenizer
-    ).save_pretrained(folder)
-    return str(folder)
 
 
 def test_a_scorer_gives_the_similarities_of_its_model(tiny_clip):
