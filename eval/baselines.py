@@ -28,6 +28,7 @@ class Condition:
 
     model: Assembly
     images: Callable[[int], tuple[ImageSource, ...]]
+    sighted: bool = True  # whether the pictures of the examples before an item are shown
 
 
 def conditions(model: Assembly, items: Sequence[Item], names: Sequence[str]) -> dict[str, Condition]:
@@ -42,7 +43,7 @@ def conditions(model: Assembly, items: Sequence[Item], names: Sequence[str]) -> 
 
 def _condition(model: Assembly, items: Sequence[Item], name: str) -> Condition:
     if name == "blind":
-        return Condition(model, lambda index: ())
+        return Condition(model, lambda index: (), sighted=False)
     if name == "shuffled":
         partner = derangement(items)
         return Condition(model, lambda index: items[partner[index]].images)

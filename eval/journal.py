@@ -17,7 +17,7 @@ NAME = "answers.{rank}.partial.jsonl"
 
 
 class Journal:
-    """The batches of one evaluation that one process has answered.
+    """The batches of one evaluation that have been answered. Every process writes a file, and reads all.
 
     Args:
         folder: where it is kept; None: nowhere.
@@ -30,24 +30,16 @@ class Journal:
 
     def __init__(self, folder: Path | None, about: dict[str, Any], rank: int = 0) -> None:
         self._path = folder and folder / NAME.format(rank=rank)
+        self._lines = [json.dumps(about, sort_keys=True)]  # of this process's own file
         self._known: dict[str, list[Any]] = {}
-        if self._path is None:
-            return
-        head = json.dumps(about, sort_keys=True)
-        lines = self._lines()
-        if lines and lines[0] != head:
-            raise MLLMError(
-                f"{self._path} is of another evaluation (suite, data, model or version differ). "
-                "Move it away, or give another --out."
-            )
-        for number, line in enumerate(lines[1:], start=2):
-            try:
-                batch, answers = json.loads(line)
-                self._known[batch] = list(answers)
-            except (ValueError, TypeError):
-                raise MLLMError(f"{self._path}, line {number}, is damaged. Remove the file to start again.") from None
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._path.write_text("".join(f"{line}\n" for line in lines or [head]))
+        self._started = False
+        own = self._lines
+        for path in sorted(folder.glob(NAME.format(rank="*"))) if folder else []:
+            lines = path.read_text().split("\n")[:-1]  # those that are whole
+            self._read(path, lines)
+            if path == self._path and lines:
+                own = lines
+        self._lines = own
 
     def get(self, batch: str) -> list[Any] | None:
         """Return a batch's answers, if they are there."""
@@ -57,18 +49,29 @@ class Journal:
         """Keep a batch's answers: they are on disk when this returns."""
         if self._path is None:
             return
+        if not self._started:  # now, for other processes may have been reading until here
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.write_text("".join(f"{line}\n" for line in self._lines))
+            self._started = True
         with self._path.open("a") as file:
             file.write(json.dumps([batch, answers]) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
     def close(self) -> None:
-        """Remove the journal: what it held is in the report."""
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
+        """Remove the journal, all processes' files: what they held is in the report."""
+        for path in self._path.parent.glob(NAME.format(rank="*")) if self._path else ():
+            path.unlink(missing_ok=True)
 
-    def _lines(self) -> list[str]:
-        """Return the lines that are whole."""
-        if self._path is None or not self._path.exists():
-            return []
-        return self._path.read_text().split("\n")[:-1]
+    def _read(self, path: Path, lines: list[str]) -> None:
+        if lines and lines[0] != self._lines[0]:
+            raise MLLMError(
+                f"{path} is of another evaluation (suite, data, model or version differ). "
+                "Move it away, or give another --out."
+            )
+        for number, line in enumerate(lines[1:], start=2):
+            try:
+                batch, answers = json.loads(line)
+                self._known[batch] = list(answers)
+            except (ValueError, TypeError):
+                raise MLLMError(f"{path}, line {number}, is damaged. Remove the file to start again.") from None

@@ -21,6 +21,17 @@ from mllm.registry import table
 from mllm.spec import DataSpec, PartSpec, Spec, checked
 
 
+class Shots(Spec):
+    """Solved examples that are shown before every item."""
+
+    count: int = Field(0, ge=0)
+    select: Literal["random", "fixed", "similar"] = "random"  # for each item anew, the same for all, or by the image
+    data: DataSpec | None = None  # where they are from; None: the suite's own items, never the item itself
+    folder: dict[str, str] = Field({})
+    separator: str = "\n"  # behind each example
+    seed: int = 0
+
+
 class Suite(Spec):
     """One suite: which data, how it is put, what is measured."""
 
@@ -32,7 +43,10 @@ class Suite(Spec):
     scorer: PartSpec | None = None  # for metrics that compare images and text; None: the recipe's own
     judge: str | None = None  # a language model, for metrics that ask one
     submission: tuple[str, str] | None = None  # keys of the id and the answer in the file an official server takes
-    answer: Literal["generate", "choose"] = "generate"  # choose: the most likely of the item's choices
+    mirror: dict[str, Any] = Field({})  # columns of the data's parquet mirror (reader parquet), if --data holds that
+    # choose: the most likely of the item's choices; match: images and choices, all pairs; rank: by the scorer
+    answer: Literal["generate", "choose", "match", "rank"] = "generate"
+    shots: Shots = Shots.model_validate({})
     calibrate: float = Field(0.0, ge=0, le=1)  # of choices: the share of their mean score over all items taken off
     decoding: dict[str, Any] = Field({})
     batch_size: int = Field(32, ge=1)
@@ -73,34 +87,66 @@ def suite_names() -> list[str]:
     return sorted({*(name.stem for name in own if name.suffix == ".yaml"), *table("suites")})
 
 
-def read_items(data: DataSpec, folder: Mapping[str, str], place: str | Path | None, label: str) -> list[Item]:
-    """Return a data set's items, its files looked for in ``place``.
+def read_items(config: Suite, place: str | Path | None) -> list[Item]:
+    """Return a suite's items, its files looked for in ``place``: its authors' own, or parquet files of its mirror.
 
     Raises:
         MLLMError: files are wanted and no place is given, or the reader finds something wrong; two items of one id.
     """
-    options = data.options()
-    if folder:
-        if place is None:
-            raise MLLMError(f"The suite {label} needs --data DIR, a folder with {', '.join(folder.values())}.")
-        options.update({name: str(Path(place) / path) for name, path in folder.items()})
-    items = read(DataSpec(format=data.format, **options))
+    items = read(_located(config.data, config.folder, place, config.name, config.mirror))
     seen: set[str] = set()
     for item in items:
         if item.id in seen:
-            raise MLLMError(f"The suite {label}: two items have the id {item.id!r}; expected each once.")
+            raise MLLMError(f"The suite {config.name}: two items have the id {item.id!r}; expected each once.")
         seen.add(item.id)
     return items
 
 
+def read_shots(config: Suite, place: str | Path | None, items: Sequence[Item]) -> list[Item]:
+    """Return the examples a suite draws its shots from: the data named for it, or the items themselves.
+
+    Raises:
+        MLLMError: fixed shots have no data of their own, or the reader finds something wrong.
+    """
+    shots = config.shots
+    if shots.count and shots.data is None and shots.select == "fixed":
+        raise MLLMError("Fixed shots would be among the items: name other data in shots.data.")
+    if not shots.count or shots.data is None:
+        return list(items)
+    return read(_located(shots.data, shots.folder, place, config.name, {}))
+
+
+def _located(
+    data: DataSpec, folder: Mapping[str, str], place: str | Path | None, label: str, mirror: Mapping[str, Any]
+) -> DataSpec:
+    """Return the reader with its files' places."""
+    if not folder:
+        return data
+    if place is None:
+        raise MLLMError(f"The suite {label} needs --data DIR, a folder with {', '.join(folder.values())}.")
+    if mirror and any(Path(place).glob("*.parquet")):
+        return DataSpec.model_validate({"format": "parquet", "path": str(place), **mirror})
+    files: dict[str, Any] = {name: str(Path(place) / path) for name, path in folder.items()}
+    return DataSpec(format=data.format, **data.options(), **files)
+
+
 def data_hash(items: Sequence[Item]) -> str:
-    """Return what tells these items, pixels included, from others."""
+    """Return what tells these items, pixels and examples included, from others."""
     keys: dict[ImageSource, str] = {}
+    groups: dict[int, str] = {}  # a tuple that items share (all pictures, all choices) is read once
+
+    def digest(group: tuple[Any, ...]) -> str:
+        if id(group) not in groups:
+            for member in group:
+                if isinstance(member, ImageSource) and member not in keys:
+                    keys[member] = member.key()
+            content = [keys[member] if isinstance(member, ImageSource) else member for member in group]
+            groups[id(group)] = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        return groups[id(group)]
+
     whole = hashlib.sha256()
-    for image in (image for item in items for image in item.images):
-        if image not in keys:
-            keys[image] = image.key()
     for item in items:
-        images = [keys[image] for image in item.images]
-        whole.update(json.dumps([item.id, images, item.question, item.answers, item.choices]).encode())
+        shots = [[shot.id, digest(shot.images), shot.question, shot.answers] for shot in item.shots]
+        row = [item.id, digest(item.images), item.question, item.answers, digest(item.choices), shots]
+        whole.update(json.dumps(row).encode())
     return whole.hexdigest()

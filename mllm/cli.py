@@ -91,8 +91,9 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="The first items only.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where the report goes; RUN/eval/SUITE if left out.")] = None,
     baselines: Annotated[
-        str, typer.Option(help="Of blind, shuffled, mean-image, random-connector; with commas, or all, or none.")
-    ] = "blind,shuffled",
+        str | None,
+        typer.Option(help="Of blind, shuffled (usual), mean-image, random-connector; with commas, or all, or none."),
+    ] = None,
 ) -> None:
     """Run a suite on a model, beside baselines; one that was killed goes on."""
     from mllm.checkpoint import load
@@ -106,11 +107,12 @@ def evaluate(
         limit=limit,
         out=out or run / "eval" / Path(suite).stem,
         run=str(run),
-        baselines=every.get(baselines, baselines.split(",")),
+        baselines=None if baselines is None else every.get(baselines, baselines.split(",")),
         overrides=overrides or [],
     )
-    _print_table(report)
-    typer.echo(f"Report: {report.page}")
+    if report.page:  # of several processes the main one alone
+        _print_table(report)
+        typer.echo(f"Report: {report.page}")
 
 
 Lines = Annotated[bool, typer.Option("--jsonl", help="A line of JSON for each picture: image, and text or error.")]

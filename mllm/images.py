@@ -10,7 +10,7 @@ import struct
 import warnings
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from glob import glob
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -51,6 +51,22 @@ class ImageFile:
     def key(self) -> str:
         """Return a hash of the file's bytes."""
         return hashlib.sha256(_read(self.path)).hexdigest()
+
+
+@dataclass(frozen=True)
+class ImageBytes:
+    """A picture whose encoded bytes are in memory, as a data set's file had them."""
+
+    data: bytes = field(repr=False)
+    label: str  # where it came from, for messages
+
+    def open(self) -> Image.Image:
+        """Return the picture, RGB."""
+        return _decode(self.data, self.label)
+
+    def key(self) -> str:
+        """Return a hash of the bytes."""
+        return hashlib.sha256(self.data).hexdigest()
 
 
 def open_image(image: Any) -> Image.Image:

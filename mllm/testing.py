@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
@@ -70,8 +70,12 @@ def tiny_clip(folder: Path, *, seed: int = 0) -> str:
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     tokenizer = tiny_tokenizer()
     tokenizer.model_max_length = 64
+    end = processors.TemplateProcessing(
+        single=f"$A {SPECIAL[0]}", special_tokens=[(SPECIAL[0], tokenizer.eos_token_id)]
+    )
+    tokenizer.backend_tokenizer.post_processor = end  # CLIP reads a text's vector at its end
     text = {**shape, "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
-    text["max_position_embeddings"] = tokenizer.model_max_length
+    text |= {"max_position_embeddings": tokenizer.model_max_length, "bos_token_id": None, "pad_token_id": None}
     vision = {**shape, "image_size": 32, "patch_size": 8}
     CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)).save_pretrained(folder)
     images = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from mllm.data.captions import coco_captions
 from mllm.data.items import Item, pieces_of, question_text
 from mllm.data.loading import examples, read
-from mllm.data.readers import coco_captions, table
+from mllm.data.tables import table
 from mllm.errors import MLLMError
 from mllm.images import ImageFile
 from mllm.prompt import Target

@@ -96,6 +96,18 @@ def textvqa(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> 
     return _score(predictions, references, accuracy, "vqa/textvqa")
 
 
+def a_okvqa(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Score:
+    """Score as A-OKVQA's program: min(1, annotators who said just that / 3), with nobody left out.
+
+    Schwenk et al. 2022, https://arxiv.org/abs/2206.01718. Here both sides are trimmed and in lower case.
+    """
+
+    def accuracy(prediction: str, answers: list[str]) -> float:
+        return min(1.0, [answer.lower() for answer in answers].count(prediction.lower()) / 3)
+
+    return _score(predictions, references, accuracy, "vqa/a-okvqa")
+
+
 def exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Score:
     """Score 1 if the answer equals any reference (lower-cased, stripped, a final full stop dropped), else 0."""
 

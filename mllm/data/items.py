@@ -19,11 +19,17 @@ class Item:
     question: str | None = None  # None: a caption is wanted
     kind: str = ""  # what results are broken down by, e.g. "yes/no"
     choices: tuple[str, ...] = ()  # the closed set an answer is chosen from, where there is one
+    shots: tuple[Item, ...] = ()  # solved examples that are shown before it
 
 
 def question_text(item: Item, prompt: PromptSpec) -> str:
-    """Return the words an item is put with: the caption prompt, or its question in the question prompt."""
-    return prompt.caption if item.question is None else prompt.question.format(question=item.question)
+    """Return the words an item is put with: the caption prompt, or its question in the question prompt.
+
+    An empty question puts none.
+    """
+    if item.question is None:
+        return prompt.caption
+    return prompt.question.format(question=item.question) if item.question else ""
 
 
 def pieces_of(item: Item, prompt: PromptSpec, answer: str | None = None) -> list[Piece]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from importlib import import_module
 from typing import Any
 
@@ -53,7 +55,7 @@ def test_each_condition_sees_what_its_name_says(model, captions, monkeypatch):
 
 
 def test_choosing_takes_the_answers_own_likeliness_off():
-    chosen = import_module("mllm.eval.runner").chosen
+    chosen = import_module("mllm.eval.answering").chosen
     # "yes" is always likely; what the picture adds decides once half of its mean is taken off.
     scores = [{"yes": -1.0, "no": -3.0}, {"yes": -1.4, "no": -1.6}, {"yes": -0.2, "no": -4.0}]
     assert chosen(scores, 0.0) == ["yes", "yes", "yes"]
@@ -159,7 +161,7 @@ def test_the_further_baselines_see_what_their_names_say(model, captions):
     baselines = import_module("mllm.eval.baselines")
     suite = import_module("mllm.eval.suite")
     config = suite.load_suite("coco-captions")
-    items = suite.read_items(config.data, config.folder, captions, "coco-captions")
+    items = suite.read_items(config, captions)
     found = baselines.conditions(model, items, ["mean-image", "random-connector"])
     (mean,) = found["mean-image"].images(0)
     expected = np.mean([np.asarray(i.images[0].open().resize((224, 224)), dtype=float) for i in items], axis=0)
@@ -182,7 +184,154 @@ def test_what_cannot_be_believed_is_not_scored(model, captions, monkeypatch, tmp
     (captions / "captions_val.json").write_text(json.dumps(content)[:-9])
     with pytest.raises(MLLMError, match=r"captions_val\.json is not JSON"):
         mllm.evaluate(model, str(tmp_path / "mine.yaml"), captions)
-    finite = import_module("mllm.eval.runner")._finite
-    item = import_module("mllm.data.items").Item("q7", (), ("a",))
-    with pytest.raises(MLLMError, match=r"'q7'.*not finite"):
-        finite([{"a": float("nan")}], ["key"], [item], ["key"])
+    crepe = tmp_path / "crepe"
+    write_crepe(crepe)
+    monkeypatch.setattr(mllm.view.View, "score", lambda view, choices: [float("nan")] * len(choices))
+    with pytest.raises(MLLMError, match=r"'swap_att/0'.*not finite"):
+        mllm.evaluate(model, "sugarcrepe", crepe)
+
+
+def write_crepe(folder):
+    """SugarCrepe's layout, of two items."""
+    for name in ("data", "val2017"):
+        (folder / name).mkdir(parents=True)
+    for index in range(2):
+        tiny_image(index).save(folder / "val2017" / f"{index}.png")
+    pairs = {str(i): {"filename": f"{i}.png", "caption": f"red {i}", "negative_caption": f"blue {i}"} for i in range(2)}
+    (folder / "data/swap_att.json").write_text(json.dumps(pairs))
+
+
+def write_winoground(folder):
+    (folder / "images").mkdir(parents=True)
+    lines = []
+    for index in range(3):
+        for side in (0, 1):
+            tiny_image(10 * index + side).save(folder / "images" / f"ex_{index}_img_{side}.png")
+        row = {"id": index, "image_0": f"ex_{index}_img_0", "image_1": f"ex_{index}_img_1"}
+        lines.append(json.dumps(row | {"caption_0": f"some {index} on it", "caption_1": f"it on {index} some"}))
+    (folder / "examples.jsonl").write_text("\n".join(lines))
+
+
+def test_winoground_compares_the_likelihoods_of_all_pairs(model, tmp_path):
+    write_winoground(tmp_path)
+    report = mllm.evaluate(model, "winoground", tmp_path)
+    for index, row in enumerate(report.rows):
+        captions = [f"some {index} on it", f"it on {index} some"]
+        a, b = (
+            model.score([tmp_path / "images" / f"ex_{index}_img_{side}.png", "A picture of"], captions)
+            for side in (0, 1)
+        )
+        text, image = a[0] > a[1] and b[1] > b[0], a[0] > b[0] and b[1] > a[1]
+        expected = {"match/text": text, "match/image": image, "match/group": text and image}
+        assert row["scores"] == {name: float(passed) for name, passed in expected.items()}
+    blind = [entry["baselines"]["blind"]["value"] for entry in report.summary["metrics"]]
+    assert blind == [0.0, 0.0, 0.0]  # without the images nothing is preferred
+    matched, item = import_module("mllm.eval.answering").matched, import_module("mllm.data.items").Item
+    pair = item("w", (), ("text",), choices=("x", "y"))
+    assert matched(pair, [{"x": -1.0, "y": -2.0}, {"x": -5.0, "y": -4.0}]) == "text"
+    assert matched(pair, [{"x": -1.0, "y": -2.0}, {"x": -3.0, "y": -1.0}]) == "text image group"
+    assert matched(pair, [{"x": -3.0, "y": -2.0}, {"x": -4.0, "y": -1.0}]) == "image"
+
+
+def test_examples_stand_before_an_item_and_are_seen_once(model, captions):
+    options = ["shots.count=2", "batch_size=4"]
+    inline = mllm.evaluate(model, "coco-captions", captions, overrides=[*options, "batch_size=1"], limit=3)
+    suite, shots = import_module("mllm.eval.suite"), import_module("mllm.eval.shots")
+    config = suite.load_suite("coco-captions", options)
+    items = suite.read_items(config, captions)
+    for row, item in zip(inline.rows, shots.with_shots(items[:3], items, config.shots, model), strict=True):
+        assert len({item.id, *(shot.id for shot in item.shots)}) == 3  # never the item itself
+        prompt = [p for shot in item.shots for p in (shot.images[0], f"A picture of {shot.answers[0]}\n")]
+        expected = model.generate([[*prompt, item.images[0], "A picture of"]], max_new_tokens=30)[0]
+        assert row["prediction"] == str(expected)
+        blind = "".join(f"A picture of {shot.answers[0]}\n" for shot in item.shots)
+        assert row["baselines"]["blind"] == str(model.generate([[f"{blind}A picture of"]], max_new_tokens=30)[0])
+    # Fixed examples are seen once for a whole batch; what is said is what is said to the whole prompt.
+    config = suite.load_suite("coco-captions", [*options, "shots.select=fixed", "shots.seed=1"])
+    fixed = shots.with_shots(items[:1], items[2:], config.shots, model)[0].shots
+    (captions / "three.json").write_text(
+        json.dumps(
+            {
+                "images": [{"id": i, "file_name": f"{i}.png"} for i in range(2)],
+                "annotations": [{"image_id": i, "caption": "x"} for i in range(2)],
+            }
+        )
+    )
+    keep = json.loads((captions / "captions_val.json").read_text())
+    keep = {"images": keep["images"][2:], "annotations": keep["annotations"][4:]}
+    (captions / "pool.json").write_text(json.dumps(keep))
+    report = mllm.evaluate(
+        model,
+        "coco-captions",
+        captions,
+        overrides=[
+            "folder.annotations=three.json",
+            "shots={count: 2, select: fixed, seed: 1, data: {format: coco-captions}, "
+            "folder: {annotations: pool.json, images: images}}",
+        ],
+    )
+    prompt = [p for shot in fixed for p in (shot.images[0], f"A picture of {shot.answers[0]}\n")]
+    for index, row in enumerate(report.rows):
+        whole = [*prompt, captions / "images" / f"{index}.png", "A picture of"]
+        assert row["prediction"] == str(model.generate([whole], max_new_tokens=30)[0])
+    with pytest.raises(MLLMError, match="Fixed shots"):
+        mllm.evaluate(model, "coco-captions", captions, overrides=["shots={count: 1, select: fixed}"])
+    with pytest.raises(MLLMError, match="7 are wanted"):
+        mllm.evaluate(model, "coco-captions", captions, overrides=["shots.count=7"])
+
+
+def test_similar_examples_are_those_of_the_most_alike_pictures(model, tmp_path):
+    item, source = import_module("mllm.data.items").Item, import_module("mllm.images").source_of
+    shots, suite = import_module("mllm.eval.shots"), import_module("mllm.eval.suite")
+    pool = [item(str(i), (source_of_file(tmp_path, i),), ("x",)) for i in range(5)]
+    array = np.asarray(tiny_image(3)).copy()
+    array[0, 0] = 0  # a picture that is almost the fourth
+    asked = item("asked", (source(array),), ("x",))
+    config = suite.Shots.model_validate({"count": 2, "select": "similar"})
+    (found,) = shots.with_shots([asked], pool, config, model)
+    assert found.shots[-1].id == "3" and found.shots[0].id != "3"
+
+
+def source_of_file(folder, index):
+    tiny_image(index).save(folder / f"{index}.png")
+    return import_module("mllm.images").source_of(folder / f"{index}.png")
+
+
+@pytest.mark.parametrize("find", ["text", "image"])
+def test_retrieval_ranks_by_the_scorer(model, tiny_clip, tmp_path, find):
+    images = []
+    for index in range(4):
+        tiny_image(index).save(tmp_path / f"{index}.png")
+        row = {"filename": f"{index}.png", "imgid": index, "split": "test" if index < 3 else "train"}
+        images.append(row | {"sentences": [{"raw": f"{word} {index}"} for word in ("a", "the")]})
+    (tmp_path / "dataset_coco.json").write_text(json.dumps({"images": images}))
+    report = mllm.evaluate(
+        model, f"coco-{find}-retrieval", tmp_path, overrides=[f"scorer={{type: dual-encoder, model: {tiny_clip}}}"]
+    )
+    texts = [f"{word} {index}" for index in range(3) for word in ("a", "the")]
+    closeness = mllm.scorer.DualEncoder(model=tiny_clip).image_text([tmp_path / f"{i}.png" for i in range(3)], texts)
+    table = closeness if find == "text" else closeness.T
+    assert [row["prediction"] for row in report.rows] == [
+        " ".join(map(str, line.argsort(descending=True).tolist())) for line in table
+    ]
+    expected = [["0", "1"], ["2", "3"], ["4", "5"]] if find == "text" else [["0"], ["0"], ["1"], ["1"], ["2"], ["2"]]
+    assert [row["references"] for row in report.rows] == expected
+    with pytest.raises(MLLMError, match="has no baselines"):
+        mllm.evaluate(model, f"coco-{find}-retrieval", tmp_path, baselines=["blind"])
+
+
+def test_several_processes_leave_the_files_of_one(model, captions, tmp_path):
+    model.save(tmp_path / "model")
+    command = ["-m", "mllm", "eval", str(tmp_path / "model"), "batch_size=2", "--suite", "coco-captions"]
+    command += ["--data", str(captions), "--baselines", "all", "--out"]
+    launch = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", "--mixed_precision", "no"]
+    launch += ["--num_machines", "1", "--dynamo_backend", "no", "--main_process_port", "0"]
+    for name, start in (("one", []), ("two", launch)):
+        done = subprocess.run(
+            [sys.executable, *start, *command, str(tmp_path / name)], capture_output=True, text=True, timeout=240
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("Report: ") == 1
+    for name in ("summary.json", "predictions.jsonl", "report.html"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    assert not list((tmp_path / "two").glob("*.partial.jsonl"))
