@@ -106,6 +106,7 @@ def _about(model: Assembly, config: Suite, items: Sequence[Item], baselines: Seq
     return {
         "suite": config.model_dump(mode="json"),
         "data": data_hash(items),
+        "shots": data_hash([shot for item in items for shot in item.shots]),
         "baselines": list(baselines),
         "assembly": hashlib.sha256(model.spec.model_dump_json().encode()).hexdigest(),
         "encoder": str(model.encoder.fingerprint),

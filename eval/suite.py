@@ -27,7 +27,7 @@ class Shots(Spec):
     count: int = Field(0, ge=0)
     select: Literal["random", "fixed", "similar"] = "random"  # for each item anew, the same for all, or by the image
     data: DataSpec | None = None  # where they are from; None: the suite's own items, never the item itself
-    folder: dict[str, str] = Field({})
+    folder: dict[str, str | None] = Field({})
     separator: str = "\n"  # behind each example
     seed: int = 0
 
@@ -38,7 +38,7 @@ class Suite(Spec):
     name: str
     about: str
     data: DataSpec
-    folder: dict[str, str] = Field({})  # reader's argument -> file or folder inside --data
+    folder: dict[str, str | None] = Field({})  # reader's argument -> file or folder inside --data; null: none
     metrics: list[str]
     scorer: PartSpec | None = None  # for metrics that compare images and text; None: the recipe's own
     judge: str | None = None  # a language model, for metrics that ask one
@@ -117,21 +117,23 @@ def read_shots(config: Suite, place: str | Path | None, items: Sequence[Item]) -
 
 
 def _located(
-    data: DataSpec, folder: Mapping[str, str], place: str | Path | None, label: str, mirror: Mapping[str, Any]
+    data: DataSpec, folder: Mapping[str, str | None], place: str | Path | None, label: str, mirror: Mapping[str, Any]
 ) -> DataSpec:
     """Return the reader with its files' places."""
     if not folder:
         return data
     if place is None:
-        raise MLLMError(f"The suite {label} needs --data DIR, a folder with {', '.join(folder.values())}.")
+        raise MLLMError(
+            f"The suite {label} needs --data DIR, a folder with {', '.join(filter(None, folder.values()))}."
+        )
     if mirror and any(Path(place).glob("*.parquet")):
         return DataSpec.model_validate({"format": "parquet", "path": str(place), **mirror})
-    files: dict[str, Any] = {name: str(Path(place) / path) for name, path in folder.items()}
-    return DataSpec(format=data.format, **data.options(), **files)
+    inside: dict[str, Any] = {name: path and str(Path(place) / path) for name, path in folder.items()}
+    return DataSpec(format=data.format, **data.options(), **inside)
 
 
 def data_hash(items: Sequence[Item]) -> str:
-    """Return what tells these items, pixels and examples included, from others."""
+    """Return what tells these items, pixels included, from others; examples before them are not looked at."""
     keys: dict[ImageSource, str] = {}
     groups: dict[int, str] = {}  # a tuple that items share (all pictures, all choices) is read once
 
@@ -146,7 +148,6 @@ def data_hash(items: Sequence[Item]) -> str:
 
     whole = hashlib.sha256()
     for item in items:
-        shots = [[shot.id, digest(shot.images), shot.question, shot.answers] for shot in item.shots]
-        row = [item.id, digest(item.images), item.question, item.answers, digest(item.choices), shots]
+        row = [item.id, digest(item.images), item.question, item.answers, digest(item.choices)]
         whole.update(json.dumps(row).encode())
     return whole.hexdigest()

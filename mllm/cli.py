@@ -31,6 +31,11 @@ RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run, or a saved 
 Tokens = Annotated[int | None, typer.Option("--max-new-tokens", min=1, help="Tokens of an answer, at most.")]
 
 
+SuiteName = Annotated[str, typer.Option(help="A suite's name, or the path of its YAML file.")]
+SuiteOverrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=c]...", help="Overrides of the suite.")]
+DataFolder = Annotated[Path | None, typer.Option(help="The folder of the suite's files, if not embedded.")]
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         typer.echo(__version__)
@@ -85,9 +90,9 @@ def train(
 @app.command("eval")
 def evaluate(
     run: RunPath,
-    suite: Annotated[str, typer.Option(help="A suite's name, or the path of its YAML file.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[a.b=c]...", help="Overrides of the suite.")] = None,
-    data: Annotated[Path | None, typer.Option(help="The folder of the suite's files, if not embedded.")] = None,
+    suite: SuiteName,
+    overrides: SuiteOverrides = None,
+    data: DataFolder = None,
     limit: Annotated[int | None, typer.Option(min=1, help="The first items only.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where the report goes; RUN/eval/SUITE if left out.")] = None,
     baselines: Annotated[
@@ -113,6 +118,40 @@ def evaluate(
     if report.page:  # of several processes the main one alone
         _print_table(report)
         typer.echo(f"Report: {report.page}")
+
+
+@app.command()
+def score(
+    predictions: Annotated[Path, typer.Argument(metavar="FILE", help="JSON or lines of JSON: an id and an answer.")],
+    suite: SuiteName,
+    overrides: SuiteOverrides = None,
+    data: DataFolder = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="The first items only.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the report goes; beside FILE if left out.")] = None,
+) -> None:
+    """Score a file of predictions that any system wrote."""
+    from mllm.evaluation import score as run_score
+
+    place = out or predictions.with_name(f"{predictions.stem}-{Path(suite).stem}")
+    report = run_score(predictions, suite, data, limit=limit, out=place, overrides=overrides or [])
+    _print_table(report)
+    typer.echo(f"Report: {report.page}")
+
+
+@app.command()
+def compare(
+    one: Annotated[Path, typer.Argument(metavar="EVAL", help="An evaluation's folder, RUN/eval/SUITE.")],
+    other: Annotated[Path, typer.Argument(metavar="OTHER", help="The one it is held against.")],
+    data: DataFolder = None,
+    out: Annotated[Path | None, typer.Option(help="Where the report goes; EVAL/against-OTHER if left out.")] = None,
+) -> None:
+    """Hold one evaluation against another of the same items and metrics, item by item."""
+    from mllm.evaluation import compare as run_compare
+
+    name = "-".join(part for part in other.parts if part not in ("/", "..", ".", "eval"))
+    report = run_compare(one, other, data, out=out or one / f"against-{name}")
+    _print_table(report)
+    typer.echo(f"Report: {report.page}")
 
 
 Lines = Annotated[bool, typer.Option("--jsonl", help="A line of JSON for each picture: image, and text or error.")]

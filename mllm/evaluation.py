@@ -1,4 +1,4 @@
-"""The door to `mllm.eval`: run a suite, find a metric."""
+"""The door to `mllm.eval`: run a suite, score predictions, compare evaluations, find a metric."""
 
 from __future__ import annotations
 
@@ -23,6 +23,16 @@ def evaluate(
 ) -> Any:
     """Run a suite on a model, with its baselines; see `mllm.eval.runner.evaluate`."""
     return import_module("mllm.eval.runner").evaluate(model, suite, data, limit=limit, out=out, **options)
+
+
+def score(path: str | Path, suite: str, data: str | Path | None = None, **options: Any) -> Any:
+    """Score a file of predictions; see `mllm.eval.predictions.score`."""
+    return import_module("mllm.eval.predictions").score(path, suite, data, **options)
+
+
+def compare(one: str | Path, other: str | Path, data: str | Path | None = None, **options: Any) -> Any:
+    """Hold one evaluation against another; see `mllm.eval.predictions.compare`."""
+    return import_module("mllm.eval.predictions").compare(one, other, data, **options)
 
 
 def metric(name: str) -> Callable[[Sequence[str], Sequence[Sequence[str]]], Score]:

@@ -89,7 +89,7 @@ def pooled(runs: Sequence[Sequence[dict[str, Any]]], name: str) -> dict[str, Any
     found: dict[str, Any] = {"metric": name, "value": round(float(model.mean()), 4), "gains": {}}
     for baseline in baselines:
         other = values(lambda row, baseline=baseline: row["baselines"][baseline])
-        low, high = import_module("mllm.eval.runner").interval((model - other).mean(0))
+        low, high = import_module("mllm.eval.scoring").interval((model - other).mean(0))
         found["gains"][baseline] = {
             "value": round(float(other.mean()), 4),
             "gain": round(float((model - other).mean()), 4),

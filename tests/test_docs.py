@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from mllm.cli import app
+from mllm.registry import BUILT_IN
 from mllm.version import __version__
 
 ROOT = Path(__file__).parent.parent
@@ -287,3 +289,10 @@ def test_the_demos_pictures_are_the_same_every_time(need, tmp_path):
     pixels = [Image.open(path).tobytes() for path in first]
     assert pixels == [Image.open(path).tobytes() for path in second]
     assert len(set(pixels)) == 4
+
+
+def test_the_page_on_evaluation_names_every_suite_and_metric() -> None:
+    page = (ROOT / "docs/evaluation.md").read_text()
+    suites, metrics = import_module("mllm.eval.suite").suite_names(), BUILT_IN["metrics"]
+    missing = [name for name in [*suites, *metrics] if f"`{name}`" not in page]
+    assert not missing

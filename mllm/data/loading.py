@@ -45,8 +45,19 @@ def read(spec: DataSpec) -> list[Item]:
 
 
 def read_all(specs: Sequence[DataSpec]) -> list[tuple[float, list[Item]]]:
-    """Return (weight, items) of every source; empty where there is none."""
-    return [(spec.weight, read(spec)) for spec in specs]
+    """Return (weight, items) of every source that is trained on; empty where there is none.
+
+    Raises:
+        MLLMError: an item has no answer to learn, or what a reader finds wrong.
+    """
+    sources = [(spec.weight, read(spec)) for spec in specs]
+    for _, items in sources:
+        for item in items:
+            if not item.answers:
+                raise MLLMError(
+                    f"data: the item {item.id!r} has no answer, and training needs one: is it a test split?"
+                )
+    return sources
 
 
 def examples(sources: Sequence[tuple[float, list[Item]]], prompt: PromptSpec, *, seed: int) -> Iterator[list[Piece]]:
