@@ -262,18 +262,19 @@ def index(action: Annotated[str, typer.Argument(metavar="build")], images: Path,
 
 @app.command()
 def bench(
-    what: Annotated[str, typer.Argument(metavar="generate", help="What is measured.")],
+    what: Annotated[str, typer.Argument(metavar="generate|eval", help="What is measured.")],
     out: Annotated[Path, typer.Option(help="Folder of the figures, as JSON.")] = Path("runs/bench"),
     repeats: Annotated[int, typer.Option(min=1, help="Pairs of runs; medians are shown.")] = 3,
 ) -> None:
     """Measure speed beside the alternatives, in one run. Nothing else should run on the machine."""
     from importlib import import_module
 
-    if what in ("train", "eval", "matrix"):
-        _later(f"bench {what}", "`mllm bench generate` is")
-    if what != "generate":
-        raise MLLMError(f"No bench is called {what!r}. There is: generate.")
-    import_module("mllm.eval.bench.generate").run(out=out, repeats=repeats, progress=typer.echo)
+    if what in ("train", "matrix"):
+        _later(f"bench {what}", "`mllm bench generate` and `mllm bench eval` are")
+    modules = {"generate": "generate", "eval": "evaluate"}
+    if what not in modules:
+        raise MLLMError(f"No bench is called {what!r}. There are: {', '.join(modules)}.")
+    import_module(f"mllm.eval.bench.{modules[what]}").run(out=out, repeats=repeats, progress=typer.echo)
 
 
 @app.command()

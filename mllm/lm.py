@@ -59,6 +59,7 @@ class LanguageModel(nn.Module):
         self.model.requires_grad_(False).eval()
         self._folder, self._init = folder, init
         self._accepts = set(inspect.signature(self.model.forward).parameters)
+        self._states = "cache" if "cache" in self._accepts else "past_key_values"  # renamed in transformers 5.24
 
     @property
     def fingerprint(self) -> str:
@@ -128,7 +129,7 @@ class LanguageModel(nn.Module):
         if "position_ids" in self._accepts:
             options["position_ids"] = positions(mask)[:, -embeds.shape[1] :]
         if cache is not None:
-            options.update(past_key_values=cache, use_cache=True)
+            options |= {self._states: cache, "use_cache": True}
         if keep is None:
             return self.model(**options).logits
         if "logits_to_keep" in self._accepts:
@@ -141,7 +142,7 @@ class LanguageModel(nn.Module):
         options = {"position_ids": positions(mask)} if "position_ids" in self._accepts else {}
         last = {"logits_to_keep": 1} if "logits_to_keep" in self._accepts else {}
         output = self.model(inputs_embeds=embeds, attention_mask=mask, use_cache=True, **options, **last)
-        return output.past_key_values, output.logits[:, -1]
+        return output[self._states], output.logits[:, -1]
 
     def fork(self, cache: Any, rows: Sequence[int] = (0,)) -> Any:
         """Return key-value states of these rows, to be added to; the original stays as it is."""
@@ -194,11 +195,11 @@ class LanguageModel(nn.Module):
         out = self.model.generate(
             attention_mask=mask,
             generation_config=config,
-            past_key_values=cache,
             streamer=streamer,
             logits_processor=LogitsProcessorList(processors),
             stopping_criteria=StoppingCriteriaList(ends),
             tokenizer=self.tokenizer if own.get("stop_strings") else None,
+            **{self._states: cache},
             **inputs,
         )
         return [self._until_eos(row)[:limit] for row, limit in zip(out[:, start:].tolist(), limits, strict=True)]

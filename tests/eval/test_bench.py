@@ -61,3 +61,16 @@ def test_a_row_is_made_and_written(both, generate, tmp_path):
     import_module("mllm.eval.bench.table").report("tiny", [row, turn], tmp_path)
     written = json.loads((tmp_path / "tiny.json").read_text())
     assert [entry["name"] for entry in written["rows"]] == [row.name, turn.name] and lines
+
+
+def test_beside_lmms_eval_where_it_is_missing(both, tmp_path):
+    evaluate = import_module("mllm.eval.bench.evaluate")
+    ours, stock = both
+    with pytest.raises(MLLMError, match=r"runs beside lmms-eval, and lmms_eval is missing: pip install"):
+        evaluate.alternative(ours, stock, tmp_path)
+    asked = evaluate.items(2)
+    assert [item.id for item in asked[4:6]] == ["0/4", "1/0"] and len(asked) == 11
+    answers = evaluate.answered(ours, asked[:3])
+    texts = [f"Question: {item.question} Answer:" for item in asked[:3]]
+    prompts = [[asked[0].images[0], text] for text in texts]
+    assert answers == [str(output) for output in ours.generate(prompts, max_new_tokens=4)]
