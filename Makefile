@@ -51,8 +51,8 @@ lint: $(STAMP) ## check style and types only
 parts: $(STAMP) ## download and convert the embedded models and data, once
 	$(MLLM) parts install
 
-# timm, open_clip and lmms-eval need torchvision, and so another torch than constraints.txt has: a second environment.
-test-extras: .venv-extras/.installed ## run the tests that need timm, open_clip or lmms-eval, in an environment of their own
+# timm, open_clip, lmms-eval and the metrics of generated pictures need torchvision, and so another torch than constraints.txt has: a second environment.
+test-extras: .venv-extras/.installed ## run the tests that need torchvision, in an environment of their own
 	.venv-extras/bin/python -m pytest -m extras
 
 clean: ## remove the environments and what tools left behind; runs/ stays
@@ -79,5 +79,5 @@ $(STAMP): pyproject.toml constraints.txt
 	$(check_python)
 	$(PYTHON) -m venv .venv-extras
 	.venv-extras/bin/python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
-	  torch==2.14.1 torchvision==0.29.1 -e '.[dev,timm,open-clip,lmms-eval]'
+	  torch==2.14.1 torchvision==0.29.1 -e '.[dev,timm,open-clip,lmms-eval,generation]'
 	@touch $@

@@ -99,7 +99,7 @@ def rows(items: Sequence[Item], results: Mapping[str, Result]) -> list[dict[str,
             "references": list(item.answers),
             "prediction": results[OWN].predictions[index],
             "baselines": {name: result.predictions[index] for name, result in results.items() if name != OWN},
-            "scores": {name: score.per_item[index] for name, score in results[OWN].scores.items()},
+            "scores": {name: score.per_item[index] for name, score in results[OWN].scores.items() if score.per_item},
         }
         for index, item in enumerate(items)
     ]
@@ -121,6 +121,8 @@ def _entry(metric: str, results: Mapping[str, Result]) -> dict[str, Any]:
 
 def _interval(scores: Sequence[Score]) -> tuple[float | None, float | None]:
     """Return the interval of a score, or of its difference from another's, item by item."""
+    if not all(score.per_item for score in scores):
+        return None, None
     signs = (1, -1)[: len(scores)]
     means = [np.isclose(np.mean(score.per_item), score.value) for score in scores]
     if all(means):
@@ -152,6 +154,6 @@ def _kinds(items: Sequence[Item], result: Result) -> dict[str, dict[str, float]]
     for index, item in enumerate(items):
         groups[item.kind or "all"].append(index)
     return {
-        kind: {"n": len(members)} | {name: score.of(members) for name, score in result.scores.items()}
+        kind: {"n": len(members)} | {name: score.of(members) for name, score in result.scores.items() if score.per_item}
         for kind, members in sorted(groups.items())
     }

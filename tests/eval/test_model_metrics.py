@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import CLIPModel, CLIPProcessor
@@ -113,3 +114,68 @@ def test_bleu_and_f1_of_some_items_are_those_items_alone() -> None:
         assert whole.of([0, 2, 0]) == pytest.approx(some.value)
     f1 = mllm.metric("pope/f1")(["yes", "no", "yes"], [["yes"], ["yes"], ["no"]])
     assert f1.value == pytest.approx(0.5) and f1.of([0, 1]) == pytest.approx(2 / 3)
+
+
+def test_generated_pictures_are_held_against_the_real_ones(tiny_clip: str, tmp_path: Any) -> None:
+    made, real = [tiny_image(seed) for seed in (5, 6, 7)], [tiny_image(seed) for seed in (5, 1, 2)]
+    paths = [str(tmp_path / f"{index}.png") for index in range(3)]
+    for path, image in zip(paths, made, strict=True):
+        image.save(path)
+    model, processor = CLIPModel.from_pretrained(tiny_clip), CLIPProcessor.from_pretrained(tiny_clip, backend="pil")
+    with torch.no_grad():
+        vectors = [
+            model.get_image_features(**processor(images=images, return_tensors="pt")).pooler_output
+            for images in (made, real)
+        ]
+    expected = torch.nn.functional.cosine_similarity(*vectors)
+    similarity: Any = mllm.metric("generation/clip-similarity")
+    images = [[tiny_image(9), source_of(image)] for image in real]  # the last is the one that was to be made
+    found = similarity(paths, [["x"]] * 3, images=images, scorer=DualEncoder(model=tiny_clip))
+    assert found.per_item == pytest.approx(expected.tolist(), abs=1e-5) and found.per_item[0] == pytest.approx(1.0)
+    with pytest.raises(MLLMError, match="Item 1 has no picture"):
+        similarity(paths, [["x"]] * 3, images=[images[0], [], images[2]], scorer=None)
+
+
+def test_a_score_of_the_whole_alone_has_no_items() -> None:
+    scoring, score = import_module("mllm.eval.scoring"), import_module("mllm.scores").Score
+    items = [Item("a", (), ("x",), kind="one"), Item("b", (), ("x",), kind="two")]
+    results = {"model": scoring.Result(["x", "y"], {"whole": score(3.0, [], "whole", "1", better="lower")})}
+    (entry,) = scoring.tally(["whole"], items, results)["metrics"]
+    assert (entry["value"], entry["low"], entry["better"]) == (3.0, None, "lower")
+    assert [row["scores"] for row in scoring.rows(items, results)] == [{}, {}]
+    assert scoring.tally(["whole"], items, results)["kinds"] == {"one": {"n": 1}, "two": {"n": 1}}
+
+
+@pytest.mark.extras
+def test_fid_is_the_frechet_distance(tmp_path: Any) -> None:
+    from scipy.linalg import sqrtm
+
+    class Means(torch.nn.Module):
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            return pixels.float().unflatten(-1, (-1, 23)).mean(dim=(-1, -3)).flatten(1)[:, ::6]
+
+        num_features = 7
+
+    sets = [[tiny_image(seed) for seed in seeds] for seeds in (range(12), range(20, 32))]
+    paths = []
+    for index, image in enumerate(sets[1]):
+        image.save(tmp_path / f"{index}.png")
+        paths.append(str(tmp_path / f"{index}.png"))
+    fid: Any = mllm.metric("generation/fid")
+    found = fid(paths, [["x"]] * 12, images=[[image] for image in sets[0]], feature=Means())
+    pixels = import_module("mllm.eval.metrics.generation")._pixels
+    real, made = (torch.cat([Means()(pixels(image, "fid")) for image in images]).double().numpy() for images in sets)
+    covariances = np.cov(real, rowvar=False), np.cov(made, rowvar=False)
+    expected = ((real.mean(0) - made.mean(0)) ** 2).sum() + sum(np.trace(c) for c in covariances)
+    expected -= 2 * np.trace(np.real(sqrtm(covariances[0] @ covariances[1])))
+    assert found.value == pytest.approx(expected, rel=1e-3) and found.per_item == []
+
+
+@pytest.mark.extras
+def test_weights_that_cannot_be_had_are_one_message(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    tiny_image(0).save(tmp_path / "0.png")
+    for name in ("generation/fid", "generation/lpips"):
+        found: Any = mllm.metric(name)
+        with pytest.raises(MLLMError, match="weights are downloaded once, and that failed"):
+            found([str(tmp_path / "0.png")], [["x"]], images=[[tiny_image(1)]])
