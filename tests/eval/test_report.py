@@ -193,6 +193,20 @@ def test_search_kind_and_order(tmp_path: Path) -> None:
     assert seen["kind"] == ["best", "worst"]
 
 
+def test_where_lower_is_better_a_fall_is_good_and_the_highest_comes_first_as_the_worst(tmp_path: Path) -> None:
+    chair = metric("caption/chair-s", 0.1, -0.2, -0.1) | {"better": "lower"}
+    rows = [row(name, scores={"caption/chair-s": score}) for name, score in (("good", 0.0), ("bad", 1.0))]
+    seen = browse(
+        write(tmp_path, rows, metrics=[chair]),
+        """const seen = {mark: document.querySelector("#headline .mark").className, name: texts("#headline td")[0]};
+        set("sort", "worst", "change"); seen.worst = ids();
+        set("sort", "best", "change"); seen.best = ids();
+        return seen;""",
+    )
+    assert seen["mark"] == "mark good" and "lower is better" in seen["name"]
+    assert (seen["worst"], seen["best"]) == (["bad", "good"], ["good", "bad"])
+
+
 def test_markup_in_any_text_is_shown_as_text(tmp_path: Path) -> None:
     evil = "</script><script>window.harmed = 1</script><img src=x onerror='window.harmed = 1'><!--<script> & é \u2028"
     rows = [row(evil, kind=evil, question=evil, references=[evil], prediction=evil, baselines={"blind": evil})]
