@@ -160,7 +160,6 @@ def test_run_of_another_version(mllm: Mllm, model: Path, picture: Path, tmp_path
         ["export", "run", "out", "--to", "hf-llava"],
         ["index", "build", "images", "out"],
         ["bench", "train"],
-        ["data", "check", "limber-cpu"],
     ],
 )
 def test_commands_of_later_versions_say_so(mllm: Mllm, arguments: list[str]) -> None:
