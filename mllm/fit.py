@@ -90,6 +90,7 @@ def fit_connector(
     solver: str,
     strength: float,
     chunk: int = 64,
+    readable: Callable[[Sequence[Item]], Sequence[Item]] = lambda items: items,
     track: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> float:
     """Set the connector's last linear map in closed form, so that its output has the scale of embeddings.
@@ -103,6 +104,7 @@ def fit_connector(
         solver: see `NormalEquations.solve`.
         strength: of the ridge, as a share of the features' mean variance.
         chunk: images at once.
+        readable: is given a chunk that could not be read, and returns the items of it that can.
         track: wraps the chunks, to show progress.
 
     Returns:
@@ -120,8 +122,13 @@ def fit_connector(
     weight = rarity(model.lm, captioned)
     sums = NormalEquations(connector.project.in_features, model.lm.dim)
     for start in track(range(0, len(captioned), chunk)):
-        part = captioned[start : start + chunk]
-        x = connector.body(features([item.images[0] for item in part])).mean(1)  # (N, D_vis)
+        part: Sequence[Item] = captioned[start : start + chunk]
+        try:
+            seen = features([item.images[0] for item in part])
+        except MLLMError:
+            part = readable(part)
+            seen = features([item.images[0] for item in part])
+        x = connector.body(seen).mean(1)  # (N, D_vis)
         y = torch.stack([words_embedding(model.lm, item, weight) for item in part])  # (N, D_lm)
         sums.add(x.cpu(), y.cpu())
     weights, intercept = sums.solve(solver, strength)

@@ -82,7 +82,8 @@ class Run:
         for line in path.read_text().splitlines():
             with contextlib.suppress(ValueError):  # a line cut short by a kill
                 row = json.loads(line)
-                if row["stage"] in done or (row["stage"] == stage and 0 < row.get("step", 0) <= step):
+                own = row["stage"] == stage and ("skipped" in row or 0 < row.get("step", 0) <= step)
+                if row["stage"] in done or own:
                     kept.append(line + "\n")
         with self._written(path.name):
             write(path, lambda file: file.write_text("".join(kept)))

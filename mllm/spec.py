@@ -127,6 +127,7 @@ class Data(Spec):
 
     train: Sources = []
     val: Sources = []
+    skip: float = Field(default=0.01, ge=0, le=1)  # of the training items, the share that may turn out unreadable
 
 
 class InitSpec(Spec):

@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ from transformers import get_scheduler
 from mllm import recipe as recipes
 from mllm.checkpoint import save
 from mllm.data.loading import examples, read_all
+from mllm.data.skipping import Skipped
 from mllm.errors import MLLMError
 from mllm.features import FeatureStore, open_store
 from mllm.fit import fit_connector
+from mllm.images import open_image
 from mllm.model import FROZEN, Assembly, build, calibrate, trained_module
 from mllm.prompt import Batch, Piece, collate, images_of
 from mllm.registry import lookup
@@ -124,11 +127,18 @@ def progress() -> Progress:
 def _fit(run: Run, model: Assembly, stage: Stage, store: FeatureStore) -> None:
     assert stage.fit is not None
     items = [item for _, source in _data(stage) for item in source]
+    skipped = Skipped(stage.data.skip, len(items), partial(run.log, stage=stage.name))
     with progress() as bar:
         task = bar.add_task(stage.name, total=None, note="")
         track = lambda chunks: bar.track(chunks, task_id=task)  # noqa: E731
         explained = fit_connector(
-            model, items, store, solver=stage.fit.solver, strength=stage.fit.strength, track=track
+            model,
+            items,
+            store,
+            solver=stage.fit.solver,
+            strength=stage.fit.strength,
+            readable=lambda part: skipped.readable(part, lambda item: item.images[0].open()),
+            track=track,
         )
         bar.update(task, note=f"explains {explained:.0%} of the words")
     run.log(stage=stage.name, explained=explained)
@@ -142,9 +152,13 @@ def _train(run: Run, model: Assembly, stage: Stage, config: Recipe, store: Featu
     model.to(accelerator.device)
     sources = _data(stage)
     stream = examples(sources, stage.prompt, seed=config.seed)
+    total = sum(len(items) for _, items in sources)
+    skipped = Skipped(stage.data.skip, total, partial(run.log, stage=stage.name))
     if not model.calibrated:
-        first = itertools.islice(examples(sources, stage.prompt, seed=config.seed), CALIBRATION_EXAMPLES)
-        calibrate(model, store([image for pieces in first for image in images_of(pieces)]))
+        first = list(itertools.islice(examples(sources, stage.prompt, seed=config.seed), CALIBRATION_EXAMPLES))
+        features, _ = _readable(model, first, store, accelerator.device, skipped)
+        if features is not None:
+            calibrate(model, features)
         model.calibrated = True
     optimizer = torch.optim.AdamW(_groups(model, stage), weight_decay=stage.optim.weight_decay, betas=stage.optim.betas)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
@@ -163,7 +177,8 @@ def _train(run: Run, model: Assembly, stage: Stage, config: Recipe, store: Featu
         for step in range(state.step + 1, stage.steps + 1):
             model.train()
             micro = [_share(stream, stage, accelerator) for _ in range(stage.optim.accumulate)]
-            loss = _step(accelerator, wrapped, optimizer, micro, objectives, weights, store, stage.optim.clip)
+            prepared = [_readable(model, rows, store, accelerator.device, skipped) for rows in micro]
+            loss = _step(accelerator, wrapped, optimizer, prepared, objectives, weights, stage.optim.clip)
             rate = optimizer.param_groups[0]["lr"]
             schedule.step()
             if not torch.isfinite(torch.tensor(loss)):
@@ -185,15 +200,13 @@ def _step(
     accelerator: Accelerator,
     wrapped: nn.Module,
     optimizer: Any,
-    micro: Sequence[list[list[Piece]]],
+    prepared: Sequence[tuple[Tensor | None, Batch]],
     objectives: Sequence[Any],
     weights: Sequence[float],
-    store: FeatureStore,
     clip: float | None,
 ) -> float:
     """Do one optimizer step over accumulated batches; return the mean loss over target tokens."""
     model: Assembly = accelerator.unwrap_model(wrapped)
-    prepared = [_inputs(model, rows, store, accelerator.device) for rows in micro]
     targets = torch.tensor(
         float(sum(int((batch.labels >= 0).sum()) for _, batch in prepared)), device=accelerator.device
     )
@@ -238,6 +251,25 @@ def _inputs(
     return (store(images).to(device) if images else None), batch
 
 
+def _readable(
+    model: Assembly, rows: Sequence[list[Piece]], store: FeatureStore, device: torch.device, skipped: Skipped
+) -> tuple[Tensor | None, Batch]:
+    """Return a batch's inputs, without the examples that cannot be read or do not fit: they are looked for on failure.
+
+    What is left weighs by its tokens, as ever; and a run that is resumed passes over the same examples.
+    """
+
+    def read(pieces: list[Piece]) -> None:
+        model.encode(pieces)
+        for image in images_of(pieces):
+            open_image(image)
+
+    try:
+        return _inputs(model, rows, store, device)
+    except MLLMError:
+        return _inputs(model, skipped.readable(rows, read), store, device)
+
+
 def _share(stream: Iterator[list[Piece]], stage: Stage, accelerator: Accelerator) -> list[list[Piece]]:
     """Take the next global batch and return this process's part of it."""
     rows = list(itertools.islice(stream, stage.batch_size))
@@ -254,7 +286,10 @@ def _data(stage: Stage) -> list[tuple[float, Any]]:
 def _validation(stage: Stage) -> list[list[Piece]]:
     sources = read_all(stage.data.val)
     number = min(VALIDATION_ITEMS, sum(len(items) for _, items in sources))
-    return list(itertools.islice(examples(sources, stage.prompt, seed=0), number)) if sources else []
+    rows = list(itertools.islice(examples(sources, stage.prompt, seed=0), number)) if sources else []
+    for image in (image for pieces in rows for image in images_of(pieces)):
+        open_image(image)  # one that cannot be read is found now, not after hours
+    return rows
 
 
 def _groups(model: Assembly, stage: Stage) -> list[dict[str, Any]]:

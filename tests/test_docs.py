@@ -21,6 +21,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from mllm.cli import app
+from mllm.data.inspection import inspect
 from mllm.registry import BUILT_IN
 from mllm.version import __version__
 
@@ -152,8 +153,11 @@ def test_your_own_data_works_as_written(tiny_parts, tmp_path, monkeypatch):
         for number in (1, 2):
             Image.new("RGB", (24, 24), name).save(f"pictures/{name}-{number}.png")
     tiny = [f"encoder.model={tiny_parts[0]}", f"lm.model={tiny_parts[1]}", "stages.1.steps=2", "stages.1.batch_size=2"]
-    check, train, caption, ask = commands(page)
+    check, look, train, caption, ask = commands(page)
     mllm(*check, *tiny)
+    assert look[:2] == ["data", "check"]
+    found, shared = inspect(look[2], tiny)
+    assert not any(source.problems for source in found) and len(shared) == 1  # here both tables are the same
     assert "runs/mine" in mllm(*train, *tiny)
     assert saved_shapes("runs/mine/model")["connector.project.bias"] == [32] and Path("runs/mine/loss.png").is_file()
     assert mllm(*caption).startswith("pictures/red-1.png: ")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -225,3 +227,39 @@ def test_a_run_is_never_written_over(recipe, tmp_path):
 def test_a_loss_that_is_no_number_stops_the_run(recipe, tmp_path):
     with pytest.raises(MLLMError, match="Lower the learning rate"):
         mllm.train(recipe, ["stages.0.train.connector=1e37", "optim.clip=null"], out=tmp_path / "run")
+
+
+@pytest.fixture
+def damaged(recipe, tmp_path):
+    """The recipe on a copy of its pictures, two of which are cut short; a closed-form stage first."""
+    source, folder = Path(recipe).parent, tmp_path / "damaged"
+    shutil.copytree(source, folder)
+    for name in ("4.png", "9.png"):
+        (folder / name).write_bytes((folder / name).read_bytes()[:60])
+    text = Path(recipe).read_text().replace(str(source), str(folder))
+    fit = "  - {name: fit, fit: {part: connector}}\n  - {name: align"
+    (folder / "recipe.yaml").write_text(text.replace("  - {name: align", fit))
+    return folder / "recipe.yaml"
+
+
+def test_what_cannot_be_read_is_left_out_and_named(damaged, tmp_path):
+    run = mllm.train(str(damaged), {"data.skip": 0.07}, out=tmp_path / "run")
+    rows = [json.loads(line) for line in (run.path / "log.jsonl").read_text().splitlines()]
+    named = {(row["stage"], Path(row["skipped"].split(" is no picture")[0]).name) for row in rows if "skipped" in row}
+    assert named == {(stage, name) for stage in ("fit", "align") for name in ("4.png", "9.png")}
+    assert len([row for row in rows if "skipped" in row]) == 4  # once each, however often they come up
+    assert len(log(run)) == 10 and (run.path / "loss.png").is_file()
+    # It is training on what is left: the rows of the two taken out, in the order of the others.
+    kept = mllm.train(str(damaged), {"data.skip": 0.07}, out=tmp_path / "again")
+    assert log(kept) == log(run)
+
+
+def test_too_much_that_cannot_be_read_stops_the_run_with_the_list(damaged, tmp_path):
+    with pytest.raises(MLLMError, match=r"(?s)2 of 32 samples could not be read.*data.skip=0.04.*4\.png.*9\.png"):
+        mllm.train(str(damaged), {"data.skip": 0.04}, out=tmp_path / "run")
+    train, val = damaged.with_name("train.json"), damaged.with_name("val.json")
+    good = [row for row in json.loads(train.read_text()) if row["image"] not in ("4.png", "9.png")]
+    train.write_text(json.dumps(good))
+    val.write_text(json.dumps([{"image": "4.png", "caption": "red"}]))
+    with pytest.raises(MLLMError, match=r"4\.png is no picture that can be read"):
+        mllm.train(str(damaged), out=tmp_path / "val")
