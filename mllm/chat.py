@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import secrets
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
@@ -21,10 +20,9 @@ from transformers import TextIteratorStreamer
 
 from mllm.errors import MLLMError
 from mllm.files import write
-from mllm.images import ImageFile, open_image, source_of
-from mllm.prompt import Control, Encoded, Piece, answer_text, arrange, collate, images_of
-
-ROLES = ("system", "user", "assistant")
+from mllm.images import ImageFile, source_of
+from mllm.prompt import Encoded, collate, images_of
+from mllm.turns import checked_messages, message, text_part, turns
 
 
 class Chat:
@@ -46,7 +44,7 @@ class Chat:
         self._model = model
         if model.spec.prompt.chat == "own" and model.lm.tokenizer.chat_template is None:
             raise MLLMError("This language model has no chat template of its own: set prompt.chat=plain.")
-        self._start = [_message("system", [_text(system)])] if system else []
+        self._start = [message("system", [text_part(system)])] if system else []
         self.messages = [*self._start, *checked_messages(messages)]
         self._cache: Any = None  # key-value states
         self._mask: list[int] = []  # of every state, whether it still counts
@@ -71,7 +69,7 @@ class Chat:
         sources = [source_of(image) for image in images]
         for source in sources:
             source.open()
-        turn = _message("user", [*({"type": "image", "image": source} for source in sources), _text(text)])
+        turn = message("user", [*({"type": "image", "image": source} for source in sources), text_part(text)])
         messages = [*self.messages, turn]
         answer = ""
         for new in self._answer(messages, decoding, writer):
@@ -79,7 +77,7 @@ class Chat:
             answer += new
             if new:
                 yield new
-        self.messages = [*messages, _message("assistant", [_text(answer.strip())])]
+        self.messages = [*messages, message("assistant", [text_part(answer.strip())])]
 
     def reset(self) -> None:
         """Forget all but what the model was told at the start."""
@@ -162,64 +160,6 @@ def _said(encoded: Encoded, images: Sequence[Any]) -> list[int | str]:
     return [next(keys) if visual else token for token, visual in zip(encoded.ids, encoded.visual, strict=True)]
 
 
-def turns(model: Any, messages: Sequence[dict[str, Any]]) -> list[Piece]:
-    """Return a conversation as an interleaved prompt that ends where the answer starts."""
-    return (_templated if model.spec.prompt.chat == "own" else _plain)(model, messages)
-
-
-def checked_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
-    """Return messages of transformers' or OpenAI's schema in our form.
-
-    Raises:
-        MLLMError: a message of another form.
-    """
-    return [_checked(message) for message in messages]
-
-
-def _plain(model: Any, messages: Sequence[dict[str, Any]]) -> list[Piece]:
-    """Put every turn with the recipe's own words, as the connector was trained with them."""
-    prompt = model.spec.prompt
-    pieces: list[Piece] = []
-    for message in messages:
-        text, images = _parts(message)
-        if message["role"] == "assistant":
-            pieces.append(f"{answer_text(text)}\n")
-        elif message["role"] == "system":
-            pieces.append(f"{text}\n")
-        else:
-            words = prompt.question.format(question=text) if text else prompt.caption
-            pieces += arrange(prompt.template, images, words) if images else [words]
-    return pieces
-
-
-def _templated(model: Any, messages: Sequence[dict[str, Any]]) -> list[Piece]:
-    """Put the conversation into the language model's own chat template.
-
-    The template is filled with marks that nobody can guess, which are then replaced by texts and pictures: only the
-    template's own words are read for control tokens.
-    """
-    nonce = secrets.token_hex(8)
-    held: list[Piece] = []
-
-    def marked(message: dict[str, Any]) -> dict[str, str]:
-        start = len(held)
-        held.extend(part["text"] if part["type"] == "text" else part["image"] for part in message["content"])
-        return {
-            "role": message["role"],
-            "content": "".join(f"{nonce}:{number};" for number in range(start, len(held))),
-        }
-
-    rendered = model.lm.tokenizer.apply_chat_template(
-        [marked(message) for message in messages], tokenize=False, add_generation_prompt=True
-    )
-    first, *rest = rendered.split(f"{nonce}:")
-    pieces: list[Piece] = [Control(first)]
-    for stretch in rest:
-        number, _, control = stretch.partition(";")
-        pieces += [held[int(number)], Control(control)]
-    return pieces
-
-
 def _at_once(
     model: Any, ids: torch.Tensor, mask: torch.Tensor, cache: Any, settings: Sequence[dict[str, Any]]
 ) -> Generator[str, None, list[int]]:
@@ -250,45 +190,6 @@ def _streamed(
     if isinstance(found[0], Exception):
         raise found[0]
     return list(found[0])
-
-
-def _message(role: str, content: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"role": role, "content": content}
-
-
-def _text(text: str) -> dict[str, Any]:
-    return {"type": "text", "text": text}
-
-
-def _parts(message: dict[str, Any]) -> tuple[str, list[Any]]:
-    """Return a message's text, and its pictures."""
-    texts = [part["text"] for part in message["content"] if part["type"] == "text"]
-    return " ".join(texts).strip(), [part["image"] for part in message["content"] if part["type"] == "image"]
-
-
-def _checked(message: Any) -> dict[str, Any]:
-    """Return a message of transformers' or OpenAI's schema in our form."""
-    if not isinstance(message, dict) or message.get("role") not in ROLES:
-        raise MLLMError(f"A message needs a role ({', '.join(ROLES)}) and a content; got {str(message)[:80]!r}.")
-    content = message.get("content")
-    parts = [_text(content)] if isinstance(content, str) else content
-    if not isinstance(parts, list):
-        raise MLLMError(f"A message's content is a text or a list of parts; got {type(content).__name__}.")
-    return _message(message["role"], [_part(part) for part in parts])
-
-
-def _part(part: Any) -> dict[str, Any]:
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind == "text" and isinstance(part.get("text"), str):
-        return _text(part["text"])
-    if kind == "image" and "image" in part:
-        return {"type": "image", "image": source_of(part["image"])}
-    if kind == "image_url" and isinstance(part.get("image_url"), dict):
-        url = str(part["image_url"].get("url"))
-        if not url.startswith("data:"):
-            raise MLLMError(f"image_url is {url[:60]!r}; only data URLs are read, nothing is downloaded.")
-        return {"type": "image", "image": source_of(open_image(url))}
-    raise MLLMError(f"A part of a message is a text, an image or an image_url; got {str(part)[:80]!r}.")
 
 
 def _saved(part: dict[str, Any]) -> dict[str, Any]:

@@ -113,7 +113,7 @@ def fit_connector(
     Raises:
         MLLMError: the connector does not end in a linear map, or there are no captions.
     """
-    captioned = [item for item in items if item.question is None and item.images]
+    captioned = [item for item in items if item.question is None and item.images and item.answers]
     connector = model.connector
     if not can_be_fitted(connector):
         raise MLLMError("stages.fit needs a connector that ends in a linear map, such as connector.type=linear.")

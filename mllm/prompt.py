@@ -61,10 +61,15 @@ def encode(pieces: Sequence[Piece], *, lm: Any, num_visual: int, start: bool = T
 
     Text that stands together is tokenised together, so a prompt without images has exactly the bare language model's
     ids. ``num_visual`` is Q, the visual tokens of one image; ``start``: with what every sequence starts with.
+
+    The end of a target is learnt. Only behind the last one does it stand in the sequence: in a conversation that goes
+    on, as in one that is answered, the next turn follows right behind the answer's words.
     """
     ids = list(lm.bos) if start else []
     visual, labels = [False] * len(ids), [IGNORED] * len(ids)
-    for piece in _joined(pieces):
+    joined = _joined(pieces)
+    ended = False  # a target has ended right here
+    for place, piece in enumerate(joined):
         if isinstance(piece, str):
             new = lm.tokenize(piece)
             new_labels = [IGNORED] * len(new)
@@ -72,10 +77,13 @@ def encode(pieces: Sequence[Piece], *, lm: Any, num_visual: int, start: bool = T
             new = lm.tokenize(piece.text, control=True)
             new_labels = [IGNORED] * len(new)
         elif isinstance(piece, Target):
-            new = [*lm.tokenize(piece.text), lm.eos]
-            new_labels = new
+            new = [*lm.tokenize(piece.text), *([lm.eos] if place == len(joined) - 1 else [])]
+            new_labels = list(new)
         else:
             new, new_labels = [lm.pad] * num_visual, [IGNORED] * num_visual
+        if ended and new:
+            new_labels[0] = lm.eos
+        ended = isinstance(piece, Target) or (ended and not new)
         ids += new
         labels += new_labels
         visual += [not isinstance(piece, str | Target | Control)] * len(new)

@@ -151,11 +151,13 @@ def _train(run: Run, model: Assembly, stage: Stage, config: Recipe, store: Featu
     accelerator = Accelerator(mixed_precision=_precision(stage))
     model.to(accelerator.device)
     sources = _data(stage)
-    stream = examples(sources, stage.prompt, seed=config.seed)
+    stream = examples(sources, stage.prompt, seed=config.seed, lm=model.lm)
     total = sum(len(items) for _, items in sources)
     skipped = Skipped(stage.data.skip, total, partial(run.log, stage=stage.name))
     if not model.calibrated:
-        first = list(itertools.islice(examples(sources, stage.prompt, seed=config.seed), CALIBRATION_EXAMPLES))
+        first = list(
+            itertools.islice(examples(sources, stage.prompt, seed=config.seed, lm=model.lm), CALIBRATION_EXAMPLES)
+        )
         features, _ = _readable(model, first, store, accelerator.device, skipped)
         if features is not None:
             calibrate(model, features)
@@ -170,7 +172,7 @@ def _train(run: Run, model: Assembly, stage: Stage, config: Recipe, store: Featu
         next(itertools.islice(stream, done, done), None)  # passed over: nothing is opened
     objectives = [lookup("objectives", spec.type) for spec in stage.objectives]
     weights = [spec.weight for spec in stage.objectives]
-    validation = _validation(stage)
+    validation = _validation(stage, model.lm)
     started = time.monotonic()
     with progress() as bar:
         task = bar.add_task(stage.name, total=stage.steps, completed=state.step, note="")
@@ -283,10 +285,10 @@ def _data(stage: Stage) -> list[tuple[float, Any]]:
     return sources
 
 
-def _validation(stage: Stage) -> list[list[Piece]]:
+def _validation(stage: Stage, lm: Any) -> list[list[Piece]]:
     sources = read_all(stage.data.val)
     number = min(VALIDATION_ITEMS, sum(len(items) for _, items in sources))
-    rows = list(itertools.islice(examples(sources, stage.prompt, seed=0), number)) if sources else []
+    rows = list(itertools.islice(examples(sources, stage.prompt, seed=0, lm=lm), number)) if sources else []
     for image in (image for pieces in rows for image in images_of(pieces)):
         open_image(image)  # one that cannot be read is found now, not after hours
     return rows

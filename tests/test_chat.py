@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 import mllm
-from mllm.chat import turns
 from mllm.errors import MLLMError
 from mllm.images import source_of
 from mllm.testing import tiny_image
+from mllm.turns import turns
 from mllm.view import View
 
 A, B, C = tiny_image(1), tiny_image(2), tiny_image(3)

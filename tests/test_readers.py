@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from mllm.data.captions import coco_captions
+from mllm.data.captions import caption_folder, caption_lines, coco_captions
 from mllm.data.items import Item, pieces_of, question_text
 from mllm.data.loading import examples, read
 from mllm.data.tables import table
@@ -248,3 +248,30 @@ def test_a_question_is_put_into_the_prompt_and_a_caption_is_not() -> None:
     asked = Item("1", (), ("blue",), question="{colour}?")
     assert question_text(asked, prompt) == "Q: {colour}? A:"
     assert pieces_of(Item("1", (), ("a cat ",)), prompt, "a cat ") == ["It shows", Target(" a cat")]
+
+
+def test_lines_of_captions_and_pictures(folder: Path) -> None:
+    (folder / "cc.tsv").write_text("a red dog\ta.png\nit\tb.png\r\na dog\ta.png\n\n")
+    found = caption_lines(path=str(folder / "cc.tsv"), images=str(folder))
+    assert [(item.id, item.answers) for item in found] == [("a.png", ("a red dog", "a dog")), ("b.png", ("it",))]
+    for line in ("no tab", "\ta.png", "a\tb.png\tc"):
+        (folder / "cc.tsv").write_text(f"a dog\ta.png\n{line}\n")
+        with pytest.raises(MLLMError, match=r"cc\.tsv, line 2 is .*one tab"):
+            caption_lines(path=str(folder / "cc.tsv"), images=str(folder))
+
+
+def test_a_folder_of_pictures_with_texts_beside_them(folder: Path) -> None:
+    for name, text in (("a", "a dog\nthe dog\n"), ("b", "a cat"), ("images/a", "a bus")):
+        (folder / f"{name}.txt").write_text(text)
+    found = caption_folder(path=str(folder))
+    assert [(i.id, i.answers) for i in found] == [
+        ("a.png", ("a dog", "the dog")),
+        ("b.png", ("a cat",)),
+        ("images/a.png", ("a bus",)),
+    ]
+    (folder / "b.txt").write_text(" \n")
+    with pytest.raises(MLLMError, match=r"b\.txt is empty; expected the caption of b\.png"):
+        caption_folder(path=str(folder))
+    (folder / "b.txt").unlink()
+    with pytest.raises(MLLMError, match=r"b\.txt cannot be read"):
+        caption_folder(path=str(folder))

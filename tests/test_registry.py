@@ -51,7 +51,7 @@ def test_unknown_name_lists_the_near_match() -> None:
         registry.lookup("connectors", "liner")
     with pytest.raises(MLLMError, match=r"No part called 'Linear'"):  # names are exact
         registry.lookup("connectors", "Linear")
-    with pytest.raises(MLLMError, match=r"'zzz' in mllm.readers. Known: aokvqa, classes, coco-captions, "):
+    with pytest.raises(MLLMError, match=r"'zzz' in mllm.readers. Known: aokvqa, caption-folder, caption-lines, "):
         registry.lookup("readers", "zzz")
 
 

@@ -1,4 +1,4 @@
-"""Readers of captions: COCO's format and the sets that have it, Karpathy's splits, TextCaps."""
+"""Readers of captions: COCO's format and the sets that have it, Karpathy's splits, TextCaps, lines, folders."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from mllm.data.items import Item
-from mllm.data.reading import form, inside, json_of, present, some, texts
+from mllm.data.reading import form, inside, json_of, present, some, text_of, texts
 from mllm.errors import MLLMError
-from mllm.images import ImageFile
+from mllm.images import SUFFIXES, ImageFile
 
 
 def coco_captions(*, annotations: str, images: str) -> list[Item]:
@@ -91,3 +91,42 @@ def textcaps(*, annotations: str, images: str) -> list[Item]:
         if found
     ]
     return present(items, annotations)
+
+
+def caption_lines(*, path: str, images: str) -> list[Item]:
+    """Read lines of a caption, a tab and a picture's file, as CC3M's table has them, without a first line of names.
+
+    Args:
+        path: the TSV file. Captions of one picture become one item.
+        images: the folder of the pictures.
+
+    Raises:
+        MLLMError: a line of another form, or pictures that are not there.
+    """
+    captions: dict[str, list[str]] = defaultdict(list)
+    for number, line in enumerate(text_of(Path(path)).split("\n"), start=1):
+        if not line.strip():
+            continue
+        caption, _, name = line.rstrip("\r").partition("\t")
+        if not (caption.strip() and name.strip()) or "\t" in name:
+            raise MLLMError(f"{path}, line {number} is {line[:60]!r}; expected a caption, one tab, a file.")
+        captions[name.strip()].append(caption.strip())
+    items = [Item(name, (ImageFile(inside(images, name, path)),), tuple(found)) for name, found in captions.items()]
+    return present(items, path)
+
+
+def caption_folder(*, path: str) -> list[Item]:
+    """Read a folder of pictures, each with a text file of its name beside it: a caption a line. Folders inside count.
+
+    Raises:
+        MLLMError: a picture without its text file, or an empty one.
+    """
+    items = []
+    for file in sorted(Path(path).rglob("*")):
+        if file.suffix.lower() in SUFFIXES:
+            beside = file.with_suffix(".txt")
+            found = texts(text_of(beside).splitlines())
+            if not found:
+                raise MLLMError(f"{beside} is empty; expected the caption of {file.name}.")
+            items.append(Item(str(file.relative_to(path)), (ImageFile(file),), tuple(found)))
+    return present(items, path)

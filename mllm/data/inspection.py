@@ -82,6 +82,8 @@ def _source(name: str, role: str, spec: DataSpec, prompt: PromptSpec, model: Any
                     keys[image] = ""
                     wrong["pictures cannot be read"].append(str(error))
         answers = [answer for answer in item.answers if answer.strip()]
+        if item.messages:
+            answers = [""]  # one example, whatever its turns
         if not answers:
             silent.append(item.id)
             continue
@@ -113,7 +115,9 @@ def _source(name: str, role: str, spec: DataSpec, prompt: PromptSpec, model: Any
 
 def _length(item: Item, answer: str, prompt: PromptSpec, model: Any) -> int:
     """Return the positions of an example: its tokens, visual ones included, and the end."""
-    return len(encode(pieces_of(item, prompt, answer), lm=model.lm, num_visual=model.connector.num_tokens).ids)
+    return len(
+        encode(pieces_of(item, prompt, answer, model.lm), lm=model.lm, num_visual=model.connector.num_tokens).ids
+    )
 
 
 def _shared(found: Sequence[Found]) -> list[str]:

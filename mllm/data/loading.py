@@ -6,6 +6,7 @@ import inspect
 import random
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 from mllm.data.items import Item, pieces_of
 from mllm.errors import MLLMError
@@ -53,17 +54,20 @@ def read_all(specs: Sequence[DataSpec]) -> list[tuple[float, list[Item]]]:
     sources = [(spec.weight, read(spec)) for spec in specs]
     for _, items in sources:
         for item in items:
-            if not item.answers:
+            if not item.answers and not item.messages:
                 raise MLLMError(
                     f"data: the item {item.id!r} has no answer, and training needs one: is it a test split?"
                 )
     return sources
 
 
-def examples(sources: Sequence[tuple[float, list[Item]]], prompt: PromptSpec, *, seed: int) -> Iterator[list[Piece]]:
+def examples(
+    sources: Sequence[tuple[float, list[Item]]], prompt: PromptSpec, *, seed: int, lm: Any = None
+) -> Iterator[list[Piece]]:
     """Yield training examples without end: sources by weight, each in a new order every epoch.
 
-    Of an item's several answers one is drawn each time it comes up.
+    Of an item's several answers one is drawn each time it comes up. ``lm`` is needed for conversations in the language
+    model's own chat template.
     """
     draw = random.Random(f"{seed}/mixture")
     streams = [_shuffled(items, f"{seed}/{index}") for index, (_, items) in enumerate(sources)]
@@ -71,7 +75,7 @@ def examples(sources: Sequence[tuple[float, list[Item]]], prompt: PromptSpec, *,
     while True:
         stream = streams[0] if len(streams) == 1 else draw.choices(streams, weights)[0]
         item = next(stream)
-        yield pieces_of(item, prompt, draw.choice(item.answers))
+        yield pieces_of(item, prompt, draw.choice(item.answers) if item.answers else None, lm)
 
 
 def _shuffled(items: Sequence[Item], seed: str) -> Iterator[Item]:

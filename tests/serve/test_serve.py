@@ -28,12 +28,12 @@ import uvicorn
 from fastapi import Request, Response
 
 import mllm
-from mllm.chat import turns
 from mllm.errors import MLLMError
 from mllm.images import source_of
 from mllm.serve.app import Limits, create_app
 from mllm.serve.remote import Remote, public_address
 from mllm.testing import tiny_image
+from mllm.turns import turns
 
 A, B = tiny_image(1), tiny_image(2)
 
