@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import processors
 from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
@@ -17,13 +17,14 @@ from transformers import (
     CLIPProcessor,
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedTokenizerFast,
     ViTConfig,
     ViTImageProcessorPil,
     ViTModel,
 )
 
-SPECIAL = ("<|end|>", "<|pad|>")
+from mllm.testing_lms import END
+from mllm.testing_lms import LM_FAMILIES as LM_FAMILIES
+from mllm.testing_lms import tiny_tokenizer as tiny_tokenizer
 
 
 def tiny_encoder(folder: Path, *, seed: int = 0, dim: int = 24, side: int = 32, patch: int = 8) -> str:
@@ -70,9 +71,7 @@ def tiny_clip(folder: Path, *, seed: int = 0) -> str:
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     tokenizer = tiny_tokenizer()
     tokenizer.model_max_length = 64
-    end = processors.TemplateProcessing(
-        single=f"$A {SPECIAL[0]}", special_tokens=[(SPECIAL[0], tokenizer.eos_token_id)]
-    )
+    end = processors.TemplateProcessing(single=f"$A {END}", special_tokens=[(END, tokenizer.eos_token_id)])
     tokenizer.backend_tokenizer.post_processor = end  # CLIP reads a text's vector at its end
     text = {**shape, "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
     text |= {"max_position_embeddings": tokenizer.model_max_length, "bos_token_id": None, "pad_token_id": None}
@@ -81,16 +80,6 @@ def tiny_clip(folder: Path, *, seed: int = 0) -> str:
     images = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     CLIPProcessor(images, tokenizer).save_pretrained(folder)
     return str(folder)
-
-
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a tokenizer with one token a byte, an end and a padding token."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate((*alphabet, *SPECIAL))}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=SPECIAL[0], pad_token=SPECIAL[1])
 
 
 def tiny_image(seed: int = 0, size: tuple[int, int] = (40, 32)) -> Image.Image:
