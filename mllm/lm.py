@@ -7,12 +7,14 @@ windows), so no family is known by name. Logits are made for the positions asked
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -21,8 +23,9 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from mllm import decoding, hub
+from mllm import decoding, hub, vocabulary
 from mllm.errors import MLLMError
+from mllm.prompt import IGNORED
 
 
 class LanguageModel(nn.Module):
@@ -125,9 +128,7 @@ class LanguageModel(nn.Module):
             keep: positions within T; None: all.
             cache: key-value states of what came before; it is added to.
         """
-        options: dict[str, Any] = {"inputs_embeds": embeds, "attention_mask": mask}
-        if "position_ids" in self._accepts:
-            options["position_ids"] = positions(mask)[:, -embeds.shape[1] :]
+        options = self._inputs(embeds, mask)
         if cache is not None:
             options |= {self._states: cache, "use_cache": True}
         if keep is None:
@@ -135,6 +136,35 @@ class LanguageModel(nn.Module):
         if "logits_to_keep" in self._accepts:
             return self.model(**options, logits_to_keep=keep).logits
         return self.model(**options).logits[:, keep]
+
+    def losses(self, embeds: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+        """Return the negative log-likelihood ``(N,)`` of each target, row by row.
+
+        Args:
+            embeds: ``(B, T, D_lm)``.
+            mask: ``(B, T)``, 1 where there is a token.
+            labels: ``(B, T)``, the ids; `mllm.prompt.IGNORED` where there is no target.
+        """
+        chosen = labels[:, 1:] != IGNORED  # at each position: whether what follows it is a target
+        wanted = labels[:, 1:][chosen]  # (N,)
+        if not self._separable:
+            keep = chosen.any(0).nonzero().squeeze(1)  # (K,)
+            logits = self.logits(embeds, mask, keep)[chosen[:, keep]]  # (N, V)
+            return cross_entropy(logits.float(), wanted, reduction="none")
+        no_cache = {"use_cache": False} if "use_cache" in self._accepts else {}
+        output = vocabulary.read(self.model, **self._inputs(embeds, mask), **no_cache)
+        hidden = output.last_hidden_state[:, :-1][chosen]  # (N, D_lm)
+        return vocabulary.losses(self.model, hidden, wanted, type(output))
+
+    @functools.cached_property
+    def _separable(self) -> bool:
+        return vocabulary.separable(self.model)
+
+    def _inputs(self, embeds: Tensor, mask: Tensor) -> dict[str, Any]:
+        options: dict[str, Any] = {"inputs_embeds": embeds, "attention_mask": mask}
+        if "position_ids" in self._accepts:
+            options["position_ids"] = positions(mask)[:, -embeds.shape[1] :]
+        return options
 
     @torch.no_grad()
     def prefill(self, embeds: Tensor, mask: Tensor) -> tuple[Any, Tensor]:
