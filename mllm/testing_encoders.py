@@ -1,0 +1,132 @@
+"""Tiny encoders with random weights, a builder for each family: what the tests join, and the matrix in docs/.
+
+Notable: names of classes are strings, so nothing of `transformers` is imported before a model is made.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a tiny model of one family is made: called with a folder, it saves model and processor and returns it.
+
+    Args:
+        name: of the classes in `transformers`, without ``Config`` and ``Model``.
+        config: what differs from the configuration's defaults.
+        processor: class of the image processor; one that needs torchvision is written as its file alone.
+        settings: of the processor.
+    """
+
+    name: str
+    config: dict[str, Any]
+    processor: str = "ViTImageProcessorPil"
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self, folder: Path, *, seed: int = 0) -> str:
+        """Save a model with random weights and its image processor, and return the folder."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            config = getattr(transformers, f"{self.name}Config")(**self.config)
+            model = getattr(transformers, f"{self.name}Model")(config)
+            spread(model)
+        model.save_pretrained(folder)
+        settings = {"size": square(32), **self.settings}
+        if self.processor.endswith("Pil"):
+            getattr(transformers, self.processor)(**settings).save_pretrained(folder)
+        else:
+            settings |= {"image_processor_type": self.processor, "do_rescale": True, "do_normalize": True}
+            (Path(folder) / "preprocessor_config.json").write_text(json.dumps(settings))
+        return str(folder)
+
+
+def spread(model: Any) -> None:
+    """Draw a convolutional model so that what goes through many layers keeps its size (He et al. 2015)."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        elif isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.ones_(module.weight)
+
+
+def square(side: int) -> dict[str, int]:
+    """Return a size as image processors write it."""
+    return {"height": side, "width": side}
+
+
+VIT: dict[str, Any] = {
+    "hidden_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "image_size": 32,
+    "patch_size": 8,
+}
+DECODER = {f"decoder_{key}": 16 for key in ("hidden_size", "num_hidden_layers", "intermediate_size")}
+WINDOWS = {"image_size": 32, "patch_size": 4, "embed_dim": 8, "depths": [1, 1, 1], "num_heads": [1, 2, 2]}
+STAGES = {"hidden_sizes": [8, 8, 16, 24], "depths": [1, 1, 1, 1]}
+HEADS = {"num_attention_heads": [1, 1, 2, 2]}
+CROPPED = {"size": {"shortest_edge": 36}, "crop_size": square(32)}
+EDGE = {"size": {"shortest_edge": 64}}
+FAMILIES: dict[str, Family] = {
+    "clip": Family("CLIPVision", VIT, "CLIPImageProcessorPil", CROPPED),
+    "siglip": Family("SiglipVision", VIT, "SiglipImageProcessorPil"),
+    "siglip2-naflex": Family(
+        "Siglip2Vision",
+        {key: value for key, value in VIT.items() if key != "image_size"} | {"num_patches": 16},
+        "Siglip2ImageProcessorPil",
+        {"patch_size": 8, "max_num_patches": 16},
+    ),
+    "dinov2": Family("Dinov2", VIT, "BitImageProcessorPil", CROPPED),
+    "dinov2-registers": Family(
+        "Dinov2WithRegisters", VIT | {"num_register_tokens": 4}, "BitImageProcessorPil", CROPPED
+    ),
+    "dinov3": Family("DINOv3ViT", VIT | {"num_register_tokens": 4}, "DINOv3ViTImageProcessorFast"),
+    "vit": Family("ViT", VIT),
+    "beit": Family("Beit", VIT | {"use_relative_position_bias": True}, "BeitImageProcessorPil"),
+    "vit-mae": Family("ViTMAE", VIT | DECODER | {"decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}),
+    "deit": Family("DeiT", VIT, "DeiTImageProcessorPil", {"crop_size": square(32)}),
+    "ijepa": Family("IJepa", VIT),
+    "swin": Family("Swin", WINDOWS | {"window_size": 2}),
+    "swinv2": Family("Swinv2", WINDOWS | {"window_size": 2}),
+    "focalnet": Family(
+        "FocalNet", {"image_size": 32, "embed_dim": 8, "depths": [1, 1]}, "BitImageProcessorPil", CROPPED
+    ),
+    "pvt-v2": Family("PvtV2", STAGES | HEADS | {"image_size": 64}, settings={"size": square(64)}),
+    "segformer": Family("Segformer", STAGES | HEADS, "SegformerImageProcessorPil", {"size": square(64)}),
+    "convnext": Family("ConvNext", STAGES, "ConvNextImageProcessorPil", EDGE),
+    "dinov3-convnext": Family("DINOv3ConvNext", STAGES, "DINOv3ViTImageProcessorFast", {"size": square(64)}),
+    "resnet": Family(
+        "ResNet", STAGES | {"embedding_size": 8, "layer_type": "basic"}, "ConvNextImageProcessorPil", EDGE
+    ),
+    "regnet": Family("RegNet", STAGES | {"embedding_size": 8, "groups_width": 4}, "ConvNextImageProcessorPil", EDGE),
+    "efficientnet": Family(
+        "EfficientNet",
+        {"image_size": 64, "width_coefficient": 0.1, "hidden_dim": 128, "num_block_repeats": [1] * 3}
+        | {
+            "kernel_sizes": [3] * 3,
+            "strides": [2] * 3,
+            "expand_ratios": [1, 2, 2],
+            "in_channels": [32, 80, 160],
+            "out_channels": [80, 160, 320],
+            "depthwise_padding": [],
+        },
+        "EfficientNetImageProcessorPil",
+        {"size": square(64)},
+    ),
+    "mobilenet-v2": Family(
+        "MobileNetV2",
+        {"image_size": 64, "depth_multiplier": 0.1, "finegrained_output": False},
+        "MobileNetV2ImageProcessorPil",
+        {"size": {"shortest_edge": 72}, "crop_size": square(64)},
+    ),
+}
+ENCODER_FAMILIES: dict[str, Callable[[Path], str]] = dict(FAMILIES)
