@@ -33,15 +33,15 @@ class Contrastive(LogitsProcessor):
         batch = collate([model.encode(model.blind(prompt)) for prompt in prompts], model.lm.pad).to(model.device)
         self._mask = batch.mask
         self._cache, self._blind = self._lm.prefill(model.embed(None, batch), batch.mask)
+        self._said = batch.ids[:, :0]  # of the answers
         self._started = False
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return scores ``(B, V)``."""
         if self._started:  # the blind pass follows what was chosen
-            new = input_ids[:, -1:]
-            self._mask = torch.cat([self._mask, torch.ones_like(new)], dim=1)
-            self._blind = self._lm.logits(self._lm.embed(new), self._mask, cache=self._cache)[:, -1]
+            self._said = torch.cat([self._said, input_ids[:, -1:]], dim=1)
+            self._blind = self._lm.step(self._cache, self._said, self._mask)
         self._started = True
         contrasted = (1 + self._alpha) * scores - self._alpha * self._blind.to(scores)
         return contrasted.masked_fill(scores < scores.amax(-1, keepdim=True) + self._cut, -math.inf)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from mllm import parts
 from mllm.errors import MLLMError
@@ -87,6 +87,12 @@ def load_config(folder: str) -> Any:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
     except OSError:
         return AutoConfig.for_model(**known)
+
+
+def language_class(folder: str) -> Any:
+    """Return the Auto class of a language model: with an encoder of its own, or a decoder alone."""
+    with _explained(folder):
+        return AutoModelForSeq2SeqLM if load_config(folder).is_encoder_decoder else AutoModelForCausalLM
 
 
 def load_processor(auto: Any, folder: str) -> Any:

@@ -1,35 +1,32 @@
-"""The language model: any causal model of `transformers`, frozen, fed with embeddings.
+"""The language model: any causal or encoder-decoder model of `transformers`, frozen, fed with embeddings.
 
 Notable: the model's own forward is used throughout (scaled embeddings, offset positions, soft-capping, sliding
-windows), so no family is known by name. Logits are made for the positions asked for only.
+windows), so no family is known by name; how it is run (`mllm.passes`) depends on what it can do. Logits are made for
+the positions asked for only.
 """
 
 from __future__ import annotations
 
-import copy
-import functools
 import inspect
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     LogitsProcessorList,
     StoppingCriteriaList,
 )
 
-from mllm import decoding, hub, vocabulary
+from mllm import decoding, hub
 from mllm.errors import MLLMError
-from mllm.prompt import IGNORED
+from mllm.passes import Apart, Cached, EncoderDecoder
 
 
 class LanguageModel(nn.Module):
-    """A frozen causal language model and its tokenizer.
+    """A frozen language model and its tokenizer.
 
     Args:
         model: an installed part (``mllm/smollm2-135m``), a hub id or a folder.
@@ -58,11 +55,10 @@ class LanguageModel(nn.Module):
         options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
         if quantize is not None:
             options["quantization_config"] = _quantization(quantize)
-        self.model = hub.load_model(AutoModelForCausalLM, folder, init=init, seed=seed, **options)
+        self.model = hub.load_model(hub.language_class(folder), folder, init=init, seed=seed, **options)
         self.model.requires_grad_(False).eval()
         self._folder, self._init = folder, init
-        self._accepts = set(inspect.signature(self.model.forward).parameters)
-        self._states = "cache" if "cache" in self._accepts else "past_key_values"  # renamed in transformers 5.24
+        self._pass = _way(self.model, self._end_of_text())
 
     @property
     def fingerprint(self) -> str:
@@ -79,7 +75,12 @@ class LanguageModel(nn.Module):
         """Return the most positions the model was made for, or None where it does not say."""
         config = self.model.config.get_text_config()
         return next(
-            (getattr(config, key) for key in ("max_position_embeddings", "n_positions") if hasattr(config, key)), None
+            (
+                getattr(config, key)
+                for key in ("max_position_embeddings", "n_positions", "max_seq_len")
+                if hasattr(config, key)
+            ),
+            None,
         )
 
     @property
@@ -122,20 +123,15 @@ class LanguageModel(nn.Module):
     def logits(self, embeds: Tensor, mask: Tensor, keep: Tensor | None = None, cache: Any = None) -> Tensor:
         """Return logits ``(B, K, V)`` at the positions ``keep (K,)`` of embeddings ``(B, T, D_lm)``.
 
+        An encoder-decoder model has none but an answer's first, ``(B, 1, V)``.
+
         Args:
             embeds: the sequence; after a cache, what follows the cached part.
             mask: ``(B, T)``, 1 where there is a token; with a cache it covers the cached part too.
             keep: positions within T; None: all.
-            cache: key-value states of what came before; it is added to.
+            cache: the states of what came before; it is added to.
         """
-        options = self._inputs(embeds, mask)
-        if cache is not None:
-            options |= {self._states: cache, "use_cache": True}
-        if keep is None:
-            return self.model(**options).logits
-        if "logits_to_keep" in self._accepts:
-            return self.model(**options, logits_to_keep=keep).logits
-        return self.model(**options).logits[:, keep]
+        return self._pass.logits(embeds, mask, keep, cache)
 
     def losses(self, embeds: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
         """Return the negative log-likelihood ``(N,)`` of each target, row by row.
@@ -143,43 +139,38 @@ class LanguageModel(nn.Module):
         Args:
             embeds: ``(B, T, D_lm)``.
             mask: ``(B, T)``, 1 where there is a token.
-            labels: ``(B, T)``, the ids; `mllm.prompt.IGNORED` where there is no target.
+            labels: ``(B, T)``, the ids; `mllm.prompt.IGNORED` where there is no target. An encoder-decoder model's
+                encoder reads what stands before an answer, and its decoder makes the answer.
         """
-        chosen = labels[:, 1:] != IGNORED  # at each position: whether what follows it is a target
-        wanted = labels[:, 1:][chosen]  # (N,)
-        if not self._separable:
-            keep = chosen.any(0).nonzero().squeeze(1)  # (K,)
-            logits = self.logits(embeds, mask, keep)[chosen[:, keep]]  # (N, V)
-            return cross_entropy(logits.float(), wanted, reduction="none")
-        no_cache = {"use_cache": False} if "use_cache" in self._accepts else {}
-        output = vocabulary.read(self.model, **self._inputs(embeds, mask), **no_cache)
-        hidden = output.last_hidden_state[:, :-1][chosen]  # (N, D_lm)
-        return vocabulary.losses(self.model, hidden, wanted, type(output))
+        return self._pass.losses(embeds, mask, labels)
 
-    @functools.cached_property
-    def _separable(self) -> bool:
-        return vocabulary.separable(self.model)
+    def hidden(self, embeds: Tensor, mask: Tensor) -> Tensor:
+        """Return the last states ``(B, T, D)``, those that the vocabulary's map reads.
 
-    def _inputs(self, embeds: Tensor, mask: Tensor) -> dict[str, Any]:
-        options: dict[str, Any] = {"inputs_embeds": embeds, "attention_mask": mask}
-        if "position_ids" in self._accepts:
-            options["position_ids"] = positions(mask)[:, -embeds.shape[1] :]
-        return options
+        Raises:
+            MLLMError: an encoder-decoder model, which has none of a sequence.
+        """
+        return self._pass.hidden(embeds, mask)
 
     @torch.no_grad()
     def prefill(self, embeds: Tensor, mask: Tensor) -> tuple[Any, Tensor]:
-        """Return the key-value states of sequences ``(B, T, D_lm)`` and the next token's logits ``(B, V)``."""
-        options = {"position_ids": positions(mask)} if "position_ids" in self._accepts else {}
-        last = {"logits_to_keep": 1} if "logits_to_keep" in self._accepts else {}
-        output = self.model(inputs_embeds=embeds, attention_mask=mask, use_cache=True, **options, **last)
-        return output[self._states], output.logits[:, -1]
+        """Return the states of sequences ``(B, T, D_lm)``, to go on from, and the next token's logits ``(B, V)``."""
+        return self._pass.prefill(embeds, mask)
 
     def fork(self, cache: Any, rows: Sequence[int] = (0,)) -> Any:
-        """Return key-value states of these rows, to be added to; the original stays as it is."""
-        new = copy.copy(cache)
-        new.layers = [copy.copy(layer) for layer in cache.layers]
-        new.reorder_cache(torch.tensor(rows, device=self.model.device))  # makes new tensors
-        return new
+        """Return the states of these rows, to be added to; the original stays as it is."""
+        return self._pass.fork(cache, rows)
+
+    def step(self, cache: Any, ids: Tensor, mask: Tensor, rows: Sequence[int] | None = None) -> Tensor:
+        """Return logits ``(N, V)`` of what follows the first tokens ``ids (N, L)`` of answers.
+
+        Args:
+            cache: the states of what is answered and of the first L - 1 tokens; it is added to.
+            ids: the answers' first tokens.
+            mask: ``(N or 1, T)`` of what is answered.
+            rows: the row of the cache that each answer goes on from; None: its own.
+        """
+        return self._pass.step(cache, ids, mask, rows)
 
     def generate(
         self,
@@ -195,7 +186,7 @@ class LanguageModel(nn.Module):
         Args:
             mask: ``(B, T)``.
             decodings: each row's settings: fields of `transformers.GenerationConfig`, ``seed``, ``logits_processor``.
-            cache: key-value states of the first positions.
+            cache: the states of the first positions; it is added to.
             streamer: is given the tokens as they come (`transformers.TextIteratorStreamer`).
             inputs: ``inputs_embeds (B, T, D_lm)`` or ``input_ids (B, T)``.
 
@@ -209,38 +200,73 @@ class LanguageModel(nn.Module):
         beams = options.get("num_beams", 1) > 1
         if beams and any(settings.get("cancelled") or settings != decodings[0] for settings in decodings):
             raise MLLMError("Beam search decodes a batch with one set of settings; give all prompts the same.")
-        own = {key: value for key, value in decodings[0].items() if beams and key in decoding.ROW}
-        if own.pop("seed", None) is not None:
+        if beams and decodings[0].get("seed") is not None:
             raise MLLMError("A seed is for sampling without beams (num_beams=1).")
-        start = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
+        groups = list(self._pass.groups(mask, cache, **inputs))
+        if len(groups) > 1 and (processors or streamer is not None):
+            raise MLLMError(
+                "This language model ignores masks, so prompts of several lengths are decoded apart, and what looks at "
+                "a whole batch (contrastive decoding, streaming) takes prompts of one length. Give them one by one."
+            )
+        found: dict[int, list[int]] = {}
+        for rows, given, start in groups:
+            own = [decodings[row] for row in rows]
+            found |= zip(rows, self._decoded(own, options, processors, start, streamer, given), strict=True)
+        return [found[row] for row in range(len(mask))]
+
+    def _decoded(
+        self,
+        decodings: Sequence[dict[str, Any]],
+        options: dict[str, Any],
+        processors: list[Any],
+        start: int,
+        streamer: Any,
+        given: dict[str, Any],
+    ) -> list[list[int]]:
+        """Decode rows that run together; the first ``start`` ids that come back are not new."""
+        beams = options.get("num_beams", 1) > 1
+        own = {key: value for key, value in decodings[0].items() if beams and key in decoding.ROW}
         limits = [settings.get("max_new_tokens") for settings in decodings]
         if not beams:
             own = {"max_new_tokens": None if None in limits else max(limit or 0 for limit in limits)}
             if any(decoding.samples(settings) for settings in decodings):
-                processors.append(decoding.Sampler(decodings))
-        config = GenerationConfig(
-            **{"do_sample": False, "eos_token_id": self.eos, "pad_token_id": self.pad, **options, **own}
-        )
+                processors = [*processors, decoding.Sampler(decodings)]
+        fixed = {"do_sample": False, "num_beams": 1, "eos_token_id": self.eos, "pad_token_id": self.pad}
         ends = [] if beams else [decoding.RowLimits(decodings, start=start, tokenizer=self.tokenizer)]
         out = self.model.generate(
-            attention_mask=mask,
-            generation_config=config,
+            generation_config=GenerationConfig(**{**fixed, **options, **own}),
             streamer=streamer,
             logits_processor=LogitsProcessorList(processors),
             stopping_criteria=StoppingCriteriaList(ends),
             tokenizer=self.tokenizer if own.get("stop_strings") else None,
-            **{self._states: cache},
-            **inputs,
+            **given,
         )
         return [self._until_eos(row)[:limit] for row, limit in zip(out[:, start:].tolist(), limits, strict=True)]
+
+    def _end_of_text(self) -> list[int]:
+        """Return what the tokenizer puts behind a text, if it puts anything."""
+        ids = self.tokenizer("x").input_ids if self.tokenizer is not None else []
+        return ids[-1:] if ids and ids[-1] == self.tokenizer.eos_token_id else []
 
     def _until_eos(self, ids: list[int]) -> list[int]:
         return ids[: ids.index(self.eos)] if self.eos in ids else ids
 
 
-def positions(mask: Tensor) -> Tensor:
-    """Return position ids ``(B, T)`` that count a row's own tokens, so that padding on the left moves nothing."""
-    return (mask.long().cumsum(-1) - 1).clamp(min=0)
+def _way(model: Any, end: Sequence[int]) -> Any:
+    """Return how a model is run.
+
+    Raises:
+        MLLMError: it takes no embeddings.
+    """
+    if "inputs_embeds" not in inspect.signature(model.forward).parameters:
+        raise MLLMError(
+            f"{type(model).__name__} takes no embeddings as input (inputs_embeds), so no picture can be put into it. "
+            "Take another language model."
+        )
+    if model.config.is_encoder_decoder:
+        return EncoderDecoder(model, end)
+    cached = Cached(model)
+    return cached if model.device.type == "meta" or cached.can_run() else Apart(model)
 
 
 def _quantization(kind: str) -> Any:

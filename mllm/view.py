@@ -188,14 +188,12 @@ class View:
                 scores[index] += step
             children = {tuple(row[: depth + 1]): nodes[tuple(row[:depth])] for row in rows if len(row) > depth + 1}
             if children:
-                cache, logits = self._grow(cache, list(children), list(children.values()))
+                logits = self._grow(cache, list(children), list(children.values()))
                 nodes = {prefix: place for place, prefix in enumerate(children)}
         return scores
 
-    def _grow(self, cache: Any, prefixes: list[tuple[int, ...]], parents: list[int]) -> tuple[Any, Tensor]:
-        """Return key-value states and logits ``(N, V)`` one token on, for N prefixes of equal length."""
-        lm, seen = self.views.model.lm, self.views.mask[[self.row]]
-        cache.reorder_cache(torch.tensor(parents, device=seen.device))
-        tokens = torch.tensor([prefix[-1:] for prefix in prefixes], device=seen.device)  # (N, 1)
-        mask = torch.cat([seen, seen.new_ones(1, len(prefixes[0]))], dim=1).expand(len(prefixes), -1)
-        return cache, lm.logits(lm.embed(tokens), mask, cache=cache)[:, -1]
+    def _grow(self, cache: Any, prefixes: list[tuple[int, ...]], parents: list[int]) -> Tensor:
+        """Return logits ``(N, V)`` one token on, for N prefixes of equal length; the states grow by it."""
+        seen = self.views.mask[[self.row]]
+        ids = torch.tensor(prefixes, device=seen.device)  # (N, L)
+        return self.views.model.lm.step(cache, ids, seen, parents)

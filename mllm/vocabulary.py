@@ -19,7 +19,7 @@ LOGITS = 2**25  # that exist at once: 128 MiB in float32
 
 
 def read(model: Any, **inputs: Any) -> Any:
-    """Return what a causal model's body makes of its inputs; ``last_hidden_state (B, T, D_lm)`` is what its head gets."""
+    """Return what a causal model's body makes of its inputs; ``last_hidden_state (B, T, D_lm)`` is for its head."""
     found: list[Any] = []
 
     def taken(_: nn.Module, __: Any, output: Any) -> Any:

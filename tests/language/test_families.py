@@ -1,0 +1,142 @@
+"""Every family of language models, by one path: nothing in the code knows any of them by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig
+
+import mllm
+from mllm.objectives import caption
+from mllm.passes import Apart, EncoderDecoder
+from mllm.prompt import Target, collate, images_of
+from mllm.testing import LM_FAMILIES, tiny_image
+
+PROMPTS: list[list[Any]] = [
+    [tiny_image(1), "A cat.", tiny_image(2), "Of what is this a picture?"],
+    ["Short ", tiny_image(3)],
+    ["And one without a picture, of yet another length"],
+]
+ANSWERS = ["a dog", "b", "some birds"]
+
+
+@pytest.fixture(scope="module", params=LM_FAMILIES)
+def parts(request: Any, tiny_parts: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    folder: Path = tmp_path_factory.mktemp(request.param)
+    return tiny_parts[0], LM_FAMILIES[request.param](folder)
+
+
+@pytest.fixture(scope="module")
+def model(parts: tuple[str, str]) -> Any:
+    return mllm.assemble(*parts, {"type": "linear", "tokens": 4})
+
+
+def learnt(model: Any, prompts: list[list[Any]], answers: list[str]) -> tuple[Any, Any]:
+    """Visual tokens and the batch of prompts with their answers."""
+    rows = [[*prompt, Target(f" {answer}")] for prompt, answer in zip(prompts, answers, strict=True)]
+    images = [image for prompt in prompts for image in images_of(prompt)]
+    visual = model.connector(model.features(images)) if images else None
+    return visual, collate([model.encode(row) for row in rows], model.lm.pad)
+
+
+def losses(model: Any, prompts: list[list[Any]], answers: list[str]) -> tuple[Any, int]:
+    return caption(model, *learnt(model, prompts, answers))
+
+
+def test_loss_of_a_batch_is_the_sum_of_its_rows_and_trains_the_connector_alone(model):
+    model.requires_grad_(False)
+    model.connector.requires_grad_(True)
+    model.zero_grad()
+    together, count = losses(model, PROMPTS, ANSWERS)
+    together.backward()
+    alone = [losses(model, [prompt], [answer]) for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)]
+    torch.testing.assert_close(together, torch.stack([loss for loss, _ in alone]).sum(), atol=1e-4, rtol=1e-5)
+    assert count == sum(len(model.lm.tokenize(f" {answer}")) + 1 for answer in ANSWERS)
+    reached = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert reached == {"connector"}
+    assert all(parameter.grad.abs().max() > 0 for parameter in model.connector.parameters())
+
+
+@torch.no_grad()
+def test_next_token_is_the_same_alone_and_padded(model):
+    embeds, batch = model.prepare(PROMPTS)
+    _, together = model.lm.prefill(embeds, batch.mask)
+    for row, prompt in enumerate(PROMPTS):
+        alone, one = model.prepare([prompt])
+        torch.testing.assert_close(together[row], model.lm.prefill(alone, one.mask)[1][0], atol=2e-5, rtol=1e-4)
+    assert (together[0] - together[1]).abs().max() > 0.1  # the input matters
+
+
+def test_answers_are_the_same_alone_and_in_a_batch_seen_and_not(model):
+    together = [str(output) for output in model.generate(PROMPTS, max_new_tokens=6)]
+    assert together == [str(model.generate([prompt], max_new_tokens=6)[0]) for prompt in PROMPTS]
+    whole = [str(model.generate([[*prompt, " Now?"]], max_new_tokens=6)[0]) for prompt in PROMPTS]
+    assert model.see_each(PROMPTS).go_on([[" Now?"]] * 3, max_new_tokens=6) == [[answer] for answer in whole]
+    more = model.see(PROMPTS[1]).see([" then ", PROMPTS[0][0]])
+    expected = str(model.generate([[*PROMPTS[1], " then ", PROMPTS[0][0], " Now?"]], max_new_tokens=6)[0])
+    assert more.go_on(" Now?", max_new_tokens=6) == expected
+    chat = model.chat()
+    replies = [chat.send("What is it?", images=[PROMPTS[0][0]], max_new_tokens=4), chat.send("Sure?", max_new_tokens=4)]
+    again = model.chat(messages=chat.messages[:2])
+    assert again.send("Sure?", max_new_tokens=4) == replies[1]
+
+
+@torch.no_grad()
+def test_a_score_is_the_loss_of_the_answer(model):
+    for prompt in PROMPTS[:2]:
+        expected = [-float(losses(model, [prompt], [answer])[0]) for answer in ANSWERS]
+        assert model.score(prompt, ANSWERS) == pytest.approx(expected, abs=2e-4)
+
+
+@torch.no_grad()
+def test_text_alone_gives_what_the_bare_model_gives(model, parts):
+    """Bit for bit: ids in, logits out; and the same greedy tokens."""
+    auto: Any = AutoModelForSeq2SeqLM if isinstance(model.lm._pass, EncoderDecoder) else AutoModelForCausalLM
+    bare = auto.from_pretrained(parts[1]).eval()
+    prompt = ["The bare model reads this"]
+    ids = torch.tensor([model.lm.bos + model.lm.tokenize(prompt[0])])
+    config = GenerationConfig(
+        max_new_tokens=6, do_sample=False, eos_token_id=model.lm.eos, pad_token_id=model.lm.pad, use_cache=True
+    )
+    if isinstance(model.lm._pass, EncoderDecoder):
+        ids = torch.tensor([model.lm.tokenizer(prompt[0]).input_ids])
+        visual, batch = learnt(model, [prompt], ["so"])
+        labels = batch.labels[batch.labels >= 0][None]
+        logits = bare(input_ids=ids, labels=labels).logits[0]
+        found = model.lm.losses(model.embed(visual, batch), batch.mask, batch.labels)
+        assert torch.equal(found, torch.nn.functional.cross_entropy(logits, labels[0], reduction="none"))
+        expected = bare.generate(ids, generation_config=config)[0, 1:]
+    else:
+        batch = collate([model.encode(prompt)], model.lm.pad)
+        assert torch.equal(batch.ids, ids)
+        assert torch.equal(model.logits(None, batch), bare(input_ids=ids).logits)
+        expected = bare.generate(ids, generation_config=config)[0, ids.shape[1] :]
+        states = model.lm.hidden(model.embed(None, batch), batch.mask)
+        captured: list[Any] = []
+        bare.get_output_embeddings().register_forward_pre_hook(lambda module, args: captured.append(args[0]))
+        bare(input_ids=ids)
+        assert torch.equal(states, captured[0])
+    (answer,) = model.generate([prompt], max_new_tokens=6)
+    assert str(answer) == model.lm.decode(model.lm._until_eos(expected.tolist())).strip()
+
+
+def test_which_way_a_model_is_run_is_found_by_a_probe(model, request):
+    family = request.node.callspec.params["parts"]
+    assert isinstance(model.lm._pass, Apart) == (
+        family in {"mamba", "rwkv", "mpt"}
+    )  # MPT's distances count masked places
+    assert isinstance(model.lm._pass, EncoderDecoder) == (family in {"t5", "mt5", "umt5", "bart"})
+
+
+def test_a_conversation_is_learnt_as_its_answers_are_generated(model):
+    """Each answer is conditioned on all before it."""
+    turns = [PROMPTS[0][0], "Who?", Target(" a dog"), " Where?", Target(" here")]
+    batch = collate([model.encode(turns)], model.lm.pad)
+    visual = model.connector(model.features([PROMPTS[0][0]]))
+    whole, _ = caption(model, visual, batch)
+    first = losses(model, [[PROMPTS[0][0], "Who?"]], ["a dog"])[0]
+    second = losses(model, [[PROMPTS[0][0], "Who? a dog Where?"]], ["here"])[0]
+    torch.testing.assert_close(whole, first + second, atol=1e-4, rtol=1e-5)
