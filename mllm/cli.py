@@ -252,8 +252,13 @@ def export(
     folder: Annotated[Path, typer.Argument(metavar="DIR")],
     to: Annotated[str, typer.Option(help="hf-llava or hf-blip2.")],
 ) -> None:
-    """Write a stock class of transformers (not in this version)."""
-    _later("export", "a run is loaded by `mllm.load`")
+    """Write a stock class of transformers, where the model equals it exactly; compare the two."""
+    from mllm.checkpoint import load
+    from mllm.export import export as write_stock
+
+    found = write_stock(load(run), folder, to=to)
+    worst = max(one.difference for one in found)
+    typer.echo(f"{folder}: on {len(found)} probes logits differ by at most {worst:.3g}, and all tokens are equal.")
 
 
 @app.command()

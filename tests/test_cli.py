@@ -157,7 +157,6 @@ def test_run_of_another_version(mllm: Mllm, model: Path, picture: Path, tmp_path
     "arguments",
     [
         ["plan", "limber-cpu"],
-        ["export", "run", "out", "--to", "hf-llava"],
         ["index", "build", "images", "out"],
         ["bench", "train"],
     ],

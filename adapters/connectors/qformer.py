@@ -25,6 +25,7 @@ class QFormer(nn.Module):
         ffn: width of the feed-forward layers; None: 4 x dim.
         init: a folder or hub id of a BERT whose blocks it starts from, of the same ``dim``, ``layers``, ``heads`` and
             ``ffn``; None: random weights.
+        norm: a LayerNorm on the features first; false where the encoder's output is normalised already.
         causal: a query sees only itself and those before it (SEED's tokenizer, arXiv:2307.08041).
         dropout: inside.
 
@@ -49,6 +50,7 @@ class QFormer(nn.Module):
         heads: int = 12,
         ffn: int | None = None,
         init: str | None = None,
+        norm: bool = True,
         causal: bool = False,
         dropout: float = 0.0,
     ) -> None:
@@ -63,7 +65,7 @@ class QFormer(nn.Module):
             attention_probs_dropout_prob=dropout,
         )
         self.num_tokens, self.causal = tokens, causal
-        self.norm_features = nn.LayerNorm(vis_dim)
+        self.norm_features = nn.LayerNorm(vis_dim, eps=1e-6) if norm else nn.Identity()
         self.queries = nn.Parameter(torch.empty(1, tokens, dim).normal_(std=config.initializer_range))
         self.qformer = Blip2QFormerModel(config)
         if init is not None:
