@@ -159,8 +159,8 @@ def _refuse(found: Sequence[Comparison], allowed: float) -> None:
         share = one.difference / max(one.largest, 1e-12)
         if share > allowed or one.tokens != one.stock:
             raise MLLMError(
-                f"The stock class differs, so nothing is exported: {one.prompt[-40:]!r}, logits by {one.difference:.2g} "
-                f"({share:.2g} of the largest; allowed is {allowed:g}), tokens {one.tokens} and {one.stock}."
+                f"The stock class differs, so nothing is exported: after {one.prompt[-40:]!r} logits differ by "
+                f"{share:.2g} of the largest (allowed is {allowed:g}), and the tokens are {one.tokens} and {one.stock}."
             )
 
 
