@@ -74,16 +74,27 @@ def load(folder: str | Path) -> Assembly:
             are missing, unknown or damaged.
     """
     path = _find(Path(folder))
-    about = _about(path / ASSEMBLY)
-    tensors = path / about.tensors
+    model = build(_intact(path).spec)
+    restore(model, path)
+    return model
+
+
+def restore(model: Assembly, folder: Path) -> None:
+    """Put what was saved in a folder into a model of the same parts; the errors are those of `load`."""
+    about = _intact(folder)
+    _same_parts(folder, about.fingerprints, _fingerprints(model))
+    _put(model, folder / about.tensors)
+
+
+def _intact(folder: Path) -> About:
+    """Return what a folder's ``assembly.json`` says, having held its tensors' file against it."""
+    about = _about(folder / ASSEMBLY)
+    tensors = folder / about.tensors
     if _digest(tensors) != about.sha256:
         raise MLLMError(
             f"{tensors} is not the file that {ASSEMBLY} belongs to: it was changed or cut short. Copy the folder again."
         )
-    model = build(about.spec)
-    _same_parts(path, about.fingerprints, _fingerprints(model))
-    _put(model, tensors)
-    return model
+    return about
 
 
 def _write_tensors(model: Assembly, folder: Path) -> tuple[str, str]:

@@ -269,16 +269,16 @@ def index(action: Annotated[str, typer.Argument(metavar="build")], images: Path,
 
 @app.command()
 def bench(
-    what: Annotated[str, typer.Argument(metavar="generate|eval", help="What is measured.")],
+    what: Annotated[str, typer.Argument(metavar="generate|eval|matrix", help="What is measured.")],
     out: Annotated[Path, typer.Option(help="Folder of the figures, as JSON.")] = Path("runs/bench"),
     repeats: Annotated[int, typer.Option(min=1, help="Pairs of runs; medians are shown.")] = 3,
 ) -> None:
-    """Measure speed beside the alternatives, in one run. Nothing else should run on the machine."""
+    """Measure speed beside the alternatives, or try all parts together (matrix). Speed wants a quiet machine."""
     from importlib import import_module
 
-    if what in ("train", "matrix"):
-        _later(f"bench {what}", "`mllm bench generate` and `mllm bench eval` are")
-    modules = {"generate": "generate", "eval": "evaluate"}
+    if what == "train":
+        _later(f"bench {what}", "`mllm bench generate`, `eval` and `matrix` are")
+    modules = {"generate": "generate", "eval": "evaluate", "matrix": "matrix"}
     if what not in modules:
         raise MLLMError(f"No bench is called {what!r}. There are: {', '.join(modules)}.")
     import_module(f"mllm.eval.bench.{modules[what]}").run(out=out, repeats=repeats, progress=typer.echo)

@@ -1,0 +1,270 @@
+"""Every encoder with every language model and every connector, tiny: what works, and why what does not.
+
+Notable: parts are built once, and connectors change between them. Each triple is a line of JSON on the disk before the
+next begins, so a run that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from mllm.checkpoint import restore
+from mllm.errors import MLLMError
+from mllm.files import write
+from mllm.model import Assembly, build_encoder, build_lm, join
+from mllm.prompt import Target, collate, images_of
+from mllm.registry import table
+from mllm.run import environment
+from mllm.spec import AssemblySpec, checked
+from mllm.testing import ENCODER_FAMILIES, LM_FAMILIES, tiny_image
+
+# Small sizes; a connector that is not named here is built with its own defaults.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "mapper": {"tokens": 5, "dim": 16, "layers": 2, "heads": 2, "ffn": 32},
+    "resampler": {"tokens": 4, "depth": 2, "heads": 2},
+    "qformer": {"tokens": 6, "dim": 16, "layers": 2, "heads": 2},
+    "token-merge": {"merge": 1, "layers": 2, "dim": 16, "heads": 2},
+}
+FIRST, SECOND, THIRD = (tiny_image(seed) for seed in range(3))
+PROMPTS: list[list[Any]] = [
+    [FIRST, "A cat, and ", SECOND, "what is this?"],
+    ["Short", THIRD],
+    ["No picture in this one"],
+]
+FILE, PAGE = "matrix.jsonl", "matrix.md"
+
+
+class Triple(NamedTuple):
+    """One line: a combination, and what does not work in it ("": all does)."""
+
+    encoder: str
+    lm: str
+    connector: str
+    why: str
+    seconds: float
+
+
+class Parts:
+    """The tiny parts, built once each in a folder."""
+
+    def __init__(
+        self, folder: Path, encoders: dict[str, Callable[[Path], str]], lms: dict[str, Callable[[Path], str]]
+    ) -> None:
+        self.folder, self.encoders, self.lms = folder, encoders, lms
+        self.encoder, self.lm = cache(self._encoder), cache(self._lm)
+
+    def spec(self, encoder: str, lm: str, connector: str) -> AssemblySpec:
+        """Return what a triple is built from."""
+        values = {
+            "encoder": {"model": self._made(self.encoders, "encoder", encoder)},
+            "lm": {"model": self._made(self.lms, "lm", lm), "dtype": "float32"},
+            "connector": {"type": connector, **OPTIONS.get(connector, {})},
+        }
+        return checked(AssemblySpec, values)
+
+    def _made(self, families: dict[str, Callable[[Path], str]], kind: str, name: str) -> str:
+        place = self.folder / kind / name
+        return str(place) if place.exists() else families[name](place)
+
+    def _encoder(self, name: str) -> Any:
+        return build_encoder(self.spec(name, next(iter(self.lms)), "linear"))
+
+    def _lm(self, name: str) -> Any:
+        return build_lm(self.spec(next(iter(self.encoders)), name, "linear"))
+
+
+def run(*, out: Path | None = None, repeats: int = 1, progress: Callable[[str], None] = print) -> list[Triple]:
+    """Try every triple that ``out`` does not have yet, and write the table there.
+
+    Args:
+        out: the folder of `matrix.jsonl` and `matrix.md`; None: nothing is kept.
+        repeats: not used: what works, works.
+        progress: is given a line for each pair of encoder and language model.
+    """
+    names = [*itertools.product(ENCODER_FAMILIES, LM_FAMILIES, sorted(table("connectors")))]
+    with tempfile.TemporaryDirectory() as folder:
+        parts = Parts(Path(folder), ENCODER_FAMILIES, LM_FAMILIES)
+        if out is None:
+            return [tried(parts, *name) for name in names]
+        out.mkdir(parents=True, exist_ok=True)
+        done = read(out / FILE)
+        for pair, group in itertools.groupby(names, lambda name: name[:2]):
+            left = [name for name in group if name not in done]
+            for name in left:
+                done[name] = add(out / FILE, tried(parts, *name))
+            if left:
+                wrong = sum(bool(done[name].why) for name in left)
+                progress(
+                    f"{len(done)} of {len(names)}: {' + '.join(pair)}, {wrong or 'none'} of {len(left)} do not work"
+                )
+    found = [done[name] for name in names]
+    write(out / PAGE, lambda file: file.write_text(page(found), encoding="utf-8"))
+    return found
+
+
+def tried(parts: Parts, encoder: str, lm: str, connector: str) -> Triple:
+    """Try one triple."""
+    started, why = time.perf_counter(), ""
+    try:
+        check(parts, parts.spec(encoder, lm, connector), parts.encoder(encoder), parts.lm(lm))
+    except Exception as error:  # whatever it is, it is what does not work
+        why = " ".join((str(error) or type(error).__name__).split())[:300]
+    return Triple(encoder, lm, connector, why, round(time.perf_counter() - started, 3))
+
+
+def check(parts: Parts, spec: AssemblySpec, encoder: Any, lm: Any) -> None:
+    """Train a step, hold a batch against its members, generate, save and load.
+
+    Raises:
+        AssertionError: what does not hold. Any other error is one of the parts.
+    """
+    model = join(spec, encoder=encoder, lm=lm)
+    _trains(model)
+    with torch.no_grad():
+        logits = _batch_is_its_members(model)
+        again = join(spec, encoder=encoder, lm=lm)
+        saved = model.save(parts.folder / "saved")  # over the last triple's
+        restore(again, saved)  # into the same parts, which need not be built again
+        assert torch.equal(_next(again, PROMPTS), logits), "saved and loaded gives other logits"
+
+
+def _trains(model: Assembly) -> None:
+    """Take a step of gradient descent on the connector; nothing else may have a gradient."""
+    model.requires_grad_(False)
+    model.connector.requires_grad_(True)
+    batch = collate([model.encode([*prompt, Target(" yes")]) for prompt in PROMPTS], model.lm.pad)
+    pictures = [image for prompt in PROMPTS for image in images_of(prompt)]
+    embeds = model.embed(model.connector(model.features(pictures)), batch)
+    loss = model.lm.losses(embeds, batch.mask, batch.labels).sum()
+    loss.backward()
+    reached = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert reached == {"connector"}, f"gradients reach {sorted(reached)}"
+    for parameter in model.connector.parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), "a gradient is missing or not finite"
+        parameter.data -= 1e-3 * parameter.grad / (parameter.grad.norm() + 1e-6)
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in model.connector.parameters()), "gradients are 0"
+    model.connector.zero_grad()
+
+
+def _batch_is_its_members(model: Assembly) -> torch.Tensor:
+    """Return the next token's logits; in a padded batch they are what each prompt gives alone, and so are answers."""
+    together = _next(model, PROMPTS)
+    assert together.isfinite().all(), "logits are not finite"
+    for row, prompt in enumerate(PROMPTS):
+        apart = float((together[row] - _next(model, [prompt])[0]).abs().max())
+        assert apart <= 1e-4 * float(together[row].abs().max()), f"a batch gives other logits, by {apart:.2g}"
+    answers = model.generate(PROMPTS, max_new_tokens=3)
+    alone = model.generate(PROMPTS[1:2], max_new_tokens=3)
+    assert str(answers[1]) == str(alone[0]), "a batch gives another answer"
+    return together
+
+
+def _next(model: Assembly, prompts: Sequence[Sequence[Any]]) -> torch.Tensor:
+    embeds, batch = model.prepare(prompts)
+    logits: torch.Tensor = model.lm.prefill(embeds, batch.mask)[1]
+    return logits
+
+
+def read(path: Path) -> dict[tuple[str, str, str], Triple]:
+    """Return the triples of a file, begun where it is not there; a last line that was cut short is taken off.
+
+    Raises:
+        MLLMError: the file was made with other versions.
+    """
+    if not path.exists():
+        path.write_text(json.dumps(_versions()) + "\n")
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        write(path, lambda file: file.write_text(whole, encoding="utf-8"))
+    first, *lines = whole.splitlines()
+    if json.loads(first) != _versions():
+        raise MLLMError(f"{path} was begun with {first}, and here it is {json.dumps(_versions())}. Give another --out.")
+    return {(one.encoder, one.lm, one.connector): one for one in (Triple(*json.loads(line)) for line in lines)}
+
+
+def add(path: Path, triple: Triple) -> Triple:
+    """Write a line, and wait until the disk has it."""
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(triple) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    return triple
+
+
+def _versions() -> dict[str, str]:
+    found = environment()
+    return {name: found[name] for name in ("torch", "transformers")}
+
+
+PAGE_TEXT = """\
+# What goes with what
+
+{encoders} families of encoders, {lms} of language models and {connectors} connectors, at tiny random size: of {all:,}
+triples {works:,} work. A triple works if
+
+- a step of training gives gradients to the connector, and to nothing else;
+- a left-padded batch of prompts (with two pictures, one, and none) gives each prompt the logits it gets alone, to 1e-4
+  of the largest in float32, and the same greedy answer;
+- saved and loaded, it gives equal logits.
+
+`mllm bench matrix` tries them all, in {minutes:.0f} minutes of one core, and writes this page ({versions}). Stopped, it
+goes on where it was. A family that is on no list is joined in the same way: nothing in the code knows any by name.
+
+A number in the table is how many of the {connectors} connectors work ({connector_names}). The encoders:
+
+{encoder_names}
+
+```text
+{table}
+```
+
+## What does not work
+
+{reasons}
+"""
+
+
+def page(found: Sequence[Triple]) -> str:
+    """Return the table as Markdown."""
+    encoders, lms, connectors = (list(dict.fromkeys(column)) for column in list(zip(*found, strict=True))[:3])
+    good = Counter((one.encoder, one.lm) for one in found if not one.why)
+    head = f"{'':<12}" + "".join(f"{index:>3}" for index, _ in enumerate(encoders, 1))
+    rows = [f"{lm:<12}" + "".join(f"{good[encoder, lm]:>3}" for encoder in encoders) for lm in lms]
+    return PAGE_TEXT.format(
+        encoders=len(encoders),
+        lms=len(lms),
+        connectors=len(connectors),
+        all=len(found),
+        works=good.total(),
+        minutes=sum(one.seconds for one in found) / 60,
+        versions=", ".join(f"{name} {value}" for name, value in _versions().items()),
+        connector_names=", ".join(f"`{name}`" for name in connectors),
+        encoder_names="\n".join(f"{index}. {name}" for index, name in enumerate(encoders, 1)),
+        table="\n".join([head, *rows]),
+        reasons="\n".join(_reasons(found)) or "Nothing: all triples work.",
+    )
+
+
+def _reasons(found: Iterable[Triple]) -> list[str]:
+    """Return each reason once, with the parts it was found with."""
+    groups: dict[str, list[Triple]] = defaultdict(list)
+    for one in found:
+        if one.why:
+            groups[one.why].append(one)
+    lines = []
+    for why, triples in groups.items():
+        parts = [", ".join(dict.fromkeys(column)) for column in list(zip(*triples, strict=True))[:3]]
+        lines.append(f"- {len(triples)} triples ({parts[0]} | {parts[1]} | {parts[2]}): {why}")
+    return lines

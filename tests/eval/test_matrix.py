@@ -1,0 +1,114 @@
+"""The matrix of parts: a seeded sample here (the whole is `mllm bench matrix`); it goes on, and says what fails."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig, AutoModel, ViTImageProcessorPil
+
+from mllm.errors import MLLMError
+from mllm.registry import lookup, table
+from mllm.testing import ENCODER_FAMILIES, LM_FAMILIES, tiny_encoder, tiny_lm
+from mllm.testing_lms import Family
+
+matrix: Any = importlib.import_module("mllm.eval.bench.matrix")
+NOT_YET = (
+    "beit",
+    "efficientnet",
+    "dinov3",
+    "vit-mae",
+    "regnet",
+    "convnext",
+    "resnet",
+    "dinov3-convnext",
+    "siglip2-naflex",
+)
+SAMPLE = random.Random(3).sample(
+    [*itertools.product(sorted({*ENCODER_FAMILIES} - {*NOT_YET}), LM_FAMILIES, sorted(table("connectors")))], 50
+)
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    return matrix.Parts(tmp_path_factory.mktemp("matrix"), ENCODER_FAMILIES, LM_FAMILIES)
+
+
+@pytest.mark.parametrize("names", SAMPLE, ids="+".join)
+def test_a_sample_of_triples(parts, names):
+    encoder, lm, _ = names
+    matrix.check(parts, parts.spec(*names), parts.encoder(encoder), parts.lm(lm))
+
+
+def unlisted(folder: Path) -> str:
+    """Save a tiny encoder of a family that no list has."""
+    shape = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    AutoModel.from_config(AutoConfig.for_model("vit_msn", **shape, image_size=32, patch_size=8)).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return str(folder)
+
+
+OLMO = Family(
+    "olmo",
+    {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
+)
+
+
+@pytest.mark.parametrize("connector", sorted(table("connectors")))
+def test_families_on_no_list(tmp_path, connector):
+    assert "vit-msn" not in ENCODER_FAMILIES and "olmo" not in LM_FAMILIES
+    own = matrix.Parts(tmp_path, {"vit-msn": unlisted}, {"olmo": OLMO})
+    assert matrix.tried(own, "vit-msn", "olmo", connector).why == ""
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A matrix of one encoder, one language model and one connector that works, and one that does not."""
+    monkeypatch.setattr(matrix, "ENCODER_FAMILIES", {"tiny": tiny_encoder})
+    monkeypatch.setattr(matrix, "LM_FAMILIES", {"tiny": tiny_lm})
+    monkeypatch.setattr(matrix, "table", lambda group: {"linear": "", "token-merge": ""})
+    monkeypatch.setitem(matrix.OPTIONS, "token-merge", {"merge": 9})
+    return matrix
+
+
+def test_it_goes_on_where_it_was_and_says_what_does_not_work(small, tmp_path, monkeypatch):
+    found = small.run(out=tmp_path, progress=lambda line: None)
+    assert [one.why == "" for one in found] == [True, False]
+    lines = (tmp_path / "matrix.jsonl").read_text().splitlines()
+    (tmp_path / "matrix.jsonl").write_text("\n".join([*lines[:2], lines[2][:20]]))  # killed in the middle of a line
+    tried: list[str] = []
+
+    def again(parts: Any, *names: str) -> Any:
+        tried.append(names[2])
+        return found[1]
+
+    monkeypatch.setattr(small, "tried", again)
+    for _ in range(2):
+        assert small.run(out=tmp_path, progress=lambda line: None) == found
+    assert tried == ["token-merge"]
+    page = (tmp_path / "matrix.md").read_text()
+    assert "of 2\ntriples 1 work" in page
+    assert "1 triples (tiny | tiny | token-merge): connector.merge is 9" in page
+
+
+def test_a_file_of_other_versions_is_refused(small, tmp_path):
+    (tmp_path / "matrix.jsonl").write_text(json.dumps({"torch": "1.0", "transformers": "4.0"}) + "\n")
+    with pytest.raises(MLLMError, match=r"was begun with .*1\.0.*Give another --out"):
+        small.run(out=tmp_path)
+
+
+def test_a_gradient_elsewhere_or_a_batch_that_differs_is_found(tmp_path):
+    """The checks bite: a connector that looks at its whole batch."""
+    own = matrix.Parts(tmp_path, {"tiny": tiny_encoder}, {"tiny": tiny_lm})
+    encoder, lm = own.encoder("tiny"), own.lm("tiny")
+    linear = lookup("connectors", "linear")
+    forward = linear.forward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear, "forward", lambda self, features: forward(self, features - features.mean(0)))
+        with pytest.raises(AssertionError, match="a batch gives other logits"):
+            matrix.check(own, own.spec("tiny", "tiny", "linear"), encoder, lm)
