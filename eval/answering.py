@@ -18,10 +18,9 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from mllm.eval.baselines import Condition
 from mllm.eval.journal import Journal
-from mllm.eval.shots import before
 from mllm.eval.suite import Suite
 
-from mllm.data.items import Item, question_text
+from mllm.data.items import Item, before, question_text
 from mllm.errors import MLLMError
 from mllm.images import ImageSource
 from mllm.model import Assembly

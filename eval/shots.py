@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from random import Random
@@ -11,11 +10,9 @@ from typing import Any
 import torch
 from mllm.eval.suite import Shots
 
-from mllm.data.items import Item, question_text
+from mllm.data.items import Item
 from mllm.errors import MLLMError
 from mllm.model import Assembly
-from mllm.prompt import Piece, answer_text, arrange
-from mllm.spec import PromptSpec
 
 _SPARE = 100  # more than `count` are drawn, for some may be of the item's own picture
 _BATCH = 32
@@ -41,19 +38,6 @@ def with_shots(items: Sequence[Item], pool: Sequence[Item], shots: Shots, model:
         fixed = shots.select == "fixed"
         orders = [_drawn(len(pool), shots, "" if fixed else item.id) for item in items]
     return [replace(item, shots=_first(item, pool, order, shots)) for item, order in zip(items, orders, strict=True)]
-
-
-def before(item: Item, prompt: PromptSpec, separator: str, *, sighted: bool = True) -> tuple[Piece, ...]:
-    """Return an item's examples as the pieces that stand before it; without their pictures if not ``sighted``.
-
-    Of an example's several answers the most frequent one is told.
-    """
-    pieces: list[Piece] = []
-    for shot in item.shots:
-        answer = Counter(shot.answers).most_common(1)[0][0]
-        pieces += arrange(prompt.template, shot.images if sighted else (), question_text(shot, prompt))
-        pieces.append(answer_text(answer) + separator)
-    return tuple(pieces)
 
 
 def _first(item: Item, pool: Sequence[Item], order: Sequence[int], shots: Shots) -> tuple[Item, ...]:

@@ -93,7 +93,7 @@ def read_items(config: Suite, place: str | Path | None) -> list[Item]:
     Raises:
         MLLMError: files are wanted and no place is given, or the reader finds something wrong; two items of one id.
     """
-    items = read(_located(config.data, config.folder, place, config.name, config.mirror))
+    items = list(read(_located(config.data, config.folder, place, config.name, config.mirror)))
     seen: set[str] = set()
     for item in items:
         if item.id in seen:
@@ -113,7 +113,7 @@ def read_shots(config: Suite, place: str | Path | None, items: Sequence[Item]) -
         raise MLLMError("Fixed shots would be among the items: name other data in shots.data.")
     if not shots.count or shots.data is None:
         return list(items)
-    return read(_located(shots.data, shots.folder, place, config.name, {}))
+    return list(read(_located(shots.data, shots.folder, place, config.name, {})))
 
 
 def _located(

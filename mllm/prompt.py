@@ -14,9 +14,10 @@ IGNORED = -100  # a label that is no target
 
 @dataclass(frozen=True)
 class Target:
-    """Text that is learnt (in training): the loss is on its tokens and on the end that follows."""
+    """Text that is learnt (in training): the loss is on its tokens and, if it ``ends``, on the end that follows."""
 
     text: str
+    ends: bool = True
 
 
 @dataclass(frozen=True)
@@ -77,16 +78,17 @@ def encode(pieces: Sequence[Piece], *, lm: Any, num_visual: int, start: bool = T
             new = lm.tokenize(piece.text, control=True)
             new_labels = [IGNORED] * len(new)
         elif isinstance(piece, Target):
-            new = [*lm.tokenize(piece.text), *([lm.eos] if place == len(joined) - 1 else [])]
+            new = [*lm.tokenize(piece.text), *([lm.eos] if piece.ends and place == len(joined) - 1 else [])]
             new_labels = list(new)
         else:
             new, new_labels = [lm.pad] * num_visual, [IGNORED] * num_visual
         if ended and new:
             new_labels[0] = lm.eos
-        ended = isinstance(piece, Target) or (ended and not new)
+        ended = (isinstance(piece, Target) and piece.ends) or (ended and not new)
         ids += new
         labels += new_labels
         visual += [not isinstance(piece, str | Target | Control)] * len(new)
+    labels[:1] = [IGNORED] * len(labels[:1])  # nothing stands before it, so nothing can foretell it
     return Encoded(ids, visual, labels)
 
 

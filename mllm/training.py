@@ -7,9 +7,8 @@ processes alike, so how a batch is split changes nothing. What a stage does not 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,9 @@ from transformers import get_scheduler
 
 from mllm import recipe as recipes
 from mllm.checkpoint import save
-from mllm.data.loading import examples, read_all
+from mllm.data.loading import Source, read_all
 from mllm.data.skipping import Skipped
+from mllm.data.stream import Stream
 from mllm.errors import MLLMError
 from mllm.features import FeatureStore, open_store
 from mllm.fit import fit_connector
@@ -79,7 +79,7 @@ def train(
             stage = config.stages[index]
             store = open_store(model, stage.cache)
             before = _hashes(model)
-            _fit(run, model, stage, store) if stage.fit else _train(run, model, stage, config, store, state)
+            _fit(run, model, stage, config, store) if stage.fit else _train(run, model, stage, config, store, state)
             state.frozen[stage.name] = {"before": before, "after": _hashes(model)}
             assert before == state.frozen[stage.name]["after"], "a frozen part changed"
             store.flush()
@@ -124,9 +124,9 @@ def progress() -> Progress:
     )
 
 
-def _fit(run: Run, model: Assembly, stage: Stage, store: FeatureStore) -> None:
+def _fit(run: Run, model: Assembly, stage: Stage, config: Recipe, store: FeatureStore) -> None:
     assert stage.fit is not None
-    items = [item for _, source in _data(stage) for item in source]
+    items = [item for source in _data(stage, config.seed) for item in source.items]
     skipped = Skipped(stage.data.skip, len(items), partial(run.log, stage=stage.name))
     with progress() as bar:
         task = bar.add_task(stage.name, total=None, note="")
@@ -150,14 +150,12 @@ def _train(run: Run, model: Assembly, stage: Stage, config: Recipe, store: Featu
     assert stage.steps is not None
     accelerator = Accelerator(mixed_precision=_precision(stage))
     model.to(accelerator.device)
-    sources = _data(stage)
-    stream = examples(sources, stage.prompt, seed=config.seed, lm=model.lm)
-    total = sum(len(items) for _, items in sources)
+    sources = _data(stage, config.seed)
+    stream = _stream(sources, stage, model, config.seed)
+    total = sum(len(source.items) for source in sources)
     skipped = Skipped(stage.data.skip, total, partial(run.log, stage=stage.name))
     if not model.calibrated:
-        first = list(
-            itertools.islice(examples(sources, stage.prompt, seed=config.seed, lm=model.lm), CALIBRATION_EXAMPLES)
-        )
+        first = _stream(sources, stage, model, config.seed).take(CALIBRATION_EXAMPLES)
         features, _ = _readable(model, first, store, accelerator.device, skipped)
         if features is not None:
             calibrate(model, features)
@@ -168,8 +166,7 @@ def _train(run: Run, model: Assembly, stage: Stage, config: Recipe, store: Featu
     if state.step:
         set_optimizer(optimizer, state.tensors, state.rates)
         schedule.load_state_dict(state.schedule)
-        done = state.step * stage.batch_size * stage.optim.accumulate
-        next(itertools.islice(stream, done, done), None)  # passed over: nothing is opened
+        stream.skip(state.step * stage.optim.accumulate, stage.batch_size)
     objectives = [lookup("objectives", spec.type) for spec in stage.objectives]
     weights = [spec.weight for spec in stage.objectives]
     validation = _validation(stage, model.lm)
@@ -178,7 +175,8 @@ def _train(run: Run, model: Assembly, stage: Stage, config: Recipe, store: Featu
         task = bar.add_task(stage.name, total=stage.steps, completed=state.step, note="")
         for step in range(state.step + 1, stage.steps + 1):
             model.train()
-            micro = [_share(stream, stage, accelerator) for _ in range(stage.optim.accumulate)]
+            share = {"rank": accelerator.process_index, "world": accelerator.num_processes}
+            micro = [stream.take(stage.batch_size, **share) for _ in range(stage.optim.accumulate)]
             prepared = [_readable(model, rows, store, accelerator.device, skipped) for rows in micro]
             loss = _step(accelerator, wrapped, optimizer, prepared, objectives, weights, stage.optim.clip)
             rate = optimizer.param_groups[0]["lr"]
@@ -272,23 +270,22 @@ def _readable(
         return _inputs(model, skipped.readable(rows, read), store, device)
 
 
-def _share(stream: Iterator[list[Piece]], stage: Stage, accelerator: Accelerator) -> list[list[Piece]]:
-    """Take the next global batch and return this process's part of it."""
-    rows = list(itertools.islice(stream, stage.batch_size))
-    return rows[accelerator.process_index :: accelerator.num_processes]
-
-
-def _data(stage: Stage) -> list[tuple[float, Any]]:
-    sources = read_all(stage.data.train)
+def _data(stage: Stage, seed: int) -> list[Source]:
+    sources = read_all(stage.data.train, seed=seed)
     if not sources:
         raise MLLMError(f"Stage {stage.name} has no data: give data.train.")
     return sources
 
 
+def _stream(sources: Sequence[Source], stage: Stage, model: Assembly, seed: int) -> Stream:
+    options = {"lm": model.lm, "num_visual": model.connector.num_tokens, "data": stage.data}
+    return Stream(sources, stage.prompt, seed=seed, **options)
+
+
 def _validation(stage: Stage, lm: Any) -> list[list[Piece]]:
     sources = read_all(stage.data.val)
-    number = min(VALIDATION_ITEMS, sum(len(items) for _, items in sources))
-    rows = list(itertools.islice(examples(sources, stage.prompt, seed=0, lm=lm), number)) if sources else []
+    number = min(VALIDATION_ITEMS, sum(len(source.items) for source in sources))
+    rows = Stream(sources, stage.prompt, seed=0, lm=lm).take(number) if sources else []
     for image in (image for pieces in rows for image in images_of(pieces)):
         open_image(image)  # one that cannot be read is found now, not after hours
     return rows

@@ -11,7 +11,8 @@ from PIL import Image
 
 from mllm.data.captions import caption_folder, caption_lines, coco_captions
 from mllm.data.items import Item, pieces_of, question_text
-from mllm.data.loading import examples, read
+from mllm.data.loading import Source, read
+from mllm.data.stream import Stream
 from mllm.data.tables import table
 from mllm.errors import MLLMError
 from mllm.images import ImageFile
@@ -224,7 +225,7 @@ def test_examples_come_in_an_order_of_their_own_every_epoch_and_the_same_every_r
     answers = [
         [
             pieces[-1].text.strip()
-            for pieces, _ in zip(examples([(1.0, items)], PromptSpec(), seed=seed), range(40), strict=False)
+            for pieces in Stream([Source(DataSpec(format="table"), items)], PromptSpec(), seed=seed).take(40)
         ]
         for seed in (0, 0, 1)
     ]
@@ -236,10 +237,11 @@ def test_examples_come_in_an_order_of_their_own_every_epoch_and_the_same_every_r
 
 def test_sources_come_by_their_weight(folder: Path) -> None:
     picture = (ImageFile(folder / "a.png"),)
-    sources = [(3.0, [Item("a", picture, ("a",))]), (1.0, [Item("b", picture, ("b",))])]
-    drawn = [
-        pieces[-1].text.strip() for pieces, _ in zip(examples(sources, PromptSpec(), seed=0), range(4000), strict=False)
+    sources = [
+        Source(DataSpec(format="table", weight=weight), [Item(name, picture, (name,))])
+        for weight, name in ((3.0, "a"), (1.0, "b"))
     ]
+    drawn = [pieces[-1].text.strip() for pieces in Stream(sources, PromptSpec(), seed=0).take(4000)]
     assert abs(drawn.count("a") / 4000 - 0.75) < 0.03  # four standard deviations
 
 

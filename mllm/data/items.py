@@ -1,7 +1,8 @@
-"""What a reader returns: one picture (or several) with captions, or with a question and its answers."""
+"""What a reader returns: pictures with captions, with a question and its answers, a conversation, or a document."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,8 @@ from mllm.images import ImageSource
 from mllm.prompt import Piece, Target, answer_text, arrange
 from mllm.spec import PromptSpec
 from mllm.turns import rendered
+
+SEPARATOR = "\n"  # behind an example that another one follows
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class Item:
     choices: tuple[str, ...] = ()  # the closed set an answer is chosen from, where there is one
     shots: tuple[Item, ...] = ()  # solved examples that are shown before it
     messages: tuple[dict[str, Any], ...] = ()  # a whole conversation to learn from, in place of question and answers
+    document: tuple[str | ImageSource, ...] = ()  # texts and pictures as they stand in a page, to learn from
 
 
 def question_text(item: Item, prompt: PromptSpec) -> str:
@@ -36,11 +40,40 @@ def question_text(item: Item, prompt: PromptSpec) -> str:
 
 
 def pieces_of(item: Item, prompt: PromptSpec, answer: str | None = None, lm: Any = None) -> list[Piece]:
-    """Return an item as an interleaved prompt; with ``answer``, or if it is a conversation, as a training example.
+    """Return an item as an interleaved prompt; with ``answer``, or if it holds it all itself, as a training example.
 
-    ``lm`` is needed for conversations in the language model's own chat template.
+    ``lm`` is needed for conversations in the language model's own chat template. Of examples before the item nothing is
+    learnt.
     """
     if item.messages:
         return rendered(item.messages, prompt, lm, learn=True)
+    if item.document:
+        return _learnt(item.document)
     target = [] if answer is None else [Target(answer_text(answer))]
-    return [*arrange(prompt.template, item.images, question_text(item, prompt)), *target]
+    return [*before(item, prompt), *arrange(prompt.template, item.images, question_text(item, prompt)), *target]
+
+
+def before(item: Item, prompt: PromptSpec, separator: str = SEPARATOR, *, sighted: bool = True) -> tuple[Piece, ...]:
+    """Return an item's examples as the pieces that stand before it; without their pictures if not ``sighted``.
+
+    Of an example's several answers the most frequent one is told.
+    """
+    pieces: list[Piece] = []
+    for shot in item.shots:
+        answer = Counter(shot.answers).most_common(1)[0][0]
+        pieces += arrange(prompt.template, shot.images if sighted else (), question_text(shot, prompt))
+        pieces.append(answer_text(answer) + separator)
+    return tuple(pieces)
+
+
+def _learnt(document: tuple[str | ImageSource, ...]) -> list[Piece]:
+    """Return a document with all its text as targets; pictures behind the last text teach nothing and are left out.
+
+    Nothing ends where a picture stands between texts: only the document's own end is learnt as one.
+    """
+    last = max(place for place, piece in enumerate(document) if isinstance(piece, str))
+    whole = last == len(document) - 1
+    return [
+        Target(piece, ends=whole and place == last) if isinstance(piece, str) else piece
+        for place, piece in enumerate(document[: last + 1])
+    ]

@@ -1,21 +1,35 @@
-"""From a recipe's data to the stream of examples that training reads, the same in every run with one seed."""
+"""From a recipe's data to sources of items, and what tells them from others."""
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import json
+import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from mllm.data.items import Item, pieces_of
+from mllm.data.items import Item
 from mllm.errors import MLLMError
-from mllm.prompt import Piece
+from mllm.images import ImageFile, ImageSource
 from mllm.registry import lookup
-from mllm.spec import DataSpec, PromptSpec
+from mllm.spec import DataSpec
+
+FEW = 2000  # pictures of a source, up to which their content is hashed
 
 
-def reader(spec: DataSpec) -> Callable[[], list[Item]]:
+@dataclass(frozen=True)
+class Source:
+    """The items of one entry of a recipe's data; ``items`` may be read one by one, when they are needed."""
+
+    spec: DataSpec
+    items: Sequence[Item]
+
+
+def reader(spec: DataSpec) -> Callable[[], Sequence[Item]]:
     """Return the reader of one source with its arguments, not called yet.
 
     Raises:
@@ -33,8 +47,8 @@ def reader(spec: DataSpec) -> Callable[[], list[Item]]:
     return partial(found, **spec.options())
 
 
-def read(spec: DataSpec) -> list[Item]:
-    """Return the items of one source.
+def read(spec: DataSpec, *, seed: int = 0) -> Sequence[Item]:
+    """Return the items of one source; of a ``fraction``, the same ones for one seed, and of a smaller one some of them.
 
     Raises:
         MLLMError: an unknown reader or argument, no items, or what the reader finds wrong.
@@ -42,46 +56,82 @@ def read(spec: DataSpec) -> list[Item]:
     items = reader(spec)()
     if not items:
         raise MLLMError(f"data: the reader {spec.format!r} found no items with {spec.options()}.")
-    return items
+    if spec.fraction == 1:
+        return items
+    order = list(range(len(items)))
+    random.Random(f"{seed}/fraction").shuffle(order)
+    return [items[index] for index in sorted(order[: math.ceil(spec.fraction * len(items))])]
 
 
-def read_all(specs: Sequence[DataSpec]) -> list[tuple[float, list[Item]]]:
-    """Return (weight, items) of every source that is trained on; empty where there is none.
+def read_all(specs: Sequence[DataSpec], *, seed: int = 0) -> list[Source]:
+    """Return every source that is trained on; none where there is none.
 
     Raises:
-        MLLMError: an item has no answer to learn, or what a reader finds wrong.
+        MLLMError: an item has no answer to learn, a source is too small or of the wrong kind for what is asked of it,
+            or what a reader finds wrong.
     """
-    sources = [(spec.weight, read(spec)) for spec in specs]
-    for _, items in sources:
-        for item in items:
-            if not item.answers and not item.messages:
-                raise MLLMError(
-                    f"data: the item {item.id!r} has no answer, and training needs one: is it a test split?"
-                )
+    sources = [Source(spec, read(spec, seed=seed)) for spec in specs]
+    for source in sources:
+        if isinstance(source.items, list):  # others are read when they are needed, and found out then
+            for item in source.items:
+                check_learnable(item)
+                check_combinable(item, source.spec)
+        needed = max(source.spec.shots, 1 if source.spec.concatenate else 0) + 1
+        if len(source.items) < needed:
+            raise MLLMError(
+                f"data: {source.spec.format} has {len(source.items)} items; shots and concatenate need {needed}."
+            )
     return sources
 
 
-def examples(
-    sources: Sequence[tuple[float, list[Item]]], prompt: PromptSpec, *, seed: int, lm: Any = None
-) -> Iterator[list[Piece]]:
-    """Yield training examples without end: sources by weight, each in a new order every epoch.
+def check_learnable(item: Item) -> None:
+    """Raise an `MLLMError` for an item that teaches nothing."""
+    if not (item.answers or item.messages or any(isinstance(piece, str) for piece in item.document)):
+        raise MLLMError(f"data: the item {item.id!r} has no answer, and training needs one: is it a test split?")
 
-    Of an item's several answers one is drawn each time it comes up. ``lm`` is needed for conversations in the language
-    model's own chat template.
+
+def check_combinable(item: Item, spec: DataSpec) -> None:
+    """Raise an `MLLMError` for a conversation or a document of a source whose items are put together."""
+    if (spec.shots or spec.concatenate) and not item.answers:
+        raise MLLMError(
+            f"data: the item {item.id!r} is a conversation or a document; shots and concatenate are for captions and "
+            "questions. Take them out of this source."
+        )
+
+
+def fingerprint(sources: Sequence[Source]) -> list[dict[str, Any]]:
+    """Return what tells the data of a run from other data: for each source its size and a hash.
+
+    The hash is over the ids, all texts and the order, and over the pictures: their content where a source has at most
+    2,000, else their names and sizes in bytes, so that a large set is not read. Items that are read one by one are told
+    by their files' index. Where the files are, and when they were written, changes nothing.
     """
-    draw = random.Random(f"{seed}/mixture")
-    streams = [_shuffled(items, f"{seed}/{index}") for index, (_, items) in enumerate(sources)]
-    weights = [weight for weight, _ in sources]
-    while True:
-        stream = streams[0] if len(streams) == 1 else draw.choices(streams, weights)[0]
-        item = next(stream)
-        yield pieces_of(item, prompt, draw.choice(item.answers) if item.answers else None, lm)
+    return [
+        {
+            "format": source.spec.format,
+            "items": len(source.items),
+            "sha256": getattr(source.items, "fingerprint", lambda items=source.items: _hash(items))(),
+        }
+        for source in sources
+    ]
 
 
-def _shuffled(items: Sequence[Item], seed: str) -> Iterator[Item]:
-    epoch = 0
-    while True:
-        order = list(range(len(items)))
-        random.Random(f"{seed}/{epoch}").shuffle(order)
-        yield from (items[index] for index in order)
-        epoch += 1
+def _hash(items: Sequence[Item]) -> str:
+    pictures = {picture for item in items for picture in item.images}
+    known = {picture: _picture(picture, content=len(pictures) <= FEW) for picture in pictures}
+    whole = hashlib.sha256()
+    for item in items:
+        row = [item.id, item.question, item.answers, item.messages, item.document, [s.id for s in item.shots]]
+        told = [known[picture] for picture in item.images]
+        whole.update(json.dumps([*row, told], default=lambda value: None).encode())  # a picture among texts: its place
+    return whole.hexdigest()
+
+
+def _picture(picture: ImageSource, *, content: bool) -> str:
+    """Return a picture's content, or its name and size; what is unreadable is so everywhere."""
+    try:
+        if content or not isinstance(picture, ImageFile):
+            return picture.key()
+        return f"{picture.path.name} {picture.path.stat().st_size}"
+    except (MLLMError, OSError):
+        return "unreadable"
