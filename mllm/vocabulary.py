@@ -48,7 +48,7 @@ def separable(model: Any) -> bool:
     if model.get_decoder() is model:
         return False
     table = model.get_input_embeddings()
-    with torch.no_grad():
+    with torch.no_grad(), _still(model):
         embeds = table(torch.arange(4, device=table.weight.device)[None])
         expected = model(inputs_embeds=embeds).logits[0].float()
         try:
@@ -74,6 +74,18 @@ def losses(model: Any, hidden: Tensor, wanted: Tensor, kind: type, *, logits: in
         return chunk_losses(hidden, wanted)
     chunks = zip(hidden.split(size), wanted.split(size), strict=True)
     return torch.cat([checkpoint(chunk_losses, *chunk, use_reentrant=False) for chunk in chunks])
+
+
+@contextlib.contextmanager
+def _still(model: nn.Module) -> Iterator[None]:
+    """Keep dropout out of a probe: two passes would differ, and draw random numbers that training counts on."""
+    drawing = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in drawing:
+            module.training = True
 
 
 @contextlib.contextmanager
