@@ -6,6 +6,8 @@ from einops import rearrange
 from mllm.adapters.connectors.reduce import Reduce
 from torch import Tensor, nn
 
+from mllm.errors import MLLMError
+
 
 class Linear(nn.Module):
     """Features ``(B, P, D_vis)`` to visual tokens ``(B, Q, D_lm)`` by one linear map.
@@ -33,7 +35,7 @@ class Linear(nn.Module):
         self,
         *,
         vis_dim: int,
-        lm_dim: int,
+        lm_dim: int | None,
         num_patches: int,
         grid: tuple[int, int] | None,
         tokens: int | None = None,
@@ -42,6 +44,8 @@ class Linear(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        if lm_dim is None:
+            raise MLLMError("The connector linear is a map to a language model's width: give lm.")
         self.body = Reduce(vis_dim=vis_dim, num_patches=num_patches, grid=grid, tokens=tokens, shuffle=shuffle)
         self.expand = (tokens or 1) if num_patches == 1 else 1  # tokens that one feature vector gives
         self.num_tokens = self.expand * self.body.num_tokens

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from einops import rearrange, repeat
+from mllm.adapters.connectors.reduce import projection
 from torch import Tensor, nn
 
 
@@ -12,7 +13,7 @@ class Mapper(nn.Module):
 
     Args:
         vis_dim: D_vis.
-        lm_dim: D_lm.
+        lm_dim: D_lm; None: there is no language model, and no map to it.
         num_patches: P.
         grid: not used: a sequence will do.
         tokens: Q, the learned vectors.
@@ -32,7 +33,7 @@ class Mapper(nn.Module):
         self,
         *,
         vis_dim: int,
-        lm_dim: int,
+        lm_dim: int | None,
         num_patches: int,
         grid: tuple[int, int] | None,
         tokens: int = 32,
@@ -49,7 +50,7 @@ class Mapper(nn.Module):
         self.queries = nn.Parameter(torch.randn(tokens, dim))
         layer = nn.TransformerEncoderLayer(dim, heads, ffn, dropout, batch_first=True, norm_first=True)
         self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
-        self.project = nn.Linear(dim, lm_dim)
+        self.project = projection(dim, lm_dim)
 
     def body(self, features: Tensor) -> Tensor:
         """Return the learned vectors after reading the features: ``(B, Q, dim)``."""

@@ -7,6 +7,8 @@ from itertools import pairwise
 from mllm.adapters.connectors.reduce import Reduce
 from torch import Tensor, nn
 
+from mllm.errors import MLLMError
+
 
 class MLP(nn.Module):
     """Features ``(B, P, D_vis)`` to visual tokens ``(B, Q, D_lm)``, each patch or cell on its own.
@@ -35,7 +37,7 @@ class MLP(nn.Module):
         self,
         *,
         vis_dim: int,
-        lm_dim: int,
+        lm_dim: int | None,
         num_patches: int,
         grid: tuple[int, int] | None,
         depth: int = 2,
@@ -45,6 +47,8 @@ class MLP(nn.Module):
         norm: bool = False,
     ) -> None:
         super().__init__()
+        if lm_dim is None:
+            raise MLLMError("The connector mlp is a map to a language model's width: give lm.")
         reduce = Reduce(vis_dim=vis_dim, num_patches=num_patches, grid=grid, tokens=tokens, shuffle=shuffle)
         widths = [reduce.dim, *[hidden or lm_dim] * (depth - 1)]
         layers: list[nn.Module] = [reduce]

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from einops import repeat
+from mllm.adapters.connectors.reduce import projection
+from mllm.adapters.connectors.words import Mode, Words, joint_mask
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, Blip2QFormerConfig, Blip2QFormerModel
 
@@ -15,7 +19,7 @@ class QFormer(nn.Module):
 
     Args:
         vis_dim: D_vis.
-        lm_dim: D_lm.
+        lm_dim: D_lm; None: there is no language model, and no map to it.
         num_patches: P.
         grid: not used: a sequence will do.
         tokens: Q, the queries.
@@ -26,6 +30,7 @@ class QFormer(nn.Module):
         init: a folder or hub id of a BERT whose blocks it starts from, of the same ``dim``, ``layers``, ``heads`` and
             ``ffn``; None: random weights.
         norm: a LayerNorm on the features first; false where the encoder's output is normalised already.
+        words: a folder or hub id of a tokenizer: the transformer reads text too (`joint`); None: images only.
         causal: a query sees only itself and those before it (SEED's tokenizer, arXiv:2307.08041).
         dropout: inside.
 
@@ -41,7 +46,7 @@ class QFormer(nn.Module):
         self,
         *,
         vis_dim: int,
-        lm_dim: int,
+        lm_dim: int | None,
         num_patches: int,
         grid: tuple[int, int] | None,
         tokens: int = 32,
@@ -51,6 +56,7 @@ class QFormer(nn.Module):
         ffn: int | None = None,
         init: str | None = None,
         norm: bool = True,
+        words: str | None = None,
         causal: bool = False,
         dropout: float = 0.0,
     ) -> None:
@@ -63,14 +69,39 @@ class QFormer(nn.Module):
             encoder_hidden_size=vis_dim,
             hidden_dropout_prob=dropout,
             attention_probs_dropout_prob=dropout,
+            use_qformer_text_input=words is not None,
         )
+        self.words = Words(words, config) if words is not None else None
         self.num_tokens, self.causal = tokens, causal
         self.norm_features = nn.LayerNorm(vis_dim, eps=1e-6) if norm else nn.Identity()
         self.queries = nn.Parameter(torch.empty(1, tokens, dim).normal_(std=config.initializer_range))
         self.qformer = Blip2QFormerModel(config)
         if init is not None:
-            _start_from_bert(self.qformer, init)
-        self.project = nn.Linear(dim, lm_dim)
+            _start_from_bert(self.qformer, self.words, init)
+        self.project = projection(dim, lm_dim)
+
+    @property
+    def joint(self) -> Callable[..., tuple[Tensor, Tensor]]:
+        """Read features and texts in one transformer; only with ``words``.
+
+        Takes features ``(B, P, D_vis)``, text ids ``(B, T)``, their mask ``(B, T)`` and the mode (see
+        `mllm.adapters.connectors.words.joint_mask`), and returns the states of the queries ``(B, Q, dim)`` and of the
+        text ``(B, T, dim)``.
+        """
+        if self.words is None:
+            raise AttributeError("A Q-Former reads text only with connector.words.")
+        return self._joint
+
+    def _joint(self, features: Tensor, text_ids: Tensor, mask: Tensor, mode: Mode) -> tuple[Tensor, Tensor]:
+        assert self.words is not None
+        queries = repeat(self.queries, "1 q d -> b q d", b=len(features))
+        read = self.qformer(
+            query_embeds=self.words.table(input_ids=text_ids, query_embeds=queries),
+            query_length=self.num_tokens,
+            attention_mask=joint_mask(self.num_tokens, mask, mode),
+            encoder_hidden_states=self.norm_features(features),
+        ).last_hidden_state
+        return read[:, : self.num_tokens], read[:, self.num_tokens :]
 
     def body(self, features: Tensor) -> Tensor:
         """Return the queries after reading the features: ``(B, Q, dim)``."""
@@ -89,8 +120,8 @@ class QFormer(nn.Module):
         return self.project(self.body(features))
 
 
-def _start_from_bert(qformer: nn.Module, init: str) -> None:
-    """Copy a BERT's blocks; cross-attention, which it has not, keeps its random weights."""
+def _start_from_bert(qformer: nn.Module, words: Words | None, init: str) -> None:
+    """Copy a BERT's blocks, and its words; cross-attention, which it has not, keeps its random weights."""
     try:
         if AutoConfig.from_pretrained(init).model_type != "bert":
             raise MLLMError(f"connector.init is {init!r}, which is no BERT.")
@@ -114,6 +145,21 @@ def _start_from_bert(qformer: nn.Module, init: str) -> None:
             "Set connector.dim, layers, heads and ffn to the BERT's."
         )
     qformer.load_state_dict(fitting, strict=False)
+    if words is not None:
+        _words_from_bert(words, bert, init)
+
+
+@torch.no_grad()
+def _words_from_bert(words: Words, bert: dict[str, Tensor], init: str) -> None:
+    """Copy a BERT's table of words and its positions; the start token, which it has not, stays random."""
+    if len(bert["embeddings.word_embeddings.weight"]) != words.start:
+        raise MLLMError(
+            f"connector.words has {words.start} words, and the BERT of connector.init, {init!r}, another number. "
+            "Set connector.words to that BERT too."
+        )
+    for name in ("word_embeddings", "position_embeddings"):
+        own, there = getattr(words.table, name).weight, bert[f"embeddings.{name}.weight"]
+        own[: len(there)] = there[: len(own)]
 
 
 def _query_side(name: str, part: str) -> str:

@@ -1,4 +1,4 @@
-"""Fewer patches before a map: neighbours averaged to cells, or put side by side (pixel shuffle)."""
+"""What stands before and behind a connector: fewer patches, and the map to the language model's width."""
 
 from __future__ import annotations
 
@@ -57,6 +57,11 @@ class Reduce(nn.Module):
         assert self.grid is not None
         maps = rearrange(features, "b (h w) d -> b d h w", h=self.grid[0])
         return rearrange(adaptive_avg_pool2d(maps, self.cells), "b d h w -> b (h w) d")
+
+
+def projection(dim: int, lm_dim: int | None) -> nn.Module:
+    """Return the last linear map of a connector; without a language model there is none."""
+    return nn.Identity() if lm_dim is None else nn.Linear(dim, lm_dim)
 
 
 def _shuffled(side: int, num_patches: int, grid: tuple[int, int] | None) -> tuple[int, int]:

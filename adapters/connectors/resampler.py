@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from mllm.adapters.connectors.reduce import projection
 from torch import Tensor, nn
 from transformers.models.idefics2.configuration_idefics2 import Idefics2PerceiverConfig
 from transformers.models.idefics2.modeling_idefics2 import Idefics2PerceiverResampler
@@ -13,7 +14,7 @@ class Resampler(nn.Module):
 
     Args:
         vis_dim: D_vis.
-        lm_dim: D_lm.
+        lm_dim: D_lm; None: there is no language model, and no map to it.
         num_patches: P.
         grid: not used: a sequence will do.
         tokens: Q, the latents.
@@ -31,7 +32,7 @@ class Resampler(nn.Module):
         self,
         *,
         vis_dim: int,
-        lm_dim: int,
+        lm_dim: int | None,
         num_patches: int,
         grid: tuple[int, int] | None,
         tokens: int = 64,
@@ -52,7 +53,7 @@ class Resampler(nn.Module):
         )
         self.resampler = Idefics2PerceiverResampler(config)
         nn.init.normal_(self.resampler.latents, std=0.02)  # latents that start equal would stay equal
-        self.project = nn.Linear(vis_dim, lm_dim)
+        self.project = projection(vis_dim, lm_dim)
 
     def body(self, features: Tensor) -> Tensor:
         """Return the latents after reading the features: ``(B, Q, D_vis)``."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from einops import rearrange
+from mllm.adapters.connectors.reduce import projection
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
@@ -17,7 +18,7 @@ class TokenMerge(nn.Module):
 
     Args:
         vis_dim: D_vis.
-        lm_dim: D_lm.
+        lm_dim: D_lm; None: there is no language model, and no map to it.
         num_patches: P.
         grid: not used: a sequence will do.
         merge: r, tokens that every layer joins to others (SimVLG: 19, so 257 become 29).
@@ -39,7 +40,7 @@ class TokenMerge(nn.Module):
         self,
         *,
         vis_dim: int,
-        lm_dim: int,
+        lm_dim: int | None,
         num_patches: int,
         grid: tuple[int, int] | None,
         merge: int = 19,
@@ -59,7 +60,7 @@ class TokenMerge(nn.Module):
         self.num_tokens, self.merge, self.heads = num_patches - layers * merge, merge, heads
         self.enter = nn.Linear(vis_dim, dim)
         self.blocks = _blocks(layers=layers, dim=dim, heads=heads, init=init, dropout=dropout)
-        self.project = nn.Linear(dim, lm_dim)
+        self.project = projection(dim, lm_dim)
 
     def body(self, features: Tensor) -> Tensor:
         """Return the merged tokens ``(B, Q, dim)``."""
