@@ -269,19 +269,22 @@ def index(action: Annotated[str, typer.Argument(metavar="build")], images: Path,
 
 @app.command()
 def bench(
-    what: Annotated[str, typer.Argument(metavar="generate|eval|matrix", help="What is measured.")],
+    what: Annotated[str, typer.Argument(metavar="train|generate|eval|matrix", help="What is measured.")],
     out: Annotated[Path, typer.Option(help="Folder of the figures, as JSON.")] = Path("runs/bench"),
     repeats: Annotated[int, typer.Option(min=1, help="Pairs of runs; medians are shown.")] = 3,
+    only: Annotated[str | None, typer.Option(help="Of train: llava, heavy, target or share.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Of train: steps of an epoch, 4 by default.")] = None,
 ) -> None:
     """Measure speed beside the alternatives, or try all parts together (matrix). Speed wants a quiet machine."""
     from importlib import import_module
 
-    if what == "train":
-        _later(f"bench {what}", "`mllm bench generate`, `eval` and `matrix` are")
-    modules = {"generate": "generate", "eval": "evaluate", "matrix": "matrix"}
+    modules = {"train": "train", "generate": "generate", "eval": "evaluate", "matrix": "matrix"}
     if what not in modules:
         raise MLLMError(f"No bench is called {what!r}. There are: {', '.join(modules)}.")
-    import_module(f"mllm.eval.bench.{modules[what]}").run(out=out, repeats=repeats, progress=typer.echo)
+    own = {key: value for key, value in (("only", only), ("steps", steps)) if value is not None}
+    if own and what != "train":
+        raise MLLMError(f"--{next(iter(own))} is for `mllm bench train`. Leave it out.")
+    import_module(f"mllm.eval.bench.{modules[what]}").run(out=out, repeats=repeats, progress=typer.echo, **own)
 
 
 @data_app.command("check")

@@ -158,7 +158,6 @@ def test_run_of_another_version(mllm: Mllm, model: Path, picture: Path, tmp_path
     [
         ["plan", "limber-cpu"],
         ["index", "build", "images", "out"],
-        ["bench", "train"],
     ],
 )
 def test_commands_of_later_versions_say_so(mllm: Mllm, arguments: list[str]) -> None:

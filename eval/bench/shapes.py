@@ -33,6 +33,13 @@ def llava(folder: Path, *, size: dict[str, Any] | None = None, lm: str = LM) -> 
         size: fields of `CLIPVisionConfig` over ViT-B/16's, for a smaller one.
         lm: a part or a folder.
     """
+    save_vision(folder, size)
+    ours = assemble({"model": str(folder), "layer": -1}, {"model": lm, "dtype": "float32"}, {"type": "mlp"})
+    return ours, llava_class(ours, folder, lm)
+
+
+def save_vision(folder: Path, size: dict[str, Any] | None = None) -> str:
+    """Save a CLIP encoder with random weights, ViT-B/16 at 224 px but for ``size``, and return its folder."""
     torch.manual_seed(0)
     shape: dict[str, Any] = {
         "hidden_size": 768,
@@ -42,17 +49,20 @@ def llava(folder: Path, *, size: dict[str, Any] | None = None, lm: str = LM) -> 
     }
     shape |= {"image_size": 224, "patch_size": 16} | (size or {})
     vision = CLIPVisionConfig(**shape)
-    side = int(vision.to_dict()["image_size"])
+    side = {"height": int(vision.to_dict()["image_size"]), "width": int(vision.to_dict()["image_size"])}
     CLIPVisionModel(vision).save_pretrained(folder)
-    CLIPImageProcessorPil(
-        size={"height": side, "width": side}, crop_size={"height": side, "width": side}
-    ).save_pretrained(folder)
-    ours = assemble({"model": str(folder), "layer": -1}, {"model": lm, "dtype": "float32"}, {"type": "mlp"})
-    return ours, _alternative(ours, folder, lm)
+    CLIPImageProcessorPil(size=side, crop_size=side).save_pretrained(folder)
+    return str(folder)
 
 
-def _alternative(ours: Assembly, folder: Path, lm: str) -> Any:
-    """Return the stock class with the assembly's weights, tensor by tensor."""
+def llava_class(ours: Assembly, folder: Path, lm: str) -> Any:
+    """Return `transformers`' LLaVA class with an assembly's weights, tensor by tensor.
+
+    Args:
+        ours: whose encoder is the one saved in ``folder``.
+        folder: of the encoder.
+        lm: a part or a folder.
+    """
     place = parts.locate(lm) if lm.startswith("mllm/") else lm
     config = LlavaConfig(
         vision_config=AutoConfig.from_pretrained(folder),

@@ -1,0 +1,128 @@
+"""A training process watched from outside: when each line of its log came, and how much memory it held at most.
+
+Run as a module it is such a process: ``ours RECIPE OUT`` or ``plain JSON OUT``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from mllm.errors import MLLMError
+
+POLL = 0.005  # seconds
+MEMORY = "memory.json"
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What was seen of a process: when it began, each line of its log with its time, and bytes above its imports."""
+
+    began: float
+    lines: list[tuple[float, dict[str, Any]]]
+    memory: int
+
+    def at(self, step: int) -> float:
+        """Return when a step had ended; 0: when training began."""
+        if step == 0:
+            return next(stamp for stamp, _ in self.lines)
+        return next(stamp for stamp, row in self.lines if row.get("step") == step and "loss" in row)
+
+
+def watch(
+    kind: str,
+    description: Path,
+    out: Path,
+    *,
+    environment: Mapping[str, str] = {},
+    until: Callable[[dict[str, Any]], bool] = lambda row: False,
+) -> Watched:
+    """Run a training process to its end, or until a line of its log is the one wanted.
+
+    Args:
+        kind: ``ours`` or ``plain``.
+        description: the recipe, or the JSON of `mllm.eval.bench.plain`.
+        out: a new folder.
+        environment: variables over this process's own.
+        until: given each line; true stops the process.
+
+    Raises:
+        MLLMError: it failed.
+    """
+    said = out.with_suffix(".said")
+    began = time.time()
+    with said.open("w") as stream:
+        process = subprocess.Popen(
+            [sys.executable, "-m", __name__, kind, str(description), str(out)],
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **environment},
+        )
+        try:
+            lines, wanted = _followed(process, out, until)
+        finally:
+            process.kill()
+            process.wait()
+    if not wanted and not _memory_of(out).is_file():
+        raise MLLMError(f"The training process of {description} failed: {said.read_text()[-2000:]}")
+    return Watched(began, lines, 0 if wanted else json.loads(_memory_of(out).read_text()))
+
+
+def _followed(
+    process: subprocess.Popen[bytes], out: Path, until: Callable[[dict[str, Any]], bool]
+) -> tuple[list[tuple[float, dict[str, Any]]], bool]:
+    """Return the lines of a process's log as they come, and whether the one wanted is among them."""
+    lines: list[tuple[float, dict[str, Any]]] = []
+    log, first, read = out / "log.jsonl", out / "recipe.yaml", 0
+    ended = False
+    while not ended:
+        ended = process.poll() is not None
+        now = time.time()
+        if not lines and first.is_file():  # what both write when the parts are loaded
+            lines.append((now, {}))
+        if log.is_file():
+            text = log.read_text()
+            whole = text.rfind("\n") + 1
+            for line in text[read:whole].splitlines():
+                lines.append((now, json.loads(line)))
+                if until(lines[-1][1]):
+                    return lines, True
+            read = max(read, whole)
+        time.sleep(POLL)
+    return lines, False
+
+
+def _memory_of(out: Path) -> Path:
+    return out.with_suffix(f".{MEMORY}")
+
+
+def _held(field: str) -> int:
+    """Return bytes of this process: ``VmRSS`` now, or ``VmHWM``, the most so far."""
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def main(kind: str, description: str, out: str) -> None:
+    """Train, and write down how much memory it took above the imports."""
+    if kind == "ours":
+        from mllm.memory import keep_freed_memory
+
+        keep_freed_memory()  # as the command does
+    work: Any = import_module("mllm.training" if kind == "ours" else "mllm.eval.bench.plain").train
+    imports = _held("VmRSS")
+    work(description, out=out)
+    _memory_of(Path(out)).write_text(json.dumps(_held("VmHWM") - imports))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,47 @@
+"""A batch in parts gives the sums of the whole, and each part its own pictures."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mllm.micro import split
+from mllm.prompt import IGNORED, Target, collate, images_of
+from mllm.testing import tiny_image
+
+
+def rows():
+    one, two = tiny_image(1), tiny_image(2)
+    return [
+        ["a", one, Target(" cat")],
+        ["no picture", Target(" at all")],
+        [one, "and", two, Target(" dogs")],
+        [two, Target(" x")],
+        ["b", one, Target(" y")],
+    ]
+
+
+@pytest.mark.parametrize("positions", [1, 40, 80, 10_000])
+def test_parts_sum_to_the_whole(tiny_model, positions):
+    assembly = tiny_model()
+    examples = rows()
+    batch = collate([assembly.encode(pieces) for pieces in examples], assembly.lm.pad)
+    features = assembly.features([image for pieces in examples for image in images_of(pieces)])
+
+    def summed(features, batch):
+        visual = None if features is None else assembly.connector(features)
+        return assembly.lm.losses(assembly.embed(visual, batch), batch.mask, batch.labels).sum()
+
+    parts = split(examples, features, batch, positions=positions)
+    assert [pieces for part, _, _ in parts for pieces in part] == examples
+    assert all(own.ids.numel() <= max(positions, own.ids.shape[1]) for _, _, own in parts)
+    total = sum(summed(own, ids) for _, own, ids in parts)
+    torch.testing.assert_close(total, summed(features, batch), atol=1e-4, rtol=1e-5)
+
+
+def test_a_part_without_a_picture_has_no_features(tiny_model):
+    assembly = tiny_model()
+    text = [["no picture", Target(" at all")]] * 2
+    batch = collate([assembly.encode(pieces) for pieces in text], assembly.lm.pad)
+    assert [own for _, own, _ in split(text, None, batch, positions=1)] == [None, None]
+    assert (batch.labels != IGNORED).any()
