@@ -146,7 +146,7 @@ class Chat:
 
     def _keep(self, cache: Any, ids: list[int]) -> None:
         """Keep the states that answering left: of what was read, and of the answer but for its last token."""
-        new = cache.get_seq_length() - len(self._mask)
+        new = self._model.lm.length(cache) - len(self._mask)
         self._cache, self._mask, self._seen = cache, self._mask + [1] * new, [*self._seen, *ids[:new]]
 
     def _forget(self) -> None:

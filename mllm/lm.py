@@ -8,6 +8,7 @@ the positions asked for only.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from transformers import (
 
 from mllm import decoding, hub
 from mllm.errors import MLLMError
+from mllm.lead import Led
 from mllm.passes import Apart, Cached, EncoderDecoder
 
 
@@ -31,7 +33,7 @@ class LanguageModel(nn.Module):
     Args:
         model: an installed part (``mllm/smollm2-135m``), a hub id or a folder.
         dtype: of the weights; ``auto``: as they are stored.
-        quantize: ``8bit`` or ``4bit`` by bitsandbytes.
+        quantize: ``8bit`` (LLM.int8, arXiv:2208.07339) or ``4bit`` (NF4, arXiv:2305.14314), by bitsandbytes.
         init: ``random`` keeps the architecture and draws new weights (a control).
         seed: of the random weights.
 
@@ -58,6 +60,7 @@ class LanguageModel(nn.Module):
         self.model = hub.load_model(hub.language_class(folder), folder, init=init, seed=seed, **options)
         self.model.requires_grad_(False).eval()
         self._folder, self._init = folder, init
+        self._before = 0  # positions that adapters take
         self._pass = _way(self.model, self._end_of_text())
 
     @property
@@ -74,14 +77,9 @@ class LanguageModel(nn.Module):
     def context(self) -> int | None:
         """Return the most positions the model was made for, or None where it does not say."""
         config = self.model.config.get_text_config()
-        return next(
-            (
-                getattr(config, key)
-                for key in ("max_position_embeddings", "n_positions", "max_seq_len")
-                if hasattr(config, key)
-            ),
-            None,
-        )
+        names = ("max_position_embeddings", "n_positions", "max_seq_len")
+        limit = next((getattr(config, name) for name in names if hasattr(config, name)), None)
+        return None if limit is None else limit - self._before
 
     @property
     def bos(self) -> list[int]:
@@ -160,6 +158,15 @@ class LanguageModel(nn.Module):
     def fork(self, cache: Any, rows: Sequence[int] = (0,)) -> Any:
         """Return the states of these rows, to be added to; the original stays as it is."""
         return self._pass.fork(cache, rows)
+
+    def length(self, cache: Any) -> int:
+        """Return how many positions the states hold."""
+        return int(self._pass.length(cache))
+
+    def lead(self, adapter: Any) -> None:
+        """Put an adapter's positions before every sequence; see `mllm.lead.Led`."""
+        self._pass = Led(self._pass, adapter)
+        self._before += adapter.num_positions
 
     def step(self, cache: Any, ids: Tensor, mask: Tensor, rows: Sequence[int] | None = None) -> Tensor:
         """Return logits ``(N, V)`` of what follows the first tokens ``ids (N, L)`` of answers.
@@ -272,4 +279,6 @@ def _way(model: Any, end: Sequence[int]) -> Any:
 def _quantization(kind: str) -> Any:
     from transformers import BitsAndBytesConfig
 
-    return BitsAndBytesConfig(load_in_8bit=kind == "8bit", load_in_4bit=kind == "4bit")
+    # Of every pass of a float32 model: that is how 8 bit works.
+    warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
+    return BitsAndBytesConfig(load_in_8bit=kind == "8bit", load_in_4bit=kind == "4bit", bnb_4bit_quant_type="nf4")

@@ -381,10 +381,14 @@ def build_adapters(spec: AssemblySpec, *, lm: Any) -> list[nn.Module]:
     """Put new adapters into a language model; their random weights depend on the specification's seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
-        return [
+        adapters = [
             _made(lookup("adapters", part.type), f"adapter {part.type}", lm.model, **part.options())
             for part in spec.adapters
         ]
+    for adapter in adapters:
+        if hasattr(adapter, "num_positions"):  # it comes before the sequence, not into a layer
+            lm.lead(adapter)
+    return adapters
 
 
 def _made(cls: Any, label: str, *inside: Any, **options: Any) -> Any:

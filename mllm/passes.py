@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
+from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from mllm import vocabulary
@@ -58,28 +59,27 @@ class Cached:
             cache, _ = self.prefill(embeds[:, :6], torch.tensor([[0, 0, 1, 1, 1, 1]], device=ids.device))
             mask = torch.tensor([[0, 0, 1, 1, 1, 0, 1]], device=ids.device)
             masked = self.logits(embeds[:, 6:], mask, cache=cache)[:, -1]
-        tolerance = torch.finfo(plain.dtype).eps ** (1 / 3) * plain.float().std()  # what ignores masks is far off
+        coarse = getattr(self.model, "is_quantized", False)  # its rounding depends on the whole batch
+        eps = torch.finfo(torch.bfloat16 if coarse else plain.dtype).eps
+        tolerance = eps ** (1 / 3) * plain.float().std()  # what ignores masks is far off
         return bool((plain - masked).float().std() <= tolerance)
 
     def logits(self, embeds: Tensor, mask: Tensor, keep: Tensor | None = None, cache: Any = None) -> Tensor:
         """Return logits ``(B, K, V)``; see `mllm.lm.LanguageModel.logits`."""
-        options = self._inputs(embeds, mask)
-        if cache is not None:
-            options |= {self._states: cache, "use_cache": True}
+        options = self._inputs(embeds, mask, cache)
         if keep is None:
             return self.model(**options).logits
         if "logits_to_keep" in self._accepts:
             return self.model(**options, logits_to_keep=keep).logits
         return self.model(**options).logits[:, keep]
 
-    def losses(self, embeds: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+    def losses(self, embeds: Tensor, mask: Tensor, labels: Tensor, cache: Any = None) -> Tensor:
         """Return the negative log-likelihood ``(N,)`` of each target, row by row."""
-        return _losses(self, embeds, mask, labels)
+        return _losses(self, embeds, mask, labels, cache)
 
-    def body(self, embeds: Tensor, mask: Tensor) -> tuple[Tensor, type]:
+    def body(self, embeds: Tensor, mask: Tensor, cache: Any = None) -> tuple[Tensor, type]:
         """Return the body's states ``(B, T, D)``, and the class of what it returns."""
-        no_cache = {"use_cache": False} if "use_cache" in self._accepts else {}
-        output = vocabulary.read(self.model, **self._inputs(embeds, mask), **no_cache)
+        output = vocabulary.read(self.model, **self._inputs(embeds, mask, cache))
         return output.last_hidden_state, type(output)
 
     @functools.cached_property
@@ -87,14 +87,14 @@ class Cached:
         """Whether the model is a body and a head."""
         return vocabulary.separable(self.model)
 
-    def hidden(self, embeds: Tensor, mask: Tensor) -> Tensor:
+    def hidden(self, embeds: Tensor, mask: Tensor, cache: Any = None) -> Tensor:
         """Return the states ``(B, T, D)`` that the vocabulary's map reads."""
-        return _read_by_vocabulary(self.model, lambda: self.model(**self._inputs(embeds, mask)))
+        return _read_by_vocabulary(self.model, lambda: self.model(**self._inputs(embeds, mask, cache)))
 
-    def prefill(self, embeds: Tensor, mask: Tensor) -> tuple[Any, Tensor]:
+    def prefill(self, embeds: Tensor, mask: Tensor, cache: Any = None) -> tuple[Any, Tensor]:
         """Return the key-value states, and the next token's logits ``(B, V)``."""
         last = {"logits_to_keep": 1} if "logits_to_keep" in self._accepts else {}
-        output = self.model(**self._inputs(embeds, mask), use_cache=True, **last)
+        output = self.model(**{**self._inputs(embeds, mask, cache), "use_cache": True}, **last)
         return output[self._states], output.logits[:, -1]
 
     def fork(self, cache: Any, rows: Sequence[int]) -> Any:
@@ -116,8 +116,21 @@ class Cached:
         start = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
         yield Group([*range(len(mask))], {"attention_mask": mask, self._states: cache, **inputs}, start)
 
-    def _inputs(self, embeds: Tensor, mask: Tensor) -> dict[str, Any]:
-        options = {"inputs_embeds": embeds, "attention_mask": mask}
+    @property
+    def windowed(self) -> bool:
+        """Whether a layer looks back over so many places only, masked ones counted."""
+        return any(getattr(layer, "is_sliding", False) for layer in DynamicCache(config=self.model.config).layers)
+
+    def length(self, cache: Any) -> int:
+        """Return how many positions are in the cache."""
+        return int(cache.get_seq_length())
+
+    def _inputs(self, embeds: Tensor, mask: Tensor, cache: Any = None) -> dict[str, Any]:
+        options: dict[str, Any] = {"inputs_embeds": embeds, "attention_mask": mask}
+        if cache is not None:
+            options |= {self._states: cache, "use_cache": True}
+        elif "use_cache" in self._accepts:
+            options["use_cache"] = False
         if "position_ids" in self._accepts:
             options["position_ids"] = positions(mask)[:, -embeds.shape[1] :]
         return options
@@ -134,10 +147,6 @@ class Seen:
         """Add what was read since, and return all."""
         self.embeds, self.states = torch.cat([self.embeds, embeds], dim=1), None
         return self.embeds
-
-    def get_seq_length(self) -> int:
-        """Return T, as key-value states do."""
-        return self.embeds.shape[1]
 
 
 class Apart:
@@ -161,7 +170,7 @@ class Apart:
         """Return the negative log-likelihood ``(N,)`` of each target, row by row."""
         return _losses(self, embeds, mask, labels)
 
-    def body(self, embeds: Tensor, mask: Tensor) -> tuple[Tensor, type]:
+    def body(self, embeds: Tensor, mask: Tensor, cache: Any = None) -> tuple[Tensor, type]:
         """Return the body's states ``(B, T, D)``, and the class of what it returns."""
         kinds = []
 
@@ -198,6 +207,10 @@ class Apart:
         new = self.model.get_input_embeddings()(ids)
         whole = torch.cat([mask.expand(len(ids), -1), torch.ones_like(ids)], dim=1)
         return self.logits(torch.cat([cache.embeds.expand(len(ids), -1, -1), new], dim=1), whole)[:, -1]
+
+    def length(self, cache: Seen) -> int:
+        """Return how many positions were seen."""
+        return cache.embeds.shape[1]
 
     def groups(self, mask: Tensor, cache: Seen | None = None, **inputs: Tensor) -> Iterator[Group]:
         """Yield what `transformers` decodes in one go: rows of one length."""
@@ -282,6 +295,10 @@ class EncoderDecoder:
         states, inside = cache.states
         return self._decoded((states.expand(len(ids), -1, -1), inside.expand(len(ids), -1)), ids)[:, -1]
 
+    def length(self, cache: Seen) -> int:
+        """Return how many positions were seen."""
+        return cache.embeds.shape[1]
+
     def groups(self, mask: Tensor, cache: Seen | None = None, **inputs: Tensor) -> Iterator[Group]:
         """Yield what `transformers` decodes in one go."""
         embeds, inside = self._ended(_whole(self.model, cache, inputs), mask)
@@ -314,15 +331,15 @@ def positions(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def _losses(way: Cached | Apart, embeds: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+def _losses(way: Cached | Apart, embeds: Tensor, mask: Tensor, labels: Tensor, cache: Any = None) -> Tensor:
     """Return the negative log-likelihood ``(N,)`` of each target of a decoder, row by row."""
     chosen = labels[:, 1:] != IGNORED  # at each position: whether what follows it is a target
     wanted = labels[:, 1:][chosen]  # (N,)
     if way.separable:
-        states, kind = way.body(embeds, mask)
+        states, kind = way.body(embeds, mask, cache)
         return vocabulary.losses(way.model, states[:, :-1][chosen], wanted, kind)
     keep = chosen.any(0).nonzero().squeeze(1)  # (K,)
-    logits = way.logits(embeds, mask, keep)[chosen[:, keep]]  # (N, V)
+    logits = way.logits(embeds, mask, keep, cache)[chosen[:, keep]]  # (N, V)
     return cross_entropy(logits.float(), wanted, reduction="none")
 
 
@@ -344,7 +361,7 @@ def _whole(model: Any, cache: Seen | None, inputs: dict[str, Tensor]) -> Tensor:
     """Return the embeddings of all that is read: of what was seen, and of the ids behind it."""
     if cache is None:
         return inputs["inputs_embeds"]
-    return cache.add(model.get_input_embeddings()(inputs["input_ids"][:, cache.get_seq_length() :]))
+    return cache.add(model.get_input_embeddings()(inputs["input_ids"][:, cache.embeds.shape[1] :]))
 
 
 def _read_by_vocabulary(model: Any, run: Callable[[], Any]) -> Tensor:

@@ -27,6 +27,8 @@ BUILT_IN: dict[str, dict[str, str]] = {
     "adapters": {
         "lora": "mllm.adapters.language.lora:LoRA",
         "bottleneck": "mllm.adapters.language.bottleneck:Bottleneck",
+        "prompt": "mllm.adapters.language.prompt:PromptTuning",
+        "prefix": "mllm.adapters.language.prefix:PrefixTuning",
     },
     "heads": {},
     "image_decoders": {},

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from mllm.errors import MLLMError
 
-# What decoders call the two halves of a layer. In OPT the last linear map is the end of what others call mlp.
+# What decoders call the two halves of a layer. In OPT and BART the mlp goes from one map to another.
 NAMES = {
-    "mlp": ("mlp", "ffn", "feed_forward", "fc2"),
+    "mlp": ("mlp", "ffn", "feed_forward", "block_sparse_moe", "fc1 fc2"),
     "attention": ("self_attn", "attn", "attention", "self_attention"),
 }
 
@@ -53,7 +53,7 @@ class Bottleneck(nn.Module):
             for half in after or ["mlp"]:
                 adapter = _new(dim, max(1, dim // reduction), std).to(weight.device)
                 self.layers.append(adapter)
-                _find(layer, half).register_forward_hook(self._hook(adapter), with_kwargs=True)
+                self._put(adapter, *_find(layer, half))
 
     @contextlib.contextmanager
     def off(self) -> Iterator[None]:
@@ -64,22 +64,31 @@ class Bottleneck(nn.Module):
         finally:
             self._on = True
 
-    def _hook(self, adapter: nn.Sequential) -> Any:
-        def add(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    def _put(self, adapter: nn.Sequential, first: nn.Module, last: nn.Module) -> None:
+        """Hook an adapter onto a half that goes from one module to another, mostly the same."""
+        read: list[Tensor] = []
+
+        def keep(module: nn.Module, args: Any, kwargs: Any) -> None:
+            read[:] = [args[0] if args else kwargs["hidden_states"]]
+
+        def add(module: nn.Module, args: Any, output: Any) -> Any:
             if not self._on:
                 return output
-            first: Tensor = output[0] if isinstance(output, tuple) else output
-            given = args[0] if args else kwargs["hidden_states"]
-            seen = first if self.mode == "serial" else given
-            whole = first + self.scale * adapter(seen.to(next(adapter.parameters()).dtype)).to(first.dtype)
+            made: Tensor = output[0] if isinstance(output, tuple) else output
+            seen = made if self.mode == "serial" else read.pop()
+            whole = made + self.scale * adapter(seen.to(next(adapter.parameters()).dtype)).to(made.dtype)
             return (whole, *output[1:]) if isinstance(output, tuple) else whole
 
-        return add
+        if self.mode == "parallel":
+            first.register_forward_pre_hook(keep, with_kwargs=True)
+        last.register_forward_hook(add)
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """Return the layers of a decoder: the longest list of modules of one class."""
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len({type(child) for child in m}) == 1]
+    root: Any = model
+    root = root.get_decoder() if root.config.is_encoder_decoder else root
+    lists = [m for m in root.modules() if isinstance(m, nn.ModuleList) and len({type(child) for child in m}) == 1]
     if not lists:
         raise MLLMError("adapters: this language model has no list of layers that an adapter could be put into.")
     return max(lists, key=len)
@@ -92,11 +101,12 @@ def _new(dim: int, inner: int, std: float) -> nn.Sequential:
     return adapter
 
 
-def _find(layer: nn.Module, half: str) -> nn.Module:
+def _find(layer: nn.Module, half: str) -> tuple[nn.Module, nn.Module]:
+    """Return the first and the last module of a half."""
     if half not in NAMES:
         raise MLLMError(f"adapters: after names {half!r}; expected {' or '.join(NAMES)}.")
-    for name in NAMES[half]:
-        if hasattr(layer, name):
-            found: nn.Module = getattr(layer, name)
-            return found
+    for names in NAMES[half]:
+        first, _, last = names.partition(" ")
+        if hasattr(layer, first):
+            return getattr(layer, first), getattr(layer, last or first)
     raise MLLMError(f"adapters: a layer of this language model has no {half} among {', '.join(NAMES[half])}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,7 +28,7 @@ class LoRA(nn.Module):
         dora: learn the weights' norms too (DoRA).
 
     Raises:
-        MLLMError: no module of the language model has one of these names.
+        MLLMError: no module of the language model has one of these names, or peft cannot adapt one of them.
     """
 
     def __init__(
@@ -44,7 +45,15 @@ class LoRA(nn.Module):
         if not isinstance(targets, str):
             _check(model, targets)
         config = LoraConfig(r=r, lora_alpha=alpha, target_modules=targets, lora_dropout=dropout, use_dora=dora)
-        inject_adapter_in_model(config, model)
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", "The following (rank|alpha)_pattern keys"
+            )  # all-linear leaves experts out
+            warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")  # peft sees to it
+            try:
+                inject_adapter_in_model(config, model)
+            except ValueError as error:
+                raise MLLMError(f"adapters: these targets do not fit, {targets!r}: {error}") from None
         # What peft put in, held here too: these modules are the adapter, whose tensors are trained and saved.
         self.layers = nn.ModuleDict()
         self._places: list[LoraLayer] = []
