@@ -127,7 +127,8 @@ def _check_source(spec: DataSpec) -> None:
     reader(spec)
     for key in ("annotations", "path", "images"):
         place = spec.options().get(key)
-        if place is not None and not Path(place).exists():
+        pattern = "{" in str(place)  # of several files, which the reader looks for
+        if place is not None and not pattern and not Path(place).exists():
             raise MLLMError(f"data: {key} is {place!r}, and there is no such file or folder.")
 
 

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 from mllm.data.items import Item
+from mllm.data.lazy import Lazy
 from mllm.errors import MLLMError
 from mllm.images import ImageFile, ImageSource
 from mllm.registry import lookup
@@ -60,7 +61,8 @@ def read(spec: DataSpec, *, seed: int = 0) -> Sequence[Item]:
         return items
     order = list(range(len(items)))
     random.Random(f"{seed}/fraction").shuffle(order)
-    return [items[index] for index in sorted(order[: math.ceil(spec.fraction * len(items))])]
+    places = sorted(order[: math.ceil(spec.fraction * len(items))])
+    return items.part(places) if isinstance(items, Lazy) else [items[place] for place in places]
 
 
 def read_all(specs: Sequence[DataSpec], *, seed: int = 0) -> list[Source]:
@@ -72,10 +74,9 @@ def read_all(specs: Sequence[DataSpec], *, seed: int = 0) -> list[Source]:
     """
     sources = [Source(spec, read(spec, seed=seed)) for spec in specs]
     for source in sources:
-        if isinstance(source.items, list):  # others are read when they are needed, and found out then
-            for item in source.items:
-                check_learnable(item)
-                check_combinable(item, source.spec)
+        for item in () if isinstance(source.items, Lazy) else source.items:  # those are found out when they are read
+            check_learnable(item)
+            check_combinable(item, source.spec)
         needed = max(source.spec.shots, 1 if source.spec.concatenate else 0) + 1
         if len(source.items) < needed:
             raise MLLMError(
@@ -110,7 +111,7 @@ def fingerprint(sources: Sequence[Source]) -> list[dict[str, Any]]:
         {
             "format": source.spec.format,
             "items": len(source.items),
-            "sha256": getattr(source.items, "fingerprint", lambda items=source.items: _hash(items))(),
+            "sha256": source.items.fingerprint() if isinstance(source.items, Lazy) else _hash(source.items),
         }
         for source in sources
     ]

@@ -15,6 +15,7 @@ from typing import Any
 from PIL import Image
 
 from mllm.data.items import SEPARATOR, Item, pieces_of
+from mllm.data.lazy import Lazy
 from mllm.data.length import length_of, shortened
 from mllm.data.loading import Source, check_combinable, check_learnable
 from mllm.errors import MLLMError
@@ -154,7 +155,7 @@ def _places(sources: Sequence[Source], seed: int) -> Iterator[_Place]:
 
 def _shuffled(items: Sequence[Item], seed: str) -> Iterator[int]:
     """Yield the places of items in a new order every epoch; of items in shards, a few shards at a time."""
-    shards: Sequence[range] = getattr(items, "shards", [range(len(items))])
+    shards = items.shards if isinstance(items, Lazy) else [range(len(items))]
     for epoch in itertools.count():
         draw = random.Random(f"{seed}/{epoch}")
         if len(shards) > 1:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mllm.data.items import Item
+from mllm.data.lazy import Lazy
 from mllm.data.reading import inside, json_lines, json_of, present, text_of, texts
 from mllm.errors import MLLMError, near
 from mllm.images import ImageBytes, ImageFile, ImageSource
@@ -102,25 +105,92 @@ def parquet(
         MLLMError: no such file or column (those that are there are listed), a row without a picture, or pyarrow is not
             installed.
     """
-    columns = {"image": image, "answers": answers, "question": question, "id": id, "kind": kind, "choices": choices}
-    wanted = [name for value in columns.values() for name in (value if isinstance(value, list) else [value]) if name]
-    items = []
-    for number, row in enumerate(_parquet_rows(Path(path), wanted)):
-        names = image if isinstance(image, list) else [image]
-        where = f"{path}, row {number}"
-        pictures = tuple(_picture(row[name], f"{where}, column {name!r}") for name in names)
-        listed = tuple(texts(row[choices])) if choices else ()
-        items.append(
-            Item(
-                str(row[id]) if id else str(number),
-                pictures,
-                tuple(_told(row[answers], listed, where)) if answers else (),
-                str(row[question]) if question else None,
-                str(row[kind]) if kind else "",
-                listed,
-            )
-        )
-    return present(items, path)
+    columns = Columns(image if isinstance(image, list) else [image], answers, question, id, kind, choices)
+    rows = enumerate(_parquet_rows(Path(path), columns.named()))
+    return present([_item(row, number, columns, f"{path}, row {number}") for number, row in rows], path)
+
+
+def saved_dataset(
+    *,
+    path: str,
+    split: str | None = None,
+    image: str | list[str] = "image",
+    answers: str | None = None,
+    question: str | None = None,
+    id: str | None = None,
+    kind: str | None = None,
+    choices: str | None = None,
+) -> Lazy:
+    """Read a data set that `datasets` saved (``save_to_disk``). One item a row, read from the disk when it is needed.
+
+    Args:
+        path: the folder.
+        split: which of several, where the folder holds several.
+        image, answers, question, id, kind, choices: columns, as for `parquet`.
+
+    Raises:
+        MLLMError: no such folder, split or column (those that are there are listed), or `datasets` is not installed.
+    """
+    columns = Columns(image if isinstance(image, list) else [image], answers, question, id, kind, choices)
+    data = _saved(path, split)
+    for name in columns.named():
+        if name not in data.column_names:
+            raise MLLMError(f"{path} has no column {name!r}. {near(name, data.column_names)}")
+    plain = data.select_columns(columns.named()).with_format(None)
+    for name in columns.image:
+        if hasattr(plain.features[name], "decode"):
+            plain = plain.cast_column(name, type(plain.features[name])(decode=False))  # bytes, as the file had them
+    told = hashlib.sha256(f"{data._fingerprint} {columns}".encode()).hexdigest()
+    return Lazy(
+        len(plain),
+        lambda place: _item(plain[place], place, columns, f"{path}, row {place}"),
+        fingerprint=lambda: told,
+    )
+
+
+def _saved(path: str, split: str | None) -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise MLLMError("Saved data sets need datasets: pip install 'mllm-assembly[data]'.") from None
+    try:
+        data = datasets.load_from_disk(path)
+    except (OSError, ValueError) as error:
+        raise MLLMError(f"{path} is no data set that can be read: {error}. Expected what save_to_disk wrote.") from None
+    if not isinstance(data, datasets.DatasetDict):
+        return data
+    if split not in data:
+        raise MLLMError(f"{path} has no split {split!r}. {near(str(split), list(data))}")
+    return data[split]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of a table hold what."""
+
+    image: list[str]
+    answers: str | None
+    question: str | None
+    id: str | None
+    kind: str | None
+    choices: str | None
+
+    def named(self) -> list[str]:
+        """Return the columns that are read."""
+        rest = (self.answers, self.question, self.id, self.kind, self.choices)
+        return [*self.image, *(name for name in rest if name)]
+
+
+def _item(row: Mapping[str, Any], number: int, columns: Columns, where: str) -> Item:
+    listed = tuple(texts(row[columns.choices])) if columns.choices else ()
+    return Item(
+        str(row[columns.id]) if columns.id else str(number),
+        tuple(_picture(row[name], f"{where}, column {name!r}") for name in columns.image),
+        tuple(_told(row[columns.answers], listed, where)) if columns.answers else (),
+        str(row[columns.question]) if columns.question else None,
+        str(row[columns.kind]) if columns.kind else "",
+        listed,
+    )
 
 
 def _parquet_rows(path: Path, columns: list[str]) -> Iterable[dict[str, Any]]:

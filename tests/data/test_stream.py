@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import pytest
 
 from mllm import recipe
 from mllm.data.items import Item, pieces_of
+from mllm.data.lazy import Lazy
 from mllm.data.loading import Source, fingerprint, read, read_all
 from mllm.data.stream import Stream
 from mllm.errors import MLLMError
@@ -20,17 +21,16 @@ from mllm.spec import Data, DataSpec, PromptSpec
 from mllm.testing import tiny_image
 
 
-class Lazy(Sequence[Item]):
-    """Items that are made when they are asked for, and note which were."""
+class Counted(Lazy):
+    """Items that are made when they are asked for; it notes which were."""
 
     def __init__(self, size: int, shards: int = 1) -> None:
-        self.size, self.asked = size, list[int]()
-        self.shards = [range(start, start + size // shards) for start in range(0, size, size // shards)]
+        self.asked = list[int]()
+        each = size // shards
+        ranges = [range(start, start + each) for start in range(0, size, each)]
+        super().__init__(size, self._made, fingerprint=lambda: "", shards=ranges)
 
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, index: Any) -> Any:
+    def _made(self, index: int) -> Item:
         self.asked.append(index)
         return item(index)
 
@@ -44,7 +44,7 @@ def sources(**keys: Any) -> list[Source]:
     first = Source(
         DataSpec.model_validate({"format": "one", "weight": 2, **keys}), [item(index) for index in range(30)]
     )
-    return [first, Source(DataSpec(format="two"), Lazy(24, shards=6))]
+    return [first, Source(DataSpec(format="two"), Counted(24, shards=6))]
 
 
 def stream(model: Any, given: list[Source], **data: Any) -> Stream:
@@ -64,7 +64,7 @@ def test_what_is_passed_over_changes_nothing_of_what_follows(tiny_model: Callabl
         given = sources(**keys)
         resumed = stream(model, given, **data)
         resumed.skip(done, 4)
-        assert isinstance(given[1].items, Lazy)
+        assert isinstance(given[1].items, Counted)
         assert len(given[1].items.asked) <= (12 if data.get("group_by_length") else 0)
         assert [resumed.take(4) for _ in range(3)] == batches[done : done + 3]
     shared = [stream(model, sources(**keys), **data) for _ in range(2)]
@@ -74,13 +74,13 @@ def test_what_is_passed_over_changes_nothing_of_what_follows(tiny_model: Callabl
 
 
 def test_a_process_reads_its_own_part_only() -> None:
-    items = Lazy(24)
+    items = Counted(24)
     Stream([Source(DataSpec(format="x"), items)], PromptSpec(), seed=0).take(12, rank=1, world=3)
     assert len(items.asked) == 4
 
 
 def test_items_in_shards_come_a_few_shards_at_a_time_and_all_of_them() -> None:
-    items = Lazy(40, shards=10)
+    items = Counted(40, shards=10)
     epochs = Stream([Source(DataSpec(format="x"), items)], PromptSpec(), seed=0)
     epochs.take(40)
     assert sorted(items.asked) == list(range(40))
