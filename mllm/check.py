@@ -13,14 +13,13 @@ from typing import Any
 
 import torch
 
-from mllm import published
 from mllm import recipe as recipes
 from mllm.data.loading import reader
 from mllm.errors import MLLMError
 from mllm.fit import can_be_fitted
 from mllm.model import Assembly, build_encoder, build_lm, join, trained_module
 from mllm.registry import lookup
-from mllm.spec import AssemblySpec, DataSpec, Recipe, Stage
+from mllm.spec import DataSpec, Recipe, Stage
 
 
 def problems(recipe: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> list[str]:
@@ -75,28 +74,15 @@ def _assembled(stage: Stage, config: Recipe, found: list[str]) -> Assembly | Non
     encoder = lm = None
     with _noted(found):
         spec = config.assembly(stage)
-        spec = spec.model_copy(
-            update={
-                "encoder": spec.encoder.model_copy(update={"init": "random"}),
-                "lm": spec.lm.model_copy(update={"init": "random", "quantize": None}),
-            }
-        )
+        spec = spec.model_copy(update={"lm": spec.lm.model_copy(update={"init": "random", "quantize": None})})
         with torch.device("meta"):
             with _noted(found):
-                encoder = _encoder(spec)
+                encoder = build_encoder(spec)
             with _noted(found):
                 lm = build_lm(spec)
             if encoder is not None and lm is not None:
                 return join(spec, encoder=encoder, lm=lm)
     return None
-
-
-def _encoder(spec: AssemblySpec) -> Any:
-    """Build the encoder; one that only another library has is known by its shape."""
-    known = published.configuration(spec.encoder.model) or {}
-    if known.pop("model_type", None) == "shape":
-        return published.Shape(**known)
-    return build_encoder(spec)
 
 
 def _of_model(model: Assembly, stage: Stage) -> list[str]:

@@ -1,134 +1,128 @@
-"""Pixels to features ``(B, P, D_vis)``: any vision model that `transformers` loads, frozen.
-
-Notable: what is a grid and what is not is counted, not known by name. A model returns a sequence, whose first
-``P - h*w`` tokens (CLS, registers) are no patches, or a map ``(B, D, h, w)``, all of which are.
-"""
+"""What every encoder is: pixels (or frames, or sound) to features ``(B, P, D_vis)``. The kinds are in ``encoders/``."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from einops import rearrange
-from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, AutoModel, PretrainedConfig
 
-from mllm import hub
+from mllm import hub, published
 from mllm.errors import MLLMError
+from mllm.images import ImageSource, open_image
+from mllm.registry import lookup, made
 
 
 class Encoder(nn.Module):
-    """A frozen vision model of `transformers`.
-
-    Args:
-        model: an installed part (``mllm/mobilenet-v2``), a hub id or a folder.
-        layer: index into the hidden states; None: the model's own output.
-        select: ``patches`` (no CLS or register tokens), ``pooled`` (one vector), ``all`` (every token).
-        resolution: side of the square input in pixels; None: the image processor's.
-        init: ``random`` keeps the architecture and draws new weights (a control).
-        seed: of the random weights.
+    """A frozen part that features come from.
 
     Attributes:
         dim: D_vis.
         grid: (rows, columns) of the patches, or None where the features are no grid.
         num_patches: P.
+        keeps: whether features cost enough to be kept in the cache.
     """
 
-    def __init__(
-        self,
-        *,
-        model: str,
-        layer: int | None = None,
-        select: Literal["patches", "pooled", "all"] = "patches",
-        resolution: int | None = None,
-        init: Literal["pretrained", "random"] = "pretrained",
-        seed: int = 0,
-    ) -> None:
-        super().__init__()
-        self.layer, self.select = layer, select
-        folder = hub.resolve(model, group="encoders")
-        self.model = _tower(hub.load_model(AutoModel, folder, init=init, seed=seed))
-        self.model.requires_grad_(False).eval()
-        self.processor = hub.load_processor(AutoImageProcessor, folder)
-        self.size = resolution or _side(self.processor, self.model.config)
-        self._folder, self._init = folder, init
-        blank = torch.zeros(1, 3, self.size, self.size)  # on paper
-        if self.processor is not None:
-            blank = self.preprocess([Image.new("RGB", (self.size, self.size))])
-        with torch.no_grad():
-            features, self.grid = self._features(blank)
-        self.num_patches, self.dim = features.shape[1], features.shape[2]
+    dim: int
+    grid: tuple[int, int] | None
+    num_patches: int
+    keeps = True
 
     @property
     def fingerprint(self) -> str:
         """Return what tells these weights from others."""
-        return hub.fingerprint(self._folder) if self._init == "pretrained" else hub.tensor_hash(self.model)
-
-    def preprocess(self, images: Sequence[Image.Image]) -> Tensor:
-        """Return pixels ``(B, 3, H, W)`` of RGB images, as the model's own image processor makes them."""
-        size = {"height": self.size, "width": self.size}
-        return self.processor(images=list(images), size=size, return_tensors="pt", **self._no_crop())["pixel_values"]
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Return features ``(B, P, D_vis)`` of pixels ``(B, 3, H, W)``."""
-        return self._features(pixels)[0]
+        raise NotImplementedError
 
     def settings(self) -> dict[str, Any]:
         """Return what, beside the weights, decides the features: part of a cache's key."""
-        return {"layer": self.layer, "select": self.select, "size": self.size, "processor": self.processor.to_dict()}
+        raise NotImplementedError
 
-    def _no_crop(self) -> dict[str, Any]:
-        """The whole picture is seen: it is resized to the square, not cropped."""
-        return {"do_center_crop": False} if hasattr(self.processor, "do_center_crop") else {}
+    def open(self, piece: Any) -> Any:
+        """Return a piece of a prompt as `preprocess` takes it: a picture. What is open already is returned as it is."""
+        return open_image(piece)
 
-    def _features(self, pixels: Tensor) -> tuple[Tensor, tuple[int, int] | None]:
-        output = self.model(pixels.to(self.model.device, self.model.dtype), output_hidden_states=self.layer is not None)
-        if self.select == "pooled" and self.layer is None and getattr(output, "pooler_output", None) is not None:
-            return rearrange(output.pooler_output.flatten(1), "b d -> b 1 d"), None
-        hidden = output.last_hidden_state if self.layer is None else self._hidden(output.hidden_states)
-        if hidden.ndim == 4:  # a map (B, D_vis, h, w)
-            grid: tuple[int, int] | None = (hidden.shape[2], hidden.shape[3])
-            tokens, extra = rearrange(hidden, "b d h w -> b (h w) d"), 0
-        else:
-            grid, extra = _grid(self.model.config, hidden.shape[1], pixels.shape[-1])
-            tokens = hidden
-        if self.select == "pooled":
-            return tokens[:, extra:].mean(1, keepdim=True), None  # (B, 1, D_vis)
-        if self.select == "patches":
-            return tokens[:, extra:], grid  # (B, P, D_vis)
-        return tokens, grid if extra == 0 else None
+    def key(self, source: ImageSource) -> str:
+        """Return what a source's features are kept under: equal keys, equal features."""
+        return source.key()
 
-    def _hidden(self, states: Sequence[Tensor] | None) -> Tensor:
-        if not states:
-            raise MLLMError("This encoder returns no hidden states: leave out encoder.layer.")
-        assert self.layer is not None
-        if not -len(states) <= self.layer < len(states):
-            raise MLLMError(
-                f"encoder.layer is {self.layer}, but the encoder has {len(states)} hidden states: "
-                f"give a number from {-len(states)} to {len(states) - 1}."
-            )
-        return states[self.layer]
+    def preprocess(self, items: Sequence[Any]) -> Tensor:
+        """Return what the forward takes of opened pieces: pixels ``(B, 3, H, W)``, or of another form."""
+        raise NotImplementedError
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Return features ``(B, P, D_vis)``."""
+        raise NotImplementedError
+
+    def name_weights(self, folder: str, init: str) -> None:
+        """Take the fingerprint: of pretrained weights from their files, of random ones before any is dropped."""
+        self._folder = folder
+        drawn = init == "random" and not on_paper()
+        self._drawn = hub.tensor_hash(self) if drawn else None
+
+    def weights_name(self) -> str:
+        """Return the fingerprint that `name_weights` took."""
+        return self._drawn or hub.fingerprint(self._folder)
 
 
-def _tower(model: Any) -> Any:
-    """Return the vision tower of a two-tower model, or the model itself."""
-    return model.get_encoder(modality="image")
+def on_paper() -> bool:
+    """Whether parts are built on the meta device, from configurations alone."""
+    return torch.get_default_device().type == "meta"
 
 
-def _side(processor: Any, config: PretrainedConfig) -> int:
-    if processor is None:  # on paper
-        return int(config.image_size)
-    size = getattr(processor, "crop_size", None) or processor.size
-    sides = [size[key] for key in ("height", "width", "shortest_edge", "longest_edge") if key in size]
-    return int(sides[0])
+def build(spec: Any, *, seed: int) -> Encoder | nn.Module:
+    """Build the encoder that an `mllm.spec.EncoderSpec` describes, and those inside it first.
+
+    Raises:
+        MLLMError: an unknown type or argument, or a model that cannot be loaded.
+    """
+    known = (published.configuration(spec.model) if spec.model else None) or {}
+    if on_paper() and known.pop("model_type", None) == "shape":
+        return published.Shape(**known)
+    options = spec.options()
+    if spec.of is not None:
+        options["of"] = [build(member, seed=seed) for member in spec.of]
+    else:
+        options["seed"] = seed
+    return made(lookup("encoders", spec.type), f"encoder {spec.model or spec.type}", **options)
 
 
-def _grid(config: PretrainedConfig, length: int, side: int) -> tuple[tuple[int, int] | None, int]:
-    """Return the grid of a token sequence and how many leading tokens are no patches."""
-    patch = getattr(config, "patch_size", None)
-    if isinstance(patch, int) and (side // patch) ** 2 <= length:
-        return (side // patch, side // patch), length - (side // patch) ** 2
-    root = int(length**0.5)
-    return ((root, root), 0) if root * root == length else (None, 0)
+def selected(hidden: Tensor, select: str, grid: tuple[int, int] | None, extra: int) -> Tensor:
+    """Return ``(B, P, D_vis)`` of tokens of which the first ``extra`` are no patches.
+
+    Raises:
+        MLLMError: patches are wanted of tokens that form no grid: which are patches cannot be told.
+    """
+    if select == "all":
+        return hidden
+    if grid is None:
+        raise MLLMError(
+            f"encoder.select is {select!r}, but the {hidden.shape[1]} tokens of this encoder form no square grid, so "
+            "which of them are patches is not known. Set encoder.select=all."
+        )
+    patches = hidden[:, extra:]
+    return patches.mean(1, keepdim=True) if select == "pooled" else patches
+
+
+def layer_of(states: Sequence[Tensor] | None, layer: int) -> Tensor:
+    """Return one of a model's hidden states.
+
+    Raises:
+        MLLMError: there are none, or not that many.
+    """
+    if not states:
+        raise MLLMError("This encoder returns no hidden states: leave out encoder.layer.")
+    if not -len(states) <= layer < len(states):
+        raise MLLMError(
+            f"encoder.layer is {layer}, but the encoder has {len(states)} hidden states: "
+            f"give a number from {-len(states)} to {len(states) - 1}."
+        )
+    return states[layer]
+
+
+def sizes_of(config: Any, name: str) -> tuple[int, ...]:
+    """Return a configuration's ``image_size`` or ``patch_size`` as (height, width); empty where it has none."""
+    value = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+    if isinstance(value, int):
+        return (value, value)
+    return tuple(int(side) for side in value) if isinstance(value, list | tuple) and len(value) == 2 else ()

@@ -46,7 +46,7 @@ class FeatureStore:
     def __call__(self, images: Sequence[Any]) -> Tensor:
         """Return features ``(I, P, D_vis)`` of pictures in any accepted form, in order."""
         sources = [source_of(image) for image in images]
-        keys = [source.key() for source in sources]
+        keys = [self._model.encoder.key(source) for source in sources]
         found = {key: self._find(key) for key in keys if key in self._kept or key in self._stored}
         missing = {key: source for key, source in zip(keys, sources, strict=True) if key not in found}
         names = list(missing)
@@ -100,7 +100,7 @@ def open_store(model: Any, cache: str) -> FeatureStore:
         cache: ``auto`` keeps up to 4 GiB in memory and in the user's cache folder, ``on`` without a limit, ``off``
             computes every feature each time it is needed.
     """
-    if cache == "off":
+    if cache == "off" or not model.encoder.keeps:
         return FeatureStore(model, limit=0)
     return FeatureStore(model, limit=LIMIT if cache == "auto" else None, folder=place_of(model))
 
@@ -110,7 +110,8 @@ def place_of(model: Any) -> Path:
     encoder = model.encoder
     decides = {
         "weights": encoder.fingerprint,
-        "dtype": str(next(encoder.parameters()).dtype),
+        "kind": type(encoder).__name__,
+        "dtypes": sorted({str(parameter.dtype) for parameter in encoder.parameters()}),
         "settings": encoder.settings(),
     }
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, ViTImageProcessorPil
 
 from mllm import parts
 from mllm.errors import MLLMError
@@ -47,11 +47,13 @@ def resolve(model: str, group: str) -> str:
 def load_model(auto: Any, folder: str, *, init: str = "pretrained", seed: int = 0, **options: Any) -> Any:
     """Load a model by an Auto class; with ``init="random"`` only its configuration is read, and weights are drawn.
 
+    On the meta device there are no weights: only its configuration is read, too.
+
     Raises:
         MLLMError: the model is nowhere to be found, is of a kind this class does not load, or lacks weights.
     """
     with _explained(folder):
-        if init == "random":
+        if init == "random" or torch.get_default_device().type == "meta":
             config = load_config(folder)
             if options.get("dtype") == "auto":  # from_config takes a type only, and the configuration's by itself
                 del options["dtype"]
@@ -96,15 +98,39 @@ def language_class(folder: str) -> Any:
 
 
 def load_processor(auto: Any, folder: str) -> Any:
-    """Load an image processor (the PIL one: equal pixels with and without torchvision) or a tokenizer.
+    """Load an image processor (the PIL one: equal pixels with and without torchvision), a tokenizer or the like.
 
     None on the meta device where only the configuration is known: shapes need neither.
     """
     if torch.get_default_device().type == "meta" and configuration(folder) is not None:
         return None
     with _explained(folder):
-        options = {"backend": "pil"} if auto.__name__ == "AutoImageProcessor" else {}
-        return auto.from_pretrained(folder, **options)
+        if auto.__name__ != "AutoImageProcessor":
+            return auto.from_pretrained(folder)
+        try:
+            processor = auto.from_pretrained(folder, backend="pil")
+        except ImportError:  # its class is for torchvision only
+            return _plain_processor(folder)
+        return processor if processor.backend == "pil" else _plain_processor(folder)
+
+
+def _plain_processor(folder: str) -> Any:
+    """Return a processor that resizes, scales and normalises by PIL, for a class that is written for torchvision.
+
+    Raises:
+        MLLMError: its file asks for other steps.
+    """
+    values, _ = ViTImageProcessorPil.get_image_processor_dict(folder)
+    steps = {"do_resize", "do_rescale", "do_normalize", "do_convert_rgb", "do_center_crop"}
+    others = sorted(key for key, value in values.items() if key.startswith("do_") and value and key not in steps)
+    missing = sorted({"size", "image_mean", "image_std"} - {key for key, value in values.items() if value})
+    if others or missing:
+        raise MLLMError(
+            f"The image processor of {folder!r}, {values.get('image_processor_type')}, is written for torchvision, and "
+            f"PIL alone cannot follow its file: it asks for {', '.join(others) or 'nothing more'}, and leaves out "
+            f"{', '.join(missing) or 'nothing'}. Take a model whose pictures are resized, scaled and normalised only."
+        )
+    return ViTImageProcessorPil.from_dict(values)
 
 
 @cache

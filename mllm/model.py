@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -15,12 +14,12 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from mllm import encoder as encoders
 from mllm.chat import Chat
 from mllm.errors import MLLMError, near
 from mllm.hub import tensor_hash
-from mllm.images import open_image
 from mllm.prompt import Batch, Control, Encoded, Piece, arrange, collate, encode, images_of, without_images
-from mllm.registry import lookup, table
+from mllm.registry import lookup, made, table
 from mllm.rerank import reranked
 from mllm.spec import AssemblySpec, checked
 from mllm.view import View, Views
@@ -105,11 +104,11 @@ class Assembly(nn.Module):
         if self.spec.scorer is None:
             raise MLLMError("Reranking needs a scorer: set scorer={'type': 'dual-encoder', 'model': ...} (CLIP, ...).")
         cls = lookup("scorers", self.spec.scorer.type)
-        return _made(cls, f"scorer {self.spec.scorer.type}", **self.spec.scorer.options()).to(self.device)
+        return made(cls, f"scorer {self.spec.scorer.type}", **self.spec.scorer.options()).to(self.device)
 
     def features(self, images: Sequence[Any]) -> Tensor:
         """Return the encoder's features ``(I, P, D_vis)`` of pictures in any accepted form."""
-        pixels = self.encoder.preprocess([open_image(image) for image in images])
+        pixels = self.encoder.preprocess([self.encoder.open(image) for image in images])
         with torch.no_grad():
             return self.encoder(pixels.to(self.device))
 
@@ -170,7 +169,7 @@ class Assembly(nn.Module):
         rows = [given] * len(prompts) if isinstance(given, dict) else list(given)
         settings = [{**self.spec.decoding, **row} for row in rows]
         processors = [
-            _made(lookup("decoding", name), f"decoding {name}", self, prompts, **(settings[0][name] or {}))
+            made(lookup("decoding", name), f"decoding {name}", self, prompts, **(settings[0][name] or {}))
             for name in table("decoding")
             if settings[0].get(name) is not None
         ]
@@ -357,14 +356,13 @@ def trained_module(model: Assembly, path: str) -> nn.Module:
 
 def build_encoder(spec: AssemblySpec) -> Any:
     """Build the encoder alone."""
-    options = spec.encoder.model_dump(exclude={"type"})
-    return _made(lookup("encoders", spec.encoder.type), f"encoder {spec.encoder.model}", **options, seed=spec.seed)
+    return encoders.build(spec.encoder, seed=spec.seed)
 
 
 def build_lm(spec: AssemblySpec) -> Any:
     """Build the language model alone."""
     options = spec.lm.model_dump(exclude={"type"})
-    return _made(lookup("lms", spec.lm.type), f"language model {spec.lm.model}", **options, seed=spec.seed)
+    return made(lookup("lms", spec.lm.type), f"language model {spec.lm.model}", **options, seed=spec.seed)
 
 
 def build_connector(spec: AssemblySpec, *, encoder: Any, lm_dim: int) -> nn.Module:
@@ -373,7 +371,7 @@ def build_connector(spec: AssemblySpec, *, encoder: Any, lm_dim: int) -> nn.Modu
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
         cls = lookup("connectors", spec.connector.type)
-        connector: nn.Module = _made(cls, f"connector {spec.connector.type}", **widths, **spec.connector.options())
+        connector: nn.Module = made(cls, f"connector {spec.connector.type}", **widths, **spec.connector.options())
     return connector
 
 
@@ -382,22 +380,13 @@ def build_adapters(spec: AssemblySpec, *, lm: Any) -> list[nn.Module]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
         adapters = [
-            _made(lookup("adapters", part.type), f"adapter {part.type}", lm.model, **part.options())
+            made(lookup("adapters", part.type), f"adapter {part.type}", lm.model, **part.options())
             for part in spec.adapters
         ]
     for adapter in adapters:
         if hasattr(adapter, "num_positions"):  # it comes before the sequence, not into a layer
             lm.lead(adapter)
     return adapters
-
-
-def _made(cls: Any, label: str, *inside: Any, **options: Any) -> Any:
-    """Build a part; an argument it does not take is the user's error."""
-    try:
-        inspect.signature(cls).bind(*inside, **options)
-    except TypeError as error:
-        raise MLLMError(f"The {label} does not take these arguments: {error}.") from None
-    return cls(*inside, **options)
 
 
 @torch.no_grad()
@@ -442,6 +431,6 @@ def _read(model: Assembly, pieces: Any) -> list[Piece] | MLLMError:
         ):
             raise MLLMError(f"The prompt is {pieces!r}: expected a list of texts and images, not empty.")
         model.encode(pieces)
-        return [piece if isinstance(piece, str | Control) else open_image(piece) for piece in pieces]
+        return [piece if isinstance(piece, str | Control) else model.encoder.open(piece) for piece in pieces]
     except MLLMError as error:
         return error

@@ -6,6 +6,7 @@ entry points in the same groups (``mllm.connectors``, ...), and they are found b
 
 from __future__ import annotations
 
+import inspect
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -14,7 +15,9 @@ from typing import Any
 from mllm.errors import MLLMError, near
 
 BUILT_IN: dict[str, dict[str, str]] = {
-    "encoders": {"transformers": "mllm.encoder:Encoder"},
+    "encoders": {
+        "transformers": "mllm.encoders.vision:VisionModel",
+    },
     "lms": {"transformers": "mllm.lm:LanguageModel"},
     "connectors": {
         "linear": "mllm.adapters.connectors.linear:Linear",
@@ -145,3 +148,20 @@ def lookup(group: str, name: str) -> Any:
             f"The part {name!r} of mllm.{group} is {known[name]} of another package, and cannot be imported: "
             f"{error}. Mend or uninstall that package."
         ) from error
+
+
+def made(cls: Any, label: str, *inside: Any, **options: Any) -> Any:
+    """Build a part; an argument it does not take is the user's error.
+
+    Raises:
+        MLLMError: an argument that is not known (the near matches are listed), or one that is missing.
+    """
+    signature = inspect.signature(cls)
+    try:
+        signature.bind(*inside, **options)
+    except TypeError as error:
+        unknown = [name for name in options if name not in signature.parameters]
+        known = [name for name in signature.parameters if name not in (*options, "seed")]
+        help_ = f" {near(unknown[0], known)}" if unknown and known else ""
+        raise MLLMError(f"The {label} does not take these arguments: {error}.{help_}") from None
+    return cls(*inside, **options)

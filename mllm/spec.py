@@ -7,7 +7,16 @@ from collections.abc import Mapping
 from functools import reduce
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from mllm.errors import MLLMError, near
 
@@ -36,15 +45,39 @@ class PartSpec(BaseModel):
         return dict(self.__pydantic_extra__ or {})
 
 
-class EncoderSpec(Spec):
-    """The frozen encoder: which model, and what is taken from it."""
+def _listed(value: Any) -> Any:
+    """One source is short for a list of one, and none for an empty list."""
+    return [] if value is None else [value] if isinstance(value, Mapping) else value
 
+
+class EncoderSpec(PartSpec):
+    """The frozen encoder: which model, and what is taken from it. Every other key is an argument of its type."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
     type: str = "transformers"
-    model: str = Field(min_length=1)
+    fuse: Literal["width", "sequence"] | None = None  # how those in 'of' are joined
+    of: Annotated[list[EncoderSpec] | None, BeforeValidator(lambda value: _listed(value) or None)] = None
+    model: str | None = Field(default=None, min_length=1, validate_default=True)
     layer: int | None = None  # index into the hidden states; null: the model's own output
     select: Literal["patches", "pooled", "all"] = "patches"
     resolution: int | None = Field(default=None, ge=1)  # pixels; null: the image processor's
     init: Literal["pretrained", "random"] = "pretrained"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fused(cls, values: Any) -> Any:
+        return {"type": "fuse", **values} if isinstance(values, dict) and values.get("fuse") else values
+
+    @field_validator("model")
+    @classmethod
+    def _some_model(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is None and not info.data.get("of") and info.data.get("type") == "transformers":
+            raise ValueError("give an installed part, a folder or a hub id")
+        return value
+
+    def options(self) -> dict[str, Any]:
+        """Return the arguments of the encoder that are not left at their defaults; those in ``of`` are built first."""
+        return self.model_dump(exclude={"type", "of"}, exclude_defaults=True)
 
 
 class LMSpec(Spec):
@@ -121,11 +154,6 @@ class DataSpec(BaseModel):
     def options(self) -> dict[str, Any]:
         """Return the arguments of the reader."""
         return dict(self.__pydantic_extra__ or {})
-
-
-def _listed(value: Any) -> Any:
-    """One source is short for a list of one, and none for an empty list."""
-    return [] if value is None else [value] if isinstance(value, Mapping) else value
 
 
 Sources = Annotated[list[DataSpec], BeforeValidator(_listed)]

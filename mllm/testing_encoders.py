@@ -43,7 +43,8 @@ class Family:
         if self.processor.endswith("Pil"):
             getattr(transformers, self.processor)(**settings).save_pretrained(folder)
         else:
-            settings |= {"image_processor_type": self.processor, "do_rescale": True, "do_normalize": True}
+            settings |= {"image_processor_type": self.processor, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+            settings |= {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": 2}
             (Path(folder) / "preprocessor_config.json").write_text(json.dumps(settings))
         return str(folder)
 

@@ -262,7 +262,7 @@ def _readable(
     def read(pieces: list[Piece]) -> None:
         model.encode(pieces)
         for image in images_of(pieces):
-            open_image(image)
+            model.encoder.open(image)
 
     try:
         return _inputs(model, rows, store, device)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import ViTConfig, ViTForImageClassification
 
 from mllm import hub, parts
-from mllm.encoder import Encoder
+from mllm.encoders.vision import VisionModel
 from mllm.errors import MLLMError
 from mllm.lm import LanguageModel
 
@@ -44,8 +44,8 @@ def test_installed_part_is_its_folder(need: Callable[..., None]) -> None:
     assert hub.resolve("mllm/mobilenet-v2", "encoders") == str(parts.locate("mllm/mobilenet-v2"))
 
 
-@pytest.mark.parametrize("cls", [Encoder, LanguageModel])
-def test_hub_id_that_cannot_be_reached_is_one_message(cls: type[Encoder | LanguageModel]) -> None:
+@pytest.mark.parametrize("cls", [VisionModel, LanguageModel])
+def test_hub_id_that_cannot_be_reached_is_one_message(cls: type[VisionModel | LanguageModel]) -> None:
     with pytest.raises(MLLMError, match=r"'nobody/nothing' could not be loaded: .*mllm parts list") as caught:
         cls(model="nobody/nothing")
     assert "\n" not in str(caught.value)
@@ -74,15 +74,15 @@ def reshape(folder: Path) -> None:
     ],
 )
 def test_damaged_folder_is_one_message(encoder: Path, damage: Callable[[Path], object]) -> None:
-    Encoder(model=str(encoder))
+    VisionModel(model=str(encoder))
     damage(encoder)
     with pytest.raises(MLLMError, match=f"'{encoder}' could not be loaded: "):
-        Encoder(model=str(encoder))
+        VisionModel(model=str(encoder))
 
 
 def test_language_model_is_no_encoder(tiny_parts: tuple[str, str]) -> None:
     with pytest.raises(MLLMError):
-        Encoder(model=tiny_parts[1])
+        VisionModel(model=tiny_parts[1])
     with pytest.raises(MLLMError, match="could not be loaded"):
         LanguageModel(model=tiny_parts[0])
 
@@ -118,14 +118,14 @@ def test_random_weights_come_from_the_seed_and_leave_the_generator_alone(tiny_pa
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
-    prints = [Encoder(model=tiny_parts[0], init="random", seed=seed).fingerprint for seed in (0, 0, 1)]
+    prints = [VisionModel(model=tiny_parts[0], init="random", seed=seed).fingerprint for seed in (0, 0, 1)]
     assert prints[0] == prints[1] != prints[2]
     assert torch.equal(torch.rand(1), expected)
 
 
-@pytest.mark.parametrize(("cls", "part", "lost"), [(Encoder, 0, "layernorm.weight"), (LanguageModel, 1, "down_proj")])
+@pytest.mark.parametrize(("cls", "part", "lost"), [(VisionModel, 0, "layernorm.weight"), (LanguageModel, 1, "down_proj")])
 def test_a_tensor_that_is_missing_is_not_drawn(
-    cls: type[Encoder | LanguageModel], part: int, lost: str, tiny_parts: tuple[str, str], tmp_path: Path
+    cls: type[VisionModel | LanguageModel], part: int, lost: str, tiny_parts: tuple[str, str], tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(tiny_parts[part], tmp_path / "part"))
     tensors = load_file(folder / "model.safetensors")
@@ -140,5 +140,5 @@ def test_a_classifiers_missing_pooler_is_taken_off(tiny_parts: tuple[str, str], 
     folder = Path(shutil.copytree(tiny_parts[0], tmp_path / "classifier"))
     ViTForImageClassification(ViTConfig.from_pretrained(folder)).save_pretrained(folder)
     pixels = torch.randn(2, 3, 32, 32)
-    patches = Encoder(model=str(folder))(pixels)
-    torch.testing.assert_close(Encoder(model=str(folder), select="pooled")(pixels)[:, 0], patches.mean(1))
+    patches = VisionModel(model=str(folder))(pixels)
+    torch.testing.assert_close(VisionModel(model=str(folder), select="pooled")(pixels)[:, 0], patches.mean(1))

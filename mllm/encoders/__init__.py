@@ -1,0 +1,1 @@
+"""The kinds of encoder: a recipe's ``encoder.type`` names them."""
