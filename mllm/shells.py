@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from mllm.errors import MLLMError
-from mllm.model import Assembly, build_encoder
+from mllm.model import Assembly
 
 IMAGE = "<image>"
 
@@ -184,8 +184,7 @@ def _whole_tower(model: Assembly) -> Any:
     encoder = model.spec.encoder
     if encoder.type != "transformers":
         raise MLLMError(f"The encoder is of type {encoder.type!r}; this class takes one of transformers.")
-    spec = model.spec.model_copy(update={"encoder": encoder.model_copy(update={"layer": None})})
-    return build_encoder(spec).model.float()
+    return model.encoder.whole().float()
 
 
 @torch.no_grad()

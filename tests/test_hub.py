@@ -123,7 +123,9 @@ def test_random_weights_come_from_the_seed_and_leave_the_generator_alone(tiny_pa
     assert torch.equal(torch.rand(1), expected)
 
 
-@pytest.mark.parametrize(("cls", "part", "lost"), [(VisionModel, 0, "layernorm.weight"), (LanguageModel, 1, "down_proj")])
+@pytest.mark.parametrize(
+    ("cls", "part", "lost"), [(VisionModel, 0, "layernorm.weight"), (LanguageModel, 1, "down_proj")]
+)
 def test_a_tensor_that_is_missing_is_not_drawn(
     cls: type[VisionModel | LanguageModel], part: int, lost: str, tiny_parts: tuple[str, str], tmp_path: Path
 ) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from functools import partial
 from math import isqrt
 from typing import Any, Literal
 
@@ -53,8 +54,8 @@ class VisionModel(Encoder):
         super().__init__()
         self.layer, self.select = layer, select
         folder = hub.resolve(model, group="encoders")
-        self.model = hub.load_model(AutoModel, folder, init=init, seed=seed).get_encoder(modality="image")
-        self.model.requires_grad_(False).eval()
+        self._load = partial(hub.load_model, AutoModel, folder, init=init, seed=seed)
+        self.model = self._load().get_encoder(modality="image").requires_grad_(False).eval()
         self.processor = hub.load_processor(AutoImageProcessor, folder)
         native = _side(self.processor, self.model.config)
         self.size = resolution or native
@@ -87,6 +88,12 @@ class VisionModel(Encoder):
     def forward(self, pixels: Tensor) -> Tensor:
         """Return features ``(B, P, D_vis)`` of pixels ``(B, 3, H, W)``."""
         return self._tokens(until(lambda: self._raw(pixels)))[0]
+
+    def whole(self) -> Any:
+        """Return the tower with what was cut off; what is in use has the weights it has now."""
+        model = self._load().get_encoder(modality="image").to(self.model.device).requires_grad_(False).eval()
+        model.load_state_dict(self.model.state_dict(), strict=False)
+        return model
 
     def _processed(self, images: Sequence[Image.Image]) -> Any:
         """Resize with the processor's own filter, and leave the rest to it."""
