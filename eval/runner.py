@@ -124,7 +124,7 @@ def _settings(model: Assembly, config: Suite, items: Sequence[Item]) -> dict[str
         "shots": f"{config.shots.count}, {config.shots.select}" if config.shots.count else "none",
         "prompt": prompt.template.replace("{prompt}", prompt.caption if items[0].question is None else prompt.question),
         "decoding": json.dumps({**model.spec.decoding, **config.decoding}),
-        "encoder": model.spec.encoder.model,
+        "encoder": model.spec.encoder.label,
         "lm": model.spec.lm.model,
         "connector": model.spec.connector.type,
     }

@@ -70,8 +70,8 @@ def card(model: Assembly, to: str, shell: Shell, found: Sequence[dict[str, Any]]
     return CARD.format(
         title=type(shell.model).__name__,
         to=to,
-        encoder=_named(spec.encoder.model),
-        encoder_licence=_licence(spec.encoder.model),
+        encoder=_named(spec.encoder.label),
+        encoder_licence=_licence(spec.encoder.label),
         lm=_named(spec.lm.model),
         lm_licence=_licence(spec.lm.model),
         connector=spec.connector.type + (f" ({options})" if options else ""),

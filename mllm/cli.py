@@ -411,7 +411,7 @@ def _later(command: str, instead: str) -> NoReturn:
 
 def _part_names(config: Any) -> tuple[str | None, ...]:
     encoder, lm, connector = config.encoder, config.lm, config.connector
-    return encoder and encoder.model, connector and connector.type, lm and lm.model
+    return encoder and encoder.label, connector and connector.type, lm and lm.model
 
 
 def _decoding(max_new_tokens: int | None) -> dict[str, Any]:

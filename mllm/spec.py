@@ -75,6 +75,11 @@ class EncoderSpec(PartSpec):
             raise ValueError("give an installed part, a folder or a hub id")
         return value
 
+    @property
+    def label(self) -> str:
+        """Return what it is called in tables: its model, or those of the encoders inside it."""
+        return self.model or " + ".join(member.label for member in self.of or ()) or self.type
+
     def options(self) -> dict[str, Any]:
         """Return the arguments of the encoder that are not left at their defaults; those in ``of`` are built first."""
         return self.model_dump(exclude={"type", "of"}, exclude_defaults=True)
