@@ -118,6 +118,10 @@ class LanguageModel(nn.Module):
             ids = torch.arange(min(4096, self.model.get_input_embeddings().weight.shape[0]))
             return float(self.embed(ids.to(self.model.device)).float().std())
 
+    def can_pack(self) -> bool:
+        """Whether prompts can share a row and not touch each other: tried, adapters and all."""
+        return self._pass.can_pack()
+
     def logits(self, embeds: Tensor, mask: Tensor, keep: Tensor | None = None, cache: Any = None) -> Tensor:
         """Return logits ``(B, K, V)`` at the positions ``keep (K,)`` of embeddings ``(B, T, D_lm)``.
 
@@ -136,7 +140,7 @@ class LanguageModel(nn.Module):
 
         Args:
             embeds: ``(B, T, D_lm)``.
-            mask: ``(B, T)``, 1 where there is a token.
+            mask: ``(B, T)``, 1 where there is a token; or ``(B, T, T)``, see `mllm.prompt.Batch`.
             labels: ``(B, T)``, the ids; `mllm.prompt.IGNORED` where there is no target. An encoder-decoder model's
                 encoder reads what stands before an answer, and its decoder makes the answer.
         """

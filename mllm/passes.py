@@ -59,10 +59,29 @@ class Cached:
             cache, _ = self.prefill(embeds[:, :6], torch.tensor([[0, 0, 1, 1, 1, 1]], device=ids.device))
             mask = torch.tensor([[0, 0, 1, 1, 1, 0, 1]], device=ids.device)
             masked = self.logits(embeds[:, 6:], mask, cache=cache)[:, -1]
+        return self._alike(plain, masked)
+
+    def can_pack(self) -> bool:
+        """Whether prompts that share a row do not touch each other, by a probe: two, packed and alone."""
+        if self.windowed:  # a window over masked places is the model's own to make, from a mask of another form
+            return False
+        table = self.model.get_input_embeddings()
+        ids = torch.arange(1, 8, device=self.model.device)[None] % table.weight.shape[0]
+        block = torch.block_diag(torch.ones(3, 3), torch.ones(4, 4)).tril().bool().to(ids.device)
+        with torch.no_grad(), vocabulary.still(self.model):
+            embeds = table(ids)
+            alone = [self.logits(part, torch.ones_like(part[..., 0].long())) for part in embeds.split([3, 4], dim=1)]
+            try:
+                packed = self.logits(embeds, block[None])
+            except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+                return False  # it takes masks (B, T) alone
+        return self._alike(torch.cat(alone, dim=1), packed)
+
+    def _alike(self, expected: Tensor, found: Tensor) -> bool:
         coarse = getattr(self.model, "is_quantized", False)  # its rounding depends on the whole batch
-        eps = torch.finfo(torch.bfloat16 if coarse else plain.dtype).eps
-        tolerance = eps ** (1 / 3) * plain.float().std()  # what ignores masks is far off
-        return bool((plain - masked).float().std() <= tolerance)
+        eps = torch.finfo(torch.bfloat16 if coarse else expected.dtype).eps
+        tolerance = eps ** (1 / 3) * expected.float().std()  # what ignores masks is far off
+        return bool((expected - found).float().std() <= tolerance)
 
     def logits(self, embeds: Tensor, mask: Tensor, keep: Tensor | None = None, cache: Any = None) -> Tensor:
         """Return logits ``(B, K, V)``; see `mllm.lm.LanguageModel.logits`."""
@@ -127,6 +146,10 @@ class Cached:
 
     def _inputs(self, embeds: Tensor, mask: Tensor, cache: Any = None) -> dict[str, Any]:
         options: dict[str, Any] = {"inputs_embeds": embeds, "attention_mask": mask}
+        if mask.dim() == 3:
+            lowest = torch.finfo(embeds.dtype).min
+            hidden = torch.zeros_like(mask, dtype=embeds.dtype).masked_fill(~mask, lowest)
+            options["attention_mask"] = hidden[:, None]  # (B, 1, T, T), added to the attention's scores
         if cache is not None:
             options |= {self._states: cache, "use_cache": True}
         elif "use_cache" in self._accepts:
@@ -158,6 +181,10 @@ class Apart:
 
     def __init__(self, model: Any) -> None:
         self.model = model
+
+    def can_pack(self) -> bool:
+        """Whether prompts can share a row."""
+        return False
 
     def logits(self, embeds: Tensor, mask: Tensor, keep: Tensor | None = None, cache: Any = None) -> Tensor:
         """Return logits ``(B, K, V)``; see `mllm.lm.LanguageModel.logits`."""
@@ -254,6 +281,10 @@ class EncoderDecoder:
             )
         self._start = int(start)
 
+    def can_pack(self) -> bool:
+        """Whether prompts can share a row."""
+        return False
+
     def logits(self, embeds: Tensor, mask: Tensor, keep: Tensor | None = None, cache: Any = None) -> Tensor:
         """Return logits ``(B, 1, V)`` of an answer's first token."""
         embeds = embeds if cache is None else cache.add(embeds)
@@ -327,7 +358,12 @@ class EncoderDecoder:
 
 
 def positions(mask: Tensor) -> Tensor:
-    """Return position ids ``(B, T)`` that count a row's own tokens, so that padding on the left moves nothing."""
+    """Return position ids ``(B, T)`` that count a row's own tokens, so that padding on the left moves nothing.
+
+    Of several prompts in a row, mask ``(B, T, T)``, each is counted anew.
+    """
+    if mask.dim() == 3:
+        return mask.long().sum(-1) - 1
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 

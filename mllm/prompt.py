@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,7 +46,7 @@ class Batch:
     """Prompts of several lengths, padded on the left.
 
     ``ids``, ``visual``, ``mask`` and ``labels`` are ``(B, T)``; the visual tokens of the batch fill the True places of
-    ``visual`` in reading order.
+    ``visual`` in reading order. Where a row holds several prompts ``mask`` is ``(B, T, T)``: what each place sees.
     """
 
     ids: Tensor
@@ -92,19 +94,61 @@ def encode(pieces: Sequence[Piece], *, lm: Any, num_visual: int, start: bool = T
     return Encoded(ids, visual, labels)
 
 
-def collate(rows: Sequence[Encoded], pad: int) -> Batch:
-    """Return rows of several lengths as one batch, padded on the left."""
-    length = max(len(row.ids) for row in rows)
+def collate(rows: Sequence[Encoded], pad: int, *, pack: int | None = None) -> Batch:
+    """Return prompts of several lengths as one batch, padded on the left.
+
+    ``pack``: several prompts stand in one row of so many positions (or as many as the longest prompt takes), in order,
+    and do not see each other.
+    """
+    groups = _packed(rows, pack) if pack else [[row] for row in rows]
+    lengths = [sum(len(row.ids) for row in group) for group in groups]
+    width = max(lengths)
 
     def padded(fill: Any, values: Callable[[Encoded], list[Any]]) -> Tensor:
-        return torch.tensor([[fill] * (length - len(row.ids)) + values(row) for row in rows])
+        return torch.tensor(
+            [
+                [fill] * (width - length) + [value for row in group for value in values(row)]
+                for group, length in zip(groups, lengths, strict=True)
+            ]
+        )
 
+    mask = padded(0, lambda row: [1] * len(row.ids))
     return Batch(
         ids=padded(pad, lambda row: row.ids),
         visual=padded(False, lambda row: row.visual),
-        mask=padded(0, lambda row: [1] * len(row.ids)),
+        mask=_apart(groups, width) if pack else mask,
         labels=padded(IGNORED, lambda row: row.labels),
     )
+
+
+def _packed(rows: Sequence[Encoded], limit: int) -> list[list[Encoded]]:
+    """Return prompts in as few rows as their order and the limit allow, and those as narrow as that many can be."""
+    lengths = [len(row.ids) for row in rows]
+    widths = range(max(lengths), max(limit, *lengths) + 1)
+
+    def starts(width: int) -> list[int]:
+        found, taken = [0], 0
+        for place, length in enumerate(lengths):
+            if taken + length > width:
+                found, taken = [*found, place], 0
+            taken += length
+        return found
+
+    fewest = len(starts(widths[-1]))
+    width = widths[bisect.bisect_left(widths, -fewest, key=lambda width: -len(starts(width)))]
+    return [list(rows[start:end]) for start, end in itertools.pairwise([*starts(width), len(rows)])]
+
+
+def _apart(groups: Sequence[Sequence[Encoded]], width: int) -> Tensor:
+    """Return ``(B, T, T)``: each place sees what stands before it in its own prompt, and itself."""
+    numbers = torch.zeros(len(groups), width, dtype=torch.long)
+    for row, group in enumerate(groups):
+        end = width
+        for number, prompt in reversed(list(enumerate(group, start=1))):
+            numbers[row, end - len(prompt.ids) : end] = number
+            end -= len(prompt.ids)
+    same = (numbers[:, :, None] == numbers[:, None, :]) & (numbers > 0)[:, None, :]
+    return same.tril() | torch.eye(width, dtype=torch.bool)  # padding sees itself: a softmax needs something
 
 
 def arrange(template: str, images: Sequence[Piece], text: str = "") -> list[Piece]:

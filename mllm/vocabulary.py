@@ -48,7 +48,7 @@ def separable(model: Any) -> bool:
     if model.get_decoder() is model:
         return False
     table = model.get_input_embeddings()
-    with torch.no_grad(), _still(model):
+    with torch.no_grad(), still(model):
         embeds = table(torch.arange(4, device=table.weight.device)[None])
         expected = model(inputs_embeds=embeds).logits[0].float()
         try:
@@ -77,7 +77,7 @@ def losses(model: Any, hidden: Tensor, wanted: Tensor, kind: type, *, logits: in
 
 
 @contextlib.contextmanager
-def _still(model: nn.Module) -> Iterator[None]:
+def still(model: nn.Module) -> Iterator[None]:
     """Keep dropout out of a probe: two passes would differ, and draw random numbers that training counts on."""
     drawing = [module for module in model.modules() if module.training]
     model.eval()
