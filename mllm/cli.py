@@ -288,7 +288,11 @@ def bench(
 
 
 @data_app.command("check")
-def check_data(recipe: RecipeName, overrides: Overrides = None) -> None:
+def check_data(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    data: Annotated[Path | None, typer.Option(help="The folder of the suites' files, if not embedded.")] = None,
+) -> None:
     """Open every picture and count every example of a recipe's data; status 1 if anything is wrong."""
     from rich.console import Console
     from rich.table import Table
@@ -298,11 +302,14 @@ def check_data(recipe: RecipeName, overrides: Overrides = None) -> None:
 
     with progress() as bar:
         task = bar.add_task("reading", total=None, note="")
-        found, shared = inspect(recipe, overrides or [], track=lambda items: bar.track(items, task_id=task))
-    table = Table("source", "items", "answers", "pictures", "positions: least, median, most")
+        found, shared = inspect(recipe, overrides or [], lambda items: bar.track(items, task_id=task), data=data)
+    table = Table("source", "items", "answers", "pictures", "positions", "examples")
     for source in found:
-        lengths = "" if source.lengths is None else ", ".join(map(str, source.lengths))
-        table.add_row(source.name, *map(str, (source.items, source.answers, source.pictures)), lengths)
+        bins = source.histogram()
+        most = max((count for _, _, count in bins), default=0)
+        ranges = "\n".join(f"{start}-{end}" for start, end, _ in bins)
+        bars = "\n".join(f"{count:>7} {'#' * -(-20 * count // most)}" for _, _, count in bins)
+        table.add_row(source.name, *map(str, (source.items, source.answers, source.pictures)), ranges, bars)
     Console().print(table)
     problems = [problem for source in found for problem in source.problems] + shared
     for problem in problems:

@@ -21,7 +21,7 @@ def recipe(tmp_path: Path, tiny_parts: tuple[str, str]) -> Path:
     for index in range(4):
         tiny_image(index).save(tmp_path / f"{index}.png")
     tiny_image(9).save(tmp_path / "new.png")
-    (tmp_path / "twin.png").write_bytes((tmp_path / "2.png").read_bytes())
+    tiny_image(2).save(tmp_path / "twin.bmp")  # other bytes, the same pixels
     rows = [{"image": f"{index}.png", "caption": ["a dog", "two cats on a mat"]} for index in range(4)]
     rows.append({"image": "0.png", "question": "what?", "answer": "a dog"})
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -51,8 +51,9 @@ def test_sources_are_counted_once_for_all_stages(recipe: Path, tiny_parts: tuple
     prompt = model.spec.prompt
     texts = [prompt.caption + " a dog", prompt.caption + " two cats on a mat", "Question: what? Answer: a dog"]
     lengths = sorted([len(model.lm.tokenize(text)) + 4 + 1 for text in texts])  # four visual tokens, and the end
-    assert found[0].lengths is not None
-    assert (found[0].lengths[0], found[0].lengths[-1]) == (lengths[0], lengths[-1])
+    assert {*found[0].lengths} == {*lengths} and len(found[0].lengths) == 9
+    bins = found[0].histogram()
+    assert sum(count for _, _, count in bins) == 9 and bins[0][0] == lengths[0] and bins[-1][0] <= lengths[-1]
     assert not shared and not any(source.problems for source in found)
     done = CliRunner().invoke(app, ["data", "check", str(recipe)])
     assert done.exit_code == 0 and "nothing found against its data" in done.output
@@ -64,7 +65,7 @@ def test_what_is_wrong_is_listed(recipe: Path) -> None:
     rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
     rows[3]["caption"] = ["see <image>", "word " * 80]
     (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (folder / "val.jsonl").write_text(json.dumps({"image": "twin.png", "caption": "a bus"}))
+    (folder / "val.jsonl").write_text(json.dumps({"image": "twin.bmp", "caption": "a bus"}))
     found, shared = inspect(str(recipe))
     assert [problem.removeprefix("align: train 1, table: ")[:40] for problem in found[0].problems] == [
         f"1 pictures cannot be read: {folder}/1.png"[:40],
@@ -75,3 +76,32 @@ def test_what_is_wrong_is_listed(recipe: Path) -> None:
     done = CliRunner().invoke(app, ["data", "check", str(recipe)])
     assert isinstance(done.exception, MLLMError) and "4 problems in the data" in str(done.exception)
     assert "1.png" in done.output.replace("\n", "")
+
+
+def test_what_examples_together_take_and_what_is_too_long(recipe: Path) -> None:
+    alone, _ = inspect(str(recipe))
+    text = recipe.read_text().replace("train.jsonl}", "train.jsonl, shots: 2}", 1)
+    recipe.write_text(text)
+    found, _ = inspect(str(recipe))
+    assert len(found[0].lengths) == 5 and min(found[0].lengths) > 2 * min(alone[0].lengths)
+    recipe.write_text(text.replace(", shots: 2", "").replace("data:", "data:\n  max_length: 30", 1))
+    for truncate, what in (("drop", "are left out"), ("text", "lose text")):
+        (problem,) = inspect(str(recipe), {"data.truncate": truncate})[0][0].problems
+        assert f"5 items {what}: they take more than the 30 positions" in problem
+
+
+def test_pictures_of_a_suite_that_are_trained_on(recipe: Path, tmp_path: Path) -> None:
+    place = tmp_path / "suite"
+    (place / "images").mkdir(parents=True)
+    for number, seed in enumerate((2, 50)):
+        tiny_image(seed).save(place / "images" / f"{number}.png")
+    images = [{"id": number, "file_name": f"{number}.png"} for number in range(2)]
+    captions = [{"image_id": number, "caption": "x"} for number in range(2)]
+    (place / "captions_val.json").write_text(json.dumps({"images": images, "annotations": captions}))
+    recipe.write_text(recipe.read_text() + "eval: {suites: [coco-captions]}\n")
+    _, shared = inspect(str(recipe), data=place)
+    assert shared == ["suite coco-captions: 1 of 2 pictures are trained on, too."]
+    done = CliRunner().invoke(app, ["data", "check", str(recipe), "--data", str(place)])
+    assert "1 problem in the data" in str(done.exception)
+    with pytest.raises(MLLMError, match="needs --data DIR"):
+        inspect(str(recipe))
