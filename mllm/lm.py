@@ -59,6 +59,11 @@ class LanguageModel(nn.Module):
             options["quantization_config"] = _quantization(quantize)
         self.model = hub.load_model(hub.language_class(folder), folder, init=init, seed=seed, **options)
         self.model.requires_grad_(False).eval()
+        for module in self.model.modules():
+            # bitsandbytes' fast 4-bit layout for CPUs, taken at the first pass without a gradient, makes every later
+            # gradient wrong, and what is computed depend on what went before.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
         self._folder, self._init = folder, init
         self._before = 0  # positions that adapters take
         self._pass = _way(self.model, self._end_of_text())
