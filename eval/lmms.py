@@ -18,8 +18,8 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from mllm.checkpoint import load
 from mllm.errors import MLLMError
 from mllm.images import ImageSource, source_of
+from mllm.progress import progress
 from mllm.prompt import answer_text, arrange
-from mllm.training import progress
 
 MANIFEST = ModelManifest(model_id="mllm", simple_class_path="mllm.eval.lmms.Mllm")
 

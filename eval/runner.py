@@ -24,8 +24,8 @@ from mllm.eval.suite import Suite, data_hash, load_suite, read_items, read_shots
 from mllm.data.items import Item
 from mllm.errors import MLLMError
 from mllm.model import Assembly
-from mllm.spec import PromptSpec
-from mllm.training import progress
+from mllm.progress import progress
+from mllm.spec import FROZEN, PromptSpec
 from mllm.version import __version__
 
 
@@ -109,8 +109,7 @@ def _about(model: Assembly, config: Suite, items: Sequence[Item], baselines: Seq
         "shots": data_hash([shot for item in items for shot in item.shots]),
         "baselines": list(baselines),
         "assembly": hashlib.sha256(model.spec.model_dump_json().encode()).hexdigest(),
-        "encoder": str(model.encoder.fingerprint),
-        "lm": str(model.lm.fingerprint),
+        **{part: str(getattr(model, part).fingerprint) for part in FROZEN if getattr(model, part) is not None},
         "trained": trained.hexdigest(),
         "mllm": __version__,
     }
@@ -124,7 +123,7 @@ def _settings(model: Assembly, config: Suite, items: Sequence[Item]) -> dict[str
         "shots": f"{config.shots.count}, {config.shots.select}" if config.shots.count else "none",
         "prompt": prompt.template.replace("{prompt}", prompt.caption if items[0].question is None else prompt.question),
         "decoding": json.dumps({**model.spec.decoding, **config.decoding}),
-        "encoder": model.spec.encoder.label,
-        "lm": model.spec.lm.model,
-        "connector": model.spec.connector.type,
+        "encoder": model.spec.encoder.label if model.spec.encoder else "none",
+        "lm": model.spec.lm.model if model.spec.lm else "none",
+        "connector": model.spec.connector.type if model.spec.connector else "none",
     }

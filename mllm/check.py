@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from mllm import recipe as recipes
 from mllm.data.loading import reader
 from mllm.errors import MLLMError
 from mllm.fit import can_be_fitted
 from mllm.model import Assembly, build_encoder, build_lm, join, trained_module
-from mllm.registry import lookup
-from mllm.spec import DataSpec, Recipe, Stage
+from mllm.objectives import objectives_of
+from mllm.spec import PARTS, DataSpec, Recipe, Stage
 
 
 def problems(recipe: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> list[str]:
@@ -30,7 +31,6 @@ def problems(recipe: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> 
         config = recipes.load(recipe, overrides)
         for stage in config.stages:
             found += [problem for problem in _of_stage(stage, config, built) if problem not in found]
-        found += [f"Stage {name}: this version builds the model once." for name in config.changed_parts()]
         if not config.stages:
             found.append(f"{config.name} has no stages: there is nothing to train.")
     return found
@@ -52,15 +52,14 @@ def on_paper(stage: Stage, config: Recipe) -> Assembly:
 def _of_stage(stage: Stage, config: Recipe, built: dict[str, Assembly | None]) -> list[str]:
     """Return a stage's problems; ``built`` keeps models by their parts, since stages mostly share them."""
     found: list[str] = []
-    for objective in stage.objectives:
-        with _noted(found):
-            lookup("objectives", objective.type)
+    with _noted(found):
+        objectives_of(stage.objectives)
     for source in (*stage.data.train, *stage.data.val):
         with _noted(found):
             _check_source(source)
     if not stage.data.train:
         found.append(f"Stage {stage.name} has no data: give data.train.")
-    parts = f"{stage.encoder!r} {stage.lm!r} {stage.connector!r} {stage.adapters!r}"
+    parts = " ".join(repr(getattr(stage, part)) for part in PARTS)
     if parts not in built:
         built[parts] = _assembled(stage, config, found)
     model = built[parts]
@@ -74,13 +73,14 @@ def _assembled(stage: Stage, config: Recipe, found: list[str]) -> Assembly | Non
     encoder = lm = None
     with _noted(found):
         spec = config.assembly(stage)
-        spec = spec.model_copy(update={"lm": spec.lm.model_copy(update={"init": "random", "quantize": None})})
+        lm_spec = spec.lm and spec.lm.model_copy(update={"init": "random", "quantize": None})
+        spec = spec.model_copy(update={"lm": lm_spec})
         with torch.device("meta"):
             with _noted(found):
                 encoder = build_encoder(spec)
             with _noted(found):
                 lm = build_lm(spec)
-            if encoder is not None and lm is not None:
+            if (encoder is not None or not spec.encoder) and (lm is not None or not spec.lm):
                 return join(spec, encoder=encoder, lm=lm)
     return None
 
@@ -92,9 +92,12 @@ def _of_model(model: Assembly, stage: Stage) -> list[str]:
     for path in stage.train:
         with _noted(found):
             trained_module(model, path)
+    found += [f"Stage {stage.name}: {problem}" for problem in unmet(model, stage)]
     if stage.fit is not None and not can_be_fitted(connector):
         found.append(f"Stage {stage.name} fits the connector, which does not end in a linear map: take another type.")
-    if lm.tokenizer is None:  # only its configuration is here: the words cannot be counted
+    if (
+        lm is None or connector is None or lm.tokenizer is None
+    ):  # only its configuration is here: the words cannot be counted
         return found
     with _noted(found):
         _ = lm.eos
@@ -105,6 +108,21 @@ def _of_model(model: Assembly, stage: Stage) -> list[str]:
             f"One image ({connector.num_tokens} tokens), the prompt and the answer take {length} positions, and the "
             f"language model was made for {lm.context}. Set connector.tokens lower, or take another one."
         )
+    return found
+
+
+def unmet(model: Assembly, stage: Stage) -> list[str]:
+    """Return what a stage's objectives need and the model has not."""
+    if not stage.train:
+        return []
+    found = []
+    for spec, objective in zip(stage.objectives, objectives_of(stage.objectives), strict=True):
+        for need in objective.needs:
+            part: Any = model
+            for step in need.split("."):
+                part = part[step] if isinstance(part, nn.ModuleDict) and step in part else getattr(part, step, None)
+            if part is None:
+                found.append(f"the objective {spec.type!r} needs {need}, which the model has not. Add that part.")
     return found
 
 

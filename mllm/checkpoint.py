@@ -11,16 +11,18 @@ import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from mllm.errors import MLLMError
+from mllm.errors import MLLMError, near
 from mllm.files import write
 from mllm.model import Assembly, build
-from mllm.spec import AssemblySpec, Spec, checked
+from mllm.spec import FROZEN, AssemblySpec, Spec, checked
 from mllm.version import __version__
 
 FORMAT = 1
@@ -119,16 +121,20 @@ def _sweep(folder: Path) -> None:
 
 def _put(model: Assembly, tensors: Path) -> None:
     """Load tensors into a model; every one must be used, and none may be missing."""
-    try:
-        saved = load_file(tensors)
-    except (SafetensorError, OSError) as error:
-        raise MLLMError(f"{tensors} cannot be read: {error}") from None
+    saved = _tensors(tensors)
     wanted = model.trained_state()
     odd = sorted(saved.keys() ^ wanted.keys())
     odd += [name for name in saved.keys() & wanted.keys() if saved[name].shape != wanted[name].shape]
     if odd:
         raise MLLMError(f"{tensors} does not fit the model: missing, unknown or of another shape are {', '.join(odd)}.")
     model.load_state_dict(saved, strict=False)
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise MLLMError(f"{path} cannot be read: {error}") from None
 
 
 def _find(folder: Path) -> Path:
@@ -151,8 +157,43 @@ def _about(path: Path) -> About:
     return checked(About, about, label=str(path))
 
 
+def take(model: Assembly, source: Path, paths: Sequence[str] = ()) -> None:
+    """Take trained tensors from a run or saved model into a model that is otherwise another.
+
+    Args:
+        model: what they are put into.
+        source: the run or saved model.
+        paths: parts, or paths inside them (``connector.qformer``); none: all that is there.
+
+    Raises:
+        MLLMError: a path that the source has not trained, tensors that do not fit, or frozen parts other than those
+            that took part in the training there.
+    """
+    path = _find(source)
+    about = _about(path / ASSEMBLY)
+    here = _fingerprints(model)
+    _same_parts(path, about.fingerprints, {part: here.get(part, "none") for part in about.fingerprints})
+    saved, wanted = _tensors(path / about.tensors), model.trained_state()
+    for name in paths:
+        if not any(f"{tensor}.".startswith(f"{name}.") for tensor in saved):
+            raise MLLMError(f"init.parts names {name!r}, which {path} has not trained. {near(name, _modules(saved))}")
+    taken = {n: t for n, t in saved.items() if not paths or any(f"{n}.".startswith(f"{p}.") for p in paths)}
+    odd = [name for name, tensor in taken.items() if name not in wanted or wanted[name].shape != tensor.shape]
+    if odd:
+        raise MLLMError(f"init.from: {path} does not fit this model: unknown or of another shape are {', '.join(odd)}.")
+    model.load_state_dict(taken, strict=False)
+    model.calibrated = model.calibrated or all(name in taken for name in wanted if name.startswith("connector."))
+
+
+def _modules(tensors: Iterable[str]) -> list[str]:
+    """Return the dotted names of all modules that hold tensors of these names."""
+    steps = [name.split(".") for name in tensors]
+    return sorted({".".join(parts[:end]) for parts in steps for end in range(1, len(parts))})
+
+
 def _fingerprints(model: Assembly) -> dict[str, str]:
-    return {"encoder": str(model.encoder.fingerprint), "lm": str(model.lm.fingerprint)}
+    """Return the fingerprints of the frozen parts that are there: they took part in the training."""
+    return {part: str(getattr(model, part).fingerprint) for part in FROZEN if getattr(model, part) is not None}
 
 
 def _same_parts(path: Path, trained_on: dict[str, str], here: dict[str, str]) -> None:

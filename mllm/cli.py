@@ -298,7 +298,7 @@ def check_data(
     from rich.table import Table
 
     from mllm.data.inspection import inspect
-    from mllm.training import progress
+    from mllm.progress import progress
 
     with progress() as bar:
         task = bar.add_task("reading", total=None, note="")

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mllm.errors import MLLMError
 from mllm.files import write
+from mllm.hub import tensor_hash
 from mllm.images import source_of
 from mllm.parts import cache_dir
 
@@ -114,6 +115,8 @@ def place_of(model: Any) -> Path:
         "dtypes": sorted({str(parameter.dtype) for parameter in encoder.parameters()}),
         "settings": encoder.settings(),
     }
+    if any(path.split(".")[0] == "encoder" for path in model.spec.trained):
+        decides["trained"] = tensor_hash(encoder)
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()
     return cache_dir() / "features" / digest[:32]
 

@@ -7,8 +7,10 @@ the positions asked for only.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
+import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -67,8 +69,11 @@ class LanguageModel(nn.Module):
         self._folder, self._init = folder, init
         self._before = 0  # positions that adapters take
         self._pass = _way(self.model, self._end_of_text())
+        if init == "random" and self.model.device.type != "meta":
+            _ = self.fingerprint  # before anything in it trains
+        self.new_tokens: dict[str, int] = {}  # name -> id, beside the tokenizer's own
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """Return what tells these weights from others."""
         return hub.fingerprint(self._folder) if self._init == "pretrained" else hub.tensor_hash(self.model)
@@ -107,11 +112,21 @@ class LanguageModel(nn.Module):
 
     def tokenize(self, text: str, *, control: bool = False) -> list[int]:
         """Return the ids of a text, no special token added; ``control``: those in it are read as such."""
+        if control and self.new_tokens:
+            pattern = f"({'|'.join(map(re.escape, self.new_tokens))})"
+            pieces = [piece for piece in re.split(pattern, text) if piece]
+            return [i for piece in pieces for i in self._ids(piece, control=True)]
+        return self._ids(text, control=control)
+
+    def _ids(self, text: str, *, control: bool) -> list[int]:
+        if control and text in self.new_tokens:
+            return [self.new_tokens[text]]
         return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=not control).input_ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, special tokens left out."""
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        new = set(self.new_tokens.values())
+        return str(self.tokenizer.decode([i for i in ids if i not in new], skip_special_tokens=True))
 
     def embed(self, ids: Tensor) -> Tensor:
         """Return embeddings ``(B, T, D_lm)`` of ids ``(B, T)``."""

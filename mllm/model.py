@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -18,13 +18,13 @@ from mllm import encoder as encoders
 from mllm.chat import Chat
 from mllm.errors import MLLMError, near
 from mllm.hub import tensor_hash
+from mllm.objectives import Inputs
 from mllm.prompt import Batch, Control, Encoded, Piece, arrange, collate, encode, images_of, without_images
 from mllm.registry import lookup, made, table
 from mllm.rerank import reranked
-from mllm.spec import AssemblySpec, checked
+from mllm.spec import FROZEN, AssemblySpec, PartSpec, checked
+from mllm.tokens import NewTokens
 from mllm.view import View, Views
-
-FROZEN = ("encoder", "lm")
 
 
 class Text(str):
@@ -39,13 +39,16 @@ class Output(list[Text]):
 
 
 class Assembly(nn.Module):
-    """A multimodal language model joined from parts.
+    """A multimodal language model joined from parts. One that is not there is None.
 
     Args:
         encoder: pixels to features ``(B, P, D_vis)``; frozen.
         connector: features to visual tokens ``(B, Q, D_lm)``; trained.
         lm: the language model; frozen.
         adapters: trained modules inside the language model.
+        heads: by name, trained: what the language model's states become beside text.
+        tokens: new tokens, whose rows are trained.
+        decoder: a condition to an image; frozen.
         spec: what the parts were built from, saved with the trained tensors.
     """
 
@@ -53,49 +56,71 @@ class Assembly(nn.Module):
     encoder: Any
     connector: Any
     lm: Any
+    tokens: Any
+    decoder: Any
+    spec: Any  # an AssemblySpec; its parts may be None
 
     def __init__(
         self,
         *,
-        encoder: nn.Module,
-        connector: nn.Module,
-        lm: nn.Module,
+        encoder: nn.Module | None,
+        connector: nn.Module | None,
+        lm: nn.Module | None,
         adapters: Sequence[nn.Module] = (),
+        heads: Mapping[str, nn.Module] | None = None,
+        tokens: nn.Module | None = None,
+        decoder: nn.Module | None = None,
         spec: AssemblySpec,
     ) -> None:
         super().__init__()
         self.encoder, self.connector, self.lm = encoder, connector, lm
         self.adapters = nn.ModuleList(adapters)
+        self.heads = nn.ModuleDict(heads)
+        self.tokens, self.decoder = tokens, decoder
         self.spec = spec
         self.calibrated = False  # whether the connector starts at the scale of the language model
         self.eval()
 
     @property
     def device(self) -> torch.device:
-        """Return where the language model is."""
-        return next(self.lm.parameters()).device
+        """Return where the parts are."""
+        return next(self.parameters()).device
 
     def train(self, mode: bool = True) -> Assembly:
-        """Set training mode for what is trained; the frozen parts stay in evaluation mode."""
+        """Set training mode for what is trained; what is frozen stays in evaluation mode."""
         super().train(mode)
         for name in FROZEN:
-            getattr(self, name).eval()
+            if (part := getattr(self, name)) is not None:
+                part.eval()
+        for path in self.spec.trained:
+            self.get_submodule(path).train(mode)
         self.adapters.train(mode)  # peft's are inside the language model
         return self
+
+    @property
+    def sees_pixels(self) -> bool:
+        """Whether something in the encoder trains, so that features are computed anew in every step."""
+        return self.encoder is not None and any(p.requires_grad for p in self.encoder.parameters())
 
     @contextlib.contextmanager
     def adapters_off(self) -> Iterator[None]:
         """Compute as if there were no adapters: text alone then gives what the bare language model gives."""
         with contextlib.ExitStack() as stack:
-            for adapter in self.adapters:
+            for adapter in (*self.adapters, *([self.tokens] if self.tokens is not None else [])):
                 stack.enter_context(cast(Any, adapter).off())
             yield
 
-    def frozen_hash(self, part: str) -> str:
-        """Return a hash of all tensors of a frozen part, adapters inside it left out."""
+    def frozen_hash(self, part: str, without: Sequence[str] = ()) -> str:
+        """Return a hash of all tensors of a part, adapters inside it left out.
+
+        Args:
+            part: its name.
+            without: dotted paths of the modules that train, whose tensors are left out too.
+        """
         own = {id(parameter) for parameter in self.adapters.parameters()}
         module = getattr(self, part)
         inside = {name for name, p in module.named_parameters(remove_duplicate=False) if id(p) in own}
+        inside |= {name for name in module.state_dict() if _under(f"{part}.{name}", without)}
         return tensor_hash(module, without=inside)
 
     @functools.cached_property
@@ -113,17 +138,25 @@ class Assembly(nn.Module):
             return self.encoder(pixels.to(self.device))
 
     def forward(
-        self, features: Tensor | None, batch: Batch, objectives: Sequence[Any] = ()
-    ) -> list[tuple[Tensor, int]]:
-        """Return each objective's summed loss and its count.
+        self,
+        rows: Sequence[Sequence[Piece]],
+        features: Tensor | None,
+        batch: Batch | None,
+        objectives: Sequence[Any],
+    ) -> list[Tensor]:
+        """Return each objective's summed loss.
 
         Args:
-            features: ``(I, P, D_vis)`` of the batch's images in reading order, or None where it has none.
-            batch: the prompts.
-            objectives: functions such as `mllm.objectives.caption`.
+            rows: training examples, as interleaved prompts.
+            features: of their images in reading order, ``(I, P, D_vis)``; None where there are none. While the encoder
+                trains, what it takes in instead.
+            batch: the rows as ids.
+            objectives: see `mllm.objectives.Objective`.
         """
-        visual = None if features is None else self.connector(features)
-        return [objective(self, visual, batch) for objective in objectives]
+        if features is not None and self.sees_pixels:
+            features = self.encoder(features)
+        inputs = Inputs(self, rows, features, batch)
+        return [objective(inputs) for objective in objectives]
 
     def embed(self, visual: Tensor | None, batch: Batch) -> Tensor:
         """Return embeddings ``(B, T, D_lm)``: the text's own, and visual tokens ``(I, Q, D_lm)`` at their places."""
@@ -276,10 +309,11 @@ class Assembly(nn.Module):
 
     def trained_state(self) -> dict[str, Tensor]:
         """Return the tensors of everything that is not frozen, by dotted name."""
+        own = {id(tensor) for tensor in self.adapters.state_dict(keep_vars=True).values()}
         return {
             name: tensor.detach().cpu()
-            for name, tensor in self.state_dict().items()
-            if name.split(".")[0] not in FROZEN
+            for name, tensor in self.state_dict(keep_vars=True).items()
+            if name.split(".")[0] not in FROZEN or (_under(name, self.spec.trained) and id(tensor) not in own)
         }
 
     def save(self, folder: str | Path) -> Path:
@@ -306,7 +340,7 @@ def assemble(
         connector: a registry name; or the recipe's mapping with its arguments.
         adapters: the recipe's mappings: ``[{"type": "lora", "r": 16}]``.
         seed: of all weights drawn here.
-        settings: the recipe's ``prompt`` and ``decoding``.
+        settings: the recipe's ``heads``, ``tokens``, ``decoder``, ``scorer``, ``prompt`` and ``decoding``.
 
     Raises:
         MLLMError: an unknown part or argument, or parts that do not fit.
@@ -326,57 +360,96 @@ def assemble(
 
 
 def build(spec: AssemblySpec) -> Assembly:
-    """Build the parts that a specification names, wire their widths, and draw the connector's weights."""
+    """Build the parts that a specification names, wire their widths, and draw the trained parts' weights."""
     encoder, lm = build_encoder(spec), build_lm(spec)
     return join(spec, encoder=encoder, lm=lm)
 
 
 def join(spec: AssemblySpec, *, encoder: Any, lm: Any) -> Assembly:
-    """Bridge a built encoder and a built language model by a new connector, and put new adapters into the latter."""
-    connector = build_connector(spec, encoder=encoder, lm_dim=lm.dim)
-    return Assembly(encoder=encoder, connector=connector, lm=lm, adapters=build_adapters(spec, lm=lm), spec=spec)
+    """Bridge a built encoder and a built language model by new trained parts, some of them inside the latter."""
+    widths = {"lm_dim": lm.dim if lm is not None else None, "vis_dim": encoder.dim if encoder is not None else None}
+    connector = None
+    if spec.connector is not None:
+        if encoder is None:
+            raise MLLMError(f"The connector {spec.connector.type} reads an encoder's features: give encoder.")
+        connector = build_connector(spec, encoder=encoder, lm_dim=widths["lm_dim"])
+    model = Assembly(
+        encoder=encoder,
+        connector=connector,
+        lm=lm,
+        adapters=build_adapters(spec, lm=lm),
+        tokens=build_tokens(spec, lm=lm),
+        heads={part.type: _drawn(spec, "head", part, **widths) for part in spec.heads},
+        decoder=None if spec.decoder is None else _drawn(spec, "image_decoder", spec.decoder),
+        spec=spec,
+    )
+    for path in spec.trained:
+        trained_module(model, path)
+    return model
+
+
+def _drawn(spec: AssemblySpec, kind: str, part: PartSpec, *inside: Any, **options: Any) -> Any:
+    """Build a part that draws weights; they depend on the specification's seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(spec.seed)
+        label = f"{kind.replace('_', ' ')} {part.type}"
+        return made(lookup(f"{kind}s", part.type), label, *inside, **options, **part.options())
 
 
 def trained_module(model: Assembly, path: str) -> nn.Module:
     """Return the module that a stage's ``train`` names by a dotted path.
 
     Raises:
-        MLLMError: there is no such module, or it is one of the frozen parts.
+        MLLMError: there is no such module.
     """
-    if path.split(".")[0] in FROZEN:
-        raise MLLMError(f"A stage's 'train' names {path!r}: this version trains connectors and adapters only.")
     try:
-        return model.get_submodule(path)
+        module = model.get_submodule(path) if path else None
     except AttributeError:
-        known = [name for name, _ in model.named_modules() if name and name.split(".")[0] not in FROZEN]
-        raise MLLMError(
-            f"A stage's 'train' names {path!r}, which is no part of the model. {near(path, known)}"
-        ) from None
+        module = None
+    if module is None:
+        known = [name for name, _ in model.named_modules() if name]
+        raise MLLMError(f"A stage's 'train' names {path!r}, which is no part of the model. {near(path, known)}")
+    return module
 
 
 def build_encoder(spec: AssemblySpec) -> Any:
-    """Build the encoder alone."""
-    return encoders.build(spec.encoder, seed=spec.seed)
+    """Build the encoder alone; None where there is none."""
+    return None if spec.encoder is None else encoders.build(spec.encoder, seed=spec.seed)
 
 
 def build_lm(spec: AssemblySpec) -> Any:
-    """Build the language model alone."""
+    """Build the language model alone; None where there is none."""
+    if spec.lm is None:
+        return None
     options = spec.lm.model_dump(exclude={"type"})
     return made(lookup("lms", spec.lm.type), f"language model {spec.lm.model}", **options, seed=spec.seed)
 
 
-def build_connector(spec: AssemblySpec, *, encoder: Any, lm_dim: int) -> nn.Module:
-    """Build a connector between widths; its random weights depend on the specification's seed alone."""
+def build_connector(spec: AssemblySpec, *, encoder: Any, lm_dim: int | None) -> nn.Module:
+    """Build a connector between widths; ``lm_dim`` None: without the map to a language model's width."""
+    assert spec.connector is not None
     widths = {"vis_dim": encoder.dim, "lm_dim": lm_dim, "num_patches": encoder.num_patches, "grid": encoder.grid}
+    connector: nn.Module = _drawn(spec, "connector", spec.connector, **widths)
+    return connector
+
+
+def build_tokens(spec: AssemblySpec, *, lm: Any) -> NewTokens | None:
+    """Put new tokens beside a language model's tables, and tell its tokenizer."""
+    if not spec.tokens:
+        return None
+    if lm is None:
+        raise MLLMError("tokens: new tokens are a language model's, and the recipe names none. Give lm.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
-        cls = lookup("connectors", spec.connector.type)
-        connector: nn.Module = made(cls, f"connector {spec.connector.type}", **widths, **spec.connector.options())
-    return connector
+        tokens = NewTokens(lm.model, spec.tokens)
+    lm.new_tokens = tokens.ids()
+    return tokens
 
 
 def build_adapters(spec: AssemblySpec, *, lm: Any) -> list[nn.Module]:
     """Put new adapters into a language model; their random weights depend on the specification's seed alone."""
+    if spec.adapters and lm is None:
+        raise MLLMError("adapters: they stand inside a language model, and the recipe names none. Give lm.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
         adapters = [
@@ -387,6 +460,11 @@ def build_adapters(spec: AssemblySpec, *, lm: Any) -> list[nn.Module]:
         if hasattr(adapter, "num_positions"):  # it comes before the sequence, not into a layer
             lm.lead(adapter)
     return adapters
+
+
+def _under(name: str, paths: Sequence[str]) -> bool:
+    """Whether a tensor's dotted name is inside one of the modules at these paths."""
+    return any(f"{name}.".startswith(f"{path}.") for path in paths)
 
 
 @torch.no_grad()

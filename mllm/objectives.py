@@ -1,18 +1,88 @@
-"""Losses over one batch. An objective is a function of the model, the visual tokens and the batch."""
+"""Losses over one batch, each a class: what it needs, how much it counts, and its sum.
+
+Notable: a sum and a count, not a mean: batches that are accumulated, or spread over processes, weigh each target the
+same.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
-from mllm.prompt import Batch
+from mllm.errors import MLLMError
+from mllm.prompt import IGNORED, Batch, Piece
+from mllm.registry import lookup
+from mllm.spec import ObjectiveSpec
 
 
-def caption(model: Any, visual: Tensor | None, batch: Batch) -> tuple[Tensor, int]:
-    """Return the summed negative log-likelihood of the target tokens, and how many there are.
+class Inputs:
+    """A batch as objectives see it.
 
-    A sum and a count, not a mean: batches that are accumulated, or spread over processes, weigh each token the same.
+    Args:
+        model: the assembly.
+        rows: the training examples, as interleaved prompts.
+        features: ``(I, P, D_vis)`` of their images in reading order, or None where there are none.
+        batch: the rows as ids, padded; None where the model has no language model.
     """
-    losses = model.lm.losses(model.embed(visual, batch), batch.mask, batch.labels)  # (N,)
-    return losses.sum(), len(losses)
+
+    def __init__(self, model: Any, rows: Sequence[Sequence[Piece]], features: Tensor | None, batch: Batch | None):
+        self.model, self.rows, self.features, self.batch = model, rows, features, batch
+
+    @cached_property
+    def visual(self) -> Tensor | None:
+        """The connector's visual tokens ``(I, Q, D_lm)``, made once for all objectives."""
+        return None if self.features is None else self.model.connector(self.features)
+
+
+class Objective(Protocol):
+    """What a stage sums."""
+
+    @property
+    def needs(self) -> Sequence[str]:
+        """Return dotted names of what the model must have (``lm``, ``connector.joint``, ``heads.retrieval``)."""
+
+    def count(self, rows: Sequence[Sequence[Piece]], batch: Batch | None) -> int:
+        """Return by how much the sum is to be divided; called before the model computes anything."""
+
+    def __call__(self, inputs: Inputs) -> Tensor:
+        """Return the summed loss, a scalar."""
+
+
+def objectives_of(specs: Sequence[ObjectiveSpec]) -> list[Objective]:
+    """Return objectives made with their options.
+
+    Raises:
+        MLLMError: an unknown one, or options that it does not take.
+    """
+    found = []
+    for spec in specs:
+        cls = lookup("objectives", spec.type)
+        try:
+            inspect.signature(cls).bind(**spec.options())
+        except TypeError as error:
+            raise MLLMError(f"The objective {spec.type} does not take these arguments: {error}.") from None
+        found.append(cls(**spec.options()))
+    return found
+
+
+class Caption:
+    """The negative log-likelihood of the target tokens: captions, answers, what an assistant says."""
+
+    needs = ("lm",)
+
+    def count(self, rows: Sequence[Sequence[Piece]], batch: Batch | None) -> int:
+        """Return the number of target tokens."""
+        assert batch is not None
+        return int(torch.count_nonzero(batch.labels[:, 1:] != IGNORED))
+
+    def __call__(self, inputs: Inputs) -> Tensor:
+        """Return the sum over target tokens."""
+        model, batch = inputs.model, inputs.batch
+        assert batch is not None
+        losses: Tensor = model.lm.losses(model.embed(inputs.visual, batch), batch.mask, batch.labels)  # (N,)
+        return losses.sum()

@@ -36,7 +36,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
     "heads": {},
     "image_decoders": {},
     "scorers": {"dual-encoder": "mllm.scorer:DualEncoder"},
-    "objectives": {"caption": "mllm.objectives:caption"},
+    "objectives": {"caption": "mllm.objectives:Caption"},
     "readers": {
         "emoji-scenes": "mllm.data.emoji_scenes:emoji_scenes",
         "easy-vqa": "mllm.data.easy_vqa:easy_vqa",

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -30,10 +32,12 @@ class State:
     Attributes:
         stage: number of the stage to go on with.
         step: steps done in it.
-        tensors: ``model.*``, ``optimizer.INDEX.KEY`` and ``random.*``.
+        tensors: ``model.*``, ``best.*``, ``optimizer.INDEX.KEY`` and ``random.*``.
         schedule: the schedule's own state.
         rates: the learning rates in force.
         frozen: hashes of the frozen parts, of the stages done.
+        best: the lowest validation loss of the stage so far; the tensors that had it are ``best.*``.
+        waited: validations since then.
     """
 
     stage: int = 0
@@ -42,14 +46,19 @@ class State:
     schedule: dict[str, Any] = field(default_factory=dict)
     rates: list[float] = field(default_factory=list)
     frozen: dict[str, Any] = field(default_factory=dict)
+    best: float | None = None
+    waited: int = 0
 
     def write(self, folder: Path) -> None:
-        """Write it to a run's folder.
+        """Write it to a run's folder; of several processes the main one does.
 
         Raises:
             MLLMError: the folder cannot be written; what was there before is still there.
         """
-        header = {key: getattr(self, key) for key in ("stage", "step", "schedule", "rates", "frozen")}
+        if not PartialState().is_main_process:
+            return
+        keys = ("stage", "step", "schedule", "rates", "frozen", "best", "waited")
+        header = {key: getattr(self, key) for key in keys}
         metadata = {"state": json.dumps(header)}
         try:
             write(folder / NAME, lambda file: save_file(self.tensors, file, metadata=metadata))
@@ -71,18 +80,31 @@ class State:
 
 
 def random_states() -> dict[str, Tensor]:
-    """Return the states of torch's generators."""
-    states = {"random.cpu": torch.get_rng_state()}
+    """Return the states of torch's generators, of every process."""
+    own = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
-        states["random.cuda"] = torch.cuda.get_rng_state()
-    return states
+        own["cuda"] = torch.cuda.get_rng_state()
+    return {
+        f"random.{process}.{name}": state
+        for process, states in enumerate(gather_object([own]))
+        for name, state in states.items()
+    }
 
 
 def set_random_states(tensors: dict[str, Tensor]) -> None:
-    """Put torch's generators back to where they were."""
-    torch.set_rng_state(tensors["random.cpu"])
-    if "random.cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["random.cuda"])
+    """Put torch's generators back to where they were.
+
+    Raises:
+        MLLMError: the run was started with another number of processes.
+    """
+    here = PartialState()
+    there = len({name.split(".")[1] for name in tensors if name.startswith("random.")})
+    if there != here.num_processes:
+        raise MLLMError(f"The run was started with {there} processes, and now there are {here.num_processes}.")
+    own = f"random.{here.process_index}"
+    torch.set_rng_state(tensors[f"{own}.cpu"])
+    if f"{own}.cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors[f"{own}.cuda"])
 
 
 def optimizer_tensors(optimizer: Any) -> dict[str, Tensor]:

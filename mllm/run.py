@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from accelerate import PartialState
 
 from mllm.errors import MLLMError
 from mllm.files import write
@@ -26,10 +27,10 @@ PACKAGES = ("mllm-assembly", "torch", "transformers", "accelerate", "peft")
 
 
 class Run:
-    """One training run's folder."""
+    """One training run's folder; of several processes the main one writes it."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.writes = path, PartialState().is_main_process
 
     @classmethod
     def create(cls, path: Path, recipe: str) -> Run:
@@ -39,6 +40,8 @@ class Run:
             MLLMError: there is a run already (nothing is overwritten), or the folder cannot be made.
         """
         run = cls(path)
+        if not run.writes:
+            return run
         try:
             path.mkdir(parents=True, exist_ok=True)
             if any(path.iterdir()):
@@ -70,13 +73,16 @@ class Run:
         if found and not accept:
             listed = "".join(f"\n  {change}" for change in found)
             raise MLLMError(f"The recipe changed since {path} was started; --accept-changes goes on with it:{listed}")
-        write(written, lambda file: file.write_text(recipe))
-        return cls(path)
+        run = cls(path)
+        PartialState().wait_for_everyone()  # all have read it
+        if run.writes:
+            write(written, lambda file: file.write_text(recipe))
+        return run
 
     def rewind(self, done: Sequence[str], stage: str, step: int) -> None:
         """Take out of the log what came after a checkpoint: it will be done, and logged, again."""
         path = self.path / "log.jsonl"
-        if not path.is_file():
+        if not self.writes or not path.is_file():
             return
         kept = []
         for line in path.read_text().splitlines():
@@ -90,18 +96,22 @@ class Run:
 
     def log(self, **row: Any) -> None:
         """Append one row to the log."""
+        if not self.writes:
+            return
         with self._written("log.jsonl"), (self.path / "log.jsonl").open("a") as stream:
             stream.write(json.dumps(row) + "\n")
 
     def record(self, name: str, content: Any) -> None:
         """Write a JSON file of the run, whole or not at all."""
+        if not self.writes:
+            return
         with self._written(name):
             write(self.path / name, lambda file: file.write_text(json.dumps(content, indent=2) + "\n"))
 
     def plot(self) -> Path:
         """Draw ``loss.png`` from the log."""
         out = self.path / "loss.png"
-        if (self.path / "log.jsonl").is_file():
+        if self.writes and (self.path / "log.jsonl").is_file():
             with self._written(out.name):
                 write(out, lambda file: loss_plot(self.path / "log.jsonl", file))
         return out

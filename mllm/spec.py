@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
-from functools import reduce
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -23,9 +23,8 @@ from mllm.errors import MLLMError, near
 Model = TypeVar("Model", bound=BaseModel)
 
 
-PARTS = ("encoder", "lm", "connector", "adapters")  # built once, for all stages
-# Keys that nothing reads yet: they are refused, not ignored. Whoever builds one takes it out here.
-LATER = ("heads", "tokens", "decoder", "init.source", "eval.every")
+PARTS = ("encoder", "lm", "connector", "adapters", "heads", "tokens", "decoder")
+FROZEN = ("encoder", "lm", "decoder")  # unless a stage's 'train' names them, or something inside them
 
 
 class Spec(BaseModel):
@@ -138,6 +137,8 @@ class OptimSpec(Spec):
     warmup: int = 100  # steps
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     accumulate: int = Field(default=1, ge=1)
+    checkpointing: bool = False  # compute the language model's activations again, instead of keeping them
+    compile: bool = False  # torch.compile
 
 
 class DataSpec(BaseModel):
@@ -180,8 +181,8 @@ class InitSpec(Spec):
     """Trained parts taken from another run."""
 
     model_config = ConfigDict(populate_by_name=True)
-    source: str | None = Field(default=None, alias="from")
-    parts: list[str] = []
+    source: str | None = Field(default=None, alias="from")  # a run, or a saved model
+    parts: list[str] = []  # paths in it (connector, connector.qformer, heads.retrieval); none: all that it trained
 
 
 class FitSpec(Spec):
@@ -200,11 +201,12 @@ class ObjectiveSpec(PartSpec):
 
 
 class EvalSpec(Spec):
-    """Suites a recipe is held against (`mllm recipes verify`), and how often while training."""
+    """Suites a recipe is held against (`mllm recipes verify`), and what is looked at while training."""
 
     suites: list[str] = []
     limit: int | None = Field(default=None, ge=1)  # items of a suite; null: all
-    every: int | None = None
+    every: int | None = Field(default=None, ge=1)  # steps; then the suites are run, and the prompts below answered
+    show: int = Field(default=4, ge=0)  # validation items whose answers are logged each time
 
 
 class Settings(Spec):
@@ -225,27 +227,24 @@ class Settings(Spec):
     optim: OptimSpec = OptimSpec()
     cache: Literal["auto", "on", "off"] = "auto"
     eval: EvalSpec = EvalSpec()
+    track: list[Literal["tensorboard", "trackio", "wandb"]] = []  # losses go there too
     seed: int = 0
-
-    @model_validator(mode="after")
-    def _nothing_ignored(self) -> Settings:
-        set_ = [key for key in LATER if reduce(getattr, key.split("."), self)]
-        if set_:
-            names = ", ".join(key.replace("init.source", "init.from") for key in set_)
-            raise ValueError(f"not in this version of mllm: {names}. Leave out what it cannot do")
-        return self
 
 
 class AssemblySpec(Spec):
     """What a model is built from: the part of a recipe that is saved with the trained tensors."""
 
-    encoder: EncoderSpec
-    lm: LMSpec
-    connector: PartSpec
+    encoder: EncoderSpec | None = None
+    lm: LMSpec | None = None
+    connector: PartSpec | None = None
     adapters: list[PartSpec] = []
+    heads: list[PartSpec] = []
+    tokens: list[str] = []
+    decoder: PartSpec | None = None
     scorer: PartSpec | None = None
     prompt: PromptSpec = PromptSpec()
     decoding: dict[str, Any] = {"max_new_tokens": 20}
+    trained: list[str] = []  # paths of what has been trained inside parts that are frozen otherwise
     seed: int = 0
 
 
@@ -259,6 +258,8 @@ class Stage(Settings):
     steps: int | None = Field(default=None, ge=1)
     batch_size: int = Field(default=32, ge=1)
     validate_every: int | None = Field(default=None, ge=1)  # steps
+    keep: Literal["last", "best"] = "last"  # best: what had the lowest validation loss is what the stage ends with
+    patience: int | None = Field(default=None, ge=1)  # stop after so many validations without a lower loss
     checkpoint_every: int = Field(default=100, ge=1)  # steps; what a killed run goes on from
 
     @model_validator(mode="before")
@@ -275,6 +276,8 @@ class Stage(Settings):
             raise ValueError("a stage has either 'fit' or 'train': give one of the two")
         if self.train and self.steps is None:
             raise ValueError("a stage that trains needs 'steps'")
+        if (self.keep == "best" or self.patience) and not (self.validate_every and self.data.val):
+            raise ValueError("keep: best and patience go by the validation loss: give validate_every and data.val")
         return self
 
 
@@ -286,24 +289,12 @@ class Recipe(Settings):
     paper: str = ""  # arXiv:NUMBER
     stages: list[Stage] = []
 
-    def changed_parts(self) -> list[str]:
-        """Return the parts that a later stage changes: a run builds its model once, from the first stage."""
-        later = [(stage, part) for stage in self.stages[1:] for part in PARTS]
-        return [
-            f"{stage.name}.{part}" for stage, part in later if getattr(stage, part) != getattr(self.stages[0], part)
-        ]
-
     def assembly(self, stage: Stage) -> AssemblySpec:
-        """Return what a stage's model is built from.
-
-        Raises:
-            MLLMError: a part is not named.
-        """
-        missing = [part for part in PARTS if getattr(stage, part) is None]
-        if missing:
-            raise MLLMError(f"The recipe {self.name} names no {' and no '.join(missing)}.")
-        shared = {key: getattr(stage, key) for key in AssemblySpec.model_fields if key != "seed"}
-        return AssemblySpec(**shared, seed=self.seed)
+        """Return what a stage's model is built from; what earlier stages and this one train is in it."""
+        shared = {key: getattr(stage, key) for key in AssemblySpec.model_fields if key not in ("seed", "trained")}
+        done = list(itertools.takewhile(lambda each: each is not stage, self.stages))
+        paths = dict.fromkeys(path for each in (*done, stage) for path in each.train if path.split(".")[0] in FROZEN)
+        return AssemblySpec(**shared, trained=list(paths), seed=self.seed)
 
 
 def checked(model: type[Model], values: Any, label: str = "These settings do not fit") -> Model:

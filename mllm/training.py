@@ -1,44 +1,32 @@
-"""The training loop: the one there is. Stages, objectives and parts vary; the loop does not.
+"""From a recipe to a run: its stages in order, each by gradient (`mllm.loop`) or in closed form (`mllm.fit`).
 
-Notable: the loss of a step is the sum over all target tokens divided by their number, over accumulated batches and
-processes alike, so how a batch is split changes nothing. What a stage does not name is hashed before and after.
+Notable: the model may differ from stage to stage; what was trained goes along. What a stage does not name is hashed
+before and after.
 """
 
 from __future__ import annotations
 
-import contextlib
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor, nn
-from transformers import get_scheduler
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, set_seed
 
 from mllm import recipe as recipes
-from mllm.checkpoint import save
-from mllm.data.loading import Source, read_all
+from mllm.checkpoint import save, take
 from mllm.data.skipping import Skipped
-from mllm.data.stream import Stream
 from mllm.errors import MLLMError
 from mllm.features import FeatureStore, open_store
 from mllm.fit import fit_connector
-from mllm.images import open_image
-from mllm.model import FROZEN, Assembly, build, calibrate, trained_module
-from mllm.prompt import Batch, Piece, collate, images_of
-from mllm.registry import lookup
+from mllm.loop import Loop, data
+from mllm.model import Assembly, build, build_encoder, build_lm, join
+from mllm.progress import progress
 from mllm.resume import NAME as CHECKPOINT
-from mllm.resume import State, optimizer_tensors, random_states, set_optimizer, set_random_states
+from mllm.resume import State, random_states, set_random_states
 from mllm.run import Run, free_folder
-from mllm.spec import Recipe, Stage
-
-VALIDATION_ITEMS = 256
-CALIBRATION_EXAMPLES = 32
+from mllm.spec import PARTS, AssemblySpec, Recipe, Stage
 
 
 def train(
@@ -64,40 +52,94 @@ def train(
     config = recipes.load(recipe, overrides)
     if not config.stages:
         raise MLLMError(f"The recipe {config.name} has no stages, so there is nothing to train.")
-    if config.changed_parts():
-        changed = ", ".join(config.changed_parts())
-        raise MLLMError(f"This version builds the model once, and stages change it: {changed}. Take that out.")
     set_seed(config.seed)
-    model = build(config.assembly(config.stages[0]))
+    first = build(config.assembly(config.stages[0]))
     if resume:
         run = Run.reopen(Path(resume), recipes.dump(config), accept=accept_changes)
     else:
-        run = Run.create(Path(out) if out else free_folder(config.name), recipes.dump(config))
-    state = _taken_up(run, model, config) if resume else State()
+        run = Run.create(_folder(out, config.name), recipes.dump(config))
+    model, state = _taken_up(run, config) if resume else (first, State())
     try:
         for index in range(state.stage, len(config.stages)):
             stage = config.stages[index]
-            store = open_store(model, stage.cache)
-            before = _hashes(model)
-            _fit(run, model, stage, config, store) if stage.fit else _train(run, model, stage, config, store, state)
-            state.frozen[stage.name] = {"before": before, "after": _hashes(model)}
-            assert before == state.frozen[stage.name]["after"], "a frozen part changed"
-            store.flush()
+            if index and not state.step:
+                model = carried(model, config.assembly(stage), run)
+            if stage.init.source and not state.step:
+                take(model, Path(stage.init.source), stage.init.parts)
+            model = _stage(run, model, stage, config, state)
             state = State(index + 1, tensors={**_trained(model), **random_states()}, frozen=state.frozen)
             state.write(run.path)
     finally:
         run.plot()
     run.record("frozen.json", state.frozen)
-    save(model, run.path / "model")
-    (run.path / CHECKPOINT).unlink(missing_ok=True)
+    if run.writes:
+        save(model, run.path / "model")
+        (run.path / CHECKPOINT).unlink(missing_ok=True)
+    PartialState().wait_for_everyone()
     return run
 
 
-def _taken_up(run: Run, model: Assembly, config: Recipe) -> State:
-    """Put a model and the random states back to a run's last checkpoint, and the log with them."""
+def carried(model: Assembly, spec: AssemblySpec, run: Run | None = None) -> Assembly:
+    """Return the model of the next stage: what was trained goes along by name, what is new starts anew.
+
+    Args:
+        model: the stage before's.
+        spec: what the next stage's model is built from.
+        run: is told what is left behind.
+
+    Raises:
+        MLLMError: a tensor that was trained has another shape in the next stage.
+    """
+    if spec == model.spec:
+        return model
+    same = {part: getattr(spec, part) == getattr(model.spec, part) for part in PARTS}
+    if all(same.values()):
+        model.spec = spec
+        return model
+    pristine = same["lm"] and not model.spec.adapters and not model.spec.tokens and not model.spec.trained
+    encoder = model.encoder if same["encoder"] else build_encoder(spec)
+    new = join(spec, encoder=encoder, lm=model.lm if pristine else build_lm(spec))
+    old, wanted = model.trained_state(), new.trained_state()
+    wrong = [name for name in old.keys() & wanted.keys() if old[name].shape != wanted[name].shape]
+    if wrong:
+        raise MLLMError(
+            f"A stage changes parts so that what was trained does not fit: {', '.join(sorted(wrong)[:4])}. "
+            "Give the connector a fixed number of tokens, or leave the part as it was."
+        )
+    new.load_state_dict({name: tensor for name, tensor in old.items() if name in wanted}, strict=False)
+    new.calibrated = all(name in old for name in wanted if name.startswith("connector."))
+    left = sorted(name for name in old if name not in wanted)
+    if run and left:
+        run.log(stage="", left_behind=left)
+    return new
+
+
+def _stage(run: Run, model: Assembly, stage: Stage, config: Recipe, state: State) -> Assembly:
+    store = open_store(model, "off" if _encoder_trains(stage) else stage.cache)
+    trained = ["connector"] if stage.fit else list(stage.train)
+    before = _hashes(model, trained)
+    if stage.fit:
+        _fit(run, model, stage, config, store)
+    else:
+        Loop(run, model, stage, config, store, state)()
+    state.frozen[stage.name] = {"before": before, "after": _hashes(model, trained)}
+    assert before == state.frozen[stage.name]["after"], "a frozen part changed"
+    store.flush()
+    return model
+
+
+def _folder(out: str | Path | None, name: str) -> Path:
+    """Return the new run's folder: the same in all processes."""
+    return Path(broadcast_object_list([str(out or free_folder(name))])[0])
+
+
+def _taken_up(run: Run, config: Recipe) -> tuple[Assembly, State]:
+    """Return the model and the state of a run's last checkpoint, and put the random states and the log back to it."""
     state = State.read(run.path) or State()
     names = [stage.name for stage in config.stages]
     run.rewind(names[: state.stage], names[state.stage] if state.stage < len(names) else "", state.step)
+    at = state.stage if state.step or not state.stage else state.stage - 1  # a stage's end is the end of its own model
+    model = build(config.assembly(config.stages[at]))
     if state.tensors:
         trained = {name.removeprefix("model."): t for name, t in state.tensors.items() if name.startswith("model.")}
         if trained.keys() != model.trained_state().keys():
@@ -105,32 +147,33 @@ def _taken_up(run: Run, model: Assembly, config: Recipe) -> State:
         model.load_state_dict(trained, strict=False)
         model.calibrated = True
         set_random_states(state.tensors)
-    return state
+    return model, state
 
 
-def _trained(model: Assembly) -> dict[str, Tensor]:
+def _trained(model: Assembly) -> dict[str, Any]:
     return {f"model.{name}": tensor for name, tensor in model.trained_state().items()}
 
 
-def progress() -> Progress:
-    """Return the progress bar of long work: what, how far, how long still, and the latest figures."""
-    return Progress(
-        TextColumn("{task.description:<12}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
+def _encoder_trains(stage: Stage) -> bool:
+    return any(path.split(".")[0] == "encoder" for path in stage.train)
+
+
+def _hashes(model: Assembly, trained: Sequence[str]) -> dict[str, str]:
+    """Return the hash of every part that has tensors a stage does not train."""
+    parts = [name for name in PARTS if name not in trained and getattr(model, name) is not None]
+    return {name: model.frozen_hash(name, trained) for name in parts if getattr(model, name).state_dict()}
 
 
 def _fit(run: Run, model: Assembly, stage: Stage, config: Recipe, store: FeatureStore) -> None:
     assert stage.fit is not None
-    items = [item for source in _data(stage, config.seed) for item in source.items]
+    items = [item for source in data(stage, config.seed) for item in source.items]
     skipped = Skipped(stage.data.skip, len(items), partial(run.log, stage=stage.name))
     with progress() as bar:
         task = bar.add_task(stage.name, total=None, note="")
-        track = lambda chunks: bar.track(chunks, task_id=task)  # noqa: E731
+
+        def track(chunks: Iterable[int]) -> Iterable[int]:
+            return bar.track(chunks, task_id=task)
+
         explained = fit_connector(
             model,
             items,
@@ -143,175 +186,3 @@ def _fit(run: Run, model: Assembly, stage: Stage, config: Recipe, store: Feature
         bar.update(task, note=f"explains {explained:.0%} of the words")
     run.log(stage=stage.name, explained=explained)
     model.calibrated = True
-
-
-def _train(run: Run, model: Assembly, stage: Stage, config: Recipe, store: FeatureStore, state: State) -> None:
-    """Train one stage, from ``state.step`` on, which goes on with it."""
-    assert stage.steps is not None
-    accelerator = Accelerator(mixed_precision=_precision(stage))
-    model.to(accelerator.device)
-    sources = _data(stage, config.seed)
-    stream = _stream(sources, stage, model, config.seed)
-    total = sum(len(source.items) for source in sources)
-    skipped = Skipped(stage.data.skip, total, partial(run.log, stage=stage.name))
-    if not model.calibrated:
-        first = _stream(sources, stage, model, config.seed).take(CALIBRATION_EXAMPLES)
-        features, _ = _readable(model, first, store, accelerator.device, skipped)
-        if features is not None:
-            calibrate(model, features)
-        model.calibrated = True
-    optimizer = torch.optim.AdamW(_groups(model, stage), weight_decay=stage.optim.weight_decay, betas=stage.optim.betas)
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
-    schedule = get_scheduler(_schedule(stage), optimizer, stage.optim.warmup, stage.steps)
-    if state.step:
-        set_optimizer(optimizer, state.tensors, state.rates)
-        schedule.load_state_dict(state.schedule)
-        stream.skip(state.step * stage.optim.accumulate, stage.batch_size)
-    objectives = [lookup("objectives", spec.type) for spec in stage.objectives]
-    weights = [spec.weight for spec in stage.objectives]
-    validation = _validation(stage, model.lm)
-    started = time.monotonic()
-    with progress() as bar:
-        task = bar.add_task(stage.name, total=stage.steps, completed=state.step, note="")
-        for step in range(state.step + 1, stage.steps + 1):
-            model.train()
-            share = {"rank": accelerator.process_index, "world": accelerator.num_processes}
-            micro = [stream.take(stage.batch_size, **share) for _ in range(stage.optim.accumulate)]
-            prepared = [_readable(model, rows, store, accelerator.device, skipped) for rows in micro]
-            loss = _step(accelerator, wrapped, optimizer, prepared, objectives, weights, stage.optim.clip)
-            rate = optimizer.param_groups[0]["lr"]
-            schedule.step()
-            if not torch.isfinite(torch.tensor(loss)):
-                raise MLLMError(f"The loss is {loss} at step {step} of {stage.name}. Lower the learning rate.")
-            speed = (step - state.step) * stage.batch_size * stage.optim.accumulate / (time.monotonic() - started)
-            bar.update(task, advance=1, note=f"loss {loss:.3f}  {speed:.1f} examples/s")
-            run.log(stage=stage.name, step=step, loss=loss, lr=rate)
-            if validation and (step == stage.steps or (stage.validate_every and step % stage.validate_every == 0)):
-                run.log(stage=stage.name, step=step, val_loss=validate(model, validation, store))
-            if step % stage.checkpoint_every == 0 and step < stage.steps:
-                store.flush()  # first: features that are computed again, among others, may differ in the last bit
-                tensors = {**_trained(model), **optimizer_tensors(optimizer), **random_states()}
-                rates = [group["lr"] for group in optimizer.param_groups]
-                State(state.stage, step, tensors, schedule.state_dict(), rates, state.frozen).write(run.path)
-    model.eval()
-
-
-def _step(
-    accelerator: Accelerator,
-    wrapped: nn.Module,
-    optimizer: Any,
-    prepared: Sequence[tuple[Tensor | None, Batch]],
-    objectives: Sequence[Any],
-    weights: Sequence[float],
-    clip: float | None,
-) -> float:
-    """Do one optimizer step over accumulated batches; return the mean loss over target tokens."""
-    model: Assembly = accelerator.unwrap_model(wrapped)
-    targets = torch.tensor(
-        float(sum(int((batch.labels >= 0).sum()) for _, batch in prepared)), device=accelerator.device
-    )
-    share = accelerator.num_processes / accelerator.reduce(targets).clamp(
-        min=1
-    )  # gradients are averaged over processes
-    total = torch.zeros((), device=accelerator.device)
-    for index, (features, batch) in enumerate(prepared):
-        last = index == len(prepared) - 1
-        with contextlib.nullcontext() if last else accelerator.no_sync(wrapped):
-            with accelerator.autocast():
-                losses = wrapped(features, batch, objectives)
-            loss = sum(weight * value for weight, (value, _) in zip(weights, losses, strict=True))
-            accelerator.backward(loss * share)
-            total += loss.detach() * share
-    if clip is not None:
-        accelerator.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], clip)
-    optimizer.step()
-    optimizer.zero_grad()
-    return float(accelerator.reduce(total, "mean"))
-
-
-@torch.no_grad()
-def validate(model: Assembly, rows: Sequence[list[Piece]], store: FeatureStore, *, size: int = 32) -> float:
-    """Return the mean negative log-likelihood of the target tokens of examples."""
-    model.eval()
-    caption = lookup("objectives", "caption")
-    loss, count = 0.0, 0
-    for start in range(0, len(rows), size):
-        features, batch = _inputs(model, rows[start : start + size], store, model.device)
-        ((value, number),) = model(features, batch, [caption])
-        loss, count = loss + float(value), count + number
-    return loss / max(count, 1)
-
-
-def _inputs(
-    model: Assembly, rows: Sequence[list[Piece]], store: FeatureStore, device: torch.device
-) -> tuple[Tensor | None, Batch]:
-    """Return features ``(I, P, D_vis)`` and the padded batch of examples."""
-    images = [image for pieces in rows for image in images_of(pieces)]
-    batch = collate([model.encode(pieces) for pieces in rows], model.lm.pad).to(device)
-    return (store(images).to(device) if images else None), batch
-
-
-def _readable(
-    model: Assembly, rows: Sequence[list[Piece]], store: FeatureStore, device: torch.device, skipped: Skipped
-) -> tuple[Tensor | None, Batch]:
-    """Return a batch's inputs, without the examples that cannot be read or do not fit: they are looked for on failure.
-
-    What is left weighs by its tokens, as ever; and a run that is resumed passes over the same examples.
-    """
-
-    def read(pieces: list[Piece]) -> None:
-        model.encode(pieces)
-        for image in images_of(pieces):
-            model.encoder.open(image)
-
-    try:
-        return _inputs(model, rows, store, device)
-    except MLLMError:
-        return _inputs(model, skipped.readable(rows, read), store, device)
-
-
-def _data(stage: Stage, seed: int) -> list[Source]:
-    sources = read_all(stage.data.train, seed=seed)
-    if not sources:
-        raise MLLMError(f"Stage {stage.name} has no data: give data.train.")
-    return sources
-
-
-def _stream(sources: Sequence[Source], stage: Stage, model: Assembly, seed: int) -> Stream:
-    options = {"lm": model.lm, "num_visual": model.connector.num_tokens, "data": stage.data}
-    return Stream(sources, stage.prompt, seed=seed, **options)
-
-
-def _validation(stage: Stage, lm: Any) -> list[list[Piece]]:
-    sources = read_all(stage.data.val)
-    number = min(VALIDATION_ITEMS, sum(len(source.items) for source in sources))
-    rows = Stream(sources, stage.prompt, seed=0, lm=lm).take(number) if sources else []
-    for image in (image for pieces in rows for image in images_of(pieces)):
-        open_image(image)  # one that cannot be read is found now, not after hours
-    return rows
-
-
-def _groups(model: Assembly, stage: Stage) -> list[dict[str, Any]]:
-    """Return the optimizer's groups: each part (or path inside one) that trains, with its learning rate."""
-    model.requires_grad_(False)
-    modules = {path: trained_module(model, path) for path in stage.train}
-    return [
-        {"params": list(module.requires_grad_(True).parameters()), "lr": stage.train[path]}
-        for path, module in modules.items()
-    ]
-
-
-def _hashes(model: Assembly) -> dict[str, str]:
-    return {name: model.frozen_hash(name) for name in FROZEN}
-
-
-def _precision(stage: Stage) -> str:
-    """Return accelerate's word; ``auto`` is bfloat16 on a GPU that has it, else what the parts are loaded in."""
-    names = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
-    if stage.optim.precision == "auto":
-        return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
-    return names[stage.optim.precision]
-
-
-def _schedule(stage: Stage) -> str:
-    return "constant_with_warmup" if stage.optim.schedule == "constant" else stage.optim.schedule

@@ -70,6 +70,12 @@ def test_recipe_on_folders_checks_clean(file: Path) -> None:
     assert problems(str(file)) == []
 
 
+def test_parts_that_a_recipe_does_not_name_are_missed_by_what_needs_them(file: Path) -> None:
+    assert problems(str(file), ["encoder=null"]) == ["The connector linear reads an encoder's features: give encoder."]
+    found = problems(str(file), ["lm=null", "connector=null", "stages.0.train={}"])
+    assert any("the objective 'caption' needs lm" in problem for problem in found), found
+
+
 def test_model_on_paper_has_shapes_and_no_weights(file: Path) -> None:
     config = recipe.load(str(file))
     model: Any = on_paper(config.stages[0], config)
@@ -92,10 +98,9 @@ BROKEN = [
     (["connector.type=liner"], "No part called 'liner' in mllm.connectors. Did you mean 'linear'"),
     (["connector.tokens=5"], "connector.tokens is 5, but a grid of 4 x 4 patches"),
     (["connector.tokns=4"], "The connector linear does not take these arguments"),
-    (["connector=null"], "The recipe fine names no connector"),
+    (["connector=null"], "names 'connector', which is no part of the model"),
     (["stages.1.objectives=[{type: captoin}]"], "No part called 'captoin' in mllm.objectives. Did you mean 'caption'"),
     (["stages.1.train={conector: 1e-3}"], "names 'conector', which is no part of the model. Did you mean 'connector"),
-    (["stages.1.train={lm: 1e-5}"], "'lm'"),
     (["data.train.path=none.csv"], "path is 'none.csv', and there is no such file or folder"),
     (["data.train.pth=x"], "the reader 'table' does not take these arguments"),
     (
@@ -134,8 +139,8 @@ def test_several_problems_are_all_reported(file: Path) -> None:
 
 
 def test_a_later_stages_own_problem_is_found(file: Path) -> None:
-    misfit, changed = problems(str(file), ["stages.1.connector.tokens=5"])
-    assert "builds the model once" in changed and "connector.tokens is 5" in misfit
+    (misfit,) = problems(str(file), ["stages.1.connector.tokens=5"])
+    assert "connector.tokens is 5" in misfit
 
 
 def test_a_fit_needs_a_linear_connector(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

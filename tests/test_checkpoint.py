@@ -161,7 +161,7 @@ def test_another_versions_format_names_that_version(saved: Path) -> None:
         ("[]", "assembly.json"),
         ("{}", "is of format None"),
         ({"tensors": "../../secret.safetensors"}, "tensors: '../../secret.safetensors'"),
-        ({"spec": {}}, "spec.encoder: missing"),
+        ({"spec": {"lm": {}}}, "spec.lm.model: missing"),
         ({"sha256": None}, "sha256: None"),
     ],
 )

@@ -84,9 +84,11 @@ def test_embeddings_hold_text_and_visual_tokens_at_their_places(model):
 
 def test_only_the_connector_gets_a_gradient(model):
     model.requires_grad_(False).connector.requires_grad_(True)
-    batch = collate([model.encode([A, "x", mllm.prompt.Target(" y")])], model.lm.pad)
-    ((loss, count),) = model.train()(model.features([A]), batch, [mllm.objectives.caption])
-    (loss / count).backward()
+    rows = [[A, "x", mllm.prompt.Target(" y")]]
+    batch = collate([model.encode(row) for row in rows], model.lm.pad)
+    objective = mllm.objectives.Caption()
+    (loss,) = model.train()(rows, model.features([A]), batch, [objective])
+    (loss / objective.count(rows, batch)).backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == name.startswith("connector."), name
     assert all(p.grad.abs().sum() > 0 for p in model.connector.parameters())

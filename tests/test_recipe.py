@@ -224,15 +224,6 @@ def test_a_stage_either_fits_or_trains(file: Path) -> None:
     assert problems(file, "stages.1.steps=null") == ["stages.1: a stage that trains needs 'steps'"]
 
 
-def test_what_no_version_reads_yet_is_refused_and_not_ignored(file: Path) -> None:
-    for key in spec.LATER:
-        shown = key.replace("init.source", "init.from")
-        value = "[x]" if shown == "tokens" else "x" if "." in key else "[{type: x}]"
-        value = {"decoder": "{type: x}", "scorer": "{type: x}", "eval.every": "3"}.get(key, value)
-        lines = problems(file, f"{shown}={value}")
-        assert lines and all(shown in line and "not in this version" in line for line in lines), key
-
-
 def test_overrides_that_fit_nowhere(file: Path) -> None:
     for override, message in (
         ("stages", "not of the form key=value"),
@@ -269,9 +260,3 @@ def test_names_of_recipes_that_are_not_there(tmp_path: Path) -> None:
     for name in (str(tmp_path / "none.yaml"), str(tmp_path), "none.yml"):
         with pytest.raises(MLLMError, match="There is no recipe file"):
             recipe.load(name)
-
-
-def test_parts_that_a_recipe_does_not_name(file: Path) -> None:
-    config = load(file, "lm=null", "connector=null")
-    with pytest.raises(MLLMError, match="base names no lm and no connector"):
-        config.assembly(config.stages[0])

@@ -12,6 +12,7 @@ import torch
 import mllm
 import mllm.fit
 import mllm.hub
+import mllm.objectives
 import mllm.prompt
 import mllm.recipe
 from mllm.data.items import Item
@@ -19,8 +20,8 @@ from mllm.errors import MLLMError
 from mllm.features import FeatureStore
 from mllm.fit import NormalEquations, fit_connector
 from mllm.images import source_of
+from mllm.loop import validate
 from mllm.testing import tiny_image
-from mllm.training import validate
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 220), "white": (250, 250, 250)}
 
@@ -123,8 +124,9 @@ def test_several_images_and_text_only_examples_train_together(recipe, tmp_path, 
     model = mllm.assemble(tiny_parts[0], tiny_parts[1], {"type": "linear", "tokens": 4})
     target = mllm.prompt.Target(" yes")
     rows = [[tiny_image(0), "and", tiny_image(1), target], ["no picture", target], [tiny_image(2), target]]
-    alone = [validate(model, [row], FeatureStore(model)) for row in rows]
-    assert validate(model, rows, FeatureStore(model)) == pytest.approx(sum(alone) / 3, rel=1e-4)
+    store, caption = FeatureStore(model), [mllm.objectives.Caption()]
+    alone = [validate(model, [row], store, caption, [1.0]) for row in rows]
+    assert validate(model, rows, store, caption, [1.0]) == pytest.approx(sum(alone) / 3, rel=1e-4)
 
 
 def test_features_are_computed_once_and_are_the_same(tiny_parts, monkeypatch):
@@ -198,14 +200,9 @@ def test_the_closed_form_start_points_features_at_their_words(tiny_parts):
     ("override", "message"),
     [
         ("stages.0.train.conector=0.1", "conector.*Did you mean 'connector"),
-        ("stages.0.train.lm=0.1", "trains connectors and adapters only"),
         ("data.train.path=nowhere.json", "nowhere.json cannot be read"),
         ("data.train.pth=x", "does not take these arguments"),
         ("stages.0.objectives=[{type: captoin}]", "Did you mean 'caption'"),
-        (
-            "stages=[{name: a, train: [connector], steps: 1}, {name: b, train: [connector], steps: 1, lm: {model: x}}]",
-            "b.lm",
-        ),
         ("encoder.model=mllm/none", "mllm/none"),
         ("connector.type=liner", "Did you mean 'linear'"),
     ],

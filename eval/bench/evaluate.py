@@ -22,7 +22,7 @@ from mllm.data.items import Item, question_text
 from mllm.errors import MLLMError
 from mllm.images import ImageBytes
 from mllm.model import Assembly
-from mllm.training import progress as bars
+from mllm.progress import progress as bars
 
 IMAGES = 8
 EACH = (5, 6, 5, 6, 5)  # questions on an image, in turn: 5.4 on average, as in VQAv2

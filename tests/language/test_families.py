@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig
 
 import mllm
-from mllm.objectives import caption
+from mllm.objectives import Caption, Inputs
 from mllm.passes import Apart, EncoderDecoder
 from mllm.prompt import Target, collate, images_of
 from mllm.testing import LM_FAMILIES, tiny_image
@@ -34,16 +34,17 @@ def model(parts: tuple[str, str]) -> Any:
     return mllm.assemble(*parts, {"type": "linear", "tokens": 4})
 
 
-def learnt(model: Any, prompts: list[list[Any]], answers: list[str]) -> tuple[Any, Any]:
-    """Visual tokens and the batch of prompts with their answers."""
-    rows = [[*prompt, Target(f" {answer}")] for prompt, answer in zip(prompts, answers, strict=True)]
-    images = [image for prompt in prompts for image in images_of(prompt)]
-    visual = model.connector(model.features(images)) if images else None
-    return visual, collate([model.encode(row) for row in rows], model.lm.pad)
+def loss_of(model: Any, rows: list[list[Any]]) -> tuple[Any, int]:
+    """The summed loss of training examples, and how many tokens it is of."""
+    images = [image for row in rows for image in images_of(row)]
+    features = model.features(images) if images else None
+    batch, objective = collate([model.encode(row) for row in rows], model.lm.pad), Caption()
+    return objective(Inputs(model, rows, features, batch)), objective.count(rows, batch)
 
 
 def losses(model: Any, prompts: list[list[Any]], answers: list[str]) -> tuple[Any, int]:
-    return caption(model, *learnt(model, prompts, answers))
+    rows = [[*prompt, Target(f" {answer}")] for prompt, answer in zip(prompts, answers, strict=True)]
+    return loss_of(model, rows)
 
 
 def test_loss_of_a_batch_is_the_sum_of_its_rows_and_trains_the_connector_alone(model):
@@ -103,10 +104,10 @@ def test_text_alone_gives_what_the_bare_model_gives(model, parts):
     )
     if isinstance(model.lm._pass, EncoderDecoder):
         ids = torch.tensor([model.lm.tokenizer(prompt[0]).input_ids])
-        visual, batch = learnt(model, [prompt], ["so"])
+        batch = collate([model.encode([*prompt, Target(" so")])], model.lm.pad)
         labels = batch.labels[batch.labels >= 0][None]
         logits = bare(input_ids=ids, labels=labels).logits[0]
-        found = model.lm.losses(model.embed(visual, batch), batch.mask, batch.labels)
+        found = model.lm.losses(model.embed(None, batch), batch.mask, batch.labels)
         assert torch.equal(found, torch.nn.functional.cross_entropy(logits, labels[0], reduction="none"))
         expected = bare.generate(ids, generation_config=config)[0, 1:]
     else:
@@ -134,9 +135,7 @@ def test_which_way_a_model_is_run_is_found_by_a_probe(model, request):
 def test_a_conversation_is_learnt_as_its_answers_are_generated(model):
     """Each answer is conditioned on all before it."""
     turns = [PROMPTS[0][0], "Who?", Target(" a dog"), " Where?", Target(" here")]
-    batch = collate([model.encode(turns)], model.lm.pad)
-    visual = model.connector(model.features([PROMPTS[0][0]]))
-    whole, _ = caption(model, visual, batch)
+    whole, _ = loss_of(model, [turns])
     first = losses(model, [[PROMPTS[0][0], "Who?"]], ["a dog"])[0]
     second = losses(model, [[PROMPTS[0][0], "Who? a dog Where?"]], ["here"])[0]
     torch.testing.assert_close(whole, first + second, atol=1e-4, rtol=1e-5)

@@ -1,0 +1,371 @@
+"""One stage by gradient: the training loop, the only one there is. Objectives and parts vary, the loop does not.
+
+Notable: an objective's loss in a step is its sum over all targets divided by their number, over accumulated batches and
+processes alike, so how a batch is split changes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor, nn
+from transformers import get_scheduler
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from mllm.data.loading import Source, read_all
+from mllm.data.skipping import Skipped
+from mllm.data.stream import Stream
+from mllm.errors import MLLMError
+from mllm.features import FeatureStore
+from mllm.images import open_image
+from mllm.model import Assembly, calibrate, trained_module
+from mllm.objectives import Objective, objectives_of
+from mllm.progress import progress
+from mllm.prompt import Batch, Piece, collate, images_of
+from mllm.resume import State, optimizer_tensors, random_states, set_optimizer
+from mllm.run import Run
+from mllm.spec import Recipe, Stage
+from mllm.watching import answers, scores
+
+VALIDATION_ITEMS = 256
+CALIBRATION_EXAMPLES = 32
+
+Micro = tuple[Sequence[list[Piece]], Tensor | None, Batch | None]  # rows, features, ids
+
+
+class Loop:
+    """Trains one stage, from ``state.step`` on.
+
+    Args:
+        run: where it is logged.
+        model: the assembly, put to where the stage starts or goes on.
+        stage: what trains, on what, by which objectives.
+        config: the whole recipe.
+        store: of the encoder's features.
+        state: where training stands.
+    """
+
+    def __init__(
+        self, run: Run, model: Assembly, stage: Stage, config: Recipe, store: FeatureStore, state: State
+    ) -> None:
+        assert stage.steps is not None
+        self.run, self.model, self.stage, self.config, self.store, self.state = run, model, stage, config, store, state
+        self.accelerator = _accelerator(stage, run.path)
+        if stage.batch_size < self.accelerator.num_processes:
+            raise MLLMError(
+                f"Stage {stage.name}: batch_size is {stage.batch_size}, and there are {self.accelerator.num_processes} "
+                "processes, each of which needs an example."
+            )
+        model.to(self.accelerator.device)
+        self.sources = data(stage, config.seed)
+        total = sum(len(source.items) for source in self.sources)
+        self.skipped = Skipped(stage.data.skip, total, partial(run.log, stage=stage.name))
+        self.objectives = objectives_of(stage.objectives)
+        self.weights = [spec.weight for spec in stage.objectives]
+        self.validation = _validation(stage, model.lm)
+        self.items = [item for source in read_all(stage.data.val) for item in source.items][: stage.eval.show]
+        groups = parameter_groups(model, stage)
+        self._calibrate()
+        _set_up(model, stage)
+        self.parameters = [parameter for group in groups for parameter in group["params"]]
+        optimizer = torch.optim.AdamW(groups, weight_decay=stage.optim.weight_decay, betas=stage.optim.betas)
+        self.wrapped, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.schedule = get_scheduler(_schedule(stage), self.optimizer, stage.optim.warmup, stage.steps)
+        if state.step:
+            set_optimizer(self.optimizer, state.tensors, state.rates)
+            self.schedule.load_state_dict(state.schedule)
+
+    def __call__(self) -> None:
+        """Train to the last step, or until the validation loss has not fallen for ``patience`` validations."""
+        stage, state, total = self.stage, self.state, self.stage.steps
+        assert total is not None
+        stream, started = self._stream(), time.monotonic()
+        stream.skip(state.step * stage.optim.accumulate, stage.batch_size)  # nothing of what is done is opened
+        share = {"rank": self.accelerator.process_index, "world": self.accelerator.num_processes}
+        with progress() as bar:
+            task = bar.add_task(stage.name, total=total, completed=state.step, note="")
+            for step in range(state.step + 1, total + 1):
+                losses = self.step([stream.take(stage.batch_size, **share) for _ in range(stage.optim.accumulate)])
+                loss = sum(weight * value for weight, value in zip(self.weights, losses, strict=True))
+                if not torch.isfinite(torch.tensor(loss)):
+                    raise MLLMError(f"The loss is {loss} at step {step} of {stage.name}. Lower the learning rate.")
+                examples_done = (step - state.step) * stage.batch_size * stage.optim.accumulate
+                speed = examples_done / (time.monotonic() - started)
+                bar.update(task, advance=1, note=f"loss {loss:.3f}  {speed:.1f} examples/s")
+                self._log(step, loss, losses)
+                stop = self._validated(step, bar)
+                self._evaluated(step, bar)
+                if stop:
+                    break
+                if step % stage.checkpoint_every == 0 and step < total:
+                    self._checkpoint(step)
+        self._finish()
+
+    def step(self, micro: Sequence[Sequence[list[Piece]]]) -> list[float]:
+        """Do one optimizer step over accumulated batches; return each objective's mean loss."""
+        self.model.train()
+        if self.stage.optim.checkpointing:
+            _recompute(self.model)
+        prepared = [self._readable(rows) for rows in micro]
+        counts = [[float(o.count(rows, batch)) for o in self.objectives] for rows, _, batch in prepared]
+        device = self.accelerator.device
+        whole = self.accelerator.reduce(torch.tensor(counts, device=device).sum(0)).clamp(min=1)
+        share = self.accelerator.num_processes / whole  # gradients are averaged over processes
+        totals = torch.zeros(len(self.objectives), device=device)
+        for index, (rows, features, batch) in enumerate(prepared):
+            last = index == len(prepared) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+                with self.accelerator.autocast():
+                    losses = torch.stack(self.wrapped(rows, features, batch, self.objectives)).float()
+                self.accelerator.backward((losses * share * losses.new_tensor(self.weights)).sum())
+                totals += losses.detach() * share
+        if self.stage.optim.clip is not None:
+            self.accelerator.clip_grad_norm_(self.parameters, self.stage.optim.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.model.tokens is not None and "tokens" in self.stage.train:
+            self.model.tokens.rescale()
+        self.schedule.step()
+        return [float(value) for value in self.accelerator.reduce(totals, "mean")]
+
+    def _stream(self) -> Stream:
+        connector = self.model.connector
+        return Stream(
+            self.sources,
+            self.stage.prompt,
+            seed=self.config.seed,
+            lm=self.model.lm,
+            num_visual=connector.num_tokens if connector is not None else 0,
+            data=self.stage.data,
+        )
+
+    def _readable(self, rows: Sequence[list[Piece]]) -> Micro:
+        """Return a batch's inputs, without the examples that cannot be read or do not fit: looked for on failure.
+
+        What is left weighs by its tokens, as ever; and a run that is resumed passes over the same examples.
+        """
+
+        def read(pieces: list[Piece]) -> None:
+            self.model.encode(pieces)
+            for image in images_of(pieces):
+                open_image(image)
+
+        try:
+            return inputs(self.model, rows, self.store)
+        except MLLMError:
+            return inputs(self.model, self.skipped.readable(rows, read), self.store)
+
+    def _calibrate(self) -> None:
+        """Bring a new connector's output to the scale of the language model's embeddings."""
+        if self.model.calibrated or self.model.connector is None or self.model.lm is None:
+            return
+        rows, _, _ = self._readable(self._stream().take(CALIBRATION_EXAMPLES))
+        images = [image for pieces in rows for image in images_of(pieces)]
+        if images:
+            calibrate(self.model, self.store(images).to(self.model.device))
+        self.model.calibrated = True
+
+    def _log(self, step: int, loss: float, losses: Sequence[float]) -> None:
+        each = {spec.type: value for spec, value in zip(self.stage.objectives, losses, strict=True)}
+        row = {"loss": loss, "lr": self.optimizer.param_groups[0]["lr"], **(each if len(each) > 1 else {})}
+        self.run.log(stage=self.stage.name, step=step, **row)
+        self.accelerator.log({f"{self.stage.name}/{key}": value for key, value in row.items()}, step=step)
+
+    def _validated(self, step: int, bar: Any) -> bool:
+        """Validate when it is time; return whether to stop."""
+        stage, every = self.stage, self.stage.validate_every
+        if not self.validation or not (step == stage.steps or (every and step % every == 0)):
+            return False
+        loss = validate(self.model, self.validation, self.store, self.objectives, self.weights)
+        self.run.log(stage=stage.name, step=step, val_loss=loss)
+        self.accelerator.log({f"{stage.name}/val_loss": loss}, step=step)
+        if self.state.best is None or loss < self.state.best:
+            self.state.best, self.state.waited = loss, 0
+            if stage.keep == "best":
+                kept = {f"best.{name}": tensor.clone() for name, tensor in self.model.trained_state().items()}
+                self.state.tensors = {**_without(self.state.tensors, "best."), **kept}
+        else:
+            self.state.waited += 1
+        if stage.patience is None or self.state.waited < stage.patience:
+            return False
+        bar.console.print(f"{stage.name}: no lower validation loss for {stage.patience} validations; stopped.")
+        return True
+
+    def _evaluated(self, step: int, bar: Any) -> None:
+        """Run the recipe's suites, and answer the shown prompts, when it is time."""
+        every = self.stage.eval.every
+        if every is None or step % every:
+            return
+        self.model.eval()
+        with torch.random.fork_rng(devices=[]):
+            for item, answer in answers(self.model, self.items):
+                bar.console.print(f"[dim]step {step}[/dim] {item.id}: {answer}")
+                self.run.log(stage=self.stage.name, step=step, item=item.id, answer=answer)
+            place = self.run.path / "eval" / f"{self.stage.name}-{step}"
+            for name, value in scores(self.model, self.stage.eval, place).items():
+                bar.console.print(f"[dim]step {step}[/dim] {name} {value:.3f}")
+                self.run.log(stage=self.stage.name, step=step, suite=name, score=value)
+                self.accelerator.log({name: value}, step=step)
+
+    def _checkpoint(self, step: int) -> None:
+        self.store.flush()  # first: features that are computed again, among others, may differ in the last bit
+        trained = {f"model.{name}": tensor for name, tensor in self.model.trained_state().items()}
+        best = {name: tensor for name, tensor in self.state.tensors.items() if name.startswith("best.")}
+        tensors = {**trained, **best, **optimizer_tensors(self.optimizer), **random_states()}
+        State(
+            stage=self.state.stage,
+            step=step,
+            tensors=tensors,
+            schedule=self.schedule.state_dict(),
+            rates=[group["lr"] for group in self.optimizer.param_groups],
+            frozen=self.state.frozen,
+            best=self.state.best,
+            waited=self.state.waited,
+        ).write(self.run.path)
+
+    def _finish(self) -> None:
+        best = {k.removeprefix("best."): v for k, v in self.state.tensors.items() if k.startswith("best.")}
+        if best:
+            self.model.load_state_dict(best, strict=False)
+        self.model.requires_grad_(False).eval()
+        self.accelerator.end_training()
+        self.accelerator.free_memory()
+
+
+def inputs(model: Assembly, rows: Sequence[list[Piece]], store: FeatureStore) -> Micro:
+    """Return examples with their features ``(I, P, D_vis)``, or pixels while the encoder trains, and their ids."""
+    images = [image for pieces in rows for image in images_of(pieces)]
+    batch = None
+    if model.lm is not None:
+        batch = collate([model.encode(pieces) for pieces in rows], model.lm.pad).to(model.device)
+    if not images or model.encoder is None:
+        return rows, None, batch
+    if model.sees_pixels:
+        return rows, model.encoder.preprocess([open_image(image) for image in images]).to(model.device), batch
+    return rows, store(images).to(model.device), batch
+
+
+@torch.no_grad()
+def validate(
+    model: Assembly,
+    rows: Sequence[list[Piece]],
+    store: FeatureStore,
+    objectives: Sequence[Objective],
+    weights: Sequence[float],
+    *,
+    size: int = 32,
+) -> float:
+    """Return the weighted sum of the objectives' mean losses over examples."""
+    model.eval()
+    totals, counts = torch.zeros(len(objectives)), torch.zeros(len(objectives))
+    for start in range(0, len(rows), size):
+        part, features, batch = inputs(model, rows[start : start + size], store)
+        totals += torch.stack(model(part, features, batch, objectives)).float().cpu()
+        counts += torch.tensor([float(objective.count(part, batch)) for objective in objectives])
+    return float((totals / counts.clamp(min=1) * torch.tensor(weights)).sum())
+
+
+def parameter_groups(model: Assembly, stage: Stage) -> list[dict[str, Any]]:
+    """Return the optimizer's groups: each part (or path inside one) that trains, with its learning rate.
+
+    A parameter belongs to the longest path that names it; an adapter's, wherever it stands, to ``adapters``.
+
+    Raises:
+        MLLMError: a path that is no part, or weights that are quantised.
+    """
+    model.requires_grad_(False)
+    inside = {id(parameter) for parameter in model.adapters.parameters()}
+    owner: dict[int, tuple[str, nn.Parameter]] = {}
+    for path in sorted(stage.train, key=len):
+        for parameter in trained_module(model, path).parameters():
+            if id(parameter) not in inside or path.startswith("adapters"):
+                owner[id(parameter)] = (path, parameter)
+    groups = []
+    for path, rate in stage.train.items():
+        own = [parameter for name, parameter in owner.values() if name == path]
+        if not all(parameter.is_floating_point() for parameter in own):
+            raise MLLMError(f"A stage's 'train' names {path!r}, which is quantised. Set quantize: null, or use LoRA.")
+        groups.append({"params": [parameter.requires_grad_(True) for parameter in own], "lr": rate})
+    return groups
+
+
+def _accelerator(stage: Stage, folder: Path) -> Accelerator:
+    # A process whose examples have no picture leaves the connector out of its graph.
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    try:
+        accelerator = Accelerator(
+            mixed_precision=_precision(stage),
+            log_with=list(stage.track) or None,
+            project_dir=folder,
+            kwargs_handlers=[unused],
+        )
+        if stage.track:
+            accelerator.init_trackers(stage.name, config={"steps": stage.steps, "batch_size": stage.batch_size})
+    except (ImportError, ValueError) as error:
+        raise MLLMError(f"track: {error} Install the extra: pip install 'mllm-assembly[track]'.") from None
+    return accelerator
+
+
+def _set_up(model: Assembly, stage: Stage) -> None:
+    """Turn on what saves memory or time in the language model, which stays in evaluation mode."""
+    if model.lm is None:
+        return
+    if stage.optim.checkpointing:
+        model.lm.model.gradient_checkpointing_enable({"use_reentrant": False})
+    if stage.optim.compile:
+        model.lm.model.compile()
+
+
+def _recompute(model: Assembly) -> None:
+    """Let the language model's layers recompute their activations, which they do in training mode only.
+
+    What is inside the layers, dropout above all, stays in evaluation mode.
+    """
+    for layer in model.lm.model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.training = True
+
+
+def data(stage: Stage, seed: int) -> list[Source]:
+    """Return a stage's sources.
+
+    Raises:
+        MLLMError: it has none, or what a reader finds wrong.
+    """
+    sources = read_all(stage.data.train, seed=seed)
+    if not sources:
+        raise MLLMError(f"Stage {stage.name} has no data: give data.train.")
+    return sources
+
+
+def _validation(stage: Stage, lm: Any) -> list[list[Piece]]:
+    sources = read_all(stage.data.val)
+    number = min(VALIDATION_ITEMS, sum(len(source.items) for source in sources))
+    rows = Stream(sources, stage.prompt, seed=0, lm=lm).take(number) if sources else []
+    for image in (image for pieces in rows for image in images_of(pieces)):
+        open_image(image)  # one that cannot be read is found now, not after hours
+    return rows
+
+
+def _without(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
+
+
+def _precision(stage: Stage) -> str:
+    """Return accelerate's word; ``auto`` is bfloat16 on a GPU that has it, else what the parts are loaded in."""
+    names = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
+    if stage.optim.precision == "auto":
+        return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+    return names[stage.optim.precision]
+
+
+def _schedule(stage: Stage) -> str:
+    return "constant_with_warmup" if stage.optim.schedule == "constant" else stage.optim.schedule
