@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-import warnings
 import re
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
