@@ -25,7 +25,6 @@ from mllm.data.skipping import Skipped
 from mllm.data.stream import Stream
 from mllm.errors import MLLMError
 from mllm.features import FeatureStore
-from mllm.images import open_image
 from mllm.model import Assembly, calibrate, trained_module
 from mllm.objectives import Objective, objectives_of
 from mllm.progress import progress
@@ -70,7 +69,7 @@ class Loop:
         self.skipped = Skipped(stage.data.skip, total, partial(run.log, stage=stage.name))
         self.objectives = objectives_of(stage.objectives)
         self.weights = [spec.weight for spec in stage.objectives]
-        self.validation = _validation(stage, model.lm)
+        self.validation = _validation(stage, model)
         self.items = [item for source in read_all(stage.data.val) for item in source.items][: stage.eval.show]
         groups = parameter_groups(model, stage)
         self._calibrate()
@@ -154,9 +153,10 @@ class Loop:
         """
 
         def read(pieces: list[Piece]) -> None:
-            self.model.encode(pieces)
-            for image in images_of(pieces):
-                open_image(image)
+            if self.model.lm is not None:
+                self.model.encode(pieces)
+            for image in images_of(pieces) if self.model.encoder is not None else []:
+                self.model.encoder.open(image)
 
         try:
             return inputs(self.model, rows, self.store)
@@ -249,7 +249,7 @@ def inputs(model: Assembly, rows: Sequence[list[Piece]], store: FeatureStore) ->
     if not images or model.encoder is None:
         return rows, None, batch
     if model.sees_pixels:
-        return rows, model.encoder.preprocess([open_image(image) for image in images]).to(model.device), batch
+        return rows, model.encoder.preprocess([model.encoder.open(image) for image in images]).to(model.device), batch
     return rows, store(images).to(model.device), batch
 
 
@@ -346,12 +346,12 @@ def data(stage: Stage, seed: int) -> list[Source]:
     return sources
 
 
-def _validation(stage: Stage, lm: Any) -> list[list[Piece]]:
+def _validation(stage: Stage, model: Assembly) -> list[list[Piece]]:
     sources = read_all(stage.data.val)
     number = min(VALIDATION_ITEMS, sum(len(source.items) for source in sources))
-    rows = Stream(sources, stage.prompt, seed=0, lm=lm).take(number) if sources else []
-    for image in (image for pieces in rows for image in images_of(pieces)):
-        open_image(image)  # one that cannot be read is found now, not after hours
+    rows = Stream(sources, stage.prompt, seed=0, lm=model.lm).take(number) if sources else []
+    for image in (image for pieces in rows for image in images_of(pieces) if model.encoder is not None):
+        model.encoder.open(image)  # one that cannot be read is found now, not after hours
     return rows
 
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import mllm
 from mllm.errors import MLLMError
-from mllm.objectives import caption
+from mllm.objectives import Caption, Inputs
 from mllm.prompt import Target, collate, images_of
 from mllm.testing import LM_FAMILIES, tiny_image
 
@@ -45,9 +45,9 @@ def assembled(encoder: str, lm: str, *adapters: dict[str, Any]) -> Any:
 
 
 def losses(model: Any, prompts: list[list[Any]]) -> Any:
-    batch = collate([model.encode([*prompt, Target(" so it is")]) for prompt in prompts], model.lm.pad)
-    visual = model.connector(model.features([image for prompt in prompts for image in images_of(prompt)]))
-    return caption(model, visual, batch)[0]
+    rows = [[*prompt, Target(" so it is")] for prompt in prompts]
+    batch = collate([model.encode(row) for row in rows], model.lm.pad)
+    return Caption()(Inputs(model, rows, model.features([image for row in rows for image in images_of(row)]), batch))
 
 
 def shake(model: Any) -> None:

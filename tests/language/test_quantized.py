@@ -9,7 +9,7 @@ import torch
 
 import mllm
 from mllm.lm import LanguageModel
-from mllm.objectives import caption
+from mllm.objectives import Caption, Inputs
 from mllm.passes import Cached
 from mllm.prompt import Target, collate, images_of
 from mllm.testing import tiny_image, tiny_lm
@@ -18,9 +18,9 @@ PROMPTS: list[list[Any]] = [[tiny_image(1), "A cat.", tiny_image(2), "What?"], [
 
 
 def loss(model: Any) -> Any:
-    batch = collate([model.encode([*prompt, Target(" so it is")]) for prompt in PROMPTS], model.lm.pad)
-    visual = model.connector(model.features([image for prompt in PROMPTS for image in images_of(prompt)]))
-    return caption(model, visual, batch)[0]
+    rows = [[*prompt, Target(" so it is")] for prompt in PROMPTS]
+    batch = collate([model.encode(row) for row in rows], model.lm.pad)
+    return Caption()(Inputs(model, rows, model.features([image for row in rows for image in images_of(row)]), batch))
 
 
 @pytest.fixture(params=["8bit", "4bit"])
