@@ -21,12 +21,14 @@ class Encoder(nn.Module):
         dim: D_vis.
         grid: (rows, columns) of the patches, or None where the features are no grid.
         num_patches: P.
+        shape: of one picture as `preprocess` returns it.
         keeps: whether features cost enough to be kept in the cache.
     """
 
     dim: int
     grid: tuple[int, int] | None
     num_patches: int
+    shape: tuple[int, ...]
     keeps = True
 
     @property

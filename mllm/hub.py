@@ -59,7 +59,8 @@ def load_model(auto: Any, folder: str, *, init: str = "pretrained", seed: int = 
                 del options["dtype"]
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                return auto.from_config(config, **options)
+                model = auto.from_config(config, **options)
+            return model.to("meta") if torch.get_default_device().type == "meta" else model  # some tensors stay behind
         model, found = auto.from_pretrained(folder, output_loading_info=True, **options)
     _refuse_drawn(model, folder, sorted(found["missing_keys"]))
     return model
@@ -138,9 +139,15 @@ def fingerprint(folder: str) -> str:
     """Return a sha256 over the weight files of ``folder`` (a folder, or a hub id in the local cache)."""
     digest = hashlib.sha256()
     for file in _weight_files(folder):
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+        digest.update(bytes.fromhex(file_hash(file)))
     return digest.hexdigest()
+
+
+@cache
+def file_hash(file: Path) -> str:
+    """Return a file's SHA-256."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def tensor_hash(module: nn.Module, without: Container[str] = ()) -> str:

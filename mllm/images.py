@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from glob import glob
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, BinaryIO, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -50,7 +50,8 @@ class ImageFile:
 
     def key(self) -> str:
         """Return a hash of the file's bytes."""
-        return hashlib.sha256(_read(self.path)).hexdigest()
+        with _opened(self.path, None, "picture") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)
@@ -139,15 +140,39 @@ class _Opened:
         return hashlib.sha256(f"{self.image.size}".encode() + self.image.tobytes()).hexdigest()
 
 
-def _read(path: Path) -> bytes:
+def stream_of(piece: Any, limit: int, kind: str) -> tuple[BinaryIO, str]:
+    """Return the bytes of a file that is no picture (a video, a sound), and what it is called in messages.
+
+    Raises:
+        MLLMError: there is no such file, it is too large, or the piece is no file.
+    """
+    if isinstance(piece, ImageFile | str | Path):
+        path = piece.path if isinstance(piece, ImageFile) else Path(piece)
+        return _opened(path, limit, kind), str(path)
+    data = piece.data if isinstance(piece, ImageBytes) else piece
+    if not isinstance(data, bytes):
+        raise MLLMError(f"{type(piece).__name__} is no {kind}. This encoder takes {kind}s: give a path, or bytes.")
+    return io.BytesIO(data), piece.label if isinstance(piece, ImageBytes) else f"the {len(data)} bytes given"
+
+
+def _opened(path: Path, limit: int | None, kind: str) -> io.BufferedReader:
     try:
         if not path.is_file():  # a folder, a device that never ends, a URL
-            raise MLLMError(f"There is no picture file {str(path)!r}. Give the path of a file; nothing is downloaded.")
-        if path.stat().st_size > MAX_BYTES:
-            raise MLLMError(f"{path} has {path.stat().st_size} bytes; at most {MAX_BYTES} are read. Make it smaller.")
-        return path.read_bytes()
+            raise MLLMError(f"There is no {kind} file {str(path)!r}. Give the path of a file; nothing is downloaded.")
+        if limit is not None and path.stat().st_size > limit:
+            raise MLLMError(f"{path} has {path.stat().st_size} bytes; at most {limit} are read. Make it smaller.")
+        return path.open("rb")
     except OSError as error:
-        raise MLLMError(f"The image {path} cannot be read: {error.strerror or error}.") from None
+        what = "image" if kind == "picture" else kind
+        raise MLLMError(f"The {what} {path} cannot be read: {error.strerror or error}.") from None
+
+
+def _read(path: Path) -> bytes:
+    with _opened(path, MAX_BYTES, "picture") as file:
+        try:
+            return file.read()
+        except OSError as error:
+            raise MLLMError(f"The image {path} cannot be read: {error.strerror or error}.") from None
 
 
 def _from_data_url(url: str) -> bytes:

@@ -17,6 +17,10 @@ from mllm.errors import MLLMError, near
 BUILT_IN: dict[str, dict[str, str]] = {
     "encoders": {
         "transformers": "mllm.encoders.vision:VisionModel",
+        "fuse": "mllm.encoders.fuse:Fuse",
+        "features": "mllm.encoders.stored:StoredFeatures",
+        "video": "mllm.encoders.video:Video",
+        "audio": "mllm.encoders.audio:AudioModel",
     },
     "lms": {"transformers": "mllm.lm:LanguageModel"},
     "connectors": {
@@ -25,6 +29,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "mapper": "mllm.adapters.connectors.mapper:Mapper",
         "resampler": "mllm.adapters.connectors.resampler:Resampler",
         "qformer": "mllm.adapters.connectors.qformer:QFormer",
+        "temporal": "mllm.adapters.connectors.temporal:Temporal",
         "token-merge": "mllm.adapters.connectors.token_merge:TokenMerge",
     },
     "adapters": {

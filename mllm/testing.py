@@ -22,6 +22,7 @@ from transformers import (
     ViTModel,
 )
 
+from mllm.testing_encoders import AUDIO_FAMILIES as AUDIO_FAMILIES
 from mllm.testing_encoders import ENCODER_FAMILIES as ENCODER_FAMILIES
 from mllm.testing_lms import END
 from mllm.testing_lms import LM_FAMILIES as LM_FAMILIES

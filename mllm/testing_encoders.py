@@ -39,8 +39,8 @@ class Family:
             model = getattr(transformers, f"{self.name}Model")(config)
             spread(model)
         model.save_pretrained(folder)
-        settings = {"size": square(32), **self.settings}
-        if self.processor.endswith("Pil"):
+        settings = self.settings if "Feature" in self.processor else {"size": square(32), **self.settings}
+        if self.processor.endswith(("Pil", "FeatureExtractor")):
             getattr(transformers, self.processor)(**settings).save_pretrained(folder)
         else:
             settings |= {"image_processor_type": self.processor, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
@@ -131,3 +131,32 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 ENCODER_FAMILIES: dict[str, Callable[[Path], str]] = dict(FAMILIES)
+
+
+AUDIO: dict[str, Any] = {
+    "hidden_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "conv_dim": [16, 16],
+    "conv_kernel": [10, 8],
+    "conv_stride": [20, 16],
+    "num_conv_pos_embeddings": 8,
+    "num_conv_pos_embedding_groups": 2,
+}
+WHISPER = {"d_model": 24, "num_mel_bins": 16, "max_source_positions": 50, "vocab_size": 20, "pad_token_id": 0} | {
+    f"{part}_{key}": value
+    for part in ("encoder", "decoder")
+    for key, value in {"layers": 3, "attention_heads": 2, "ffn_dim": 48}.items()
+}
+SPECTROGRAM = {"feature_size": 16, "chunk_length": 1}
+AUDIO_FAMILIES: dict[str, Callable[[Path], str]] = {
+    "whisper": Family("Whisper", WHISPER, "WhisperFeatureExtractor", SPECTROGRAM),
+    "wav2vec2": Family("Wav2Vec2", AUDIO, "Wav2Vec2FeatureExtractor", {}),
+    "hubert": Family(
+        "Hubert",
+        AUDIO | {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True},
+        "Wav2Vec2FeatureExtractor",
+        {"return_attention_mask": True},
+    ),
+}

@@ -137,6 +137,7 @@ class VisionModel(Encoder):
         blank = torch.zeros(1, 3, self.size, self.size)  # on paper
         if self.processor is not None:
             blank = self.preprocess([Image.new("RGB", (self.size, self.size))])
+        self.shape = tuple(blank.shape[1:])
         try:
             return cut(self.model, lambda: self._raw(blank))
         except MLLMError:

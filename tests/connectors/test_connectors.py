@@ -28,6 +28,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "mapper": {"tokens": 5, "dim": 16, "layers": 2, "heads": 2, "ffn": 32},
     "resampler": {"tokens": 4, "depth": 2, "heads": 2},
     "qformer": {"tokens": 6, "dim": 16, "layers": 2, "heads": 2},
+    "temporal": {"frames": 1, "dim": 16, "heads": 2},
     "token-merge": {"merge": 3, "layers": 2, "dim": 16, "heads": 2},
 }
 NAMES = sorted(table("connectors"))
