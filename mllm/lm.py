@@ -234,16 +234,28 @@ class LanguageModel(nn.Module):
         if beams and decodings[0].get("seed") is not None:
             raise MLLMError("A seed is for sampling without beams (num_beams=1).")
         groups = list(self._pass.groups(mask, cache, **inputs))
-        if len(groups) > 1 and (processors or streamer is not None):
+        apart = len(groups) > 1
+        if apart and processors:
             raise MLLMError(
                 "This language model ignores masks, so prompts of several lengths are decoded apart, and what looks at "
-                "a whole batch (contrastive decoding, streaming) takes prompts of one length. Give them one by one."
+                "a whole batch (contrastive decoding) takes prompts of one length. Give them one by one."
             )
         found: dict[int, list[int]] = {}
         for rows, given, start in groups:
             own = [decodings[row] for row in rows]
-            found |= zip(rows, self._decoded(own, options, processors, start, streamer, given), strict=True)
-        return [found[row] for row in range(len(mask))]
+            words = self._decoded(own, options, processors, start, None if apart else streamer, given)
+            found |= zip(rows, words, strict=True)
+        answers = [found[row] for row in range(len(mask))]
+        if apart and streamer is not None:  # it takes a token of each row at a time: told once all is there
+            self._tell(streamer, answers)
+        return answers
+
+    def _tell(self, streamer: Any, answers: Sequence[list[int]]) -> None:
+        """Hand a streamer answers that are whole already, as if they came now."""
+        streamer.put(torch.empty(len(answers), 0, dtype=torch.long))  # the prompt
+        for place in range(max(map(len, answers)) + 1):
+            streamer.put(torch.tensor([ids[place] if place < len(ids) else self.eos for ids in answers]))
+        streamer.end()
 
     def _decoded(
         self,

@@ -8,12 +8,16 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig
+from transformers.generation.streamers import BaseStreamer
 
 import mllm
+from mllm.check import problems
+from mllm.errors import MLLMError
 from mllm.objectives import Caption, Inputs
 from mllm.passes import Apart, EncoderDecoder
 from mllm.prompt import Target, collate, images_of
 from mllm.testing import LM_FAMILIES, tiny_image
+from mllm.testing_lms import Family
 
 PROMPTS: list[list[Any]] = [
     [tiny_image(1), "A cat.", tiny_image(2), "Of what is this a picture?"],
@@ -139,3 +143,39 @@ def test_a_conversation_is_learnt_as_its_answers_are_generated(model):
     first = losses(model, [[PROMPTS[0][0], "Who?"]], ["a dog"])[0]
     second = losses(model, [[PROMPTS[0][0], "Who? a dog Where?"]], ["here"])[0]
     torch.testing.assert_close(whole, first + second, atol=1e-4, rtol=1e-5)
+
+
+def test_a_model_without_embeddings_as_input_is_refused_before_a_weight_is_loaded(tiny_parts, tmp_path):
+    folder = Family("cpmant", {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "dim_head": 8})(
+        tmp_path / "lm"
+    )
+    with pytest.raises(MLLMError, match="CpmAntForCausalLM takes no embeddings as input"):
+        mllm.assemble(tiny_parts[0], folder)
+    (tmp_path / "recipe.yaml").write_text(
+        f"name: none\nencoder: {{model: {tiny_parts[0]}}}\nlm: {{model: {folder}}}\nconnector: {{type: linear}}\n"
+        "stages: [{name: align, train: [connector], steps: 1}]\n"
+    )
+    assert any("takes no embeddings" in problem for problem in problems(str(tmp_path / "recipe.yaml")))
+
+
+class Heard(BaseStreamer):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[Any] = []
+        self.ended = False
+
+    def put(self, value: Any) -> None:
+        self.told.append(value)
+
+    def end(self) -> None:
+        self.ended = True
+
+
+def test_rows_that_are_decoded_apart_are_told_together(tiny_parts, tmp_path):
+    model = mllm.assemble(tiny_parts[0], LM_FAMILIES["mamba"](tmp_path / "lm"), {"type": "linear", "tokens": 4})
+    heard = Heard()
+    answers = model.answer(PROMPTS, model.decodings(PROMPTS, {"max_new_tokens": 5}), heard)
+    columns = torch.stack(heard.told[1:], dim=1).tolist()
+    assert heard.ended
+    assert [model.lm.decode(model.lm._until_eos(row)).strip() for row in columns] == [str(a) for a in answers]
