@@ -24,7 +24,8 @@ def read(model: Any, **inputs: Any) -> Any:
 
     def taken(_: nn.Module, __: Any, output: Any) -> Any:
         found.append(output)
-        return type(output)(last_hidden_state=output.last_hidden_state[:1, :1])  # logits of one position are cheap
+        few = output.last_hidden_state[:1, :1].detach().contiguous()  # a view would have the whole vocabulary copied
+        return type(output)(last_hidden_state=few)
 
     handle = model.get_decoder().register_forward_hook(taken)
     try:
