@@ -61,7 +61,7 @@ def report(name: str, rows: Sequence[Row], out: Path | None) -> None:
         bound = "" if row.bound is None else f"{row.bound:.1f}"
         label = row.name + (f"\n{row.note}" if row.note else "")
         table.add_row(
-            label, row.unit, f"{row.ours:.3g}", f"{row.alternative:.3g}", f"{row.ratio:.2f}", f"{row.wanted:g}", bound
+            label, row.unit, f"{row.ours:.3g}", f"{row.alternative:.3g}", f"{row.ratio:.2f}", f"{row.wanted:.3g}", bound
         )
     Console().print(table)
     if out is not None:
