@@ -25,6 +25,7 @@ from mllm.data.skipping import Skipped
 from mllm.data.stream import Stream
 from mllm.errors import MLLMError
 from mllm.features import FeatureStore
+from mllm.micro import split
 from mllm.model import Assembly, calibrate, trained_module
 from mllm.objectives import Objective, objectives_of
 from mllm.progress import progress
@@ -113,7 +114,7 @@ class Loop:
         self.model.train()
         if self.stage.optim.checkpointing:
             _recompute(self.model)
-        prepared = [self._readable(rows) for rows in micro]
+        prepared = [part for rows in micro for part in self._parts(self._readable(rows))]
         counts = [[float(o.count(rows, batch)) for o in self.objectives] for rows, _, batch in prepared]
         device = self.accelerator.device
         whole = self.accelerator.reduce(torch.tensor(counts, device=device).sum(0)).clamp(min=1)
@@ -162,6 +163,14 @@ class Loop:
             return inputs(self.model, rows, self.store)
         except MLLMError:
             return inputs(self.model, self.skipped.readable(rows, read), self.store)
+
+    def _parts(self, micro: Micro) -> Sequence[Micro]:
+        """Return what goes through the model at once: on a CPU few rows, if objectives look at each by itself."""
+        rows, features, batch = micro
+        apart = all(getattr(objective, "apart", False) for objective in self.objectives)
+        if batch is None or len(batch.ids) != len(rows) or not apart or self.model.device.type != "cpu":
+            return [micro]
+        return split(rows, features, batch)
 
     def _calibrate(self) -> None:
         """Bring a new connector's output to the scale of the language model's embeddings."""

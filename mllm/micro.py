@@ -14,11 +14,11 @@ from mllm.prompt import Batch, Piece, images_of
 
 POSITIONS = 1024  # of a part on a CPU: half of the memory of 2048, and no slower (docs/log.md)
 
-Part = tuple[Sequence[Sequence[Piece]], Tensor | None, Batch]
+Part = tuple[Sequence[list[Piece]], Tensor | None, Batch]
 
 
 def split(
-    rows: Sequence[Sequence[Piece]], features: Tensor | None, batch: Batch, *, positions: int = POSITIONS
+    rows: Sequence[list[Piece]], features: Tensor | None, batch: Batch, *, positions: int = POSITIONS
 ) -> list[Part]:
     """Return a batch in parts of at most so many positions, or of one row where a row is longer.
 

@@ -74,6 +74,7 @@ class Caption:
     """The negative log-likelihood of the target tokens: captions, answers, what an assistant says."""
 
     needs = ("lm",)
+    apart = True
 
     def count(self, rows: Sequence[Sequence[Piece]], batch: Batch | None) -> int:
         """Return the number of target tokens."""

@@ -77,7 +77,9 @@ def setup(folder: Path, recipe: dict[str, Any], stock: dict[str, Any], *, steps:
         for specs in (stage.data.train, stage.data.val)
     )
     size = {"height": model.encoder.size, "width": model.encoder.size}
-    options = {"size": size, **model.encoder._no_crop()}
+    options: dict[str, Any] = {"size": size}
+    if hasattr(model.encoder.processor, "do_center_crop"):
+        options["do_center_crop"] = False  # the whole picture is seen
     common = {"options": options, "rows": train, "val": val, "batch_size": stage.batch_size, "steps": steps}
     (folder / "plain.json").write_text(json.dumps({"rate": 1e-3, **common, **stock}))
     made = Setup(
