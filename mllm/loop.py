@@ -328,7 +328,9 @@ def _set_up(model: Assembly, stage: Stage) -> None:
     if model.lm is None:
         return
     if stage.optim.checkpointing:
-        model.lm.model.gradient_checkpointing_enable({"use_reentrant": False})
+        lm = model.lm.model  # renamed in transformers 5.23
+        enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     if stage.optim.compile:
         model.lm.model.compile()
 
