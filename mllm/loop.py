@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from transformers import get_scheduler
@@ -307,19 +308,24 @@ def parameter_groups(model: Assembly, stage: Stage) -> list[dict[str, Any]]:
 
 
 def _accelerator(stage: Stage, folder: Path) -> Accelerator:
+    """Return accelerate's engine, which brings devices, processes, precision and trackers.
+
+    Raises:
+        MLLMError: a tracker that is not installed.
+    """
+    present = {str(tracker) for tracker in get_available_trackers()}
+    if missing := [name for name in stage.track if name not in present]:
+        raise MLLMError(f"track: {', '.join(missing)} cannot be imported: pip install 'mllm-assembly[track]'.")
     # A process whose examples have no picture leaves the connector out of its graph.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    try:
-        accelerator = Accelerator(
-            mixed_precision=_precision(stage),
-            log_with=list(stage.track) or None,
-            project_dir=folder,
-            kwargs_handlers=[unused],
-        )
-        if stage.track:
-            accelerator.init_trackers(stage.name, config={"steps": stage.steps, "batch_size": stage.batch_size})
-    except (ImportError, ValueError) as error:
-        raise MLLMError(f"track: {error} Install the extra: pip install 'mllm-assembly[track]'.") from None
+    accelerator = Accelerator(
+        mixed_precision=_precision(stage),
+        log_with=list(stage.track) or None,
+        project_dir=folder,
+        kwargs_handlers=[unused],
+    )
+    if stage.track:
+        accelerator.init_trackers(stage.name, config={"steps": stage.steps, "batch_size": stage.batch_size})
     return accelerator
 
 

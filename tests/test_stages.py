@@ -146,6 +146,14 @@ def test_answers_and_suites_are_logged_while_training(base, tmp_path):
     assert log(run, "loss") == log(silent, "loss")  # looking changes nothing
 
 
+def test_losses_go_to_a_tracker_and_one_that_is_not_installed_is_named(base, tmp_path):
+    with pytest.raises(MLLMError, match="track: wandb cannot be imported"):
+        mllm.train(str(base), {"track": ["wandb"]}, out=tmp_path / "none")
+    pytest.importorskip("tensorboard", reason="the extra 'track' is not installed")
+    run = mllm.train(str(base), {"track": ["tensorboard"]}, out=tmp_path / "run")
+    assert any((run.path / "one").iterdir())
+
+
 def test_recomputed_activations_give_the_same_losses(base, tmp_path):
     kept = mllm.train(str(base), out=tmp_path / "kept")
     again = mllm.train(str(base), {"optim.checkpointing": True}, out=tmp_path / "again")
