@@ -7,6 +7,7 @@ processes alike, so how a batch is split changes nothing.
 from __future__ import annotations
 
 import contextlib
+import json
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from mllm.data.loading import Source, read_all
+from mllm.data.loading import Source, fingerprint, read_all
 from mllm.data.skipping import Skipped
 from mllm.data.stream import Stream
 from mllm.errors import MLLMError
@@ -71,6 +72,8 @@ class Loop:
         self.skipped = Skipped(stage.data.skip, total, partial(run.log, stage=stage.name))
         self.objectives = objectives_of(stage.objectives)
         self.weights = [spec.weight for spec in stage.objectives]
+        self._check_packing()
+        self._note_data()
         self.validation = _validation(stage, model)
         self.items = [item for source in read_all(stage.data.val) for item in source.items][: stage.eval.show]
         groups = parameter_groups(model, stage)
@@ -161,15 +164,40 @@ class Loop:
                 self.model.encoder.open(image)
 
         try:
-            return inputs(self.model, rows, self.store)
+            return inputs(self.model, rows, self.store, pack=self.stage.data.pack)
         except MLLMError:
-            return inputs(self.model, self.skipped.readable(rows, read), self.store)
+            return inputs(self.model, self.skipped.readable(rows, read), self.store, pack=self.stage.data.pack)
+
+    def _check_packing(self) -> None:
+        if self.stage.data.pack is None:
+            return
+        named = zip(self.stage.objectives, self.objectives, strict=True)
+        together = [spec.type for spec, objective in named if not getattr(objective, "apart", False)]
+        if together:
+            raise MLLMError(f"data.pack: the objective {together[0]!r} needs a row for each example. Leave it out.")
+        if not self.model.lm.can_pack():
+            raise MLLMError(
+                "data.pack: in this language model examples that share a row touch each other, or no mask that keeps "
+                "them apart is taken (tried with two short ones). Leave it out; data.group_by_length saves padding, too."
+            )
+
+    def _note_data(self) -> None:
+        """Write down what tells the data from other data; a run is resumed on the same."""
+        path, told = self.run.path / "data.json", fingerprint(self.sources)
+        known = json.loads(path.read_text()) if path.is_file() else {}
+        if self.state.step and known.get(self.stage.name, told) != told:
+            raise MLLMError(
+                f"The data of stage {self.stage.name} changed since {self.run.path} was started. Put it back, or go on "
+                "with --accept-changes."
+            )
+        if self.accelerator.is_main_process:
+            self.run.record(path.name, {**known, self.stage.name: told})
 
     def _parts(self, micro: Micro) -> Sequence[Micro]:
         """Return what goes through the model at once: on a CPU few rows, if objectives look at each by itself."""
         rows, features, batch = micro
         apart = all(getattr(objective, "apart", False) for objective in self.objectives)
-        if batch is None or len(batch.ids) != len(rows) or not apart or self.model.device.type != "cpu":
+        if batch is None or batch.mask.dim() == 3 or not apart or self.model.device.type != "cpu":  # 3: packed
             return [micro]
         return split(rows, features, batch)
 
@@ -250,12 +278,15 @@ class Loop:
         self.accelerator.free_memory()
 
 
-def inputs(model: Assembly, rows: Sequence[list[Piece]], store: FeatureStore) -> Micro:
-    """Return examples with their features ``(I, P, D_vis)``, or pixels while the encoder trains, and their ids."""
+def inputs(model: Assembly, rows: Sequence[list[Piece]], store: FeatureStore, *, pack: int | None = None) -> Micro:
+    """Return examples with their features ``(I, P, D_vis)``, or pixels while the encoder trains, and their ids.
+
+    ``pack``: positions of a row that several examples share.
+    """
     images = [image for pieces in rows for image in images_of(pieces)]
     batch = None
     if model.lm is not None:
-        batch = collate([model.encode(pieces) for pieces in rows], model.lm.pad).to(model.device)
+        batch = collate([model.encode(pieces) for pieces in rows], model.lm.pad, pack=pack).to(model.device)
     if not images or model.encoder is None:
         return rows, None, batch
     if model.sees_pixels:

@@ -74,7 +74,7 @@ class Caption:
     """The negative log-likelihood of the target tokens: captions, answers, what an assistant says."""
 
     needs = ("lm",)
-    apart = True
+    apart = True  # its sum is of each example's own, whichever stand beside it
 
     def count(self, rows: Sequence[Sequence[Piece]], batch: Batch | None) -> int:
         """Return the number of target tokens."""

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -23,13 +24,19 @@ from mllm.testing import tiny_image
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory, tiny_parts):
-    """Two stages, of which the second draws random numbers (dropout) and has a schedule."""
+    """Two stages; the second has dropout, a schedule, and every way of putting data together."""
     folder = tmp_path_factory.mktemp("resume")
     rows = []
     for index in range(20):
         tiny_image(index).save(folder / f"{index}.png")
         rows.append({"image": f"{index}.png", "caption": f"number {index}"})
     (folder / "train.json").write_text(json.dumps(rows))
+    for shard in range(3):
+        with tarfile.open(folder / f"{shard}.tar", "w") as archive:
+            for index in range(shard, 20, 3):
+                (folder / f"{index}.txt").write_text(f"{index} in a tar " + "and so on " * (index % 4))
+                archive.add(folder / f"{index}.png", f"{index}.png")
+                archive.add(folder / f"{index}.txt", f"{index}.txt")
     (folder / "recipe.yaml").write_text(f"""
 name: resumed
 encoder: {{model: {tiny_parts[0]}}}
@@ -42,7 +49,10 @@ stages:
   - {{name: fit, fit: {{}}}}
   - {{name: one, train: {{connector: 0.01}}, steps: 7, batch_size: 3, checkpoint_every: 2}}
   - {{name: two, train: {{connector: 0.01, adapters: 0.003}}, steps: 60, batch_size: 3, checkpoint_every: 5,
-     validate_every: 20, optim: {{accumulate: 2}}}}
+     validate_every: 20, optim: {{accumulate: 2}},
+     data: {{group_by_length: 4, pack: 120, max_length: 100, skip: 1, train: [
+       {{format: table, path: {folder}/train.json, concatenate: 0.5}},
+       {{format: webdataset, path: {folder}, weight: 2}}]}}}}
 """)
     return str(folder / "recipe.yaml")
 
@@ -85,12 +95,18 @@ def test_killed_and_resumed_it_is_the_run_it_would_have_been(recipe, whole, tmp_
         mllm.train(recipe, resume=folder)
 
 
-def test_a_changed_recipe_is_named_and_stops(recipe, tmp_path):
+def test_changed_data_or_a_changed_recipe_is_named_and_stops(recipe, tmp_path):
     folder = tmp_path / "run"
     killed(recipe, folder, 30)
     with pytest.raises(MLLMError, match=r"(?s)--accept-changes.*stages\.2\.steps: 60 -> 30") as caught:
         mllm.train(recipe, ["stages.2.steps=30"], resume=folder)
     assert len(str(caught.value).splitlines()) == 2
+    told = json.loads((folder / "data.json").read_text())
+    assert [source["format"] for source in told["two"]] == ["table", "webdataset"]
+    told["two"][0]["sha256"] = "other"
+    (folder / "data.json").write_text(json.dumps(told))
+    with pytest.raises(MLLMError, match=r"The data of stage two changed.*--accept-changes"):
+        mllm.train(recipe, resume=folder)
     run = mllm.train(recipe, ["stages.2.steps=30"], resume=folder, accept_changes=True)
     assert json.loads(log(run.path)[-1])["step"] == 30
     assert mllm.recipe.load(str(folder / "recipe.yaml")).stages[2].steps == 30

@@ -45,6 +45,9 @@ class Stream:
         lm: the language model; needed for its own chat template, and where lengths matter.
         num_visual: Q, the visual tokens of an image; needed where lengths matter.
         data: ``max_length``, ``truncate`` and ``group_by_length``.
+
+    Raises:
+        MLLMError: lengths matter, and there is no language model.
     """
 
     def __init__(
@@ -59,6 +62,8 @@ class Stream:
     ) -> None:
         self._prompt, self._seed, self._lm, self._num_visual = prompt, seed, lm, num_visual
         self._data = data or Data()
+        if lm is None and (self._data.max_length or self._data.group_by_length):
+            raise MLLMError("data.max_length and group_by_length count tokens, and this stage has no language model.")
         self._places = _places(sources, seed)
         self._ready: list[_Place] = []  # drawn together and sorted by length, not handed out yet
 

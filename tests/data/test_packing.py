@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import mllm
+from mllm.errors import MLLMError
 from mllm.prompt import IGNORED, Encoded, Target, collate
 from mllm.testing import tiny_image
 from mllm.testing_lms import LM_FAMILIES
@@ -53,3 +54,18 @@ def test_every_family_packs_exactly_or_refuses(family: str, tmp_path: Path, tiny
     if model.lm.can_pack():
         torch.testing.assert_close(losses(model, 90), losses(model, None), atol=1e-5, rtol=1e-4)
     assert model.lm.can_pack() or family not in ("llama", "gpt2", "opt"), "a family that is known to"
+
+
+def test_a_run_that_cannot_pack_says_so(tmp_path: Path, tiny_parts: tuple[str, str]) -> None:
+    lm = LM_FAMILIES["bloom"](tmp_path / "lm")
+    tiny_image().save(tmp_path / "0.png")
+    (tmp_path / "t.jsonl").write_text('{"image": "0.png", "caption": "x"}')
+    (tmp_path / "r.yaml").write_text(f"""name: packed
+encoder: {{model: {tiny_parts[0]}}}
+lm: {{model: {lm}}}
+connector: {{type: linear}}
+data: {{pack: 64, train: {{format: table, path: {tmp_path}/t.jsonl}}}}
+stages: [{{name: align, train: [connector], steps: 1, batch_size: 1}}]
+""")
+    with pytest.raises(MLLMError, match=r"data\.pack: in this language model .* Leave it out"):
+        mllm.train(str(tmp_path / "r.yaml"), out=tmp_path / "run")
