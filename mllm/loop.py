@@ -178,7 +178,7 @@ class Loop:
         if not self.model.lm.can_pack():
             raise MLLMError(
                 "data.pack: in this language model examples that share a row touch each other, or no mask that keeps "
-                "them apart is taken (tried with two short ones). Leave it out; data.group_by_length saves padding, too."
+                "them apart is taken (tried with two short ones). Leave it out; group_by_length saves padding, too."
             )
 
     def _note_data(self) -> None:
