@@ -74,6 +74,8 @@ class Run:
             listed = "".join(f"\n  {change}" for change in found)
             raise MLLMError(f"The recipe changed since {path} was started; --accept-changes goes on with it:{listed}")
         run = cls(path)
+        if accept and run.writes:
+            (path / "data.json").unlink(missing_ok=True)  # the data may have changed as well
         PartialState().wait_for_everyone()  # all have read it
         if run.writes:
             write(written, lambda file: file.write_text(recipe))
