@@ -18,20 +18,7 @@ from mllm.testing import ENCODER_FAMILIES, LM_FAMILIES, tiny_encoder, tiny_lm
 from mllm.testing_lms import Family
 
 matrix: Any = importlib.import_module("mllm.eval.bench.matrix")
-NOT_YET = (
-    "beit",
-    "efficientnet",
-    "dinov3",
-    "vit-mae",
-    "regnet",
-    "convnext",
-    "resnet",
-    "dinov3-convnext",
-    "siglip2-naflex",
-)
-SAMPLE = random.Random(3).sample(
-    [*itertools.product(sorted({*ENCODER_FAMILIES} - {*NOT_YET}), LM_FAMILIES, sorted(table("connectors")))], 50
-)
+SAMPLE = random.Random(3).sample([*itertools.product(ENCODER_FAMILIES, LM_FAMILIES, sorted(table("connectors")))], 50)
 
 
 @pytest.fixture(scope="module")
