@@ -57,7 +57,7 @@ def _of_stage(stage: Stage, config: Recipe, built: dict[str, Assembly | None]) -
     for source in (*stage.data.train, *stage.data.val):
         with _noted(found):
             _check_source(source)
-    if not stage.data.train:
+    if not stage.data.train and not (stage.fit and stage.fit.targets == "tokens"):
         found.append(f"Stage {stage.name} has no data: give data.train.")
     parts = " ".join(repr(getattr(stage, part)) for part in PARTS)
     if parts not in built:
@@ -95,6 +95,10 @@ def _of_model(model: Assembly, stage: Stage) -> list[str]:
     found += [f"Stage {stage.name}: {problem}" for problem in unmet(model, stage)]
     if stage.fit is not None and not can_be_fitted(connector):
         found.append(f"Stage {stage.name} fits the connector, which does not end in a linear map: take another type.")
+    if stage.fit is not None and stage.fit.targets == "tokens" and not hasattr(model.encoder, "embed_texts"):
+        found.append(
+            f"Stage {stage.name} fits tokens, whose strings this encoder has no place for: encoder.type=dual-encoder."
+        )
     if (
         lm is None or connector is None or lm.tokenizer is None
     ):  # only its configuration is here: the words cannot be counted

@@ -1,8 +1,9 @@
-"""The closed-form start of a connector: ridge regression from features to the words of the captions.
+"""The closed-form start of a connector: a regression from features to the language model's embeddings.
 
 For each image, x is the mean of what the connector's linear map is applied to, and y the mean embedding of its
-caption's tokens, each weighted by how rare it is among captions. The normal equations are accumulated as the images
-stream by, so memory does not grow with them. Compare SITTA (arXiv:2307.05591), which fits by least squares.
+caption's tokens, each weighted by how rare it is among captions. Or, without a picture, x is the vector of a token's
+string in the space that the encoder's pictures are in, and y the token's embedding: lexical matching (SITTA,
+arXiv:2307.05591). The normal equations are accumulated as the rows stream by, so memory does not grow with them.
 """
 
 from __future__ import annotations
@@ -115,8 +116,7 @@ def fit_connector(
     """
     captioned = [item for item in items if item.question is None and item.images and item.answers]
     connector = model.connector
-    if not can_be_fitted(connector):
-        raise MLLMError("stages.fit needs a connector that ends in a linear map, such as connector.type=linear.")
+    _refuse_unfit(connector)
     if not captioned:
         raise MLLMError("stages.fit needs captions, and the training data has only questions.")
     weight = rarity(model.lm, captioned)
@@ -131,6 +131,62 @@ def fit_connector(
         x = connector.body(seen).mean(1)  # (N, D_vis)
         y = torch.stack([words_embedding(model.lm, item, weight) for item in part])  # (N, D_lm)
         sums.add(x.cpu(), y.cpu())
+    return _solved(connector, sums, solver, strength)
+
+
+@torch.no_grad()
+def fit_tokens(
+    model: Any,
+    *,
+    solver: str,
+    strength: float,
+    chunk: int = 256,
+    track: Callable[[Iterable[int]], Iterable[int]] = iter,
+) -> float:
+    """Set the connector's last linear map by lexical matching: no picture and no caption is needed.
+
+    Args:
+        model: the assembly; its encoder puts texts into the space of its pictures.
+        solver: see `NormalEquations.solve`.
+        strength: of the ridge, as a share of the mean variance of the texts' vectors.
+        chunk: tokens at once.
+        track: wraps the chunks, to show progress.
+
+    Returns:
+        The share of the embeddings' variance that the fit explains.
+
+    Raises:
+        MLLMError: the connector does not end in a linear map, or the encoder has no texts.
+    """
+    _refuse_unfit(model.connector)
+    if not hasattr(model.encoder, "embed_texts"):
+        raise MLLMError(
+            "stages.fit.targets=tokens needs an encoder that has texts in the space of its pictures: "
+            "encoder.type=dual-encoder."
+        )
+    words = lexicon(model.lm)
+    sums = NormalEquations(model.connector.project.in_features, model.lm.dim)
+    for start in track(range(0, len(words), chunk)):
+        part = words[start : start + chunk]
+        seen = model.encoder.embed_texts([text for _, text in part])[:, None]  # (N, 1, D_vis)
+        y = model.lm.embed(torch.tensor([token for token, _ in part], device=model.lm.model.device))
+        sums.add(model.connector.body(seen).mean(1).cpu(), y.cpu())
+    return _solved(model.connector, sums, solver, strength)
+
+
+def lexicon(lm: Any) -> list[tuple[int, str]]:
+    """Return the tokens that are words or parts of words, with their strings."""
+    texts = ((token, lm.decode([token]).strip()) for token in range(len(lm.tokenizer)))
+    return [(token, text) for token, text in texts if text.isprintable() and any(map(str.isalpha, text))]
+
+
+def _refuse_unfit(connector: Any) -> None:
+    if not can_be_fitted(connector):
+        raise MLLMError("stages.fit needs a connector that ends in a linear map, such as connector.type=linear.")
+
+
+def _solved(connector: Any, sums: NormalEquations, solver: str, strength: float) -> float:
+    """Set the last map to the solution, and return the share of the variance that it explains."""
     weights, intercept = sums.solve(solver, strength)
     _set(connector.project, weights, intercept)
     return sums.explained(weights)

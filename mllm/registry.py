@@ -19,6 +19,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "transformers": "mllm.encoders.vision:VisionModel",
         "fuse": "mllm.encoders.fuse:Fuse",
         "features": "mllm.encoders.stored:StoredFeatures",
+        "dual-encoder": "mllm.encoders.joint:JointSpace",
         "video": "mllm.encoders.video:Video",
         "audio": "mllm.encoders.audio:AudioModel",
     },

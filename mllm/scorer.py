@@ -51,9 +51,21 @@ class DualEncoder(nn.Module):
         batches = [inputs[start : start + _BATCH] for start in range(0, len(inputs), _BATCH)]
         return torch.cat([nn.functional.normalize(_vectors(encode(batch)), dim=-1) for batch in batches])
 
+    def pixels(self, images: Sequence[Any]) -> Tensor:
+        """Return pixels ``(I, 3, H, W)`` of opened pictures."""
+        return self._processor(images=list(images), return_tensors="pt")["pixel_values"]
+
+    def image_vectors(self, pixels: Tensor) -> Tensor:
+        """Return vectors ``(I, D)`` of any length."""
+        return _vectors(self.model.get_image_features(pixel_values=pixels.to(self.model.device)))
+
+    def image_settings(self) -> dict[str, Any]:
+        """Return what, beside the weights, decides the vectors of pictures."""
+        settings: dict[str, Any] = self._processor.image_processor.to_dict()
+        return settings
+
     def _images(self, images: Sequence[Any]) -> Any:
-        pixels = self._processor(images=[open_image(image) for image in images], return_tensors="pt")
-        return self.model.get_image_features(**_on(pixels, self.model))
+        return self.image_vectors(self.pixels([open_image(image) for image in images]))
 
     def _texts(self, texts: Sequence[str]) -> Any:
         # Padded to the full length, as these models are trained: SigLIP masks nothing, and reads the padding too.

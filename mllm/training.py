@@ -19,7 +19,7 @@ from mllm.checkpoint import save, take
 from mllm.data.skipping import Skipped
 from mllm.errors import MLLMError
 from mllm.features import FeatureStore, open_store
-from mllm.fit import fit_connector
+from mllm.fit import fit_connector, fit_tokens
 from mllm.loop import Loop, data
 from mllm.model import Assembly, build, build_encoder, build_lm, join
 from mllm.progress import progress
@@ -166,23 +166,26 @@ def _hashes(model: Assembly, trained: Sequence[str]) -> dict[str, str]:
 
 def _fit(run: Run, model: Assembly, stage: Stage, config: Recipe, store: FeatureStore) -> None:
     assert stage.fit is not None
-    items = [item for source in data(stage, config.seed) for item in source.items]
-    skipped = Skipped(stage.data.skip, len(items), partial(run.log, stage=stage.name))
+    how: dict[str, Any] = {"solver": stage.fit.solver, "strength": stage.fit.strength}
     with progress() as bar:
         task = bar.add_task(stage.name, total=None, note="")
 
         def track(chunks: Iterable[int]) -> Iterable[int]:
             return bar.track(chunks, task_id=task)
 
-        explained = fit_connector(
-            model,
-            items,
-            store,
-            solver=stage.fit.solver,
-            strength=stage.fit.strength,
-            readable=lambda part: skipped.readable(part, lambda item: item.images[0].open()),
-            track=track,
-        )
+        if stage.fit.targets == "tokens":
+            explained = fit_tokens(model, track=track, **how)
+        else:
+            items = [item for source in data(stage, config.seed) for item in source.items]
+            skipped = Skipped(stage.data.skip, len(items), partial(run.log, stage=stage.name))
+            explained = fit_connector(
+                model,
+                items,
+                store,
+                readable=lambda part: skipped.readable(part, lambda item: item.images[0].open()),
+                track=track,
+                **how,
+            )
         bar.update(task, note=f"explains {explained:.0%} of the words")
     run.log(stage=stage.name, explained=explained)
     model.calibrated = True

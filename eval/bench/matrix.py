@@ -35,7 +35,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "resampler": {"tokens": 4, "depth": 2, "heads": 2},
     "qformer": {"tokens": 6, "dim": 16, "layers": 2, "heads": 2},
     "temporal": {"frames": 1, "dim": 16, "heads": 2},
-    "temporal": {"frames": 2, "dim": 16, "heads": 2},
     "token-merge": {"merge": 1, "layers": 2, "dim": 16, "heads": 2},
 }
 FIRST, SECOND, THIRD = (tiny_image(seed) for seed in range(3))
