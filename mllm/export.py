@@ -69,6 +69,11 @@ def export(model: Assembly, folder: str | Path, *, to: str) -> list[Comparison]:
     """
     if to not in SHELLS:
         raise MLLMError(f"There is no export to {to!r}. {near(to, SHELLS)}")
+    absent = [part for part in ("encoder", "connector", "lm") if getattr(model, part) is None]
+    if absent:
+        raise MLLMError(
+            f"This model has no {' and no '.join(absent)}, so it is no class of its own. Export a whole one."
+        )
     with _whole(Path(folder)) as place:
         try:
             shell = SHELLS[to](model.float())

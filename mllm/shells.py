@@ -160,6 +160,10 @@ def _projector(model: Assembly) -> tuple[dict[str, Any], dict[str, Any], str]:
 
 def _adapters(model: Assembly) -> None:
     """Refuse what cannot be merged into the language model's own weights."""
+    if model.spec.tokens:
+        raise MLLMError(
+            f"The model has new tokens ({', '.join(model.spec.tokens)}), whose rows are no part of this class."
+        )
     for spec in model.spec.adapters:
         if spec.type != "lora":
             raise MLLMError(f"The adapter {spec.type!r} cannot be merged into the language model; lora can.")

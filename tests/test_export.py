@@ -191,6 +191,15 @@ def test_everything_that_is_not_exact_is_named_at_once(tiny_parts, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+def test_new_tokens_and_half_a_model_are_refused(tiny_clip, tiny_parts, tmp_path):
+    model = mllm.assemble({"model": tiny_clip, "layer": -1}, tiny_parts[1], "linear", tokens=["[IMG]"])
+    with pytest.raises(MLLMError, match=r"new tokens \(\[IMG\]\)"):
+        export(model, tmp_path / "out", to="hf-llava")
+    model.connector = None
+    with pytest.raises(MLLMError, match="has no connector"):
+        export(model, tmp_path / "out", to="hf-llava")
+
+
 @pytest.mark.parametrize(
     ("connector", "reason"),
     [

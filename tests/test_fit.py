@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import mllm
+from mllm.check import problems
 from mllm.errors import MLLMError
 from mllm.fit import fit_tokens, lexicon
 from mllm.scorer import DualEncoder
@@ -48,12 +49,12 @@ def test_it_is_a_stage_that_needs_no_data(tiny_clip, tiny_parts, tmp_path, solve
         f"name: sitta\nencoder: {{type: dual-encoder, model: {tiny_clip}}}\nlm: {{model: {tiny_parts[1]}}}\n"
         f"connector: {{type: linear}}\nstages: [{{name: fit, fit: {{targets: tokens, solver: {solver}}}}}]\n"
     )
-    assert mllm.check.problems(str(recipe)) == []
+    assert problems(str(recipe)) == []
     run = mllm.train(str(recipe), out=tmp_path / "run")
     model = mllm.load(run.path)
     assert model.connector.project.weight.abs().max() > 0
     assert str(model.generate([[tiny_image(), "A"]], max_new_tokens=2)[0]) is not None
-    found = mllm.check.problems(str(recipe), {"encoder.type": "transformers"})
+    found = problems(str(recipe), {"encoder.type": "transformers"})
     assert any("encoder.type=dual-encoder" in problem for problem in found)
 
 
