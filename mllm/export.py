@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -101,7 +102,7 @@ def _whole(folder: Path) -> Iterator[Path]:
             place.replace(folder)
         finally:
             shutil.rmtree(place, ignore_errors=True)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise MLLMError(f"{folder} could not be written: {error}. Free some room, or give another folder.") from error
 
 

@@ -239,7 +239,9 @@ def _plain_head(model: Assembly) -> None:
         )
     if not hasattr(body, "embed_tokens"):
         raise MLLMError(f"{type(body).__name__} has no embed_tokens, which this class looks words up in.")
-    if type(AutoModel.from_config(lm.config)) is not type(body):
+    with torch.device("meta"):
+        built = type(AutoModel.from_config(lm.config))
+    if built is not type(body):
         raise MLLMError(f"This class would build another body than {type(body).__name__}.")
 
 

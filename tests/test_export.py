@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoProcessor,
     Blip2Config,
@@ -229,6 +230,19 @@ def test_a_difference_is_refused_and_leaves_nothing(tiny_clip, tiny_parts, tmp_p
     model = mllm.assemble({"model": tiny_clip, "layer": -1}, tiny_parts[1], "linear")
     model.connector.register_forward_hook(lambda module, args, output: output + 0.1)  # what no rule knows of
     with pytest.raises(MLLMError, match="The stock class differs"):
+        export(model, tmp_path / "out", to="hf-llava")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
+def test_a_full_disk_is_one_message_and_leaves_nothing(tiny_clip, tiny_parts, tmp_path, monkeypatch, error):
+    def full(self: Any, folder: Path) -> None:
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(LlavaForConditionalGeneration, "save_pretrained", full)
+    model = mllm.assemble({"model": tiny_clip, "layer": -1}, tiny_parts[1], "linear")
+    with pytest.raises(MLLMError, match=r"could not be written: .*No space left.*Free some room"):
         export(model, tmp_path / "out", to="hf-llava")
     assert not any(tmp_path.iterdir())
 
