@@ -39,6 +39,19 @@ class ImageSource(Protocol):
 
 
 @dataclass(frozen=True)
+class Black:
+    """A black picture, in place of one that is not to be seen."""
+
+    def open(self) -> Image.Image:
+        """Return the picture, RGB."""
+        return Image.new("RGB", (64, 64))
+
+    def key(self) -> str:
+        """Return what tells it from pictures of files."""
+        return "black"
+
+
+@dataclass(frozen=True)
 class ImageFile:
     """A picture in a file."""
 

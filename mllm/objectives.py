@@ -32,6 +32,7 @@ class Inputs:
 
     def __init__(self, model: Any, rows: Sequence[Sequence[Piece]], features: Tensor | None, batch: Batch | None):
         self.model, self.rows, self.features, self.batch = model, rows, features, batch
+        self.shared: dict[str, Any] = {}  # what one objective made and another needs too
 
     @cached_property
     def visual(self) -> Tensor | None:

@@ -39,10 +39,19 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "prompt": "mllm.adapters.language.prompt:PromptTuning",
         "prefix": "mllm.adapters.language.prefix:PrefixTuning",
     },
-    "heads": {},
+    "heads": {
+        "contrast": "mllm.adapters.heads.pairs:Contrast",
+        "match": "mllm.adapters.heads.pairs:Match",
+    },
     "image_decoders": {},
     "scorers": {"dual-encoder": "mllm.scorer:DualEncoder"},
-    "objectives": {"caption": "mllm.objectives:Caption"},
+    "objectives": {
+        "caption": "mllm.objectives:Caption",
+        "patch-contrastive": "mllm.pairs:PatchContrastive",
+        "itc": "mllm.pairs:ImageTextContrast",
+        "itm": "mllm.pairs:ImageTextMatching",
+        "itg": "mllm.pairs:ImageTextGeneration",
+    },
     "readers": {
         "emoji-scenes": "mllm.data.emoji_scenes:emoji_scenes",
         "easy-vqa": "mllm.data.easy_vqa:easy_vqa",

@@ -149,6 +149,7 @@ class DataSpec(BaseModel):
     weight: float = Field(default=1.0, gt=0)  # how often it is drawn from, beside other sources
     fraction: float = Field(default=1.0, gt=0, le=1)  # of the items, by the seed; the smaller is part of the larger
     concatenate: float = Field(default=0.0, ge=0, le=1)  # how often another pair is put before one (FROMAGe, GILL)
+    blank: bool = False  # pictures are black: what is learnt without seeing
     shots: int = Field(default=0, ge=0)  # solved examples before each item; of them nothing is learnt
 
     @model_validator(mode="after")

@@ -34,14 +34,20 @@ LM_SIZES = {
 TRAINED = [
     ("limber", {}, 12_587_008, 144),
     ("limber", {"encoder": {"model": "microsoft/beit-large-patch16-224"}}, 4_198_400, 196),
+    ("limber", {"encoder": {"model": "timm/nf_resnet50", "select": "pooled"}, "connector.tokens": 2}, 16_785_408, 2),
+    ("frozen", {}, 2048 * 2 * 4096 + 2 * 4096, 2),  # and the encoder
+    ("yi-vl", {}, 1280 * 4096 + 4096 * 4096 + 6 * 4096, 1024),  # two maps and their LayerNorms
     ("mapl", {}, 3_431_680, 32),
     ("magma", {}, 12_587_008 + 2 * 4096 + 235_024_384, 144),  # the prefix, its LayerNorm, the adapters
     ("llava", {"adapters": []}, 1024 * 4096 + 4096 + 4096 * 4096 + 4096, 576),
 ]
 
 
+# recipe, stage, trained millions, all heads included: where the papers give a rounded number
+ROUNDED = [("blip2-stage1", 0, 188), ("blip2-opt", 1, 188), ("blip2-t5", 1, 188)]
+
 # recipe -> visual tokens, where the papers give the tokens and not the weights
-TOKENS = {"simvlg": 29, "blip2-opt": 32}
+TOKENS = {"frozen": 2, "simvlg": 29, "simvlg-video": 29, "blip2-opt": 32, "blip2-t5": 32, "cg-vlm": 256, "yi-vl": 1024}
 
 
 def size(module: nn.Module) -> int:
@@ -72,6 +78,14 @@ def test_recipes_train_what_the_papers_train(
     model = built(name, overrides)
     assert sum(size(child) for part, child in model.named_children() if part not in ("encoder", "lm")) == weights
     assert model.connector.num_tokens == tokens
+
+
+@pytest.mark.parametrize(("name", "stage", "millions"), ROUNDED)
+def test_recipes_train_about_what_the_papers_train(name: str, stage: int, millions: int) -> None:
+    config = recipe.load(name)
+    model = on_paper(config.stages[stage], config)
+    trained = sum(size(child) for part, child in model.named_children() if part not in ("encoder", "lm"))
+    assert trained / 1e6 == pytest.approx(millions, rel=0.015)
 
 
 @pytest.mark.parametrize("name", TOKENS)

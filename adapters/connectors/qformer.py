@@ -9,8 +9,9 @@ from einops import repeat
 from mllm.adapters.connectors.reduce import projection
 from mllm.adapters.connectors.words import Mode, Words, joint_mask
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, Blip2QFormerConfig, Blip2QFormerModel
+from transformers import AutoModel, Blip2QFormerConfig, Blip2QFormerModel
 
+from mllm import hub
 from mllm.errors import MLLMError
 
 
@@ -123,9 +124,9 @@ class QFormer(nn.Module):
 def _start_from_bert(qformer: nn.Module, words: Words | None, init: str) -> None:
     """Copy a BERT's blocks, and its words; cross-attention, which it has not, keeps its random weights."""
     try:
-        if AutoConfig.from_pretrained(init).model_type != "bert":
+        if hub.load_config(init).model_type != "bert":
             raise MLLMError(f"connector.init is {init!r}, which is no BERT.")
-        bert = AutoModel.from_pretrained(init, add_pooling_layer=False).state_dict()
+        bert = hub.load_model(AutoModel, init, add_pooling_layer=False).state_dict()
     except OSError as error:
         raise MLLMError(f"connector.init: {init!r} could not be loaded: {error}") from None
     renamed = {}

@@ -29,8 +29,12 @@ class Words(nn.Module):
     def __init__(self, tokenizer: str, config: Any) -> None:
         super().__init__()
         self.tokenizer = hub.load_processor(AutoTokenizer, tokenizer)
-        self.start = len(self.tokenizer)
-        config.vocab_size, config.pad_token_id = self.start + 1, self.tokenizer.pad_token_id
+        if self.tokenizer is None:  # only its configuration is here
+            known = hub.load_config(tokenizer)
+            self.start, padding = known.vocab_size, known.pad_token_id
+        else:
+            self.start, padding = len(self.tokenizer), self.tokenizer.pad_token_id
+        config.vocab_size, config.pad_token_id = self.start + 1, padding
         self.table = Blip2TextEmbeddings(config)
         for embedding in (self.table.word_embeddings, self.table.position_embeddings):
             nn.init.normal_(embedding.weight, std=config.initializer_range)

@@ -8,14 +8,14 @@ import json
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from mllm.data.items import Item
 from mllm.data.lazy import Lazy
 from mllm.errors import MLLMError
-from mllm.images import ImageFile, ImageSource
+from mllm.images import Black, ImageFile, ImageSource
 from mllm.registry import lookup
 from mllm.spec import DataSpec
 
@@ -57,12 +57,33 @@ def read(spec: DataSpec, *, seed: int = 0) -> Sequence[Item]:
     items = reader(spec)()
     if not items:
         raise MLLMError(f"data: the reader {spec.format!r} found no items with {spec.options()}.")
+    if spec.blank:
+        items = _blank(items)
     if spec.fraction == 1:
         return items
     order = list(range(len(items)))
     random.Random(f"{seed}/fraction").shuffle(order)
     places = sorted(order[: math.ceil(spec.fraction * len(items))])
     return items.part(places) if isinstance(items, Lazy) else [items[place] for place in places]
+
+
+def _blank(items: Sequence[Item]) -> Sequence[Item]:
+    """Return items whose pictures are black."""
+
+    def made(item: Item) -> Item:
+        if item.messages or item.document:
+            raise MLLMError(f"data: the item {item.id!r} is a conversation or a document; 'blank' is for captions.")
+        shots = tuple(made(shot) for shot in item.shots)
+        return replace(item, images=tuple(Black() for _ in item.images), shots=shots)
+
+    if not isinstance(items, Lazy):
+        return [made(item) for item in items]
+    return Lazy(
+        len(items),
+        lambda place: made(items[place]),
+        fingerprint=lambda: f"{items.fingerprint()} black",
+        shards=items.shards,
+    )
 
 
 def read_all(specs: Sequence[DataSpec], *, seed: int = 0) -> list[Source]:
