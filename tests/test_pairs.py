@@ -76,7 +76,7 @@ def blip2(model: Any) -> Any:
     return reference
 
 
-def by_features(reference: Any, features: torch.Tensor, *texts: Any, match: bool) -> torch.Tensor:
+def by_features(reference: Any, features: Any, *texts: Any, match: bool) -> torch.Tensor:
     """Return transformers' scores of pictures and texts, from features."""
 
     class Seen(torch.nn.Module):
@@ -178,7 +178,7 @@ def test_a_pair_is_one_picture_and_one_caption(inputs: Inputs) -> None:
 def test_a_blank_source_has_black_pictures(tmp_path: Path) -> None:
     tiny_image().save(tmp_path / "1.png")
     (tmp_path / "t.json").write_text(json.dumps([{"image": "1.png", "caption": "noise"}]))
-    options = {"format": "table", "path": str(tmp_path / "t.json"), "images": str(tmp_path)}
+    options: dict[str, Any] = {"format": "table", "path": str(tmp_path / "t.json"), "images": str(tmp_path)}
     (item,) = read(DataSpec(**options, blank=True))
     assert item.images == (Black(),) and item.images[0].open().getextrema() == ((0, 0),) * 3
     assert item.answers == ("noise",)

@@ -86,7 +86,7 @@ def tiny(name: str, places: dict[str, str]) -> dict[str, Any]:
 def _own(name: str, index: int) -> set[str]:
     """Return the keys that a recipe's file, or the one it extends, gives a stage itself."""
     path = recipe.find(name)
-    content = OmegaConf.load(path)
+    content: Any = OmegaConf.load(path)
     while "stages" not in content:
         content = OmegaConf.load(path.parent / f"{content['extends']}.yaml")
     return set(content["stages"][index])
