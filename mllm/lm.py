@@ -174,6 +174,25 @@ class LanguageModel(nn.Module):
         """
         return self._pass.hidden(embeds, mask)
 
+    def read(self, embeds: Tensor, mask: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+        """Return, at the positions ``keep (K,)``, the last states ``(B, K, D)`` and the logits ``(B, K, V)``.
+
+        It is one pass where the model can.
+
+        Raises:
+            MLLMError: an encoder-decoder model, which has no states of a sequence.
+        """
+        found: list[Tensor] = []
+        head = self.model.get_output_embeddings()
+        hook = head.register_forward_pre_hook(lambda _, args: found.append(args[0]))
+        try:
+            logits = self.logits(embeds, mask, keep)
+        finally:
+            hook.remove()
+        if self.model.config.is_encoder_decoder or len(found) > 1 or found[0].shape[:2] != logits.shape[:2]:
+            return self.hidden(embeds, mask)[:, keep], logits
+        return found[0], logits
+
     @torch.no_grad()
     def prefill(self, embeds: Tensor, mask: Tensor) -> tuple[Any, Tensor]:
         """Return the states of sequences ``(B, T, D_lm)``, to go on from, and the next token's logits ``(B, V)``."""

@@ -19,23 +19,13 @@ from mllm.chat import Chat
 from mllm.errors import MLLMError, near
 from mllm.hub import tensor_hash
 from mllm.objectives import Inputs
+from mllm.outputs import Output, Text
 from mllm.prompt import Batch, Control, Encoded, Piece, arrange, collate, encode, images_of, without_images
 from mllm.registry import lookup, made, table
 from mllm.rerank import reranked
 from mllm.spec import FROZEN, AssemblySpec, PartSpec, checked
 from mllm.tokens import NewTokens
 from mllm.view import View, Views
-
-
-class Text(str):
-    """A stretch of text in an answer."""
-
-
-class Output(list[Text]):
-    """An answer: a list of parts; ``str(output)`` is its text."""
-
-    def __str__(self) -> str:
-        return "".join(part for part in self if isinstance(part, Text))
 
 
 class Assembly(nn.Module):

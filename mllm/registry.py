@@ -42,6 +42,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
     "heads": {
         "contrast": "mllm.adapters.heads.pairs:Contrast",
         "match": "mllm.adapters.heads.pairs:Match",
+        "retrieval": "mllm.adapters.heads.retrieval:Retrieval",
     },
     "image_decoders": {},
     "scorers": {"dual-encoder": "mllm.scorer:DualEncoder"},
@@ -51,6 +52,8 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "itc": "mllm.pairs:ImageTextContrast",
         "itm": "mllm.pairs:ImageTextMatching",
         "itg": "mllm.pairs:ImageTextGeneration",
+        "retrieval": "mllm.retrieval:Contrast",
+        "token-prediction": "mllm.retrieval:TokenPrediction",
     },
     "readers": {
         "emoji-scenes": "mllm.data.emoji_scenes:emoji_scenes",

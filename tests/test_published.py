@@ -39,6 +39,7 @@ TRAINED = [
     ("yi-vl", {}, 1280 * 4096 + 4096 * 4096 + 6 * 4096, 1024),  # two maps and their LayerNorms
     ("mapl", {}, 3_431_680, 32),
     ("magma", {}, 12_587_008 + 2 * 4096 + 235_024_384, 144),  # the prefix, its LayerNorm, the adapters
+    ("fromage", {}, 5_513_729, 1),  # with [RET]'s row and the scale
     ("llava", {"adapters": []}, 1024 * 4096 + 4096 + 4096 * 4096 + 4096, 576),
 ]
 
