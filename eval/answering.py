@@ -181,6 +181,20 @@ def chosen(scores: Sequence[dict[str, float]], calibrate: float) -> list[str]:
     return [max(row, key=lambda answer: row[answer] - prior[answer]) for row in scores]
 
 
+def closest(items: Sequence[Item], scorer: Any, calibrate: float) -> list[str]:
+    """Return each item's choice that the scorer finds closest to its picture: zero-shot classification.
+
+    ``calibrate``: the share of a choice's mean cosine over all items that is taken off, as in `chosen`.
+    """
+    if wrong := next((item for item in items if not item.choices or len(item.images) != 1), None):
+        raise MLLMError(f"Item {wrong.id!r}: closest needs one picture and choices; take a suite that chooses.")
+    pictures = list(dict.fromkeys(item.images[0] for item in items))
+    words = list(dict.fromkeys(chain.from_iterable(dict.fromkeys(item.choices for item in items))))
+    cosines = (scorer.embed_images(pictures) @ scorer.embed_texts(words).T).tolist()
+    rows = {picture: dict(zip(words, row, strict=True)) for picture, row in zip(pictures, cosines, strict=True)}
+    return chosen([{text: rows[item.images[0]][text] for text in item.choices} for item in items], calibrate)
+
+
 def ranked(items: Sequence[Item], scorer: Any, first: int = 100) -> list[str]:
     """Return for each item the places of its first choices, or images, by the scorer's cosine; the closest first."""
     pictures: dict[ImageSource, int] = {}

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from mllm.eval.answering import Answering, ranked
+from mllm.eval.answering import Answering, closest, ranked
 from mllm.eval.baselines import USUAL, conditions
 from mllm.eval.journal import Journal
 from mllm.eval.report import Report, report
@@ -27,6 +27,8 @@ from mllm.model import Assembly
 from mllm.progress import progress
 from mllm.spec import FROZEN, PromptSpec
 from mllm.version import __version__
+
+BY_SCORER = ("closest", "rank")
 
 
 def evaluate(
@@ -50,7 +52,7 @@ def evaluate(
         out: a folder for ``report.html``, ``summary.json`` and ``predictions.jsonl``; None: nothing is written.
             An evaluation that was killed goes on there, and ends with the same files.
         baselines: of ``blind``, ``shuffled``, ``mean-image``, ``random-connector``; None: the first two. A suite whose
-            answers are ranked by the scorer has none.
+            answers come from the scorer has none.
         run: what the report calls the model.
         overrides: of the suite, dotted: ``["batch_size=8"]``.
 
@@ -60,9 +62,9 @@ def evaluate(
     config = load_suite(suite, overrides)
     whole = read_items(config, data)
     if baselines is None:
-        baselines = () if config.answer == "rank" else USUAL
-    if baselines and config.answer == "rank":
-        raise MLLMError(f"The suite {config.name} ranks with the scorer alone, so it has no baselines.")
+        baselines = () if config.answer in BY_SCORER else USUAL
+    if baselines and config.answer in BY_SCORER:
+        raise MLLMError(f"The suite {config.name} answers with the scorer alone, so it has no baselines.")
     items = with_shots(whole[:limit], read_shots(config, data, whole), config.shots, model)
     state = PartialState()
     if state.num_processes > 1:
@@ -74,6 +76,8 @@ def evaluate(
     helpers = Helpers(config.scorer, config.judge, lambda: model.scorer)
     if config.answer == "rank":
         results = {OWN: Result(ranked(items, helpers.scorer))}
+    elif config.answer == "closest":
+        results = {OWN: Result(closest(items, helpers.scorer, config.calibrate))}
     else:
         results = _results(model, config, items, baselines, journal)
     if not state.is_main_process:

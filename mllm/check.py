@@ -99,8 +99,12 @@ def _of_model(model: Assembly, stage: Stage) -> list[str]:
         found.append(
             f"Stage {stage.name} fits tokens, whose strings this encoder has no place for: encoder.type=dual-encoder."
         )
+    if stage.fit is not None and stage.fit.targets != "sentences" and lm is not None and not model.speaks:
+        found.append(f"Stage {stage.name} fits words, and this lm has sentences only: stages.fit.targets=sentences.")
+    if stage.fit is not None and stage.fit.targets == "sentences" and not hasattr(lm, "sentences"):
+        found.append(f"Stage {stage.name} fits sentences, and the model has no vectors of them: lm.type=sentences.")
     if (
-        lm is None or connector is None or lm.tokenizer is None
+        not model.speaks or connector is None or lm.tokenizer is None
     ):  # only its configuration is here: the words cannot be counted
         return found
     with _noted(found):

@@ -1,9 +1,10 @@
 """The closed-form start of a connector: a regression from features to the language model's embeddings.
 
 For each image, x is the mean of what the connector's linear map is applied to, and y the mean embedding of its
-caption's tokens, each weighted by how rare it is among captions. Or, without a picture, x is the vector of a token's
-string in the space that the encoder's pictures are in, and y the token's embedding: lexical matching (SITTA,
-arXiv:2307.05591). The normal equations are accumulated as the rows stream by, so memory does not grow with them.
+caption's tokens, each weighted by how rare it is among captions, or the vector of the whole caption. Or, without a
+picture, x is the vector of a token's string in the space that the encoder's pictures are in, and y the token's
+embedding: lexical matching (SITTA, arXiv:2307.05591). The normal equations are accumulated as the rows stream by, so
+memory does not grow with them.
 """
 
 from __future__ import annotations
@@ -93,6 +94,7 @@ def fit_connector(
     chunk: int = 64,
     readable: Callable[[Sequence[Item]], Sequence[Item]] = lambda items: items,
     track: Callable[[Iterable[int]], Iterable[int]] = iter,
+    sentences: bool = False,
 ) -> float:
     """Set the connector's last linear map in closed form, so that its output has the scale of embeddings.
 
@@ -107,19 +109,21 @@ def fit_connector(
         chunk: images at once.
         readable: is given a chunk that could not be read, and returns the items of it that can.
         track: wraps the chunks, to show progress.
+        sentences: the target is the vector of the whole caption, which the language model has; else of its words.
 
     Returns:
         The share of the targets' variance that the fit explains on these items.
 
     Raises:
-        MLLMError: the connector does not end in a linear map, or there are no captions.
+        MLLMError: the connector does not end in a linear map, there are no captions, or the language model has not
+            the vectors that are asked for.
     """
     captioned = [item for item in items if item.question is None and item.images and item.answers]
     connector = model.connector
     _refuse_unfit(connector)
     if not captioned:
         raise MLLMError("stages.fit needs captions, and the training data has only questions.")
-    weight = rarity(model.lm, captioned)
+    target = _sentences(model) if sentences else _words(model, captioned)
     sums = NormalEquations(connector.project.in_features, model.lm.dim)
     for start in track(range(0, len(captioned), chunk)):
         part: Sequence[Item] = captioned[start : start + chunk]
@@ -129,8 +133,7 @@ def fit_connector(
             part = readable(part)
             seen = features([item.images[0] for item in part])
         x = connector.body(seen).mean(1)  # (N, D_vis)
-        y = torch.stack([words_embedding(model.lm, item, weight) for item in part])  # (N, D_lm)
-        sums.add(x.cpu(), y.cpu())
+        sums.add(x.cpu(), target(part).cpu())
     return _solved(connector, sums, solver, strength)
 
 
@@ -190,6 +193,21 @@ def _solved(connector: Any, sums: NormalEquations, solver: str, strength: float)
     weights, intercept = sums.solve(solver, strength)
     _set(connector.project, weights, intercept)
     return sums.explained(weights)
+
+
+def _words(model: Any, items: Sequence[Item]) -> Callable[[Sequence[Item]], Tensor]:
+    """Return what gives the words' embeddings ``(N, D_lm)`` of items, weighted by how rare they are in all of them."""
+    if not model.speaks:
+        raise MLLMError("stages.fit.targets=caption-words needs a language model's words: lm.type=transformers.")
+    weight = rarity(model.lm, items)
+    return lambda part: torch.stack([words_embedding(model.lm, item, weight) for item in part])
+
+
+def _sentences(model: Any) -> Callable[[Sequence[Item]], Tensor]:
+    """Return what gives the mean vectors ``(N, D_lm)`` of items' captions."""
+    if not hasattr(model.lm, "sentences"):
+        raise MLLMError("stages.fit.targets=sentences needs vectors of whole sentences: lm.type=sentences.")
+    return lambda part: torch.stack([model.lm.sentences(item.answers).mean(0) for item in part])
 
 
 def can_be_fitted(connector: Any) -> bool:

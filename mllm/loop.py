@@ -146,7 +146,7 @@ class Loop:
             self.sources,
             self.stage.prompt,
             seed=self.config.seed,
-            lm=self.model.lm,
+            lm=self.model.lm if self.model.speaks else None,
             num_visual=connector.num_tokens if connector is not None else 0,
             data=self.stage.data,
         )
@@ -158,7 +158,7 @@ class Loop:
         """
 
         def read(pieces: list[Piece]) -> None:
-            if self.model.lm is not None:
+            if self.model.speaks:
                 self.model.encode(pieces)
             for image in images_of(pieces) if self.model.encoder is not None else []:
                 self.model.encoder.open(image)
@@ -203,7 +203,7 @@ class Loop:
 
     def _calibrate(self) -> None:
         """Bring a new connector's output to the scale of the language model's embeddings."""
-        if self.model.calibrated or self.model.connector is None or self.model.lm is None:
+        if self.model.calibrated or self.model.connector is None or not self.model.speaks:
             return
         rows, _, _ = self._readable(self._stream().take(CALIBRATION_EXAMPLES))
         images = [image for pieces in rows for image in images_of(pieces)]
@@ -285,7 +285,7 @@ def inputs(model: Assembly, rows: Sequence[list[Piece]], store: FeatureStore, *,
     """
     images = [image for pieces in rows for image in images_of(pieces)]
     batch = None
-    if model.lm is not None:
+    if model.speaks:
         batch = collate([model.encode(pieces) for pieces in rows], model.lm.pad, pack=pack).to(model.device)
     if not images or model.encoder is None:
         return rows, None, batch
@@ -397,7 +397,7 @@ def data(stage: Stage, seed: int) -> list[Source]:
 def _validation(stage: Stage, model: Assembly) -> list[list[Piece]]:
     sources = read_all(stage.data.val)
     number = min(VALIDATION_ITEMS, sum(len(source.items) for source in sources))
-    rows = Stream(sources, stage.prompt, seed=0, lm=model.lm).take(number) if sources else []
+    rows = Stream(sources, stage.prompt, seed=0, lm=model.lm if model.speaks else None).take(number) if sources else []
     for image in (image for pieces in rows for image in images_of(pieces) if model.encoder is not None):
         model.encoder.open(image)  # one that cannot be read is found now, not after hours
     return rows

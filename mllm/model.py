@@ -88,6 +88,11 @@ class Assembly(nn.Module):
         return self
 
     @property
+    def speaks(self) -> bool:
+        """Whether there is a language model that makes text; one that only reads sentences has no tokens to answer."""
+        return self.lm is not None and getattr(self.lm, "speaks", True)
+
+    @property
     def sees_pixels(self) -> bool:
         """Whether something in the encoder trains, so that features are computed anew in every step."""
         return self.encoder is not None and any(p.requires_grad for p in self.encoder.parameters())
@@ -115,9 +120,17 @@ class Assembly(nn.Module):
 
     @functools.cached_property
     def scorer(self) -> Any:
-        """Return the recipe's scorer, loaded when it is first needed; it is no part of what is trained or saved."""
+        """Return the recipe's scorer, loaded when it is first needed; it is no part of what is trained or saved.
+
+        A model that has pictures and sentences in one space is its own.
+        """
+        if self.spec.scorer is None and hasattr(self.lm, "sentences"):
+            return lookup("scorers", "aligned")(model=self)
         if self.spec.scorer is None:
-            raise MLLMError("Reranking needs a scorer: set scorer={'type': 'dual-encoder', 'model': ...} (CLIP, ...).")
+            raise MLLMError(
+                "Reranking needs a scorer: set scorer={'type': 'dual-encoder', 'model': ...} (CLIP, ...), or "
+                "{'type': 'aligned', 'model': RUN} with a run of emoji-scorer."
+            )
         cls = lookup("scorers", self.spec.scorer.type)
         return made(cls, f"scorer {self.spec.scorer.type}", **self.spec.scorer.options()).to(self.device)
 
@@ -161,6 +174,11 @@ class Assembly(nn.Module):
 
     def encode(self, pieces: Sequence[Piece], *, start: bool = True) -> Encoded:
         """Return an interleaved prompt as ids; the places of its images are counted in."""
+        if not self.speaks:
+            raise MLLMError(
+                "This model cannot answer: it has no language model that makes text. Train a recipe with one "
+                "(lm.type=transformers), or use this one as a scorer: scorer={'type': 'aligned', 'model': RUN}."
+            )
         encoded = encode(pieces, lm=self.lm, num_visual=self.connector.num_tokens, start=start)
         limit = self.lm.context
         if limit is not None and len(encoded.ids) >= limit:

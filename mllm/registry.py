@@ -23,7 +23,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "video": "mllm.encoders.video:Video",
         "audio": "mllm.encoders.audio:AudioModel",
     },
-    "lms": {"transformers": "mllm.lm:LanguageModel"},
+    "lms": {"transformers": "mllm.lm:LanguageModel", "sentences": "mllm.sentences:SentenceEncoder"},
     "connectors": {
         "linear": "mllm.adapters.connectors.linear:Linear",
         "mlp": "mllm.adapters.connectors.mlp:MLP",
@@ -45,9 +45,10 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "retrieval": "mllm.adapters.heads.retrieval:Retrieval",
     },
     "image_decoders": {},
-    "scorers": {"dual-encoder": "mllm.scorer:DualEncoder"},
+    "scorers": {"dual-encoder": "mllm.scorer:DualEncoder", "aligned": "mllm.aligned:Aligned"},
     "objectives": {
         "caption": "mllm.objectives:Caption",
+        "contrastive": "mllm.objectives:Contrastive",
         "patch-contrastive": "mllm.pairs:PatchContrastive",
         "itc": "mllm.pairs:ImageTextContrast",
         "itm": "mllm.pairs:ImageTextMatching",

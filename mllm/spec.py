@@ -191,7 +191,7 @@ class FitSpec(Spec):
 
     part: Literal["connector"] = "connector"
     solver: Literal["ridge", "least-squares", "procrustes"] = "ridge"
-    targets: Literal["caption-words", "tokens"] = "caption-words"  # tokens: their own strings, no data
+    targets: Literal["caption-words", "tokens", "sentences"] = "caption-words"  # tokens: their own strings, no data
     strength: float = Field(default=0.01, gt=0)  # of the ridge, as a share of the features' mean variance
 
 

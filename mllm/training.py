@@ -184,8 +184,9 @@ def _fit(run: Run, model: Assembly, stage: Stage, config: Recipe, store: Feature
                 store,
                 readable=lambda part: skipped.readable(part, lambda item: item.images[0].open()),
                 track=track,
+                sentences=stage.fit.targets == "sentences",
                 **how,
             )
-        bar.update(task, note=f"explains {explained:.0%} of the words")
+        bar.update(task, note=f"explains {explained:.0%} of the targets")
     run.log(stage=stage.name, explained=explained)
     model.calibrated = True

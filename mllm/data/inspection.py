@@ -112,7 +112,7 @@ def _source(found: Found, source: Source, stage: Stage, model: Any, track: Track
             continue
         if any(PLACEHOLDER in text for pieces in examples for text in _texts(pieces)):
             wrong[f"items hold the text {PLACEHOLDER!r}, which is read as words here"].append(item.id)
-        if model.lm is not None and model.lm.tokenizer is not None:
+        if model.speaks and model.lm.tokenizer is not None:
             _measure(found, wrong, item, examples, stage, model)
     wrong["ids stand for several items"] = [key for key, count in ids.items() if count > 1]
     found.problems = [f"{found.name}: {len(names)} {what}: {some(names)}" for what, names in wrong.items() if names]

@@ -1,0 +1,80 @@
+"""A frozen encoder of whole sentences in the place of the language model: text to one vector; it makes no text."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer
+
+from mllm import hub
+from mllm.errors import MLLMError
+
+_BATCH = 64
+
+
+class SentenceEncoder(nn.Module):
+    """A text encoder of `transformers` whose last states are averaged (Sentence-BERT, arXiv:1908.10084).
+
+    Args:
+        model: an installed part (``mllm/minilm``), a hub id or a folder.
+        dtype: of the weights; ``auto``: as they are stored.
+        quantize: not possible here.
+        init: ``random`` keeps the architecture and draws new weights (a control).
+        seed: of the random weights.
+
+    Attributes:
+        speaks: False: there are no tokens to answer with.
+
+    Raises:
+        MLLMError: ``quantize`` is set, or the model has an encoder and a decoder.
+    """
+
+    speaks = False
+    context = None  # what is longer is cut
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        quantize: Literal["8bit", "4bit"] | None = None,
+        init: Literal["pretrained", "random"] = "pretrained",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if quantize is not None:
+            raise MLLMError(f"lm.quantize is {quantize!r}: a sentence encoder is not quantised. Leave it out.")
+        self._folder, self._init = hub.resolve(model, group="lms"), init
+        self.tokenizer = hub.load_processor(AutoTokenizer, self._folder)
+        how: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
+        self.model = hub.load_model(AutoModel, self._folder, init=init, seed=seed, **how)
+        if self.model.config.is_encoder_decoder:
+            raise MLLMError(f"{model} has an encoder and a decoder; expected a text encoder such as mllm/minilm.")
+        self.model.requires_grad_(False).eval()
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Return what tells these weights from others."""
+        return hub.fingerprint(self._folder) if self._init == "pretrained" else hub.tensor_hash(self.model)
+
+    @property
+    def dim(self) -> int:
+        """Return the width of the vectors, which the connector maps to."""
+        return int(self.model.config.hidden_size)
+
+    def sentences(self, texts: Sequence[str]) -> Tensor:
+        """Return vectors ``(N, D_lm)`` of length 1; a text that is too long is cut."""
+        batches = [texts[start : start + _BATCH] for start in range(0, len(texts), _BATCH)]
+        return torch.cat([self._vectors(list(batch)) for batch in batches])
+
+    def _vectors(self, texts: list[str]) -> Tensor:
+        longest = min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings)
+        words = self.tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
+        words = words.to(self.model.device)
+        states = self.model(**words).last_hidden_state  # (N, T, D_lm)
+        mask = words["attention_mask"].unsqueeze(-1).to(states)
+        return nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
