@@ -67,9 +67,26 @@ def check(recipe: RecipeName, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def plan(recipe: RecipeName, overrides: Overrides = None) -> None:
-    """Show what a recipe would cost (not in this version)."""
-    _later("plan", "`mllm check` builds the recipe on paper and finds what does not fit")
+def plan(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    device: Annotated[str, typer.Option(help="cpu or gpu: on a CPU batches pass in parts.")] = "cpu",
+    processes: Annotated[int, typer.Option(min=1, help="Processes, one for each device.")] = 1,
+    sharding: Annotated[str, typer.Option(help="What processes divide: none (DDP), zero2, zero3 or fsdp.")] = "none",
+    memory: Annotated[str | None, typer.Option(help="Of a device (24GiB): what to change if it is too little.")] = None,
+    flops: Annotated[float | None, typer.Option(help="FLOP/s a device can do (312e12): gives the time.")] = None,
+    utilisation: Annotated[float, typer.Option(min=0, max=1, help="The share of them that is reached.")] = 0.4,
+    probe: Annotated[bool, typer.Option("--probe", help="Load the model and time a few steps here instead.")] = False,
+    images: Annotated[int | None, typer.Option(min=1, help="Pictures in the data; counted if left out.")] = None,
+    text_tokens: Annotated[int | None, typer.Option(min=2, help="Of an example; counted if left out, or 64.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Show what a recipe will take: parameters, memory, FLOPs, features, time. Nothing is loaded."""
+    from mllm.planning.command import run as run_plan
+
+    options = {"device": device, "processes": processes, "sharding": sharding, "flops": flops}
+    options |= {"utilisation": utilisation, "images": images, "text": text_tokens}
+    run_plan(recipe, overrides or [], options, memory=memory, probe=probe, as_json=as_json)
 
 
 @app.command()

@@ -37,7 +37,7 @@ class FeatureStore:
         folder: where shards are read from and written to; None: memory only.
     """
 
-    def __init__(self, model: Any, *, limit: int | None = LIMIT, chunk: int = 32, folder: Path | None = None) -> None:
+    def __init__(self, model: Any, *, limit: int | None = LIMIT, chunk: int = 8, folder: Path | None = None) -> None:
         self._model, self._limit, self._chunk, self._folder = model, limit, chunk, folder
         self._kept: dict[str, Tensor] = {}
         self._new: list[str] = []  # kept, and not on disk yet

@@ -78,7 +78,7 @@ class Loop:
         self.items = [item for source in read_all(stage.data.val) for item in source.items][: stage.eval.show]
         groups = parameter_groups(model, stage)
         self._calibrate()
-        _set_up(model, stage)
+        set_up(model, stage)
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         optimizer = torch.optim.AdamW(groups, weight_decay=stage.optim.weight_decay, betas=stage.optim.betas)
         self.wrapped, self.optimizer = self.accelerator.prepare(model, optimizer)
@@ -117,8 +117,8 @@ class Loop:
         """Do one optimizer step over accumulated batches; return each objective's mean loss."""
         self.model.train()
         if self.stage.optim.checkpointing:
-            _recompute(self.model)
-        prepared = [part for rows in micro for part in self._parts(self._readable(rows))]
+            recompute(self.model)
+        prepared = [part for rows in micro for part in parts(self.model, self.objectives, self._readable(rows))]
         counts = [[float(o.count(rows, batch)) for o in self.objectives] for rows, _, batch in prepared]
         device = self.accelerator.device
         whole = self.accelerator.reduce(torch.tensor(counts, device=device).sum(0)).clamp(min=1)
@@ -192,14 +192,6 @@ class Loop:
             )
         if self.accelerator.is_main_process:
             self.run.record(path.name, {**known, self.stage.name: told})
-
-    def _parts(self, micro: Micro) -> Sequence[Micro]:
-        """Return what goes through the model at once: on a CPU few rows, if objectives look at each by itself."""
-        rows, features, batch = micro
-        apart = all(getattr(objective, "apart", False) for objective in self.objectives)
-        if batch is None or batch.mask.dim() == 3 or not apart or self.model.device.type != "cpu":  # 3: packed
-            return [micro]
-        return split(rows, features, batch)
 
     def _calibrate(self) -> None:
         """Bring a new connector's output to the scale of the language model's embeddings."""
@@ -294,6 +286,15 @@ def inputs(model: Assembly, rows: Sequence[list[Piece]], store: FeatureStore, *,
     return rows, store(images).to(model.device), batch
 
 
+def parts(model: Assembly, objectives: Sequence[Objective], micro: Micro) -> Sequence[Micro]:
+    """Return what goes through the model at once: on a CPU few rows, if objectives look at each by itself."""
+    rows, features, batch = micro
+    apart = all(getattr(objective, "apart", False) for objective in objectives)
+    if batch is None or batch.mask.dim() == 3 or not apart or model.device.type != "cpu":  # 3: packed
+        return [micro]
+    return split(rows, features, batch)
+
+
 @torch.no_grad()
 def validate(
     model: Assembly,
@@ -350,7 +351,7 @@ def _accelerator(stage: Stage, folder: Path) -> Accelerator:
     # A process whose examples have no picture leaves the connector out of its graph.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     accelerator = Accelerator(
-        mixed_precision=_precision(stage),
+        mixed_precision=precision(stage),
         log_with=list(stage.track) or None,
         project_dir=folder,
         kwargs_handlers=[unused],
@@ -360,7 +361,7 @@ def _accelerator(stage: Stage, folder: Path) -> Accelerator:
     return accelerator
 
 
-def _set_up(model: Assembly, stage: Stage) -> None:
+def set_up(model: Assembly, stage: Stage) -> None:
     """Turn on what saves memory or time in the language model, which stays in evaluation mode."""
     if model.lm is None:
         return
@@ -372,7 +373,7 @@ def _set_up(model: Assembly, stage: Stage) -> None:
         model.lm.model.compile()
 
 
-def _recompute(model: Assembly) -> None:
+def recompute(model: Assembly) -> None:
     """Let the language model's layers recompute their activations, which they do in training mode only.
 
     What is inside the layers, dropout above all, stays in evaluation mode.
@@ -407,7 +408,7 @@ def _without(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
 
 
-def _precision(stage: Stage) -> str:
+def precision(stage: Stage) -> str:
     """Return accelerate's word; ``auto`` is bfloat16 on a GPU that has it, else what the parts are loaded in."""
     names = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
     if stage.optim.precision == "auto":

@@ -156,7 +156,6 @@ def test_run_of_another_version(mllm: Mllm, model: Path, picture: Path, tmp_path
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["plan", "limber-cpu"],
         ["index", "build", "images", "out"],
     ],
 )

@@ -1,0 +1,131 @@
+"""What a computation takes, found without computing: peak memory and FLOPs of the real code on tensors without values.
+
+The weights and features are `FakeTensor`s: they have shapes, types and lives as real ones have, and no memory. What is
+small and steers the computation (ids, masks, labels) is real. So the figures follow the code, and no formula has to.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a computation takes."""
+
+    peak: int = 0  # bytes that it needs at once, over what was there before
+    flops: int = 0  # a multiply-add is two; matrix products, convolutions and attention are counted
+
+
+class Paper:
+    """A place for modules and tensors without values."""
+
+    def __init__(self) -> None:
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return a tensor of a shape and no values."""
+        with self.mode:
+            return torch.empty(shape, dtype=dtype)
+
+    def put(self, module: nn.Module) -> None:
+        """Replace a module's tensors, which may be on the meta device, by ones without values; tied ones stay tied."""
+        made: dict[int, tuple[Tensor, Tensor]] = {}  # the old is kept, so that its id stays its own
+        for inner in module.modules():
+            tables: tuple[dict[str, Any], ...] = (inner._parameters, inner._buffers, vars(inner))
+            for table in tables:
+                for name, tensor in table.items():
+                    if isinstance(tensor, Tensor):
+                        if id(tensor) not in made:
+                            made[id(tensor)] = tensor, self._like(tensor)
+                        table[name] = made[id(tensor)][1]
+
+    def _like(self, tensor: Tensor) -> Tensor:
+        new = self.empty(*tensor.shape, dtype=tensor.dtype)
+        return nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+
+
+def cost(compute: Callable[[], Any]) -> Cost:
+    """Return what a computation takes; its result is dropped."""
+    with _Meter() as meter:
+        compute()
+    return Cost(peak=meter.peak, flops=meter.flops)
+
+
+class _Meter(TorchDispatchMode):
+    """Adds up the FLOPs of every operation, and the bytes of every storage that is made until it is dropped."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live = self.peak = self.flops = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func._overloadpacket in _INDEXED and len(args) > 1:
+            args = (args[0], _counted(args[1]), *args[2:])
+        made = func(*args, **kwargs)
+        results = [one for one in (made if isinstance(made, tuple | list) else (made,)) if isinstance(one, Tensor)]
+        if results and not func.is_view:
+            given = {_key(one) for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)}  # changed in place
+            for tensor in results:
+                if _key(tensor) not in given:
+                    self._note(tensor)
+        formula = _FORMULAS.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **kwargs, out_val=made)
+        return made
+
+    def _note(self, tensor: Tensor) -> None:
+        storage, key = tensor.untyped_storage(), _key(tensor)
+        if key in self._known:
+            return
+        size = storage.nbytes()
+        self._known.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._drop, key, size).atexit = False
+
+    def _drop(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
+def _counted(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Put real masks among indices as the places they hold, so that what is indexed has a known size."""
+    found: list[Tensor | None] = []
+    for index in indices:
+        real = index is not None and not isinstance(index, FakeTensor)
+        found += index.nonzero(as_tuple=True) if real and index.dtype == torch.bool else [index]  # type: ignore[union-attr]
+    return found
+
+
+def _key(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query.shape, key.shape, value.shape))
+
+
+def _attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    return int(sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape))
+
+
+# What torch has for the attention of GPUs holds for that of CPUs.
+_FORMULAS = {
+    **flop_registry,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+_INDEXED = {torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_, torch.ops.aten._index_put_impl_}
