@@ -26,6 +26,7 @@ from mllm.rerank import reranked
 from mllm.spec import FROZEN, AssemblySpec, PartSpec, checked
 from mllm.tokens import NewTokens
 from mllm.view import View, Views
+from mllm.words import told
 
 
 class Assembly(nn.Module):
@@ -214,7 +215,7 @@ class Assembly(nn.Module):
             for name in table("decoding")
             if settings[0].get(name) is not None
         ]
-        ours = {*table("decoding"), "candidates"}
+        ours = {*table("decoding"), "candidates", "words"}
         plain = [{key: value for key, value in row.items() if key not in ours} for row in settings]
         if processors:
             plain = [{**row, "logits_processor": [*row.get("logits_processor", []), *processors]} for row in plain]
@@ -232,7 +233,7 @@ class Assembly(nn.Module):
             decoding: fields of `transformers.GenerationConfig` over the recipe's own (``max_new_tokens=20``), and
                 ``seed``: a temperature, top-p or seed means sampling; each prompt draws from its own seed.
                 ``contrastive`` (`mllm.contrastive.Contrastive`) and ``candidates`` (how many answers the scorer
-                chooses from) look at the image.
+                chooses from) look at the image; ``words`` (`mllm.words.told`) puts words in its place.
 
         Returns:
             One `Output` a prompt, in order. A batch gives what its members give alone.
@@ -247,8 +248,11 @@ class Assembly(nn.Module):
             _raise_first(read)
         good = [prompt for prompt in read if not isinstance(prompt, MLLMError)]
         count = decoding.pop("candidates", self.spec.decoding.get("candidates", 1))
+        words = decoding.pop("words", self.spec.decoding.get("words"))
         found: list[Output] = []
-        if good and count > 1:
+        if good and words is not None:
+            found = told(self, good, words, decoding)
+        elif good and count > 1:
             found = reranked(self, good, count, decoding)
         elif good:
             found = self.answer(good, self.decodings(good, decoding))

@@ -37,7 +37,11 @@ def reranked(model: Any, prompts: Sequence[Sequence[Piece]], count: int, decodin
     answers = model.answer(rows, model.decodings(rows, [decoding, *drawn] * len(prompts)))
     best = []
     for place, prompt in enumerate(prompts):
-        own = answers[place * count : (place + 1) * count]
-        closeness = model.scorer.image_text(images_of(prompt)[-1:], [str(answer) for answer in own])[0]
-        best.append(own[int(closeness.argmax())])
+        best.append(closest(model, prompt, answers[place * count : (place + 1) * count]))
     return best
+
+
+def closest(model: Any, prompt: Sequence[Piece], answers: Sequence[Any]) -> Any:
+    """Return the answer that the scorer finds closest to a prompt's last image."""
+    closeness = model.scorer.image_text(images_of(prompt)[-1:], [str(answer) for answer in answers])[0]
+    return answers[int(closeness.argmax())]

@@ -77,9 +77,10 @@ class Views(Sequence["View"]):
     def _decoded(self, rows: Sequence[tuple[int, str]], decoding: dict[str, Any]) -> list[str]:
         model = self.model
         new = [self.following(view, text) for view, text in rows]
-        candidates = {**model.spec.decoding, **decoding}.get("candidates", 1)
+        given = {**model.spec.decoding, **decoding}
+        anew = given.get("candidates", 1) > 1 or given.get("words") is not None  # not from what was seen
         # An image at the end and nothing behind it leaves no token to start from.
-        if candidates > 1 or not all(ids for _, ids in new):
+        if anew or not all(ids for _, ids in new):
             outputs = model.generate([[*self.prompts[view], text] for view, text in rows], **decoding)
             return [str(output) for output in outputs]
         width, seen = max(len(ids) for _, ids in new), self.mask.shape[1]
