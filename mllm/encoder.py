@@ -62,6 +62,10 @@ class Encoder(nn.Module):
         drawn = init == "random" and not on_paper()
         self._drawn = hub.tensor_hash(self) if drawn else None
 
+    def name_drawn(self) -> None:
+        """Take the fingerprint of tensors that are in memory, before any is dropped."""
+        self._drawn = None if on_paper() else hub.tensor_hash(self)
+
     def weights_name(self) -> str:
         """Return the fingerprint that `name_weights` took."""
         return self._drawn or hub.fingerprint(self._folder)

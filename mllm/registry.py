@@ -17,6 +17,8 @@ from mllm.errors import MLLMError, near
 BUILT_IN: dict[str, dict[str, str]] = {
     "encoders": {
         "transformers": "mllm.encoders.vision:VisionModel",
+        "timm": "mllm.encoders.timm_model:TimmModel",
+        "open-clip": "mllm.encoders.open_clip_model:OpenClipModel",
         "fuse": "mllm.encoders.fuse:Fuse",
         "features": "mllm.encoders.stored:StoredFeatures",
         "dual-encoder": "mllm.encoders.joint:JointSpace",

@@ -1,0 +1,127 @@
+"""The image tower of any `open_clip` model: the extra ``open-clip``, in an environment that has torchvision."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor, nn
+
+from mllm.encoder import Encoder, on_paper
+from mllm.encoders.cut import cut, until
+from mllm.encoders.pixels import normalised
+from mllm.encoders.timm_model import explained, tokens_of
+from mllm.errors import MLLMError, near
+
+
+class OpenClipModel(Encoder):
+    """The image tower of an open_clip model, whatever it is made of (ViT, ResNet, or one of timm's).
+
+    Args:
+        model: open_clip's name of it (``RN50x16``, ``EVA01-g-14``), with or without ``open-clip/``.
+        weights: a tag of open_clip (``openai``), or a file.
+        layer: k > 0: what the k-th block gives (of a ResNet: its stem is the first); k < 0: counted from the last one,
+            which is -1. None: what the last one gives, before any pooling (CLIP RN50x16: 12 x 12 x 3072).
+        select: ``patches``, ``pooled`` (the tower's own vector; of a layer, the mean), ``all`` (with CLS).
+        resolution: side of the square input in pixels; None: the model's own.
+        init: ``random`` draws new weights (a control).
+        seed: of the random weights.
+
+    Raises:
+        MLLMError: open_clip is not installed, has no such model or weights, or the model has no such layer or size.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        weights: str | None = None,
+        layer: int | None = None,
+        select: Literal["patches", "pooled", "all"] = "patches",
+        resolution: int | None = None,
+        init: Literal["pretrained", "random"] = "pretrained",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.layer, self.select = layer, select
+        name = model.removeprefix("open-clip/")
+        self.model: Any
+        self.model, self.config = _created(name, weights, init, resolution, seed)
+        self.name_drawn()
+        size = self.config["size"]
+        self.size = int(size if isinstance(size, int) else size[0])
+        self.shape = (3, self.size, self.size)
+        raw, _ = explained(lambda: cut(self.model, lambda: self._raw(torch.zeros(1, *self.shape))), model, self.size)
+        self._prefix = self._count_prefix(raw)
+        features, self.grid = tokens_of(raw, self.select, self._prefix)
+        self.num_patches, self.dim = features.shape[1], features.shape[2]
+
+    @property
+    def fingerprint(self) -> str:
+        """Return a hash of all tensors that were loaded."""
+        return self.weights_name()
+
+    def settings(self) -> dict[str, Any]:
+        """Return what, beside the weights, decides the features."""
+        own = {"layer": self.layer, "select": self.select, "size": self.size}
+        return own | {key: self.config[key] for key in ("mean", "std", "interpolation")}
+
+    def preprocess(self, items: Sequence[Image.Image]) -> Tensor:
+        """Return pixels ``(B, 3, H, W)`` of RGB images."""
+        return normalised(items, self.size, self.config["mean"], self.config["std"], self.config["interpolation"])
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Return features ``(B, P, D_vis)`` of pixels ``(B, 3, H, W)``."""
+        return tokens_of(until(lambda: self._raw(pixels)), self.select, self._prefix)[0]
+
+    def _raw(self, pixels: Tensor) -> Tensor:
+        weight = next(self.model.parameters())
+        pixels = pixels.to(weight.device, weight.dtype)
+        if self.layer is None and self.select == "pooled":
+            return self.model(pixels)
+        if self.layer == 0:
+            raise MLLMError("encoder.layer is 0; here layers are blocks, from 1 on, or from -1 back.")
+        layer = -1 if self.layer is None else self.layer
+        options: dict[str, Any] = {"output_extra_tokens": True} if self.select == "all" else {}
+        try:
+            found = self.model.forward_intermediates(
+                pixels, indices=[layer - 1 if layer > 0 else layer], stop_early=True, intermediates_only=True, **options
+            )
+        except (AssertionError, IndexError, ValueError):
+            raise MLLMError(f"encoder.layer is {layer}, and the encoder has not so many blocks.") from None
+        patches = found["image_intermediates"][-1]
+        before = found.get("image_intermediates_prefix")
+        if not before:
+            return patches
+        return torch.cat([before[-1], rearrange(patches, "b d h w -> b (h w) d")], dim=1)
+
+    def _count_prefix(self, raw: Tensor) -> int:
+        """Return how many tokens before the patches there are: what is over a square."""
+        return raw.shape[1] - int(raw.shape[1] ** 0.5) ** 2 if raw.ndim == 3 else 0
+
+
+def _created(
+    name: str, weights: str | None, init: str, resolution: int | None, seed: int
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Return the image tower and how its pictures are prepared."""
+    try:
+        import open_clip
+    except ImportError:
+        raise MLLMError("encoder.type=open-clip needs open_clip: pip install 'mllm-assembly[open-clip]'.") from None
+    if name not in open_clip.list_models():
+        raise MLLMError(f"open_clip has no model {name!r}. {near(name, open_clip.list_models())}")
+    loads = init == "pretrained" and not on_paper()
+    if loads and weights is None:
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
+        raise MLLMError(f"encoder.weights is missing: give a file, or a tag of open_clip ({name} has: {tags}).")
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = open_clip.create_model(name, pretrained=weights if loads else None, force_image_size=resolution)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise MLLMError(f"open_clip could not load {name!r}: {str(error).splitlines()[0]}") from error
+    config = open_clip.get_model_preprocess_cfg(model)
+    return model.visual.requires_grad_(False).eval(), config

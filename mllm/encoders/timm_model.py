@@ -1,0 +1,182 @@
+"""Any image model of `timm`: the extra ``timm``, in an environment that has torchvision.
+
+Notable: layers are read by timm's own ``forward_intermediates``, which gives every family's blocks as maps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor, nn
+
+from mllm.encoder import Encoder, on_paper, selected
+from mllm.encoders.cut import cut, until
+from mllm.encoders.pixels import normalised
+from mllm.errors import MLLMError, near
+
+
+class TimmModel(Encoder):
+    """An image model of timm.
+
+    Args:
+        model: timm's name of it (``nf_resnet50.ra2_in1k``, ``eva02_large_patch14_224``), with or without ``timm/``.
+        layer: k > 0: what the k-th block gives; k < 0: counted from the last one, which is -1. None: the features that
+            the model itself would classify by.
+        select: ``patches``, ``pooled`` (the model's own pooling; of a layer, the mean), ``all`` (with CLS, ...).
+        resolution: side of the square input in pixels; None: the model's own.
+        weights: a file to load in place of those on the hub.
+        init: ``random`` draws new weights (a control).
+        seed: of the random weights.
+
+    Raises:
+        MLLMError: timm is not installed, has no such model, or the model has no such layer or size.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        layer: int | None = None,
+        select: Literal["patches", "pooled", "all"] = "patches",
+        resolution: int | None = None,
+        weights: str | None = None,
+        init: Literal["pretrained", "random"] = "pretrained",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.layer, self.select = layer, select
+        timm = _timm()
+        self.model: Any = _created(timm, model.removeprefix("timm/"), weights, init, seed)
+        self.name_drawn()
+        self.config = timm.data.resolve_model_data_config(self.model)
+        self.size, self.model = _resized(self.model, resolution, self.config)
+        self.shape = (3, self.size, self.size)
+        raw, _ = explained(lambda: cut(self.model, lambda: self._raw(torch.zeros(1, *self.shape))), model, self.size)
+        features, self.grid = self._tokens(raw)
+        self.num_patches, self.dim = features.shape[1], features.shape[2]
+
+    @property
+    def fingerprint(self) -> str:
+        """Return a hash of all tensors that were loaded."""
+        return self.weights_name()
+
+    def settings(self) -> dict[str, Any]:
+        """Return what, beside the weights, decides the features."""
+        own = {"layer": self.layer, "select": self.select, "size": self.size}
+        return own | {key: self.config[key] for key in ("mean", "std", "interpolation")}
+
+    def preprocess(self, items: Sequence[Image.Image]) -> Tensor:
+        """Return pixels ``(B, 3, H, W)`` of RGB images."""
+        return normalised(items, self.size, self.config["mean"], self.config["std"], self.config["interpolation"])
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Return features ``(B, P, D_vis)`` of pixels ``(B, 3, H, W)``."""
+        return self._tokens(until(lambda: self._raw(pixels)))[0]
+
+    def _raw(self, pixels: Tensor) -> Tensor:
+        weight = next(self.model.parameters())
+        pixels = pixels.to(weight.device, weight.dtype)
+        if self.layer is not None:
+            return layer_of_blocks(self.model, pixels, self.layer, self.select)
+        features = self.model.forward_features(pixels)
+        return self.model.forward_head(features, pre_logits=True) if self.select == "pooled" else features
+
+    def _tokens(self, raw: Tensor) -> tuple[Tensor, tuple[int, int] | None]:
+        if raw.ndim == 4 and getattr(self.model, "output_fmt", "NCHW") == "NHWC" and self.layer is None:
+            raw = rearrange(raw, "b h w d -> b d h w")
+        prefix = int(getattr(self.model, "num_prefix_tokens", 0))
+        return tokens_of(raw, self.select, prefix)
+
+
+def layer_of_blocks(model: Any, pixels: Tensor, layer: int, select: str) -> Tensor:
+    """Return what a block gives, as a map ``(B, D, h, w)``; with the tokens before the patches, ``(B, N, D)``.
+
+    Raises:
+        MLLMError: the model does not give its blocks, or has not that many.
+    """
+    if not hasattr(model, "forward_intermediates"):
+        raise MLLMError("This encoder does not give what its blocks compute: leave out encoder.layer.")
+    if layer == 0:
+        raise MLLMError("encoder.layer is 0; here layers are blocks, from 1 on, or from -1 back.")
+    options: dict[str, Any] = {"return_prefix_tokens": True} if select == "all" and _has_prefix(model) else {}
+    index = layer - 1 if layer > 0 else layer
+    try:
+        found = model.forward_intermediates(
+            pixels, indices=[index], stop_early=True, intermediates_only=True, **options
+        )
+    except (AssertionError, IndexError, ValueError):
+        raise MLLMError(
+            f"encoder.layer is {layer}, and the encoder has not so many blocks. Take one nearer to 0."
+        ) from None
+    last = found[-1]
+    if not isinstance(last, tuple):
+        return last
+    patches = rearrange(last[0], "b d h w -> b (h w) d")
+    return torch.cat([last[1], patches], dim=1)
+
+
+def tokens_of(raw: Tensor, select: str, prefix: int) -> tuple[Tensor, tuple[int, int] | None]:
+    """Return features ``(B, P, D_vis)`` and their grid, of a vector, a map, or tokens of which some come first."""
+    if raw.ndim == 2:
+        return rearrange(raw, "b d -> b 1 d"), None
+    if raw.ndim == 4:
+        grid: tuple[int, int] | None = (raw.shape[2], raw.shape[3])
+        raw, prefix = rearrange(raw, "b d h w -> b (h w) d"), 0
+    else:
+        side = round((raw.shape[1] - prefix) ** 0.5)
+        grid = (side, side) if side * side == raw.shape[1] - prefix else None
+    features = selected(raw, select, grid, prefix)
+    return features, grid if select == "patches" or (select == "all" and prefix == 0) else None
+
+
+def explained(run: Any, model: str, size: int) -> Any:
+    """Return what ``run`` returns; what it raises is said of the model and the size."""
+    try:
+        return run()
+    except MLLMError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise MLLMError(f"The encoder {model!r} does not take pictures of {size} x {size} pixels: {reason}") from error
+
+
+def _has_prefix(model: Any) -> bool:
+    return bool(getattr(model, "num_prefix_tokens", 0))
+
+
+def _timm() -> Any:
+    try:
+        import timm
+        import timm.data
+    except ImportError:
+        raise MLLMError("encoder.type=timm needs timm: pip install 'mllm-assembly[timm]'.") from None
+    return timm
+
+
+def _created(timm: Any, name: str, weights: str | None, init: str, seed: int) -> nn.Module:
+    """Return a model without its classifier, its weights loaded or drawn."""
+    if not timm.is_model(name):
+        raise MLLMError(f"timm has no model {name!r}. {near(name, timm.list_models())}")
+    loads = init == "pretrained" and not on_paper()
+    options = {"pretrained_cfg_overlay": {"file": weights}} if weights is not None else {}
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model: nn.Module = timm.create_model(name, pretrained=loads, num_classes=0, **options)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise MLLMError(
+            f"timm could not load the weights of {name!r}: {str(error).splitlines()[0]} Give encoder.weights, a file."
+        ) from error
+    return model.requires_grad_(False).eval()
+
+
+def _resized(model: Any, resolution: int | None, config: dict[str, Any]) -> tuple[int, Any]:
+    """Return the side of the input, and the model made for it: positions are interpolated by timm."""
+    native = int(config["input_size"][-1])
+    if resolution is not None and resolution != native and hasattr(model, "set_input_size"):
+        model.set_input_size(img_size=(resolution, resolution))
+    return resolution or native, model

@@ -1,0 +1,133 @@
+"""Encoders of timm and open_clip, in the environment of `make test-extras`, with random weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from mllm.encoder import build
+from mllm.errors import MLLMError
+from mllm.published import configuration
+from mllm.spec import EncoderSpec, checked
+from mllm.testing import tiny_image
+
+PICTURES = [tiny_image(1), tiny_image(2, (30, 60))]
+
+
+def encoder_of(**values: Any) -> Any:
+    return build(checked(EncoderSpec, {"init": "random", **values}), seed=0)
+
+
+def size(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("kind", ["timm", "open-clip"])
+def test_without_the_library_the_extra_is_named(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, kind.replace("-", "_"), None)
+    with pytest.raises(MLLMError, match=rf"pip install 'mllm-assembly\[{kind}\]'"):
+        encoder_of(type=kind, model="x")
+
+
+TIMM = [  # name, patches, tokens before them, width, blocks
+    ("vit_tiny_patch16_224", 196, 1, 192),
+    ("vit_small_patch14_reg4_dinov2", 1369, 5, 384),
+    ("eva02_tiny_patch14_224", 256, 1, 192),
+    ("swin_tiny_patch4_window7_224", 49, 0, 768),
+    ("convnext_atto", 49, 0, 320),
+    ("nf_resnet50", 64, 0, 2048),
+]
+
+
+@pytest.mark.extras
+@pytest.mark.parametrize(("name", "patches", "prefix", "dim"), TIMM)
+def test_timm_features_are_the_models_own(name: str, patches: int, prefix: int, dim: int) -> None:
+    import timm
+
+    encoder = encoder_of(type="timm", model=f"timm/{name}")
+    assert (encoder.num_patches, encoder.dim) == (patches, dim) and encoder.grid
+    pixels = encoder.preprocess(PICTURES)
+    assert pixels.shape[0] == 2 and encoder.shape == tuple(pixels.shape[1:])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        own = timm.create_model(name, pretrained=False).eval()
+    own.load_state_dict(encoder.model.state_dict(), strict=False)  # the classifier is the only difference
+    with torch.no_grad():
+        expected = own.forward_features(pixels)
+        block = own.forward_intermediates(pixels, indices=[-2], intermediates_only=True)[0]
+        head = own.forward_head(expected, pre_logits=True)
+    if expected.ndim == 4:
+        expected = expected.flatten(1, 2) if "swin" in name else expected.flatten(2).mT
+    assert torch.equal(encoder(pixels), expected[:, prefix:])
+    cut = encoder_of(type="timm", model=name, layer=-2)
+    assert torch.equal(cut(pixels), block.flatten(2).mT) and size(cut) < size(encoder)
+    assert torch.equal(encoder_of(type="timm", model=name, select="pooled")(pixels)[:, 0], head)
+
+
+@pytest.mark.extras
+def test_timm_stretches_positions_and_says_what_is_wrong() -> None:
+    assert encoder_of(type="timm", model="vit_tiny_patch16_224", resolution=96).grid == (6, 6)
+    every = encoder_of(type="timm", model="vit_tiny_patch16_224", layer=-2, select="all")
+    assert (every.num_patches, every.grid) == (197, None)
+    with torch.device("meta"):
+        assert encoder_of(type="timm", model="nf_resnet50", select="pooled").num_patches == 1
+    for values, message in (
+        ({"model": "vit_tiny_patch16_22"}, "timm has no model.*Did you mean 'vit_tiny_patch16_224"),
+        ({"model": "vit_tiny_patch16_224", "layer": 40}, "encoder.layer is 40"),
+        ({"model": "vit_tiny_patch16_224", "layer": 0}, "from 1 on"),
+        ({"model": "vit_tiny_patch16_224", "init": "pretrained"}, r"could not load the weights.*encoder.weights"),
+    ):
+        with pytest.raises(MLLMError, match=message):
+            encoder_of(type="timm", **values)
+
+
+@pytest.mark.extras
+@pytest.mark.parametrize(("name", "extra"), [("ViT-B-32", 1), ("RN50", 0)])
+def test_open_clip_features_are_the_towers_own(name: str, extra: int) -> None:
+    import open_clip
+
+    encoder = encoder_of(type="open-clip", model=f"open-clip/{name}", layer=-2)
+    pixels = encoder.preprocess(PICTURES)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        own = open_clip.create_model(name, pretrained=None).visual.eval()
+    with torch.no_grad():
+        expected = own.forward_intermediates(pixels, indices=[3 if extra == 0 else 10], intermediates_only=True)
+        vector = own(pixels)
+    assert torch.equal(encoder(pixels), expected["image_intermediates"][0].flatten(2).mT)
+    assert size(encoder) < size(own)
+    if extra:
+        every = encoder_of(type="open-clip", model=name, layer=-2, select="all")
+        assert torch.equal(every(pixels)[:, 1:], encoder(pixels)) and every.num_patches == encoder.num_patches + 1
+    torch.testing.assert_close(encoder_of(type="open-clip", model=name, select="pooled")(pixels)[:, 0], vector)
+
+
+@pytest.mark.extras
+@pytest.mark.parametrize(
+    ("model", "values", "grid"),
+    [("RN50x16", {}, (12, 12)), ("EVA01-g-14", {"layer": -2, "select": "all"}, None)],
+)
+def test_published_shapes_are_the_real_ones(model: str, values: dict[str, Any], grid: Any) -> None:
+    from mllm.encoders.open_clip_model import OpenClipModel
+
+    known = configuration(f"open-clip/{model}")
+    assert known is not None
+    with torch.device("meta"):
+        encoder = OpenClipModel(model=model, init="random", **values)
+    assert (encoder.dim, encoder.grid) == (known["dim"], grid)
+    assert encoder.num_patches == known.get("patches", 144)
+
+
+@pytest.mark.extras
+def test_open_clip_says_what_is_wrong() -> None:
+    assert encoder_of(type="open-clip", model="ViT-B-32", resolution=96).grid == (3, 3)
+    for values, message in (
+        ({"model": "RN50x17"}, "open_clip has no model 'RN50x17'. Did you mean 'RN50x16'"),
+        ({"model": "RN50x16", "init": "pretrained"}, r"encoder.weights is missing.*openai"),
+        ({"model": "ViT-B-32", "layer": 30}, "encoder.layer is 30"),
+        ({"model": "ViT-B-32", "init": "pretrained", "weights": "/no/file"}, "could not load 'ViT-B-32'"),
+    ):
+        with pytest.raises(MLLMError, match=message):
+            encoder_of(type="open-clip", **values)
