@@ -120,7 +120,8 @@ def _created(
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = open_clip.create_model(name, pretrained=weights if loads else None, force_image_size=resolution)
+            tag, device = (weights if loads else None), torch.get_default_device()
+            model = open_clip.create_model(name, pretrained=tag, force_image_size=resolution, device=device)
     except (OSError, RuntimeError, ValueError) as error:
         raise MLLMError(f"open_clip could not load {name!r}: {str(error).splitlines()[0]}") from error
     config = open_clip.get_model_preprocess_cfg(model)
