@@ -162,13 +162,21 @@ def _batch_is_its_members(model: Assembly) -> torch.Tensor:
     """Return the next token's logits; in a padded batch they are what each prompt gives alone, and so are answers."""
     together = _next(model, PROMPTS)
     assert together.isfinite().all(), "logits are not finite"
-    for row, prompt in enumerate(PROMPTS):
-        apart = float((together[row] - _next(model, [prompt])[0]).abs().max())
-        assert apart <= 1e-4 * float(together[row].abs().max()), f"a batch gives other logits, by {apart:.2g}"
+    apart = _apart(model, together)
+    if apart > 1e-4:
+        exact = _apart(model.double(), _next(model, PROMPTS))
+        model.float()
+        raise AssertionError(f"a batch gives other logits, by {apart:.2g} of the largest; in float64 by {exact:.2g}")
     answers = model.generate(PROMPTS, max_new_tokens=3)
     alone = model.generate(PROMPTS[1:2], max_new_tokens=3)
     assert str(answers[1]) == str(alone[0]), "a batch gives another answer"
     return together
+
+
+def _apart(model: Assembly, together: torch.Tensor) -> float:
+    """Return how far a batch's logits are from those of its members alone, as a share of the largest."""
+    alone = torch.cat([_next(model, [prompt]) for prompt in PROMPTS])
+    return float(((together - alone).abs().amax(1) / together.abs().amax(1)).max())
 
 
 def _next(model: Assembly, prompts: Sequence[Sequence[Any]]) -> torch.Tensor:
@@ -212,18 +220,20 @@ def _versions() -> dict[str, str]:
 PAGE_TEXT = """\
 # What goes with what
 
-{encoders} families of encoders, {lms} of language models and {connectors} connectors, at tiny random size: of {all:,}
-triples {works:,} work. A triple works if
+{encoders} families of encoders, {lms} of language models and {connectors} connectors, at tiny random size:
+{works:,} of {all:,} triples work. A triple works if
 
 - a step of training gives gradients to the connector, and to nothing else;
 - a left-padded batch of prompts (with two pictures, one, and none) gives each prompt the logits it gets alone, to 1e-4
   of the largest in float32, and the same greedy answer;
 - saved and loaded, it gives equal logits.
 
-`mllm bench matrix` tries them all, in {minutes:.0f} minutes of one core, and writes this page ({versions}). Stopped, it
-goes on where it was. A family that is on no list is joined in the same way: nothing in the code knows any by name.
+`mllm bench matrix` tries them all, here in {minutes:.0f} minutes of one core, and writes this page.
+({versions}.) Stopped, it goes on where it was. A family that is on no list is joined in the same way: nothing in
+the code knows any by name.
 
-A number in the table is how many of the {connectors} connectors work ({connector_names}). The encoders:
+A number in the table is how many of the {connectors} connectors work:
+{connector_names}. The encoders:
 
 {encoder_names}
 
@@ -252,7 +262,7 @@ def page(found: Sequence[Triple]) -> str:
         minutes=sum(one.seconds for one in found) / 60,
         versions=", ".join(f"{name} {value}" for name, value in _versions().items()),
         connector_names=", ".join(f"`{name}`" for name in connectors),
-        encoder_names="\n".join(f"{index}. {name}" for index, name in enumerate(encoders, 1)),
+        encoder_names=", ".join(f"{index} {name}" for index, name in enumerate(encoders, 1)) + ".",
         table="\n".join([head, *rows]),
         reasons="\n".join(_reasons(found)) or "Nothing: all triples work.",
     )
@@ -267,5 +277,5 @@ def _reasons(found: Iterable[Triple]) -> list[str]:
     lines = []
     for why, triples in groups.items():
         parts = [", ".join(dict.fromkeys(column)) for column in list(zip(*triples, strict=True))[:3]]
-        lines.append(f"- {len(triples)} triples ({parts[0]} | {parts[1]} | {parts[2]}): {why}")
+        lines.append(f"- {' | '.join(parts)} ({len(triples)}): {why}.")
     return lines
