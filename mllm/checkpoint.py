@@ -81,6 +81,16 @@ def load(folder: str | Path) -> Assembly:
     return model
 
 
+def trained_on(folder: str | Path) -> tuple[AssemblySpec, dict[str, str], dict[str, Tensor]]:
+    """Return what a run or saved model is built from, its frozen parts' fingerprints, and its trained tensors.
+
+    Nothing is built, and no frozen part is loaded; the errors are those of `load`.
+    """
+    path = _find(Path(folder))
+    about = _intact(path)
+    return about.spec, about.fingerprints, _tensors(path / about.tensors)
+
+
 def restore(model: Assembly, folder: Path) -> None:
     """Put what was saved in a folder into a model of the same parts; the errors are those of `load`."""
     about = _intact(folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
@@ -26,6 +26,8 @@ app.add_typer(recipes_app, name="recipes")
 app.add_typer(parts_app, name="parts")
 data_app = typer.Typer(help="A recipe's data.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+index_app = typer.Typer(help="Pictures that a model finds.", no_args_is_help=True)
+app.add_typer(index_app, name="index")
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name, or a path to a YAML file.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=c]...", help="Dotted overrides of the recipe.")]
@@ -278,10 +280,39 @@ def export(
     typer.echo(f"{folder}: on {len(found)} probes logits differ by at most {worst:.3g}, and all tokens are equal.")
 
 
-@app.command()
-def index(action: Annotated[str, typer.Argument(metavar="build")], images: Path, out: Path) -> None:
-    """Build an image index (not in this version)."""
-    _later("index", "nothing retrieves images yet")
+RunOption = Annotated[Path, typer.Option(help="A run, or a saved model, with a retrieval head.")]
+
+
+@index_app.command("build")
+def build_index(
+    images: Annotated[list[str], typer.Argument(metavar="IMAGES...", help="Picture files, folders or patterns.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The index's file.")],
+    run: RunOption,
+) -> None:
+    """Build an index of pictures, which the model's retrieval head searches."""
+    from mllm.checkpoint import load
+    from mllm.images import find_pictures
+    from mllm.index import ImageIndex
+
+    paths = find_pictures(images)
+    ImageIndex.build(load(run), paths).save(out)
+    typer.echo(f"{out}: {len(paths)} pictures.")
+
+
+@index_app.command("find")
+def find_images(
+    index: Annotated[Path, typer.Argument(metavar="INDEX", help="What `mllm index build` wrote.")],
+    text: Annotated[str, typer.Argument(metavar="TEXT", help="What is looked for: 'A picture of a red apple'.")],
+    run: RunOption,
+    count: Annotated[int, typer.Option(min=1, help="Pictures, the closest first.")] = 5,
+) -> None:
+    """Find pictures by words."""
+    from mllm.checkpoint import load
+    from mllm.index import opened
+
+    found = opened(index, run)  # another model's is refused before anything is loaded
+    for image in load(run).retrieve([[text]], found, count)[0]:
+        typer.echo(f"{image.score:.3f}  {image.source}")
 
 
 @app.command()
@@ -427,10 +458,6 @@ def _tell(model: Any, images: list[str], text: str, jsonl: bool, **decoding: Any
         raise MLLMError(
             f"{len(wrong)} of {len(paths)} pictures could not be read, the others have their answer:{listed}"
         )
-
-
-def _later(command: str, instead: str) -> NoReturn:
-    raise MLLMError(f"`mllm {command}` is not in version {__version__}; {instead}.")
 
 
 def _part_names(config: Any) -> tuple[str | None, ...]:

@@ -19,7 +19,7 @@ from mllm.chat import Chat
 from mllm.errors import MLLMError, near
 from mllm.hub import tensor_hash
 from mllm.objectives import Inputs
-from mllm.outputs import Output, Text
+from mllm.outputs import ImagePart, Output, Text
 from mllm.prompt import Batch, Control, Encoded, Piece, arrange, collate, encode, images_of, without_images
 from mllm.registry import lookup, made, table
 from mllm.rerank import reranked
@@ -222,7 +222,14 @@ class Assembly(nn.Module):
         return plain
 
     def generate(
-        self, prompts: Sequence[Sequence[Piece]], *, errors: Literal["raise", "return"] = "raise", **decoding: Any
+        self,
+        prompts: Sequence[Sequence[Piece]],
+        *,
+        errors: Literal["raise", "return"] = "raise",
+        index: Any = None,
+        images: int = 1,
+        eager: float = 0.0,
+        **decoding: Any,
     ) -> list[Any]:
         """Answer interleaved prompts, in one batch.
 
@@ -230,6 +237,10 @@ class Assembly(nn.Module):
             prompts: each a list of texts (`str`) and images (PIL image, array, `pathlib.Path`, bytes); in a prompt a
                 `str` is always text.
             errors: ``return``: a prompt that cannot be read gets its `MLLMError` as its answer, the others theirs.
+            index: an `mllm.index.ImageIndex`, or its file: where the model says its retrieval head's token, the answer
+                gets an `mllm.outputs.ImagePart`.
+            images: how many are looked up each time; the best is shown, and the others are its ``candidates``.
+            eager: added to the logit of the head's token: above 0 more images are shown, below 0 fewer.
             decoding: fields of `transformers.GenerationConfig` over the recipe's own (``max_new_tokens=20``), and
                 ``seed``: a temperature, top-p or seed means sampling; each prompt draws from its own seed.
                 ``contrastive`` (`mllm.contrastive.Contrastive`) and ``candidates`` (how many answers the scorer
@@ -252,6 +263,12 @@ class Assembly(nn.Module):
         found: list[Output] = []
         if good and words is not None:
             found = told(self, good, words, decoding)
+        elif good and index is not None:
+            from mllm.showing import shown
+
+            if count > 1:
+                raise MLLMError("Answers with images are not reranked: leave out 'candidates', or the index.")
+            found = shown(self, good, self.decodings(good, decoding), index, count=images, eager=eager)
         elif good and count > 1:
             found = reranked(self, good, count, decoding)
         elif good:
@@ -266,6 +283,22 @@ class Assembly(nn.Module):
         embeds, batch = self.prepare(prompts)
         rows = self.lm.generate(batch.mask, settings, streamer=streamer, inputs_embeds=embeds)
         return [Output([Text(self.lm.decode(row).strip())]) for row in rows]
+
+    def retrieve(self, prompts: Sequence[Sequence[Piece]], index: Any, count: int = 1) -> list[list[ImagePart]]:
+        """Return for each interleaved prompt the images of an index that its retrieval head finds closest.
+
+        Args:
+            prompts: as those of `generate`; what is looked for stands at the end.
+            index: an `mllm.index.ImageIndex`, or its file.
+            count: images for each prompt, the closest first.
+
+        Raises:
+            MLLMError: a model without a retrieval head, another model's index, or a bad prompt.
+        """
+        from mllm.showing import retrieve
+
+        _check_list(prompts)
+        return retrieve(self, _raise_first([_read(self, pieces) for pieces in prompts]), index, count)
 
     def see(self, pieces: Sequence[Piece]) -> View:
         """Take in images (and text, interleaved) once, for many questions.

@@ -156,16 +156,6 @@ def test_run_of_another_version(mllm: Mllm, model: Path, picture: Path, tmp_path
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["index", "build", "images", "out"],
-    ],
-)
-def test_commands_of_later_versions_say_so(mllm: Mllm, arguments: list[str]) -> None:
-    fails(mllm(*arguments), f"is not in version {__version__}; ")
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
         ["no-such-command"],
         ["train"],
         ["caption", "run"],
