@@ -207,7 +207,13 @@ def _sentences(model: Any) -> Callable[[Sequence[Item]], Tensor]:
     """Return what gives the mean vectors ``(N, D_lm)`` of items' captions."""
     if not hasattr(model.lm, "sentences"):
         raise MLLMError("stages.fit.targets=sentences needs vectors of whole sentences: lm.type=sentences.")
-    return lambda part: torch.stack([model.lm.sentences(item.answers).mean(0) for item in part])
+
+    def means(part: Sequence[Item]) -> Tensor:
+        texts = list(dict.fromkeys(text for item in part for text in item.answers))
+        vectors = dict(zip(texts, model.lm.sentences(texts), strict=True))
+        return torch.stack([torch.stack([vectors[text] for text in item.answers]).mean(0) for item in part])
+
+    return means
 
 
 def can_be_fitted(connector: Any) -> bool:
