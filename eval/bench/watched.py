@@ -19,7 +19,7 @@ from typing import Any
 
 from mllm.errors import MLLMError
 
-POLL = 0.005  # seconds
+POLL = 0.02  # seconds
 MEMORY = "memory.json"
 
 
@@ -89,7 +89,7 @@ def _followed(
         now = time.time()
         if not lines and first.is_file():  # what both write when the parts are loaded
             lines.append((now, {}))
-        if log.is_file():
+        if log.is_file() and log.stat().st_size > read:  # what is written is ASCII
             text = log.read_text()
             whole = text.rfind("\n") + 1
             for line in text[read:whole].splitlines():
