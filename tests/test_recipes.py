@@ -70,7 +70,8 @@ def tiny(name: str, places: dict[str, str]) -> dict[str, Any]:
         found |= {"data.val": captions}
     if config.connector.type == "qformer":
         found |= {f"connector.{key}": value for key, value in QFORMER.items()} | {"connector.words": places["words"]}
-    found |= {f"heads.{index}.inside": 16 for index in range(len(config.heads))}
+    widths = [index for index, head in enumerate(config.heads) if head.type in ("contrast", "match")]
+    found |= {f"heads.{index}.inside": 16 for index in widths}
     for index, stage in enumerate(config.stages):
         at = f"stages.{index}"
         found |= {f"{at}.steps": 2, f"{at}.batch_size": 4} if stage.train else {}
