@@ -14,7 +14,6 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from mllm.eval.baselines import Condition
 from mllm.eval.journal import Journal
@@ -24,6 +23,7 @@ from mllm.data.items import Item, before, question_text
 from mllm.errors import MLLMError
 from mllm.images import ImageSource
 from mllm.model import Assembly
+from mllm.processes import processes
 from mllm.prompt import Piece, arrange
 from mllm.view import View, Views
 
@@ -52,7 +52,7 @@ class Answering:
     def __init__(self, config: Suite, items: Sequence[Item], journal: Journal) -> None:
         self._config, self._items, self._journal = config, items, journal
         self._known: dict[tuple[Assembly, Query], Any] = {}
-        self._state = PartialState()
+        self._state = processes()
 
     def answers(self, condition: Condition, name: str, bar: Any) -> list[str]:
         """Return each item's answer under a condition; ``name`` is the journal's for it, and what ``bar`` shows."""

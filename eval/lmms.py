@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from lmms_eval.api.instance import GenerationResult
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
@@ -18,6 +17,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from mllm.checkpoint import load
 from mllm.errors import MLLMError
 from mllm.images import ImageSource, source_of
+from mllm.processes import processes
 from mllm.progress import progress
 from mllm.prompt import answer_text, arrange
 
@@ -51,7 +51,7 @@ class Mllm(lmms):  # type: ignore[misc]
         super().__init__()
         if others:
             raise MLLMError(f"The model mllm takes run, prompt, batch_size, device; not {', '.join(others)}.")
-        state = PartialState()
+        state = processes()
         self._rank, self._world_size = state.process_index, state.num_processes
         self.device = state.device if state.num_processes > 1 else torch.device(device or state.device)
         self.model = load(run).to(self.device)

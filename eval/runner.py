@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from mllm.eval.answering import Answering, closest, ranked
 from mllm.eval.baselines import USUAL, conditions
 from mllm.eval.journal import Journal
@@ -24,6 +23,7 @@ from mllm.eval.suite import Suite, data_hash, load_suite, read_items, read_shots
 from mllm.data.items import Item
 from mllm.errors import MLLMError
 from mllm.model import Assembly
+from mllm.processes import processes
 from mllm.progress import progress
 from mllm.spec import FROZEN, PromptSpec
 from mllm.version import __version__
@@ -66,7 +66,7 @@ def evaluate(
     if baselines and config.answer in BY_SCORER:
         raise MLLMError(f"The suite {config.name} answers with the scorer alone, so it has no baselines.")
     items = with_shots(whole[:limit], read_shots(config, data, whole), config.shots, model)
-    state = PartialState()
+    state = processes()
     if state.num_processes > 1:
         model.to(state.device)
     about = _about(model, config, items, baselines)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import Tensor, nn
 from transformers import get_scheduler
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -27,7 +27,7 @@ from mllm.data.skipping import Skipped
 from mllm.data.stream import Stream
 from mllm.errors import MLLMError
 from mllm.features import FeatureStore
-from mllm.micro import split
+from mllm.micro import rows_at_once, split
 from mllm.model import Assembly, calibrate, trained_module
 from mllm.objectives import Objective, objectives_of
 from mllm.progress import progress
@@ -266,7 +266,8 @@ class Loop:
         if best:
             self.model.load_state_dict(best, strict=False)
         self.model.requires_grad_(False).eval()
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:  # end_training would take the other processes away, too
+            tracker.finish()
         self.accelerator.free_memory()
 
 
@@ -292,7 +293,7 @@ def parts(model: Assembly, objectives: Sequence[Objective], micro: Micro) -> Seq
     apart = all(getattr(objective, "apart", False) for objective in objectives)
     if batch is None or batch.mask.dim() == 3 or not apart or model.device.type != "cpu":  # 3: packed
         return [micro]
-    return split(rows, features, batch)
+    return split(rows, features, batch, size=rows_at_once(len(batch.ids), batch.ids.shape[1], model.lm.model.dtype))
 
 
 @torch.no_grad()
@@ -343,7 +344,7 @@ def _accelerator(stage: Stage, folder: Path) -> Accelerator:
     """Return accelerate's engine, which brings devices, processes, precision and trackers.
 
     Raises:
-        MLLMError: a tracker that is not installed.
+        MLLMError: a tracker that is not installed, or weights divided among processes.
     """
     present = {str(tracker) for tracker in get_available_trackers()}
     if missing := [name for name in stage.track if name not in present]:
@@ -356,6 +357,11 @@ def _accelerator(stage: Stage, folder: Path) -> Accelerator:
         project_dir=folder,
         kwargs_handlers=[unused],
     )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise MLLMError(
+            f"Training does not divide weights among processes ({accelerator.distributed_type.value}): checkpoints and "
+            "saved models would lack parts. Launch it without that; every process then holds the whole model (DDP)."
+        )
     if stage.track:
         accelerator.init_trackers(stage.name, config={"steps": stage.steps, "batch_size": stage.batch_size})
     return accelerator

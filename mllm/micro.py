@@ -6,29 +6,37 @@ rows stays in the processor's cache.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from mllm.prompt import Batch, Piece, images_of
 
-POSITIONS = 1024  # of a part on a CPU: half of the memory of 2048, and no slower (docs/log.md)
+POSITIONS = 1024  # of a part on a CPU, in float32: four rows of LLaVA's 196 visual tokens and their text
 
 Part = tuple[Sequence[list[Piece]], Tensor | None, Batch]
 
 
-def split(
-    rows: Sequence[list[Piece]], features: Tensor | None, batch: Batch, *, positions: int = POSITIONS
-) -> list[Part]:
-    """Return a batch in parts of at most so many positions, or of one row where a row is longer.
+def rows_at_once(rows: int, length: int, dtype: torch.dtype) -> int:
+    """Return how many of ``rows`` rows of ``length`` positions a CPU computes at once, in parts as even as can be.
+
+    ``dtype`` is the language model's: the smaller its numbers, the more.
+    """
+    most = max(1, POSITIONS * torch.float32.itemsize // dtype.itemsize // length)
+    return math.ceil(rows / math.ceil(rows / most))
+
+
+def split(rows: Sequence[list[Piece]], features: Tensor | None, batch: Batch, *, size: int) -> list[Part]:
+    """Return a batch in parts of ``size`` rows, the last of what is left.
 
     Args:
         rows: the examples.
         features: ``(I, ...)`` of their images in reading order, or None where there are none.
         batch: their ids ``(B, T)``.
-        positions: of a part, padding counted.
+        size: rows of a part.
     """
-    size = max(1, positions // batch.ids.shape[1])
     counts = [len(images_of(pieces)) for pieces in rows]
     parts: list[Part] = []
     for start in range(0, len(rows), size):

@@ -18,6 +18,7 @@ from mllm import encoder as encoders
 from mllm.chat import Chat
 from mllm.errors import MLLMError, near
 from mllm.hub import tensor_hash
+from mllm.memory import give_back
 from mllm.objectives import Inputs
 from mllm.outputs import ImagePart, Output, Text
 from mllm.prompt import Batch, Control, Encoded, Piece, arrange, collate, encode, images_of, without_images
@@ -261,6 +262,8 @@ class Assembly(nn.Module):
         count = decoding.pop("candidates", self.spec.decoding.get("candidates", 1))
         words = decoding.pop("words", self.spec.decoding.get("words"))
         found: list[Output] = []
+        if words is not None and index is not None:
+            raise MLLMError("Pictures told in words and answers with images do not go together: leave one out.")
         if good and words is not None:
             found = told(self, good, words, decoding)
         elif good and index is not None:
@@ -406,8 +409,9 @@ def assemble(
 
 def build(spec: AssemblySpec) -> Assembly:
     """Build the parts that a specification names, wire their widths, and draw the trained parts' weights."""
-    encoder, lm = build_encoder(spec), build_lm(spec)
-    return join(spec, encoder=encoder, lm=lm)
+    encoder = build_encoder(spec)
+    give_back()  # what it was tried out with
+    return join(spec, encoder=encoder, lm=build_lm(spec))
 
 
 def join(spec: AssemblySpec, *, encoder: Any, lm: Any) -> Assembly:

@@ -26,6 +26,35 @@ class _Pairs:
         return len(rows)
 
 
+class Contrastive(_Pairs):
+    """InfoNCE, both ways, between pictures and whole sentences (CLIP, arXiv:2103.00020).
+
+    A picture's vector is the mean of its visual tokens, a text's that of the language model's ``sentences``, both of
+    length 1. Pairs with the same text are all right for each other (UniCL, arXiv:2204.03610).
+
+    Args:
+        temperature: what the cosines are divided by.
+    """
+
+    needs = ("lm.sentences", "connector")
+
+    def __init__(self, *, temperature: float = 0.05) -> None:
+        if temperature <= 0:
+            raise MLLMError(f"The objective contrastive has temperature {temperature}: expected a number above 0.")
+        self.temperature = temperature
+
+    def __call__(self, inputs: Inputs) -> Tensor:
+        """Return the sum over pairs."""
+        captions = captions_of(inputs.rows)
+        assert inputs.visual is not None
+        seen = normalize(inputs.visual.float().mean(1), dim=-1)  # (B, D_lm)
+        logits = seen @ inputs.model.lm.sentences(captions).float().T / self.temperature
+        same = torch.tensor([[one == other for other in captions] for one in captions], device=logits.device)
+        right = same / same.sum(1, keepdim=True)  # symmetric, so it holds for both directions
+        losses = [cross_entropy(each, right, reduction="sum") for each in (logits, logits.T)]
+        return (losses[0] + losses[1]) / 2
+
+
 class PatchContrastive(_Pairs):
     """InfoNCE, both ways, between a picture's visual tokens and the words of captions (CG-VLM, arXiv:2311.17945).
 
@@ -119,7 +148,7 @@ def captions_of(rows: Sequence[Sequence[Piece]]) -> list[str]:
     found = []
     for row in rows:
         learnt = [piece.text.strip() for piece in row if isinstance(piece, Target)]
-        if len(images_of(row)) != 1 or len(learnt) != 1:
+        if len(images_of(row)) != 1 or len(learnt) != 1 or not learnt[0]:
             raise MLLMError(
                 f"An example has {len(images_of(row))} pictures and {len(learnt)} texts to learn; objectives on pairs "
                 "need one of each. Train them on captions."

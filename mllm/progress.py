@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from accelerate import PartialState
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from mllm.processes import processes
 
 
 def progress() -> Progress:
@@ -15,5 +16,5 @@ def progress() -> Progress:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
-        disable=not PartialState().is_main_process,
+        disable=not processes().is_main_process,
     )

@@ -50,7 +50,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
     "scorers": {"dual-encoder": "mllm.scorer:DualEncoder", "aligned": "mllm.aligned:Aligned"},
     "objectives": {
         "caption": "mllm.objectives:Caption",
-        "contrastive": "mllm.objectives:Contrastive",
+        "contrastive": "mllm.pairs:Contrastive",
         "patch-contrastive": "mllm.pairs:PatchContrastive",
         "itc": "mllm.pairs:ImageTextContrast",
         "itm": "mllm.pairs:ImageTextMatching",

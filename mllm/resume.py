@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from mllm.errors import MLLMError
 from mllm.files import write
+from mllm.processes import processes
 
 NAME = "checkpoint.safetensors"
 
@@ -55,7 +55,7 @@ class State:
         Raises:
             MLLMError: the folder cannot be written; what was there before is still there.
         """
-        if not PartialState().is_main_process:
+        if not processes().is_main_process:
             return
         keys = ("stage", "step", "schedule", "rates", "frozen", "best", "waited")
         header = {key: getattr(self, key) for key in keys}
@@ -97,7 +97,7 @@ def set_random_states(tensors: dict[str, Tensor]) -> None:
     Raises:
         MLLMError: the run was started with another number of processes.
     """
-    here = PartialState()
+    here = processes()
     there = len({name.split(".")[1] for name in tensors if name.startswith("random.")})
     if there != here.num_processes:
         raise MLLMError(f"The run was started with {there} processes, and now there are {here.num_processes}.")

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from accelerate import PartialState
 
 from mllm.errors import MLLMError
 from mllm.files import write
 from mllm.plots import loss_plot
+from mllm.processes import processes
 from mllm.resume import changes
 
 PACKAGES = ("mllm-assembly", "torch", "transformers", "accelerate", "peft")
@@ -30,7 +30,7 @@ class Run:
     """One training run's folder; of several processes the main one writes it."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.writes = path, PartialState().is_main_process
+        self.path, self.writes = path, processes().is_main_process
 
     @classmethod
     def create(cls, path: Path, recipe: str) -> Run:
@@ -47,7 +47,8 @@ class Run:
             if any(path.iterdir()):
                 raise MLLMError(f"{path} is not empty. Give another folder with --out, or remove it.")
             write(path / "recipe.yaml", lambda file: file.write_text(recipe))
-            write(path / "environment.json", lambda file: file.write_text(json.dumps(environment(), indent=2) + "\n"))
+            about = {**environment(), "processes": str(processes().num_processes)}
+            write(path / "environment.json", lambda file: file.write_text(json.dumps(about, indent=2) + "\n"))
         except OSError as error:
             raise MLLMError(f"The run folder {path} cannot be written: {error.strerror or error}.") from None
         return run
@@ -76,7 +77,7 @@ class Run:
         run = cls(path)
         if accept and run.writes:
             (path / "data.json").unlink(missing_ok=True)  # the data may have changed as well
-        PartialState().wait_for_everyone()  # all have read it
+        processes().wait_for_everyone()  # all have read it
         if run.writes:
             write(written, lambda file: file.write_text(recipe))
         return run

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, set_seed
 
 from mllm import recipe as recipes
@@ -21,7 +20,9 @@ from mllm.errors import MLLMError
 from mllm.features import FeatureStore, open_store
 from mllm.fit import fit_connector, fit_tokens
 from mllm.loop import Loop, data
+from mllm.memory import give_back
 from mllm.model import Assembly, build, build_encoder, build_lm, join
+from mllm.processes import processes
 from mllm.progress import progress
 from mllm.resume import NAME as CHECKPOINT
 from mllm.resume import State, random_states, set_random_states
@@ -52,13 +53,14 @@ def train(
     config = recipes.load(recipe, overrides)
     if not config.stages:
         raise MLLMError(f"The recipe {config.name} has no stages, so there is nothing to train.")
+    processes()  # first: they agree on a folder before anything is trained
     set_seed(config.seed)
-    first = build(config.assembly(config.stages[0]))
     if resume:
         run = Run.reopen(Path(resume), recipes.dump(config), accept=accept_changes)
+        model, state = _taken_up(run, config)
     else:
+        model, state = build(config.assembly(config.stages[0])), State()  # first: what does not fit leaves no folder
         run = Run.create(_folder(out, config.name), recipes.dump(config))
-    model, state = _taken_up(run, config) if resume else (first, State())
     try:
         for index in range(state.stage, len(config.stages)):
             stage = config.stages[index]
@@ -75,7 +77,7 @@ def train(
     if run.writes:
         save(model, run.path / "model")
         (run.path / CHECKPOINT).unlink(missing_ok=True)
-    PartialState().wait_for_everyone()
+    processes().wait_for_everyone()
     return run
 
 
@@ -115,6 +117,7 @@ def carried(model: Assembly, spec: AssemblySpec, run: Run | None = None) -> Asse
 
 
 def _stage(run: Run, model: Assembly, stage: Stage, config: Recipe, state: State) -> Assembly:
+    give_back()  # what loading and the stage before left
     store = open_store(model, "off" if _encoder_trains(stage) else stage.cache)
     trained = ["connector"] if stage.fit else list(stage.train)
     before = _hashes(model, trained)
@@ -182,7 +185,7 @@ def _fit(run: Run, model: Assembly, stage: Stage, config: Recipe, store: Feature
                 model,
                 items,
                 store,
-                readable=lambda part: skipped.readable(part, lambda item: item.images[0].open()),
+                readable=lambda part: skipped.readable(part, lambda item: model.encoder.open(item.images[0])),
                 track=track,
                 sentences=stage.fit.targets == "sentences",
                 **how,

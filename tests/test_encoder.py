@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -113,6 +115,17 @@ def test_a_cut_keeps_what_is_needed_and_learns(folder: Callable[[str], str]) -> 
     features.sum().backward()
     bare = [name for name, parameter in encoder.named_parameters() if parameter.grad is None]
     assert all("mask_token" in name for name in bare)
+
+
+def test_a_cut_keeps_nothing_of_the_run_that_found_it() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh(), torch.nn.Linear(4, 4))
+    made: list[weakref.ref[torch.Tensor]] = []
+    watch = model[1].register_forward_hook(lambda _module, _inputs, output: made.append(weakref.ref(output)))
+    found, ends = cut(model, lambda: model[1](model[0](torch.randn(2, 4))))
+    watch.remove()
+    gc.collect()
+    assert ends and found.shape == (2, 4)
+    assert [tensor() for tensor in made] == [None]
 
 
 def test_a_cut_is_not_misled_by_what_runs_twice_or_in_place() -> None:

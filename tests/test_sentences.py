@@ -14,7 +14,8 @@ from mllm.check import problems
 from mllm.data.items import Item
 from mllm.errors import MLLMError
 from mllm.images import source_of
-from mllm.objectives import Contrastive, Inputs
+from mllm.objectives import Inputs
+from mllm.pairs import Contrastive
 from mllm.prompt import Target
 from mllm.registry import lookup
 from mllm.testing import tiny_image, tiny_tokenizer
@@ -98,7 +99,7 @@ def test_the_loss_is_cross_entropy_both_ways_and_equal_texts_are_no_rivals(model
     twins = [[tiny_image(), Target("a dog")]] * 2
     same = Contrastive()(Inputs(model, twins, features[:1].expand(2, -1, -1), None))
     assert float(same) == pytest.approx(2 * float(torch.tensor(2.0).log()), rel=1e-5)  # no better than by lot
-    with pytest.raises(MLLMError, match="one picture and a text"):
+    with pytest.raises(MLLMError, match="1 pictures and 0 texts"):
         Contrastive()(Inputs(model, [[tiny_image(), "no target"]], features[:1], None))
     with pytest.raises(MLLMError, match="temperature"):
         Contrastive(temperature=0.0)

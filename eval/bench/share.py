@@ -14,7 +14,7 @@ from mllm.eval.bench.setups import batch_of, captions, ours_losses, setup, sourc
 from mllm.eval.bench.shapes import LM, pictures, save_vision
 from mllm.eval.bench.table import Row
 
-from mllm.micro import split
+from mllm.micro import rows_at_once, split
 from mllm.prompt import Batch
 
 BATCH = 8
@@ -65,10 +65,11 @@ def share(
 def _step(model: Any, features: torch.Tensor, batch: Batch) -> Callable[[], None]:
     """Return a step of the optimizer on this batch, cut as training cuts it."""
     model.requires_grad_(False)
+    size = rows_at_once(len(batch.ids), batch.ids.shape[1], model.lm.model.dtype)
     optimizer = torch.optim.AdamW(model.connector.requires_grad_(True).parameters(), lr=1e-3)
 
     def step() -> None:
-        for _, own, part in split([[own] for own in features], features, batch):
+        for _, own, part in split([[own] for own in features], features, batch, size=size):
             losses = ours_losses(model, own, part)
             (losses.sum() / len(batch.ids)).backward()
         optimizer.step()

@@ -17,7 +17,7 @@ from mllm.eval.bench.setups import Setup, agree, captions, setup, source
 from mllm.eval.bench.shapes import LM, llava_class, pictures, save_vision
 from mllm.eval.bench.share import share
 from mllm.eval.bench.table import Row, ratio, report
-from mllm.eval.bench.watched import Watched, watch
+from mllm.eval.bench.watched import POLL, Watched, watch
 
 from mllm import parts
 from mllm.data.loading import read
@@ -29,7 +29,7 @@ PARTS = ("llava", "heavy", "target", "share")
 BATCH = 8
 EPOCHS = 2
 LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}  # ViT-L
-SMALL_BATCH = 4  # on the way to a loss: 300 steps at three learning rates take their time
+SMALL_BATCH = 8
 FITTED = 512  # pictures of the closed form
 RATES = (1e-4, 3e-4, 1e-3)  # of the alternative
 PROMPT = {"template": "A photo of{images}.\n{prompt}", "caption": "A picture of"}
@@ -234,7 +234,9 @@ def _rate(
 ) -> Row:
     """Return images a second between the ends of two steps."""
     first, last = steps
-    mine, theirs = ([seen.at(last) - seen.at(first) for seen in side] for side in zip(*pairs, strict=True))
+    mine, theirs = (  # nothing shorter than the time between two looks is told from it
+        [max(POLL, seen.at(last) - seen.at(first)) for seen in side] for side in zip(*pairs, strict=True)
+    )
     images = (last - first) * BATCH
     return Row(
         name=name,

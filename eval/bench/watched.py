@@ -69,11 +69,12 @@ def watch(
         )
         try:
             lines, wanted = _followed(process, out, until)
+            status = process.poll()
         finally:
             process.kill()
             process.wait()
     if not wanted and not _memory_of(out).is_file():
-        raise MLLMError(f"The training process of {description} failed: {said.read_text()[-2000:]}")
+        raise MLLMError(f"The process of {description} ended with status {status}: {said.read_text()[-2000:]}")
     return Watched(began, lines, 0 if wanted else json.loads(_memory_of(out).read_text()))
 
 

@@ -58,7 +58,8 @@ def cut(model: nn.Module, run: Callable[[], Tensor]) -> tuple[Tensor, bool]:
             parameter.requires_grad_(flag)
     end = trace.end(wanted)
     if end is not None:
-        end.module.register_forward_hook(lambda _module, _inputs, output: _stop(output, end.place))
+        place = end.place  # `end` itself holds the tensor, and with it all that was computed here
+        end.module.register_forward_hook(lambda _module, _inputs, output: _stop(output, place))
     if used:  # else the model computes without a graph, and nothing is known of its weights
         _drop(model, trace.entered(until=end), used)
     return wanted.detach(), end is not None

@@ -16,7 +16,7 @@ from mllm import hub, loop
 from mllm.check import on_paper
 from mllm.features import FeatureStore
 from mllm.fit import NormalEquations
-from mllm.micro import POSITIONS
+from mllm.micro import rows_at_once
 from mllm.objectives import objectives_of
 from mllm.planning.trace import Cost, Paper, cost
 from mllm.planning.workload import Rows
@@ -86,9 +86,9 @@ class Draft:
             return self._step(rows)
         objectives = objectives_of(self.stage.objectives)
         if self.device == "cpu" and rows.batch is not None and all(getattr(one, "apart", False) for one in objectives):
-            size = max(1, POSITIONS // rows.positions)
+            size = rows_at_once(len(rows.pieces), rows.positions, self.model.lm.model.dtype)
             part = self._step(rows.first(size))
-            return Cost(part.peak, round(part.flops * len(rows.pieces) / min(size, len(rows.pieces))))
+            return Cost(part.peak, round(part.flops * len(rows.pieces) / size))
         if len(rows.pieces) <= 4 * FEW:
             return self._step(rows)
         one, two = self._step(rows.first(FEW)), self._step(rows.first(2 * FEW))  # of many rows, each takes the same
@@ -178,6 +178,7 @@ class Draft:
             return 0
         text = 16 if lm.tokenizer is None else len(lm.tokenize(self.stage.prompt.question))
         length = connector.num_tokens + text + int(self.stage.decoding.get("max_new_tokens", 20))
+        self.model.eval()
         embeds = self.paper.empty(1, length, lm.dim, dtype=next(lm.parameters()).dtype)
         with torch.no_grad():
             states, _ = lm.prefill(embeds, torch.ones(1, length, dtype=torch.long))

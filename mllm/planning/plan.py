@@ -1,8 +1,8 @@
 """What a recipe will take, before anything is loaded: parameters, memory, FLOPs, the features' cache, time.
 
 Notable: the stage's own code runs on tensors without values (`mllm.planning.trace`), so memory and FLOPs follow what
-training does. What that cannot show (libraries, a heap's gaps) is added as measured; docs/log.md holds both against
-real runs.
+training does. What that cannot show (libraries, a heap's gaps) is added as it was
+measured.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ from mllm.spec import Recipe, Stage
 
 Sharding = Literal["none", "zero2", "zero3", "fsdp"]
 WORTH = 0.1  # of a stage's work; a cache that saves less is not recommended
-LIBRARIES = 90 * 2**20  # bytes that come with the first model: modules that are imported late, tokenizer, fonts
-HEAP = 1.15  # what a heap grows to, over what lives in it at once
-FIT_CHUNK = 64  # pictures that the closed form asks for at once
+LIBRARIES = {"cpu": 180 * 2**20, "gpu": 0}  # bytes that come with the first model: late imports, code, tokenizer
+HEAP = {"cpu": 1.6, "gpu": 1.1}  # what an allocator grows to, over what lives at once; of GPUs not measured here
 
 
 @dataclass(frozen=True)
@@ -180,7 +179,7 @@ def _memory(draft: Draft, load: Workload, step: Cost, cache: Cache, setting: Set
         weights = -(-weights // processes)
     kept = 0 if draft.stage.cache == "off" or draft.model.sees_pixels else cache.bytes
     features = min(kept, LIMIT) if draft.stage.cache == "auto" else kept
-    encoding = 0 if draft.model.sees_pixels else draft.encode(max(FIT_CHUNK, load.largest.images)).peak
+    encoding = 0 if draft.model.sees_pixels else draft.encode(load.largest.images).peak
     phases = {
         "a step": gradients + activations,
         "the encoder": encoding,
@@ -188,11 +187,11 @@ def _memory(draft: Draft, load: Workload, step: Cost, cache: Cache, setting: Set
         "the fit": draft.fit().peak,
     }
     phase = max(phases, key=lambda name: phases[name])
-    working = weights + optimizer + features + round(phases[phase] * HEAP)
+    working = weights + optimizer + features + round(phases[phase] * HEAP[setting.device])
     loading = draft.loading()
     if loading > working:
         phase = "loading"
-    peak = LIBRARIES + max(loading, working)
+    peak = LIBRARIES[setting.device] + max(loading, working)
     return Memory(weights, gradients, optimizer, activations, features, loading, peak, phase)
 
 
