@@ -134,7 +134,6 @@ def _plain_processor(folder: str) -> Any:
     return ViTImageProcessorPil.from_dict(values)
 
 
-@cache
 def fingerprint(folder: str) -> str:
     """Return a sha256 over the weight files of ``folder`` (a folder, or a hub id in the local cache)."""
     digest = hashlib.sha256()
@@ -145,7 +144,7 @@ def fingerprint(folder: str) -> str:
 
 @cache
 def file_hash(file: Path) -> str:
-    """Return a file's SHA-256."""
+    """Return a file's SHA-256, read once in a process."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

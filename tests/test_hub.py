@@ -88,17 +88,17 @@ def test_language_model_is_no_encoder(tiny_parts: tuple[str, str]) -> None:
 
 
 def test_fingerprint_is_of_the_weights_and_of_nothing_else(encoder: Path, tiny_parts: tuple[str, str]) -> None:
-    hub.fingerprint.cache_clear()
+    hub.file_hash.cache_clear()
     same = hub.fingerprint(str(encoder))
     assert same == hub.fingerprint(tiny_parts[0]) != hub.fingerprint(tiny_parts[1])
     file = encoder / "model.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    hub.fingerprint.cache_clear()
+    hub.file_hash.cache_clear()
     assert hub.fingerprint(str(encoder)) != same
     file.unlink()
-    hub.fingerprint.cache_clear()
+    hub.file_hash.cache_clear()
     with pytest.raises(MLLMError, match="holds no weights"):
         hub.fingerprint(str(encoder))
 
