@@ -30,6 +30,8 @@ class Led:
         MLLMError: states, and a way that has no cache.
     """
 
+    goes_on = False  # what comes first trains, as a rule
+
     def __init__(self, way: Any, adapter: Any) -> None:
         self._adapter = adapter
         self._caches = hasattr(adapter, "states")

@@ -22,6 +22,7 @@ from transformers import (
     LogitsProcessorList,
     StoppingCriteriaList,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mllm import decoding, hub
 from mllm.errors import MLLMError
@@ -61,6 +62,8 @@ class LanguageModel(nn.Module):
             options["quantization_config"] = _quantization(quantize)
         self.model = hub.load_model(hub.language_class(folder), folder, init=init, seed=seed, **options)
         self.model.requires_grad_(False).eval()
+        if (head := self.model.get_output_embeddings()) is not None:
+            head.register_forward_pre_hook(_whole)
         for module in self.model.modules():
             # bitsandbytes' fast 4-bit layout for CPUs, taken at the first pass without a gradient, makes every later
             # gradient wrong, and what is computed depend on what went before.
@@ -174,24 +177,40 @@ class LanguageModel(nn.Module):
         """
         return self._pass.hidden(embeds, mask)
 
-    def read(self, embeds: Tensor, mask: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    def read(self, embeds: Tensor, mask: Tensor, keep: Tensor, fixed: int = 0) -> tuple[Tensor, Tensor]:
         """Return, at the positions ``keep (K,)``, the last states ``(B, K, D)`` and the logits ``(B, K, V)``.
 
         It is one pass where the model can.
 
+        Args:
+            embeds: ``(B, T, D_lm)``.
+            mask: ``(B, T)``, 1 where there is a token.
+            keep: positions, none of them among the fixed ones.
+            fixed: how many of the first positions no gradient is to reach: where nothing in the language model trains,
+                none is kept for them, which saves most of a step.
+
         Raises:
             MLLMError: an encoder-decoder model, which has no states of a sequence.
         """
+        cache = None
+        if fixed and self._pass.goes_on and not self._recomputes:
+            cache, _ = self.prefill(embeds[:, :fixed], mask[:, :fixed])
+            embeds, keep = embeds[:, fixed:], keep - fixed
         found: list[Tensor] = []
         head = self.model.get_output_embeddings()
         hook = head.register_forward_pre_hook(lambda _, args: found.append(args[0]))
         try:
-            logits = self.logits(embeds, mask, keep)
+            logits = self._pass.logits(embeds, mask, keep, cache)
         finally:
             hook.remove()
-        if self.model.config.is_encoder_decoder or len(found) > 1 or found[0].shape[:2] != logits.shape[:2]:
+        if self.model.config.is_encoder_decoder or len(found) > 1:
             return self.hidden(embeds, mask)[:, keep], logits
-        return found[0], logits
+        return (found[0] if found[0].shape[1] == len(keep) else found[0][:, keep]), logits
+
+    @property
+    def _recomputes(self) -> bool:
+        """Whether layers compute their activations again for the gradient; they take no states then."""
+        return any(layer.training for layer in self.model.modules() if isinstance(layer, GradientCheckpointingLayer))
 
     @torch.no_grad()
     def prefill(self, embeds: Tensor, mask: Tensor) -> tuple[Any, Tensor]:
@@ -312,6 +331,11 @@ class LanguageModel(nn.Module):
 
     def _until_eos(self, ids: list[int]) -> list[int]:
         return ids[: ids.index(self.eos)] if self.eos in ids else ids
+
+
+def _whole(_: nn.Module, args: Any) -> Any:
+    """Give the vocabulary's map whole states: of a slice of them torch copies the vocabulary for each row."""
+    return (args[0].contiguous(), *args[1:])
 
 
 def _way(model: Any, end: Sequence[int]) -> Any:

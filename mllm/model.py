@@ -99,6 +99,11 @@ class Assembly(nn.Module):
         """Whether something in the encoder trains, so that features are computed anew in every step."""
         return self.encoder is not None and any(p.requires_grad for p in self.encoder.parameters())
 
+    @property
+    def adapts(self) -> bool:
+        """Whether something in the language model trains, so that gradients run through all that it reads."""
+        return any(p.requires_grad for part in (self.lm, self.adapters) for p in part.parameters())
+
     @contextlib.contextmanager
     def adapters_off(self) -> Iterator[None]:
         """Compute as if there were no adapters: text alone then gives what the bare language model gives."""

@@ -77,6 +77,17 @@ class Cached:
                 return False  # it takes masks (B, T) alone
         return self._alike(torch.cat(alone, dim=1), packed)
 
+    @functools.cached_property
+    def goes_on(self) -> bool:
+        """Whether several positions at once can follow on key-value states, by a probe: with them and without."""
+        table = self.model.get_input_embeddings()
+        ids = torch.arange(1, 8, device=self.model.device)[None] % table.weight.shape[0]
+        mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1]], device=ids.device)
+        with torch.no_grad(), vocabulary.still(self.model):
+            embeds = table(ids)
+            cache, _ = self.prefill(embeds[:, :5], mask[:, :5])
+            return self._alike(self.logits(embeds, mask)[:, -2:], self.logits(embeds[:, 5:], mask, cache=cache))
+
     def _alike(self, expected: Tensor, found: Tensor) -> bool:
         coarse = getattr(self.model, "is_quantized", False)  # its rounding depends on the whole batch
         eps = torch.finfo(torch.bfloat16 if coarse else expected.dtype).eps
@@ -179,6 +190,8 @@ class Apart:
         model: a causal language model of `transformers`.
     """
 
+    goes_on = False  # there are no states to go on from
+
     def __init__(self, model: Any) -> None:
         self.model = model
 
@@ -268,6 +281,8 @@ class EncoderDecoder:
         model: an encoder-decoder model of `transformers`.
         end: ids that the tokenizer puts behind a text: the encoder reads them last.
     """
+
+    goes_on = False
 
     def __init__(self, model: Any, end: Sequence[int]) -> None:
         self.model = model
@@ -406,7 +421,7 @@ def _read_by_vocabulary(model: Any, run: Callable[[], Any]) -> Tensor:
 
     def read(module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         found.append(args[0])
-        return (args[0][:, :1], *args[1:])
+        return (args[0][:, :1].contiguous(), *args[1:])  # of a view torch copies the vocabulary for each row
 
     hook = model.get_output_embeddings().register_forward_pre_hook(read)
     try:

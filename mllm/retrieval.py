@@ -15,9 +15,10 @@ from torch.nn.functional import cross_entropy, pad
 
 from mllm.errors import MLLMError
 from mllm.objectives import Inputs
-from mllm.prompt import Batch, Control, Piece, Target, collate, encode
+from mllm.prompt import Batch, Control, Encoded, Piece, Target, collate, encode
 
 HEAD = "retrieval"
+TOGETHER = 16  # captions that a CPU reads at once
 
 
 class Contrast:
@@ -109,11 +110,28 @@ def _said(inputs: Inputs) -> Said:
         places, texts = zip(*found, strict=True)
         token = Control(model.heads[HEAD].token)
         rows = [encode([model.spec.prompt.caption + text, token], lm=model.lm, num_visual=0) for text in texts]
-        batch = collate(rows, model.lm.pad).to(model.device)
-        last = torch.tensor([-2, -1], device=model.device) + batch.ids.shape[1]
-        states, logits = model.lm.read(model.lm.embed(batch.ids), batch.mask, last)
-        inputs.shared["said"] = Said(list(places), states[:, 1], logits[:, 0])
+        inputs.shared["said"] = Said(list(places), *_read(model, rows))
     return inputs.shared["said"]
+
+
+def _read(model: Any, rows: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
+    """Return the states ``(N, D_lm)`` at the last token of each row, and the logits ``(N, V)`` before it.
+
+    On a CPU, where padding costs as much as words, captions of about one length are read together.
+    """
+    together = TOGETHER if model.device.type == "cpu" else len(rows)
+    order = sorted(range(len(rows)), key=lambda row: len(rows[row].ids))
+    states, logits = [], []
+    for start in range(0, len(rows), together):
+        batch = collate([rows[row] for row in order[start : start + together]], model.lm.pad).to(model.device)
+        length = batch.ids.shape[1]
+        last = torch.tensor([length - 2, length - 1], device=model.device)
+        fixed = 0 if model.adapts else length - 2  # a gradient is wanted at the token and, for its own score, before it
+        read = model.lm.read(model.lm.embed(batch.ids), batch.mask, last, fixed)
+        states.append(read[0][:, 1])
+        logits.append(read[1][:, 0])
+    back = torch.tensor(order, device=model.device).argsort()
+    return torch.cat(states)[back], torch.cat(logits)[back]
 
 
 def gathered(own: Tensor) -> tuple[Tensor, int]:

@@ -68,6 +68,47 @@ def test_the_head_and_the_new_row_train_and_nothing_else(tiny_model):
     assert all(p.grad is None for n, p in model.named_parameters() if n.split(".")[0] not in train)
 
 
+def gradients(model):
+    given = inputs_of(model)
+    model.zero_grad()
+    loss = Contrast()(given) + TokenPrediction()(given)
+    loss.backward()
+    trained = [(name, p.grad) for part in ("heads", "tokens") for name, p in getattr(model, part).named_parameters()]
+    return loss.detach(), {name: gradient.clone() for name, gradient in trained}
+
+
+def test_where_nothing_before_the_token_trains_no_gradient_is_kept_for_it(tiny_model, monkeypatch):
+    model = tiny_model(**PARTS).requires_grad_(False)
+    model.heads.requires_grad_(True), model.tokens.requires_grad_(True)
+    seen, prefill = [], model.lm.prefill
+
+    def counted(embeds, mask):
+        seen.append(embeds.shape)
+        return prefill(embeds, mask)
+
+    monkeypatch.setattr(model.lm, "prefill", counted)
+    monkeypatch.setattr("mllm.retrieval.TOGETHER", 2)  # captions of about one length are read together
+    assert not model.adapts
+    loss, short = gradients(model)
+    assert len(seen) == 2 and seen[0][:2] == (2, len("A picture of a cat") - 1)
+    model.lm.model.requires_grad_(True)  # now the whole caption's gradient is wanted
+    assert model.adapts
+    again, full = gradients(model)
+    assert len(seen) == 2 and model.lm.model.get_input_embeddings().weight.grad.abs().sum() > 0
+    torch.testing.assert_close(loss, again)
+    torch.testing.assert_close(short, full)
+
+
+def test_an_adapter_that_trains_keeps_the_whole_gradient(tiny_model):
+    model = tiny_model(**PARTS, adapters=[{"type": "lora", "r": 2}]).requires_grad_(False)
+    model.heads.requires_grad_(True), model.tokens.requires_grad_(True)
+    assert not model.adapts
+    model.adapters.requires_grad_(True)
+    assert model.adapts
+    gradients(model)
+    assert any(p.grad.abs().sum() > 0 for p in model.adapters.parameters())
+
+
 def test_captioning_is_what_it_was_without_the_head(tiny_model):
     plain, model = tiny_model(), tiny_model(**PARTS)
     with model.tokens.off():

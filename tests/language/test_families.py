@@ -179,3 +179,18 @@ def test_rows_that_are_decoded_apart_are_told_together(tiny_parts, tmp_path):
     columns = torch.stack(heard.told[1:], dim=1).tolist()
     assert heard.ended
     assert [model.lm.decode(model.lm._until_eos(row)).strip() for row in columns] == [str(a) for a in answers]
+
+
+def test_fixed_positions_change_nothing_behind_them(model):
+    lm = model.lm
+    if isinstance(lm._pass, EncoderDecoder):
+        pytest.skip("an encoder-decoder model has no states of a sequence")
+    embeds, batch = model.prepare([["A cat and a dog"], ["Some longer words that go on"]])
+    last = torch.arange(-2, 0) + embeds.shape[1]
+    found = []
+    for fixed in (0, embeds.shape[1] - 2):
+        given = embeds.clone().requires_grad_()
+        states, logits = lm.read(given, batch.mask, last, fixed)
+        (states.square().sum() + logits.square().sum()).backward()
+        found.append((states.detach(), logits.detach(), given.grad[:, -2:]))
+    torch.testing.assert_close(found[1], found[0], atol=1e-3, rtol=1e-3)
