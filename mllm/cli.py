@@ -74,7 +74,7 @@ def plan(
     overrides: Overrides = None,
     device: Annotated[str, typer.Option(help="cpu or gpu: on a CPU batches pass in parts.")] = "cpu",
     processes: Annotated[int, typer.Option(min=1, help="Processes, one for each device.")] = 1,
-    sharding: Annotated[str, typer.Option(help="What processes divide: none (DDP), zero2, zero3 or fsdp.")] = "none",
+    sharding: Annotated[str, typer.Option(help="What processes divide: none (DDP) or fsdp.")] = "none",
     memory: Annotated[str | None, typer.Option(help="Of a device (24GiB): what to change if it is too little.")] = None,
     flops: Annotated[float | None, typer.Option(help="FLOP/s a device can do (312e12): gives the time.")] = None,
     utilisation: Annotated[float, typer.Option(min=0, max=1, help="The share of them that is reached.")] = 0.4,

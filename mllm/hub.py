@@ -156,6 +156,7 @@ def tensor_hash(module: nn.Module, without: Container[str] = ()) -> str:
         if name in without:
             continue
         digest.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode())
+        tensor = getattr(tensor, "full_tensor", lambda own=tensor: own)()  # processes may hold it together
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 

@@ -42,50 +42,50 @@ class Led:
                 "adapters: prefix tuning needs a decoder without sliding windows that honours masks and goes on from "
                 "key-value states, and no other adapter's positions before it. Take prompt tuning alone."
             )
-        self._way = Apart(way.model) if isinstance(way, Cached) and not whole else way
+        self.way = Apart(way.model) if isinstance(way, Cached) and not whole else way
 
     def logits(self, embeds: Tensor, mask: Tensor, keep: Tensor | None = None, cache: Any = None) -> Tensor:
         """Return logits ``(B, K, V)`` of the caller's own positions."""
         given, own, cache, new = self._start(embeds, mask, cache)
         keep = torch.arange(embeds.shape[1], device=embeds.device) if keep is None and new else keep
-        return self._way.logits(given, own, None if keep is None else keep + new, cache)
+        return self.way.logits(given, own, None if keep is None else keep + new, cache)
 
     def losses(self, embeds: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
         """Return the negative log-likelihood ``(N,)`` of each target, row by row."""
         given, own, cache, new = self._start(embeds, mask, None)
-        return self._way.losses(given, own, pad(labels, (new, 0), value=IGNORED), **_if(cache))
+        return self.way.losses(given, own, pad(labels, (new, 0), value=IGNORED), **_if(cache))
 
     def hidden(self, embeds: Tensor, mask: Tensor) -> Tensor:
         """Return the states ``(B, T, D)`` that the vocabulary's map reads."""
         given, own, cache, new = self._start(embeds, mask, None)
-        return self._way.hidden(given, own, **_if(cache))[:, new:]
+        return self.way.hidden(given, own, **_if(cache))[:, new:]
 
     def prefill(self, embeds: Tensor, mask: Tensor) -> tuple[Any, Tensor]:
         """Return the states, and the next token's logits ``(B, V)``."""
         given, own, cache, _ = self._start(embeds, mask, None)
-        return self._way.prefill(given, own, **_if(cache))
+        return self.way.prefill(given, own, **_if(cache))
 
     def fork(self, cache: Any, rows: Sequence[int]) -> Any:
         """Return the states of these rows, to be added to."""
-        return self._way.fork(cache, rows)
+        return self.way.fork(cache, rows)
 
     def step(self, cache: Any, ids: Tensor, mask: Tensor, rows: Sequence[int] | None) -> Tensor:
         """Return logits ``(N, V)`` behind the first tokens of answers."""
-        return self._way.step(cache, ids, self._masked(mask), rows)
+        return self.way.step(cache, ids, self._masked(mask), rows)
 
     def length(self, cache: Any) -> int:
         """Return how many of the caller's own positions are in the cache."""
-        return self._way.length(cache) - self._adapter.num_positions
+        return self.way.length(cache) - self._adapter.num_positions
 
     def groups(self, mask: Tensor, cache: Any = None, **inputs: Tensor) -> Iterator[Group]:
         """Yield what `transformers` decodes in one go."""
         if cache is not None:
             inputs = {"input_ids": pad(inputs["input_ids"], (self._adapter.num_positions, 0))}
-            return self._way.groups(self._masked(mask), cache, **inputs)
+            return self.way.groups(self._masked(mask), cache, **inputs)
         given, own, cache, _ = self._start(inputs["inputs_embeds"], mask, None)
         if cache is not None:  # embeddings of what is in the cache are counted, not read
             given = pad(given, (0, 0, self._adapter.num_positions, 0))
-        return self._way.groups(own, cache, inputs_embeds=given)
+        return self.way.groups(own, cache, inputs_embeds=given)
 
     def _masked(self, mask: Tensor) -> Tensor:
         return pad(mask, (self._adapter.num_positions, 0), value=1)

@@ -141,6 +141,16 @@ class LanguageModel(nn.Module):
             ids = torch.arange(min(4096, self.model.get_input_embeddings().weight.shape[0]))
             return float(self.embed(ids.to(self.model.device)).float().std())
 
+    @property
+    def layers(self) -> list[nn.Module]:
+        """Return the layers, as `transformers` marks them."""
+        return [module for module in self.model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+    @property
+    def whole_batches(self) -> bool:
+        """Whether a batch is one pass, whatever the lengths of its rows."""
+        return not isinstance(getattr(self._pass, "way", self._pass), Apart)
+
     def can_pack(self) -> bool:
         """Whether prompts can share a row and not touch each other: tried, adapters and all."""
         return self._pass.can_pack()

@@ -20,7 +20,6 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import Tensor, nn
 from transformers import get_scheduler
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mllm.data.loading import Source, fingerprint, read_all
 from mllm.data.skipping import Skipped
@@ -34,6 +33,7 @@ from mllm.progress import progress
 from mllm.prompt import Batch, Piece, collate, images_of
 from mllm.resume import State, optimizer_tensors, random_states, set_optimizer
 from mllm.run import Run
+from mllm.sharding import asked, divide, divided, keep_apart
 from mllm.spec import Recipe, Stage
 from mllm.watching import answers, scores
 
@@ -66,6 +66,9 @@ class Loop:
                 f"Stage {stage.name}: batch_size is {stage.batch_size}, and there are {self.accelerator.num_processes} "
                 "processes, each of which needs an example."
             )
+        groups = parameter_groups(model, stage)
+        if asked() and self.accelerator.num_processes > 1 and model.speaks:
+            self._divide()
         model.to(self.accelerator.device)
         self.sources = data(stage, config.seed)
         total = sum(len(source.items) for source in self.sources)
@@ -76,11 +79,11 @@ class Loop:
         self._note_data()
         self.validation = _validation(stage, model)
         self.items = [item for source in read_all(stage.data.val) for item in source.items][: stage.eval.show]
-        groups = parameter_groups(model, stage)
         self._calibrate()
         set_up(model, stage)
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         optimizer = torch.optim.AdamW(groups, weight_decay=stage.optim.weight_decay, betas=stage.optim.betas)
+        keep_apart(model)
         self.wrapped, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.schedule = get_scheduler(_schedule(stage), self.optimizer, stage.optim.warmup, stage.steps)
         if state.step:
@@ -167,6 +170,15 @@ class Loop:
             return inputs(self.model, rows, self.store, pack=self.stage.data.pack)
         except MLLMError:
             return inputs(self.model, self.skipped.readable(rows, read), self.store, pack=self.stage.data.pack)
+
+    def _divide(self) -> None:
+        if self.stage.eval.every:
+            raise MLLMError(
+                "FSDP: processes that share the weights cannot answer each at its own pace. Set eval.every: null, and "
+                "run mllm eval afterwards."
+            )
+        layers = divide(self.model.lm, self.accelerator.device)
+        self.run.log(stage=self.stage.name, step=self.state.step, divided_layers=layers)
 
     def _check_packing(self) -> None:
         if self.stage.data.pack is None:
@@ -288,10 +300,15 @@ def inputs(model: Assembly, rows: Sequence[list[Piece]], store: FeatureStore, *,
 
 
 def parts(model: Assembly, objectives: Sequence[Objective], micro: Micro) -> Sequence[Micro]:
-    """Return what goes through the model at once: on a CPU few rows, if objectives look at each by itself."""
+    """Return what goes through the model at once: on a CPU few rows, if objectives look at each by itself.
+
+    Processes that share the weights pass through them together, so they go by whole batches.
+    """
     rows, features, batch = micro
     apart = all(getattr(objective, "apart", False) for objective in objectives)
     if batch is None or batch.mask.dim() == 3 or not apart or model.device.type != "cpu":  # 3: packed
+        return [micro]
+    if divided(model.lm):
         return [micro]
     return split(rows, features, batch, size=rows_at_once(len(batch.ids), batch.ids.shape[1], model.lm.model.dtype))
 
@@ -351,16 +368,17 @@ def _accelerator(stage: Stage, folder: Path) -> Accelerator:
         raise MLLMError(f"track: {', '.join(missing)} cannot be imported: pip install 'mllm-assembly[track]'.")
     # A process whose examples have no picture leaves the connector out of its graph.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    asked()  # first: accelerate is not to divide anything itself
     accelerator = Accelerator(
         mixed_precision=precision(stage),
         log_with=list(stage.track) or None,
         project_dir=folder,
         kwargs_handlers=[unused],
     )
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise MLLMError(
-            f"Training does not divide weights among processes ({accelerator.distributed_type.value}): checkpoints and "
-            "saved models would lack parts. Launch it without that; every process then holds the whole model (DDP)."
+            "DeepSpeed would divide what trains, which is small here. Launch with FSDP, which divides the frozen "
+            "weights (docs/accelerate/fsdp.yaml), or without either: every process then holds the whole model (DDP)."
         )
     if stage.track:
         accelerator.init_trackers(stage.name, config={"steps": stage.steps, "batch_size": stage.batch_size})
@@ -384,9 +402,8 @@ def recompute(model: Assembly) -> None:
 
     What is inside the layers, dropout above all, stays in evaluation mode.
     """
-    for layer in model.lm.model.modules():
-        if isinstance(layer, GradientCheckpointingLayer):
-            layer.training = True
+    for layer in model.lm.layers:
+        layer.training = True
 
 
 def data(stage: Stage, seed: int) -> list[Source]:

@@ -27,6 +27,7 @@ from mllm.progress import progress
 from mllm.resume import NAME as CHECKPOINT
 from mllm.resume import State, random_states, set_random_states
 from mllm.run import Run, free_folder
+from mllm.sharding import divided
 from mllm.spec import PARTS, AssemblySpec, Recipe, Stage
 
 
@@ -99,6 +100,7 @@ def carried(model: Assembly, spec: AssemblySpec, run: Run | None = None) -> Asse
         model.spec = spec
         return model
     pristine = same["lm"] and not model.spec.adapters and not model.spec.tokens and not model.spec.trained
+    pristine = pristine and not divided(model.lm)
     encoder = model.encoder if same["encoder"] else build_encoder(spec)
     new = join(spec, encoder=encoder, lm=model.lm if pristine else build_lm(spec))
     old, wanted = model.trained_state(), new.trained_state()

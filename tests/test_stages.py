@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -206,51 +203,3 @@ def test_only_the_new_rows_train(tied, tiny_parts, tmp_path):
     Caption()(Inputs(model, rows, None, collate([encoded], model.lm.pad))).backward()
     assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in group["params"])
     assert all(p.grad is None for name, p in model.named_parameters() if not name.startswith("tokens."))
-
-
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-
-
-@pytest.mark.timeout(100)
-def test_two_processes_train_as_one_does_text_alone_among_them(base, tmp_path):
-    """The same global batches: equal losses, one run, and no process that waits for a picture it has not got."""
-    rows = json.loads((base.parent / "train.json").read_text())
-    mixed = [row if index % 3 else {"caption": row["caption"], "image": None} for index, row in enumerate(rows)]
-    (base.parent / "messages.jsonl").write_text(
-        "".join(
-            json.dumps(
-                {
-                    "messages": [
-                        {"role": "user", "content": ("<image>" if row["image"] else "") + "What is it?"},
-                        {"role": "assistant", "content": row["caption"]},
-                    ],
-                    "images": [row["image"]] if row["image"] else [],
-                }
-            )
-            + "\n"
-            for row in mixed
-        )
-    )
-    source = f"{{format: messages, path: {base.parent}/messages.jsonl, images: {base.parent}}}"
-    overrides = [f"data.train={source}", "data.val=null", "stages.0.batch_size=4", "stages.0.steps=5"]
-    command = ["-m", "mllm", "train", str(base), *overrides, "--out", str(tmp_path / "two")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(
-        [*LAUNCH, *command],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    one = mllm.train(str(base), overrides, out=tmp_path / "one")
-    ran = [json.loads((tmp_path / name / "environment.json").read_text())["processes"] for name in ("two", "one")]
-    assert ran == ["2", "1"]  # else nothing is shown
-
-    class Two:
-        path = tmp_path / "two"
-
-    assert log(Two, "loss") == pytest.approx(log(one, "loss"), rel=1e-4)
-    torch.testing.assert_close(
-        mllm.load(Two.path).trained_state(), mllm.load(one.path).trained_state(), rtol=1e-3, atol=1e-5
-    )

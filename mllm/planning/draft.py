@@ -200,10 +200,13 @@ class Draft:
         converted = [size for name, size in files.items() if size > 1.5 * sizes.get(name, 0)]
         return sum(sizes.values()) + max(converted, default=0)
 
-    def largest_block(self) -> int:
-        """Return the bytes of the largest layer: what is gathered at once where weights are divided."""
-        layers = [layer for m in self.model.modules() if isinstance(m, nn.ModuleList) for layer in m]
-        return max((sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in layers), default=0)
+    def frozen_layers(self) -> list[int]:
+        """Return the bytes of what is frozen in each layer of the language model: what FSDP divides."""
+        lm = self.model.lm
+        frozen = [
+            [p for p in layer.parameters() if not p.requires_grad] for layer in (lm.layers if self.model.speaks else [])
+        ]
+        return [sum(p.numel() * p.element_size() for p in layer) for layer in frozen]
 
     def _features(self, rows: Rows) -> Tensor | None:
         """Return features ``(I, P, D_vis)``, or pixels where the encoder trains."""

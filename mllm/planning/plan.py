@@ -19,7 +19,7 @@ from mllm.planning.trace import Cost
 from mllm.planning.workload import Workload, workload
 from mllm.spec import Recipe, Stage
 
-Sharding = Literal["none", "zero2", "zero3", "fsdp"]
+Sharding = Literal["none", "fsdp"]
 WORTH = 0.1  # of a stage's work; a cache that saves less is not recommended
 LIBRARIES = {"cpu": 180 * 2**20, "gpu": 0}  # bytes that come with the first model: late imports, code, tokenizer
 HEAP = {"cpu": 1.6, "gpu": 1.1}  # what an allocator grows to, over what lives at once; of GPUs not measured here
@@ -32,8 +32,7 @@ class Setting:
     Args:
         device: of a process.
         processes: one for each device.
-        sharding: what is divided among them: nothing (DDP); gradients and optimizer (``zero2``); the weights too
-            (``zero3``, ``fsdp``).
+        sharding: what is divided among them: nothing (DDP), or the language model's frozen layers (``fsdp``).
         flops: FLOP/s that one device can do; None: time is not known.
         utilisation: the share of them that training reaches.
         encoder_flops: FLOP/s that the encoder reaches, where that was measured.
@@ -165,18 +164,16 @@ def plan_stage(draft: Draft, config: Recipe, setting: Setting) -> StagePlan:
 
 def _memory(draft: Draft, load: Workload, step: Cost, cache: Cache, setting: Setting) -> Memory:
     """Return what one process holds, and the peak."""
-    processes, divided = setting.processes, setting.sharding
     weights = sum(part.bytes for part in draft.parts())
     gradients = sum(p.numel() * p.element_size() for p in draft.trained)
     optimizer = 2 * gradients
     activations = step.peak if draft.stage.optim.accumulate > 1 else max(0, step.peak - gradients)
-    if divided == "none" and processes > 1:
+    if setting.processes > 1:
         gradients *= 2  # DDP's buckets
-    elif divided != "none":
-        gradients, optimizer = -(-gradients // processes), -(-optimizer // processes)
-    if divided in ("zero3", "fsdp"):
-        activations += 2 * draft.largest_block()  # gathered: the one that computes, and the next
-        weights = -(-weights // processes)
+    if setting.sharding == "fsdp":
+        layers = draft.frozen_layers()
+        activations += 2 * max(layers, default=0)  # one at a time is put together, from what was gathered
+        weights -= sum(layers) - -(-sum(layers) // setting.processes)
     kept = 0 if draft.stage.cache == "off" or draft.model.sees_pixels else cache.bytes
     features = min(kept, LIMIT) if draft.stage.cache == "auto" else kept
     encoding = 0 if draft.model.sees_pixels else draft.encode(load.largest.images).peak

@@ -1,0 +1,64 @@
+"""Several processes hold a frozen language model together: each has a part of every layer's weights (FSDP2).
+
+Notable: only what is frozen is divided. What trains stays whole in every process (DDP), so checkpoints and saved models
+are those of one process. A layer is put together while it computes, which all processes do at the same time.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from mllm.errors import MLLMError
+from mllm.processes import processes
+
+
+@functools.cache
+def asked() -> bool:
+    """Whether accelerate's configuration asks for FSDP.
+
+    The word is taken out of the environment: accelerate itself would divide what trains, too, and never on CPUs.
+    """
+    return os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
+
+
+def divide(lm: Any, device: torch.device) -> int:
+    """Divide what is frozen in a language model's layers among the processes, and bring it to their devices.
+
+    Returns:
+        The number of layers.
+
+    Raises:
+        MLLMError: weights that are quantised, or layers that are not found or do not run once a batch.
+    """
+    if not all(parameter.is_floating_point() for parameter in lm.model.parameters()):
+        raise MLLMError("FSDP does not divide quantised weights. Set lm.quantize: null, or launch without FSDP (DDP).")
+    if not lm.layers or not lm.whole_batches:
+        raise MLLMError(
+            "FSDP needs a language model whose layers run once a batch in every process, and this one's do not. "
+            "Launch without FSDP: every process then holds the whole model (DDP)."
+        )
+    mesh = init_device_mesh(device.type, (processes().num_processes,))
+    for layer in lm.layers:
+        if not isinstance(layer, FSDPModule):
+            fully_shard(layer, mesh=mesh, ignored_params={p for p in layer.parameters() if p.requires_grad})
+    return len(lm.layers)
+
+
+def divided(module: nn.Module | None) -> bool:
+    """Whether a module's weights are divided among processes."""
+    return module is not None and any(isinstance(part, FSDPModule) for part in module.modules())
+
+
+def keep_apart(model: nn.Module) -> None:
+    """Tell DDP what is frozen: it need not be sent around, and is the same everywhere as it is loaded."""
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    fixed = [name for name, _ in model.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen + fixed)
