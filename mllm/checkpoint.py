@@ -81,6 +81,11 @@ def load(folder: str | Path) -> Assembly:
     return model
 
 
+def about(folder: Path) -> About:
+    """Return what a run or saved model says of itself; the errors are those of `load`."""
+    return _intact(_find(folder))
+
+
 def trained_on(folder: str | Path) -> tuple[AssemblySpec, dict[str, str], dict[str, Tensor]]:
     """Return what a run or saved model is built from, its frozen parts' fingerprints, and its trained tensors.
 

@@ -187,7 +187,9 @@ class LanguageModel(nn.Module):
         """
         return self._pass.hidden(embeds, mask)
 
-    def read(self, embeds: Tensor, mask: Tensor, keep: Tensor, fixed: int = 0) -> tuple[Tensor, Tensor]:
+    def read(
+        self, embeds: Tensor, mask: Tensor, keep: Tensor, fixed: int = 0, said: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return, at the positions ``keep (K,)``, the last states ``(B, K, D)`` and the logits ``(B, K, V)``.
 
         It is one pass where the model can.
@@ -198,6 +200,8 @@ class LanguageModel(nn.Module):
             keep: positions, none of them among the fixed ones.
             fixed: how many of the first positions no gradient is to reach: where nothing in the language model trains,
                 none is kept for them, which saves most of a step.
+            said: of how many of the positions, from the first, logits are needed; None: all. The others' may be left
+                out.
 
         Raises:
             MLLMError: an encoder-decoder model, which has no states of a sequence.
@@ -208,7 +212,13 @@ class LanguageModel(nn.Module):
             embeds, keep = embeds[:, fixed:], keep - fixed
         found: list[Tensor] = []
         head = self.model.get_output_embeddings()
-        hook = head.register_forward_pre_hook(lambda _, args: found.append(args[0]))
+        spared = said if getattr(self._pass, "keeps", False) else None
+
+        def catch(_: nn.Module, args: Any) -> Any:
+            found.append(args[0])
+            return (args[0][:, :spared].contiguous(), *args[1:])
+
+        hook = head.register_forward_pre_hook(catch)
         try:
             logits = self._pass.logits(embeds, mask, keep, cache)
         finally:

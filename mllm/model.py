@@ -18,6 +18,7 @@ from mllm import encoder as encoders
 from mllm.chat import Chat
 from mllm.errors import MLLMError, near
 from mllm.hub import tensor_hash
+from mllm.image_decoders.conditions import check_condition
 from mllm.memory import give_back
 from mllm.objectives import Inputs
 from mllm.outputs import ImagePart, Output, Text
@@ -103,6 +104,18 @@ class Assembly(nn.Module):
     def adapts(self) -> bool:
         """Whether something in the language model trains, so that gradients run through all that it reads."""
         return any(p.requires_grad for part in (self.lm, self.adapters) for p in part.parameters())
+
+    @property
+    def painter(self) -> Any:
+        """The head that makes an image decoder's condition, whichever it is; None where there is none."""
+        return next((head for head in self.heads.values() if hasattr(head, "condition")), None)
+
+    @property
+    def image_tokens(self) -> tuple[str, ...] | None:
+        """The new tokens that stand for an image, in order; None where no head reads any."""
+        if self.painter is not None:
+            return tuple(self.painter.tokens)
+        return next(((str(head.token),) for head in self.heads.values() if hasattr(head, "token")), None)
 
     @contextlib.contextmanager
     def adapters_off(self) -> Iterator[None]:
@@ -414,6 +427,7 @@ def assemble(
 
 def build(spec: AssemblySpec) -> Assembly:
     """Build the parts that a specification names, wire their widths, and draw the trained parts' weights."""
+    check_condition(spec)
     encoder = build_encoder(spec)
     give_back()  # what it was tried out with
     return join(spec, encoder=encoder, lm=build_lm(spec))
@@ -421,6 +435,7 @@ def build(spec: AssemblySpec) -> Assembly:
 
 def join(spec: AssemblySpec, *, encoder: Any, lm: Any) -> Assembly:
     """Bridge a built encoder and a built language model by new trained parts, some of them inside the latter."""
+    check_condition(spec)
     widths = {"lm_dim": lm.dim if lm is not None else None, "vis_dim": encoder.dim if encoder is not None else None}
     connector = None
     if spec.connector is not None:

@@ -45,6 +45,7 @@ class Cached:
     def __init__(self, model: Any) -> None:
         self.model = model
         self._accepts = set(inspect.signature(model.forward).parameters)
+        self.keeps = "logits_to_keep" in self._accepts  # makes logits for some positions alone
         self._states = "cache" if "cache" in self._accepts else "past_key_values"  # renamed in transformers 5.24
 
     def can_run(self) -> bool:
@@ -99,7 +100,7 @@ class Cached:
         options = self._inputs(embeds, mask, cache)
         if keep is None:
             return self.model(**options).logits
-        if "logits_to_keep" in self._accepts:
+        if self.keeps:
             return self.model(**options, logits_to_keep=keep).logits
         return self.model(**options).logits[:, keep]
 
@@ -123,7 +124,7 @@ class Cached:
 
     def prefill(self, embeds: Tensor, mask: Tensor, cache: Any = None) -> tuple[Any, Tensor]:
         """Return the key-value states, and the next token's logits ``(B, V)``."""
-        last = {"logits_to_keep": 1} if "logits_to_keep" in self._accepts else {}
+        last = {"logits_to_keep": 1} if self.keeps else {}
         output = self.model(**{**self._inputs(embeds, mask, cache), "use_cache": True}, **last)
         return output[self._states], output.logits[:, -1]
 

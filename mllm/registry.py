@@ -45,8 +45,15 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "contrast": "mllm.adapters.heads.pairs:Contrast",
         "match": "mllm.adapters.heads.pairs:Match",
         "retrieval": "mllm.adapters.heads.retrieval:Retrieval",
+        "generation": "mllm.adapters.heads.generation:Generation",
+        "bridge": "mllm.adapters.heads.generation:Bridge",
+        "aligner": "mllm.adapters.heads.generation:Aligner",
+        "pixels": "mllm.adapters.heads.pixels:Pixels",
     },
-    "image_decoders": {},
+    "image_decoders": {
+        "diffusers": "mllm.image_decoders.diffusion:DiffusionPipeline",
+        "trained": "mllm.image_decoders.trained:Trained",
+    },
     "scorers": {"dual-encoder": "mllm.scorer:DualEncoder", "aligned": "mllm.aligned:Aligned"},
     "objectives": {
         "caption": "mllm.objectives:Caption",
@@ -57,6 +64,8 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "itg": "mllm.pairs:ImageTextGeneration",
         "retrieval": "mllm.retrieval:Contrast",
         "token-prediction": "mllm.retrieval:TokenPrediction",
+        "distillation": "mllm.distillation:Distillation",
+        "reconstruction": "mllm.reconstruction:Reconstruction",
     },
     "readers": {
         "emoji-scenes": "mllm.data.emoji_scenes:emoji_scenes",

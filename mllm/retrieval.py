@@ -1,7 +1,7 @@
 """Learning to find images: a caption's state at a head's token, against images (FROMAGe, arXiv:2301.13823).
 
-Notable: a caption is read as text alone, behind the recipe's caption prompt, with the token behind it. Both objectives
-here look at the same pass.
+Notable: a caption is read as text alone, behind the recipe's caption prompt, with the tokens behind it that stand for
+an image. All objectives on captions look at the same pass.
 """
 
 from __future__ import annotations
@@ -28,15 +28,18 @@ class Contrast:
 
     def count(self, rows: Sequence[Sequence[Piece]], batch: Batch | None) -> int:
         """Return the number of captions that have an image before them."""
-        return len(captions(rows))
+        return sum(place is not None for place, _ in captions(rows))
 
     def __call__(self, inputs: Inputs) -> Tensor:
         """Return the sum over captions."""
         head = inputs.model.heads[HEAD]
-        said = _said(inputs)
-        assert inputs.features is not None
-        texts = head.of_states(said.states)  # (N, D)
-        images = head.of_features(inputs.features[said.images])  # (N, D)
+        said = read_captions(inputs)
+        pairs = [(row, place) for row, place in enumerate(said.images) if place is not None]
+        if not pairs or inputs.features is None:
+            raise MLLMError("No example of a batch has a caption behind an image, which the head learns from.")
+        rows, places = map(list, zip(*pairs, strict=True))
+        texts = head.of_states(said.states[rows, said.tokens.index(head.token)])  # (N, D)
+        images = head.of_features(inputs.features[places])  # (N, D)
         every_text, every_image, start = texts, images, 0
         if inputs.model.training and distributed.is_initialized():
             every_text, start = gathered(texts)
@@ -49,89 +52,120 @@ class Contrast:
 
 
 class TokenPrediction:
-    """The negative log-likelihood of a head's token behind a caption: when to show an image."""
+    """The negative log-likelihood, behind a caption, of the first token of an image: when to show one.
 
-    needs = ("lm", "tokens", f"heads.{HEAD}")
+    The tokens behind the first always follow it, so nothing is learnt of them (GILL, arXiv:2305.17216).
+    """
+
+    needs = ("lm", "tokens", "image_tokens")
 
     def count(self, rows: Sequence[Sequence[Piece]], batch: Batch | None) -> int:
-        """Return the number of captions that have an image before them."""
+        """Return the number of captions."""
         return len(captions(rows))
 
     def __call__(self, inputs: Inputs) -> Tensor:
         """Return the sum over captions."""
-        logits = _said(inputs).logits.float()
-        wanted = torch.full((len(logits),), token_id(inputs.model), device=logits.device)
-        return cross_entropy(logits, wanted, reduction="sum")
+        said = read_captions(inputs)
+        first = inputs.model.lm.new_tokens[said.tokens[0]]
+        wanted = torch.full((len(said.logits),), first, device=said.logits.device)
+        return cross_entropy(said.logits.float(), wanted, reduction="sum")
 
 
 class Said(NamedTuple):
-    """Captions as the language model read them, with the token behind each."""
+    """Captions as the language model read them, with an image's r tokens behind each."""
 
-    images: list[int]  # the place of each caption's image among the batch's
-    states: Tensor  # (N, D_lm) at the token
+    texts: list[str]
+    images: list[int | None]  # the place of each caption's image among the batch's; None: it has none
+    tokens: tuple[str, ...]
+    states: Tensor  # (N, r, D_lm) at the tokens
+    embeddings: Tensor  # (N, r, D_lm) of the tokens
     logits: Tensor  # (N, V) of what follows the caption
 
 
-def captions(rows: Sequence[Sequence[Piece]]) -> list[tuple[int, str]]:
-    """Return every target that has an image before it: that image's place among all of the rows, and the text."""
-    found, place = [], -1
+def captions(rows: Sequence[Sequence[Piece]]) -> list[tuple[int | None, str]]:
+    """Return every target: the place, among all rows' images, of the last one before it in its row, and the text."""
+    found: list[tuple[int | None, str]] = []
+    place = -1
     for pieces in rows:
         seen = False
         for piece in pieces:
             if isinstance(piece, Target):
-                found += [(place, piece.text)] if seen else []
+                found.append((place if seen else None, piece.text))
             elif not isinstance(piece, str | Control):
                 place, seen = place + 1, True
     return found
 
 
 def token_id(model: Any) -> int:
-    """Return the id of the head's token.
+    """Return the id of the retrieval head's token.
 
     Raises:
         MLLMError: the model has no such head, or its tokens do not hold the head's.
     """
     if HEAD not in model.heads:
         raise MLLMError("This model has no retrieval head. Add heads: [{type: retrieval}] and tokens: ['[RET]'].")
-    token = model.heads[HEAD].token
-    if token not in model.lm.new_tokens:
-        raise MLLMError(f"The head reads the token {token!r}, and tokens is {[*model.lm.new_tokens]}. Add it there.")
-    return int(model.lm.new_tokens[token])
+    known_tokens(model)
+    return int(model.lm.new_tokens[model.heads[HEAD].token])
 
 
-def _said(inputs: Inputs) -> Said:
-    """Return what the language model made of a batch's captions; it reads them once for all objectives."""
+def known_tokens(model: Any) -> tuple[str, ...]:
+    """Return the tokens that stand for an image, held against the language model's.
+
+    Raises:
+        MLLMError: no head reads tokens, or its tokens are not the language model's, or those of other heads.
+    """
+    tokens = model.image_tokens
+    if tokens is None:
+        raise MLLMError("This model has no head that shows images. Add one, and its tokens (docs/retrieval.md).")
+    for name, head in model.heads.items():
+        own = getattr(head, "tokens", None) or [getattr(head, "token", tokens[0])]
+        if missing := [token for token in own if token not in model.lm.new_tokens]:
+            known = [*model.lm.new_tokens]
+            raise MLLMError(f"The head {name} reads the token {missing[0]!r}, and tokens is {known}. Add it there.")
+        if not {*own} <= {*tokens}:
+            raise MLLMError(f"The head {name} reads {own[0]!r}, and an image's tokens are {[*tokens]}: set its token.")
+    return tuple(tokens)
+
+
+def read_captions(inputs: Inputs) -> Said:
+    """Return what the language model made of a batch's captions; it reads them once for all objectives.
+
+    Raises:
+        MLLMError: there is no caption, or a head's tokens are not among the model's.
+    """
     if "said" not in inputs.shared:
         model = inputs.model
-        token_id(model)
+        tokens = known_tokens(model)
         found = captions(inputs.rows)
         if not found:
-            raise MLLMError("No example of a batch has a caption behind an image, which the head learns from.")
-        places, texts = zip(*found, strict=True)
-        token = Control(model.heads[HEAD].token)
-        rows = [encode([model.spec.prompt.caption + text, token], lm=model.lm, num_visual=0) for text in texts]
-        inputs.shared["said"] = Said(list(places), *_read(model, rows))
+            raise MLLMError("No example of a batch has a caption, which a head that shows images learns from.")
+        places, texts = map(list, zip(*found, strict=True))
+        behind = Control("".join(tokens))
+        rows = [encode([model.spec.prompt.caption + text, behind], lm=model.lm, num_visual=0) for text in texts]
+        inputs.shared["said"] = Said(texts, places, tokens, *_read(model, rows, len(tokens)))
     return inputs.shared["said"]
 
 
-def _read(model: Any, rows: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
-    """Return the states ``(N, D_lm)`` at the last token of each row, and the logits ``(N, V)`` before it.
+def _read(model: Any, rows: Sequence[Encoded], count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return states and embeddings ``(N, count, D_lm)`` of each row's last tokens, and the logits ``(N, V)`` before.
 
     On a CPU, where padding costs as much as words, captions of about one length are read together.
     """
     together = TOGETHER if model.device.type == "cpu" else len(rows)
     order = sorted(range(len(rows)), key=lambda row: len(rows[row].ids))
-    states, logits = [], []
+    found = []
     for start in range(0, len(rows), together):
         batch = collate([rows[row] for row in order[start : start + together]], model.lm.pad).to(model.device)
         length = batch.ids.shape[1]
-        last = torch.tensor([length - 2, length - 1], device=model.device)
-        fixed = 0 if model.adapts else length - 2  # a gradient is wanted at the token and, for its own score, before it
-        read = model.lm.read(model.lm.embed(batch.ids), batch.mask, last, fixed)
-        states.append(read[0][:, 1])
-        logits.append(read[1][:, 0])
+        last = torch.arange(length - count - 1, length, device=model.device)
+        # A gradient is wanted at the tokens and, for the first one's score, before them.
+        fixed = 0 if model.adapts else length - count - 1
+        embeds = model.lm.embed(batch.ids)
+        states, logits = model.lm.read(embeds, batch.mask, last, fixed, said=1)
+        found.append((states[:, 1:], embeds[:, -count:], logits[:, 0]))
     back = torch.tensor(order, device=model.device).argsort()
-    return torch.cat(states)[back], torch.cat(logits)[back]
+    states, embeddings, logits = (torch.cat(each)[back] for each in zip(*found, strict=True))
+    return states, embeddings, logits
 
 
 def gathered(own: Tensor) -> tuple[Tensor, int]:

@@ -47,6 +47,17 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
+def tiny_decoder(tiny_parts: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a tiny image decoder: conditions of 1 x 32, images of 16 pixels."""
+    from mllm.model import build
+    from mllm.spec import AssemblySpec, LMSpec, PartSpec
+
+    lm = LMSpec(type="sentences", model=tiny_parts[1])
+    head = PartSpec.model_validate({"type": "pixels", "side": 16, "dim": 32})
+    return str(build(AssemblySpec(lm=lm, heads=[head])).save(tmp_path_factory.mktemp("tiny-decoder")))
+
+
+@pytest.fixture(scope="session")
 def tiny_model(tiny_parts: tuple[str, str]) -> Callable[..., Any]:
     """Return a function that assembles the tiny parts; it takes the arguments of `mllm.assemble` behind them."""
     import mllm

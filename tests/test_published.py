@@ -40,6 +40,7 @@ TRAINED = [
     ("mapl", {}, 3_431_680, 32),
     ("magma", {}, 12_587_008 + 2 * 4096 + 235_024_384, 144),  # the prefix, its LayerNorm, the adapters
     ("fromage", {}, 5_513_729, 1),  # with [RET]'s row and the scale
+    ("gill", {}, 50_096_385, 4),  # with eight rows and the scale
     ("llava", {"adapters": []}, 1024 * 4096 + 4096 + 4096 * 4096 + 4096, 576),
 ]
 

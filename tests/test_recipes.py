@@ -18,6 +18,7 @@ from mllm.testing_lms import tiny_tokenizer
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 220), "white": (250, 250, 250)}
 QFORMER = {"dim": 16, "layers": 2, "heads": 2, "tokens": 4, "init": None}
 MERGE = {"type": "token-merge", "merge": 2, "layers": 2, "dim": 16, "heads": 2}
+MAPPER = {"length": 1, "width": 32, "dim": 16, "layers": 1, "heads": 2}
 LORA = [{"type": "lora", "r": 2}]
 
 # What is too large for a test by its own arguments, and not by the parts it stands between.
@@ -25,6 +26,7 @@ SMALLER: dict[str, dict[str, Any]] = {
     "mapl": {"connector": {"type": "mapper", "tokens": 4, "dim": 16, "layers": 1, "heads": 2, "ffn": 16}},
     "simvlg": {"connector": MERGE},
     "simvlg-video": {"connector": {"type": "temporal", "frames": 2, "dim": 16, "heads": 2, "then": MERGE}},
+    "emoji-decoder": {"heads.0.side": 16, "heads.0.dim": 32},
     "llava": {"adapters": LORA},
     "llava-cpu": {"adapters": LORA},
     "yi-vl": {"prompt.chat": "plain"},  # the tiny language model has no chat template
@@ -32,7 +34,7 @@ SMALLER: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def places(tmp_path_factory: pytest.TempPathFactory, tiny_decoder: str) -> dict[str, str]:
     """The folders of tiny parts, and tables of captions, of videos and of conversations."""
     folder = tmp_path_factory.mktemp("recipes")
     tiny_tokenizer().save_pretrained(folder / "words")
@@ -51,16 +53,19 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     (folder / "videos.json").write_text(json.dumps(videos))
     (folder / "talks.json").write_text(json.dumps(talks))
     encoder, lm = tiny_encoder(folder / "encoder"), tiny_lm(folder / "lm")
-    return {"folder": str(folder), "encoder": encoder, "lm": lm, "words": str(folder / "words")}
+    words = str(folder / "words")
+    return {"folder": str(folder), "encoder": encoder, "lm": lm, "words": words, "decoder": tiny_decoder}
 
 
 def tiny(name: str, places: dict[str, str]) -> dict[str, Any]:
     """Return overrides that leave a recipe its structure: which parts, stages and objectives, and what trains."""
     folder, config = places["folder"], recipe.load(name)
-    assert config.encoder is not None and config.connector is not None
-    encoder: dict[str, Any] = {"model": places["encoder"], "select": config.encoder.select, "init": config.encoder.init}
-    video = config.encoder.type == "video"
-    if video:
+    encoder: dict[str, Any] | None = None
+    if config.encoder:
+        own = config.encoder
+        encoder = {"model": places["encoder"], "select": own.select, "init": own.init}
+    video = config.encoder is not None and config.encoder.type == "video"
+    if config.encoder and video:
         encoder = {"type": "video", "frames": 2, "pool": config.encoder.options()["pool"], "of": encoder}
     captions = {"format": "table", "path": f"{folder}/{'videos' if video else 'captions'}.json", "images": folder}
     found: dict[str, Any] = {"encoder": encoder, "data.train": captions, "optim.schedule": "constant"}
@@ -68,10 +73,14 @@ def tiny(name: str, places: dict[str, str]) -> dict[str, Any]:
         found |= {"lm.model": places["lm"]}
     if config.data.val:
         found |= {"data.val": captions}
-    if config.connector.type == "qformer":
+    if config.connector and config.connector.type == "qformer":
         found |= {f"connector.{key}": value for key, value in QFORMER.items()} | {"connector.words": places["words"]}
     widths = [index for index, head in enumerate(config.heads) if head.type in ("contrast", "match")]
     found |= {f"heads.{index}.inside": 16 for index in widths}
+    if config.decoder:
+        found["decoder"] = {"type": "trained", "model": places["decoder"]}
+        maker = next(index for index, head in enumerate(config.heads) if head.type == "generation")
+        found |= {f"heads.{maker}.{key}": value for key, value in MAPPER.items()}
     for index, stage in enumerate(config.stages):
         at = f"stages.{index}"
         found |= {f"{at}.steps": 2, f"{at}.batch_size": 4} if stage.train else {}

@@ -21,13 +21,20 @@ SPLITS = ("train", "val", "combinations", "kinds")
 TASKS = ("captions", "questions", "both", "name", "objects")
 MAX_KINDS = 3
 SIZES = {1: (96, 156), 2: (60, 104), 3: (52, 84), 4: (48, 76)}  # of an object in pixels, by number of objects
+STILL = (SIDE // 2, SIDE // 2, 180)  # x, y and size of the object of a still scene
 MARGIN = 4  # pixels between objects, and to the picture's edge
 TILT = 30  # degrees either way
 TONE = 8  # how far each of red, green, blue may be from the background's own colour, of 255
 
 
 def emoji_scenes(
-    *, split: str, task: str = "captions", size: int = 2000, seed: int = 0, max_objects: int = 4
+    *,
+    split: str,
+    task: str = "captions",
+    size: int = 2000,
+    seed: int = 0,
+    max_objects: int = 4,
+    still: bool = False,
 ) -> list[Item]:
     """Return ``size`` items; item i depends on everything but ``size``.
 
@@ -40,12 +47,16 @@ def emoji_scenes(
         size: number of items.
         seed: other seeds give other scenes of the same split.
         max_objects: most objects in a scene, 1 to 4. About half of the scenes hold one ("combinations": none).
+        still: scenes hold one object, upright and in the middle, always as large: but for a tone of the background they
+            are what a caption says.
 
     Raises:
         MLLMError: an unknown split or task, or a number out of range.
     """
     _check(split, task, size, max_objects)
-    return list(islice(_items(split, task, seed, 1 if task == "name" else max_objects), size))
+    if still and (task == "objects" or split == "combinations"):
+        raise MLLMError(f"emoji-scenes has no still scenes of several objects ({task!r}, {split!r}). Leave out still.")
+    return list(islice(_items(split, task, seed, 1 if task == "name" or still else max_objects, still), size))
 
 
 def names(split: str) -> list[str]:
@@ -74,11 +85,11 @@ def _check(split: str, task: str, size: int, max_objects: int) -> None:
         )
 
 
-def _items(split: str, task: str, seed: int, max_objects: int) -> Iterator[Item]:
+def _items(split: str, task: str, seed: int, max_objects: int, still: bool) -> Iterator[Item]:
     for index in count():
         random = Random(f"{split}/{seed}/{index}")
-        scene = _scene(split, max_objects, random)
-        name = f"emoji-scenes/{split}/{seed}/{index}"
+        scene = _scene(split, max_objects, random, still)
+        name = f"emoji-scenes/{split}/{seed}/{index}{'/still' if still else ''}"
         if task == "name":
             yield Item(name, (scene,), (phrase(scene.things),), kind="single", choices=_choices(split))
         if task == "objects" and len(scene.things) > 1:
@@ -91,7 +102,7 @@ def _items(split: str, task: str, seed: int, max_objects: int) -> Iterator[Item]
                 yield Item(f"{name}/{number}", (scene,), (asked.answer,), asked.text, asked.type)
 
 
-def _scene(split: str, max_objects: int, random: Random) -> Scene:
+def _scene(split: str, max_objects: int, random: Random, still: bool) -> Scene:
     """Draw scenes by lot until one belongs to the split."""
     while True:
         several = split == "combinations" or random.random() < 0.5
@@ -99,7 +110,8 @@ def _scene(split: str, max_objects: int, random: Random) -> Scene:
         chosen = random.sample(_pool(split), min(num_things, random.randint(1, MAX_KINDS)))
         background = random.choice(list(BACKGROUNDS))
         red, green, blue = (min(255, level + random.randint(-TONE, TONE)) for level in BACKGROUNDS[background])
-        scene = Scene(background, (red, green, blue), _things(chosen, num_things, random))
+        things = (Thing(chosen[0], *STILL, 0),) if still else _things(chosen, num_things, random)
+        scene = Scene(background, (red, green, blue), things)
         if _belongs(scene, split, chosen):
             return scene
 

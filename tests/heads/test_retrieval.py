@@ -38,23 +38,23 @@ def states(model, text):
 
 
 def test_captions_go_with_the_image_before_them():
-    assert captions(ROWS) == [(0, " a cat"), (1, " a dog"), (2, " two red birds")]
+    assert captions(ROWS) == [(0, " a cat"), (None, " at all"), (1, " a dog"), (2, " two red birds")]
 
 
 def test_losses_are_the_papers_formulas(tiny_model):
     model = tiny_model(**PARTS)
     head, given = model.heads["retrieval"], inputs_of(model)
     assert head.scale.exp().item() == pytest.approx(1 / 0.07)
-    alone = [states(model, text) for text in (" a cat", " a dog", " two red birds")]
+    unseen, *alone = [states(model, text) for text in (" at all", " a cat", " a dog", " two red birds")]
     texts = torch.stack([state @ head.text.weight.T + head.text.bias for state, _ in alone])
     images = torch.stack([f.mean(0) @ head.image.weight.T + head.image.bias for f in given.features])
     table = cosine_similarity(texts[:, None], images[None], dim=-1) / 0.07
     expected = -(log_softmax(table, 1).diagonal().sum() + log_softmax(table, 0).diagonal().sum()) / 2
     torch.testing.assert_close(Contrast()(given), expected, atol=1e-4, rtol=1e-4)
-    wanted = -sum(log_softmax(logits, -1)[model.lm.new_tokens["[RET]"]] for _, logits in alone)
+    wanted = -sum(log_softmax(logits, -1)[model.lm.new_tokens["[RET]"]] for _, logits in [unseen, *alone])
     torch.testing.assert_close(TokenPrediction()(given), wanted, atol=1e-4, rtol=1e-4)
-    for objective in (Contrast(), TokenPrediction()):
-        assert objective.count(ROWS, given.batch) == 3
+    assert Contrast().count(ROWS, given.batch) == 3
+    assert TokenPrediction().count(ROWS, given.batch) == 4  # it looks at no image
 
 
 def test_the_head_and_the_new_row_train_and_nothing_else(tiny_model):
@@ -119,7 +119,9 @@ def test_what_does_not_fit_is_said(tiny_model):
     with pytest.raises(MLLMError, match=r"reads the token '\[RET\]', and tokens is \['\[IMG\]'\]"):
         TokenPrediction()(inputs_of(tiny_model(heads=PARTS["heads"], tokens=["[IMG]"])))
     with pytest.raises(MLLMError, match="No example of a batch has a caption behind an image"):
-        Contrast()(inputs_of(tiny_model(**PARTS), [[tiny_image(0), "no target"]]))
+        Contrast()(inputs_of(tiny_model(**PARTS), [["no image", Target(" at all")]]))
+    with pytest.raises(MLLMError, match="No example of a batch has a caption, which"):
+        TokenPrediction()(inputs_of(tiny_model(**PARTS), [[tiny_image(0), "no target"]]))
     with pytest.raises(MLLMError, match="does not take these arguments"):
         tiny_model(heads=[{"type": "retrieval", "width": 6}])
     with pytest.raises(MLLMError, match="give lm and encoder"):

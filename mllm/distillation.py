@@ -1,0 +1,62 @@
+"""Learning to make images from text alone: a head's condition against what a decoder's own text encoder says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mllm.objectives import Inputs
+from mllm.prompt import Batch, Piece
+from mllm.retrieval import captions, read_captions
+
+LIMIT = 2 * 2**30  # bytes of conditions that are kept
+
+
+class Distillation:
+    """The distance of a head's condition from the frozen text encoder's output for the caption.
+
+    No image is looked at. What the text encoder says is computed once for a caption.
+
+    Args:
+        distance: ``norm``, the mean over the condition's L vectors of their Euclidean distance (GILL,
+            arXiv:2305.17216); or ``squared``, the mean square (Kosmos-G, arXiv:2310.02992). A head that restores the
+            language model's states from the condition is held against those by the same distance.
+    """
+
+    needs = ("lm", "tokens", "painter", "decoder")
+
+    def __init__(self, *, distance: Literal["norm", "squared"] = "norm") -> None:
+        self.distance = distance
+        self._known: dict[str, Tensor] = {}
+
+    def count(self, rows: Sequence[Sequence[Piece]], batch: Batch | None) -> int:
+        """Return the number of captions."""
+        return len(captions(rows))
+
+    def __call__(self, inputs: Inputs) -> Tensor:
+        """Return the sum over captions."""
+        said, head = read_captions(inputs), inputs.model.painter
+        made = head(said.states, said.embeddings)  # (N, L, W)
+        loss = self._apart(made, self._wanted(inputs.model.decoder, [text.strip() for text in said.texts]))
+        if hasattr(head, "restore"):
+            loss = loss + self._apart(head.restore(made), said.states.detach())
+        return loss.sum()
+
+    def _apart(self, one: Tensor, other: Tensor) -> Tensor:
+        """Return the distance ``(N,)`` of ``(N, L, W)`` and the same."""
+        difference = one.float() - other.to(one.device).float()
+        return difference.norm(dim=-1).mean(-1) if self.distance == "norm" else difference.square().mean((-1, -2))
+
+    @torch.no_grad()
+    def _wanted(self, decoder: object, texts: list[str]) -> Tensor:
+        """Return the text encoder's output ``(N, L, W)``, that of new texts computed and, up to a limit, kept."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._known]
+        found = dict(zip(new, decoder.encode(new), strict=True)) if new else {}  # type: ignore[attr-defined]
+        known = {**found, **{text: self._known[text] for text in texts if text in self._known}}
+        for text, condition in found.items():
+            if (len(self._known) + 1) * condition.numel() * condition.element_size() <= LIMIT:
+                self._known[text] = condition.clone()
+        return torch.stack([known[text] for text in texts])
