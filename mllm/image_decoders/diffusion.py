@@ -138,9 +138,10 @@ class DiffusionPipeline(nn.Module):
             raise MLLMError(
                 f"This image decoder needs diffusers: pip install 'mllm-assembly[image]' ({error})."
             ) from None
+        diffusers.utils.logging.disable_progress_bar()
         try:
             found = diffusers.DiffusionPipeline.from_pretrained(
-                _folder(self._model), torch_dtype=self._dtype, use_safetensors=True, **parts
+                _folder(self._model), dtype=self._dtype, use_safetensors=True, **parts
             )
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise MLLMError(f"The pipeline {self._model} could not be loaded: {error}. Is the folder whole?") from None
