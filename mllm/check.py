@@ -109,11 +109,11 @@ def _of_model(model: Assembly, stage: Stage) -> list[str]:
         return found
     with _noted(found):
         _ = lm.eos
-    length = connector.num_tokens + len(lm.tokenize(stage.prompt.question))
+    length = model.places + len(lm.tokenize(stage.prompt.question))
     length += int(stage.decoding.get("max_new_tokens", 20))
     if lm.context is not None and length > lm.context:
         found.append(
-            f"One image ({connector.num_tokens} tokens), the prompt and the answer take {length} positions, and the "
+            f"One image ({model.places} tokens), the prompt and the answer take {length} positions, and the "
             f"language model was made for {lm.context}. Set connector.tokens lower, or take another one."
         )
     return found

@@ -28,6 +28,7 @@ from mllm import decoding, hub
 from mllm.errors import MLLMError
 from mllm.lead import Led
 from mllm.passes import Apart, Cached, EncoderDecoder
+from mllm.sight import Looking, Sighted, looking
 
 
 class LanguageModel(nn.Module):
@@ -155,7 +156,7 @@ class LanguageModel(nn.Module):
         """Whether prompts can share a row and not touch each other: tried, adapters and all."""
         return self._pass.can_pack()
 
-    def logits(self, embeds: Tensor, mask: Tensor, keep: Tensor | None = None, cache: Any = None) -> Tensor:
+    def logits(self, embeds: Tensor | Sighted, mask: Tensor, keep: Tensor | None = None, cache: Any = None) -> Tensor:
         """Return logits ``(B, K, V)`` at the positions ``keep (K,)`` of embeddings ``(B, T, D_lm)``.
 
         An encoder-decoder model has none but an answer's first, ``(B, 1, V)``.
@@ -168,7 +169,7 @@ class LanguageModel(nn.Module):
         """
         return self._pass.logits(embeds, mask, keep, cache)
 
-    def losses(self, embeds: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+    def losses(self, embeds: Tensor | Sighted, mask: Tensor, labels: Tensor) -> Tensor:
         """Return the negative log-likelihood ``(N,)`` of each target, row by row.
 
         Args:
@@ -179,7 +180,7 @@ class LanguageModel(nn.Module):
         """
         return self._pass.losses(embeds, mask, labels)
 
-    def hidden(self, embeds: Tensor, mask: Tensor) -> Tensor:
+    def hidden(self, embeds: Tensor | Sighted, mask: Tensor) -> Tensor:
         """Return the last states ``(B, T, D)``, those that the vocabulary's map reads.
 
         Raises:
@@ -233,7 +234,7 @@ class LanguageModel(nn.Module):
         return any(layer.training for layer in self.model.modules() if isinstance(layer, GradientCheckpointingLayer))
 
     @torch.no_grad()
-    def prefill(self, embeds: Tensor, mask: Tensor) -> tuple[Any, Tensor]:
+    def prefill(self, embeds: Tensor | Sighted, mask: Tensor) -> tuple[Any, Tensor]:
         """Return the states of sequences ``(B, T, D_lm)``, to go on from, and the next token's logits ``(B, V)``."""
         return self._pass.prefill(embeds, mask)
 
@@ -249,6 +250,10 @@ class LanguageModel(nn.Module):
         """Put an adapter's positions before every sequence; see `mllm.lead.Led`."""
         self._pass = Led(self._pass, adapter)
         self._before += adapter.num_positions
+
+    def look(self) -> None:
+        """Let blocks inside the layers look at what stands beside sequences; see `mllm.sight`."""
+        self._pass = Looking(self._pass)
 
     def step(self, cache: Any, ids: Tensor, mask: Tensor, rows: Sequence[int] | None = None) -> Tensor:
         """Return logits ``(N, V)`` of what follows the first tokens ``ids (N, L)`` of answers.
@@ -268,7 +273,7 @@ class LanguageModel(nn.Module):
         *,
         cache: Any = None,
         streamer: Any = None,
-        **inputs: Tensor,
+        **inputs: Tensor | Sighted,
     ) -> list[list[int]]:
         """Return the new ids of each sequence, by `transformers`' own decoding.
 
@@ -299,9 +304,10 @@ class LanguageModel(nn.Module):
                 "a whole batch (contrastive decoding) takes prompts of one length. Give them one by one."
             )
         found: dict[int, list[int]] = {}
-        for rows, given, start in groups:
+        for rows, given, start, sight in groups:
             own = [decodings[row] for row in rows]
-            words = self._decoded(own, options, processors, start, None if apart else streamer, given)
+            with looking(sight):
+                words = self._decoded(own, options, processors, start, None if apart else streamer, given)
             found |= zip(rows, words, strict=True)
         answers = [found[row] for row in range(len(mask))]
         if apart and streamer is not None:  # it takes a token of each row at a time: told once all is there

@@ -144,13 +144,12 @@ class Loop:
         return [float(value) for value in self.accelerator.reduce(totals, "mean")]
 
     def _stream(self) -> Stream:
-        connector = self.model.connector
         return Stream(
             self.sources,
             self.stage.prompt,
             seed=self.config.seed,
             lm=self.model.lm if self.model.speaks else None,
-            num_visual=connector.num_tokens if connector is not None else 0,
+            num_visual=self.model.places,
             data=self.stage.data,
         )
 

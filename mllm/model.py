@@ -25,6 +25,7 @@ from mllm.outputs import ImagePart, Output, Text
 from mllm.prompt import Batch, Control, Encoded, Piece, arrange, collate, encode, images_of, without_images
 from mllm.registry import lookup, made, table
 from mllm.rerank import reranked
+from mllm.sight import sighted
 from mllm.spec import FROZEN, AssemblySpec, PartSpec, checked
 from mllm.tokens import NewTokens
 from mllm.view import View, Views
@@ -181,11 +182,28 @@ class Assembly(nn.Module):
         inputs = Inputs(self, rows, features, batch)
         return [objective(inputs) for objective in objectives]
 
-    def embed(self, visual: Tensor | None, batch: Batch) -> Tensor:
-        """Return embeddings ``(B, T, D_lm)``: the text's own, and visual tokens ``(I, Q, D_lm)`` at their places."""
+    @property
+    def beside(self) -> Any:
+        """Return the adapter by which visual tokens stand beside the sequence, None where they stand in it."""
+        return next((adapter for adapter in self.adapters if getattr(adapter, "places", 0)), None)
+
+    @property
+    def places(self) -> int:
+        """Return how many places of a prompt an image takes."""
+        if self.connector is None:
+            return 0
+        return int(self.connector.num_tokens if self.beside is None else self.beside.places)
+
+    def embed(self, visual: Tensor | None, batch: Batch) -> Any:
+        """Return embeddings ``(B, T, D_lm)``: the text's own, and visual tokens ``(I, Q, D_lm)`` at their places.
+
+        Where these stand beside the sequence it is a `mllm.sight.Sighted`.
+        """
         embeds = self.lm.embed(batch.ids)  # (B, T, D_lm)
         if visual is None:
             return embeds
+        if self.beside is not None:
+            return sighted(embeds, visual, batch, self.beside.mark)
         return embeds.masked_scatter(batch.visual.unsqueeze(-1), visual.to(embeds.dtype))
 
     def logits(self, visual: Tensor | None, batch: Batch, keep: Tensor | None = None) -> Tensor:
@@ -199,22 +217,22 @@ class Assembly(nn.Module):
                 "This model cannot answer: it has no language model that makes text. Train a recipe with one "
                 "(lm.type=transformers), or use this one as a scorer: scorer={'type': 'aligned', 'model': RUN}."
             )
-        encoded = encode(pieces, lm=self.lm, num_visual=self.connector.num_tokens, start=start)
+        encoded = encode(pieces, lm=self.lm, num_visual=self.places, start=start)
         limit = self.lm.context
         if limit is not None and len(encoded.ids) >= limit:
             raise MLLMError(
                 f"The prompt takes {len(encoded.ids)} positions ({len(images_of(pieces))} images of "
-                f"{self.connector.num_tokens} each), and the language model was made for {limit}. Shorten it."
+                f"{self.places} each), and the language model was made for {limit}. Shorten it."
             )
         return encoded
 
-    def prepare(self, prompts: Sequence[Sequence[Piece]]) -> tuple[Tensor, Batch]:
-        """Return embeddings ``(B, T, D_lm)`` and the padded batch of interleaved prompts."""
+    def prepare(self, prompts: Sequence[Sequence[Piece]]) -> tuple[Any, Batch]:
+        """Return embeddings, as of `embed`, and the padded batch of interleaved prompts."""
         return self.embedded(prompts, [self.encode(pieces) for pieces in prompts])
 
     @torch.no_grad()
-    def embedded(self, prompts: Sequence[Sequence[Piece]], encoded: Sequence[Encoded]) -> tuple[Tensor, Batch]:
-        """Return embeddings ``(B, T, D_lm)`` and the padded batch of prompts that are encoded already."""
+    def embedded(self, prompts: Sequence[Sequence[Piece]], encoded: Sequence[Encoded]) -> tuple[Any, Batch]:
+        """Return embeddings, as of `embed`, and the padded batch of prompts that are encoded already."""
         batch = collate(encoded, self.lm.pad).to(self.device)
         images = [image for pieces in prompts for image in images_of(pieces)]
         visual = self.connector(self.features(images)) if images else None
@@ -525,10 +543,28 @@ def build_adapters(spec: AssemblySpec, *, lm: Any) -> list[nn.Module]:
             made(lookup("adapters", part.type), f"adapter {part.type}", lm.model, **part.options())
             for part in spec.adapters
         ]
+    _check_sight(spec, adapters)
     for adapter in adapters:
         if hasattr(adapter, "num_positions"):  # it comes before the sequence, not into a layer
             lm.lead(adapter)
+        if hasattr(adapter, "places"):  # it looks beside the sequence
+            lm.look()
     return adapters
+
+
+def _check_sight(spec: AssemblySpec, adapters: Sequence[nn.Module]) -> None:
+    """Refuse adapters that do not go with one that looks beside the sequence."""
+    looking = [part.type for part, adapter in zip(spec.adapters, adapters, strict=True) if hasattr(adapter, "places")]
+    leading = [part.type for part, a in zip(spec.adapters, adapters, strict=True) if hasattr(a, "num_positions")]
+    if len(looking) > 1:
+        raise MLLMError(f"adapters: {' and '.join(looking)} both decide where images stand. Leave one out.")
+    if looking and leading:
+        raise MLLMError(
+            f"adapters: {leading[0]} puts positions before the sequence, of which {looking[0]} does not know what they "
+            "look at. Leave one out."
+        )
+    if looking and spec.connector is None:
+        raise MLLMError(f"adapters: {looking[0]} looks at a connector's visual tokens, and there is none. Give both.")
 
 
 def _under(name: str, paths: Sequence[str]) -> bool:

@@ -25,14 +25,19 @@ from transformers.modeling_outputs import BaseModelOutput
 from mllm import vocabulary
 from mllm.errors import MLLMError
 from mllm.prompt import IGNORED
+from mllm.sight import Sight, current, looking
 
 
 class Group(NamedTuple):
-    """Rows that are decoded together, what `transformers` is given for them, and how many ids come back unasked."""
+    """Rows that are decoded together, what `transformers` is given for them, and how many ids come back unasked.
+
+    ``sight`` is what they look at beside their sequences; see `mllm.sight`.
+    """
 
     rows: list[int]
     inputs: dict[str, Any]
     start: int
+    sight: Sight | None = None
 
 
 class Cached:
@@ -116,7 +121,8 @@ class Cached:
     @functools.cached_property
     def separable(self) -> bool:
         """Whether the model is a body and a head."""
-        return vocabulary.separable(self.model)
+        with looking(None):  # it is tried on another sequence than the one that asks
+            return vocabulary.separable(self.model)
 
     def hidden(self, embeds: Tensor, mask: Tensor, cache: Any = None) -> Tensor:
         """Return the states ``(B, T, D)`` that the vocabulary's map reads."""
@@ -225,7 +231,8 @@ class Apart:
     @functools.cached_property
     def separable(self) -> bool:
         """Whether the model is a body and a head."""
-        return vocabulary.separable(self.model)
+        with looking(None):  # it is tried on another sequence than the one that asks
+            return vocabulary.separable(self.model)
 
     def hidden(self, embeds: Tensor, mask: Tensor) -> Tensor:
         """Return the states ``(B, T, D)`` that the vocabulary's map reads."""
@@ -263,11 +270,12 @@ class Apart:
 
     def _by_length(self, run: Callable[[Tensor], Tensor], embeds: Tensor, mask: Tensor) -> Tensor:
         """Run rows of each length, and put what comes out ``(n, length, X)`` where it belongs in ``(B, T, X)``."""
-        places, values = [], []
+        places, values, sight = [], [], current()
         for rows, inside in _lengths(mask):
             row, column = inside.nonzero(as_tuple=True)
             places.append(torch.stack([rows[row], column]))
-            values.append(run(embeds[rows][inside].unflatten(0, (len(rows), -1))).flatten(0, 1))
+            with looking(sight and sight.unpadded(rows, mask)):
+                values.append(run(embeds[rows][inside].unflatten(0, (len(rows), -1))).flatten(0, 1))
         found, (row, column) = torch.cat(values), torch.cat(places, dim=1)
         return found.new_zeros(*mask.shape, found.shape[-1]).index_put((row, column), found)
 

@@ -40,6 +40,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "bottleneck": "mllm.adapters.language.bottleneck:Bottleneck",
         "prompt": "mllm.adapters.language.prompt:PromptTuning",
         "prefix": "mllm.adapters.language.prefix:PrefixTuning",
+        "gated": "mllm.adapters.language.gated:Gated",
     },
     "heads": {
         "contrast": "mllm.adapters.heads.pairs:Contrast",

@@ -14,6 +14,7 @@ from mllm.index import ImageIndex, hash_of, opened
 from mllm.outputs import ImagePart, Output, Text
 from mllm.prompt import Control, Piece
 from mllm.retrieval import HEAD, token_id
+from mllm.sight import extended
 
 
 class Eager:
@@ -60,14 +61,13 @@ def shown(
     embeds, batch = model.prepare(prompts)
     rows = model.lm.generate(batch.mask, settings, inputs_embeds=embeds)
     outputs = []
-    for ids, own, mask in zip(rows, embeds, batch.mask, strict=True):
+    for row, ids in enumerate(rows):
         places = [place for place, i in enumerate(ids) if i == token]
         images: list[ImagePart] = []
         if places:
-            seen = own[mask.bool()]
-            whole = torch.cat([seen, model.lm.embed(torch.tensor([ids], device=model.device))[0]])[None]
-            states = model.lm.hidden(whole, torch.ones(whole.shape[:2], dtype=torch.long, device=model.device))[0]
-            wanted = model.heads[HEAD].of_states(states[[len(seen) + place for place in places]])
+            said = model.lm.embed(torch.tensor([ids], device=model.device))
+            states = model.lm.hidden(*extended(embeds, row, batch.mask, said))[0]
+            wanted = model.heads[HEAD].of_states(states[[batch.mask.shape[1] + place for place in places]])
             images = [replace(best, candidates=tuple(rest)) for best, *rest in found.search(wanted, count)]
         outputs.append(_put_together(model, ids, places, images))
     return outputs

@@ -73,7 +73,7 @@ def shape_of(model: Any, made: Setup) -> Shape:
         body=own,
         vocabulary=table.numel(),
         attention=config.num_hidden_layers * config.hidden_size,
-        visual=model.connector.num_tokens,
+        visual=model.places,
         positions=made.positions,
         targets=made.targets,
     )

@@ -78,7 +78,7 @@ def bound(model: Assembly, each: int, question: int) -> float:
     tower = sum(p.numel() for p in model.encoder.parameters()) * (model.connector.num_tokens + 1)
     body = sum(p.numel() for p in model.lm.parameters())
     rest = body * (question + TOKENS - 1)
-    prefix = tower + body * model.connector.num_tokens
+    prefix = tower + body * model.places
     return each * (prefix + rest) / (prefix + each * rest)
 
 
@@ -162,7 +162,7 @@ def _theirs(model: Assembly, stock: Any, asked: Sequence[tuple[torch.Tensor, str
 
 def _inputs(model: Assembly, asked: Sequence[tuple[torch.Tensor, str]]) -> dict[str, torch.Tensor]:
     """Return the alternative's batch: an image's places, then the question, padded on the left."""
-    places = [image_token(model)] * model.connector.num_tokens
+    places = [image_token(model)] * model.places
     rows = [[*places, *model.lm.tokenize(text)] for _, text in asked]
     width = max(map(len, rows))
     ids = torch.tensor([[model.lm.eos] * (width - len(row)) + row for row in rows])

@@ -152,7 +152,7 @@ def _measure(
     found: Found, wrong: dict[str, list[str]], item: Item, examples: list[list[Piece]], stage: Stage, model: Any
 ) -> None:
     """Note how long an item's examples are, and whether there is anything to learn."""
-    encoded = [encode(pieces, lm=model.lm, num_visual=_num_visual(model)) for pieces in examples]
+    encoded = [encode(pieces, lm=model.lm, num_visual=model.places) for pieces in examples]
     found.lengths += [len(one.ids) for one in encoded]
     longest, limit = max(len(one.ids) for one in encoded), stage.data.max_length
     if model.lm.context is not None and longest >= model.lm.context:
@@ -168,11 +168,7 @@ def _measure(
 def _together(source: Source, stage: Stage, model: Any) -> list[int]:
     """Return the lengths of as many examples as there are items, with what stands before them."""
     stream = Stream([source], stage.prompt, seed=0, lm=model.lm)
-    return [length_of(pieces, model.lm, _num_visual(model)) for pieces in stream.take(len(source.items))]
-
-
-def _num_visual(model: Any) -> int:
-    return 0 if model.connector is None else model.connector.num_tokens
+    return [length_of(pieces, model.lm, model.places) for pieces in stream.take(len(source.items))]
 
 
 def _suite(name: str, data: str | Path | None, limit: int | None, track: Track) -> Found:

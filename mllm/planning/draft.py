@@ -58,7 +58,8 @@ class Draft:
             self.model, self.paper = on_paper(stage, config), Paper()
             self.paper.put(self.model)
             if self.model.lm is not None:
-                vars(self.model.lm._pass)["separable"] = True  # a probe compares values, which are not here
+                way = self.model.lm._pass
+                vars(getattr(way, "way", way))["separable"] = True  # a probe compares values, which are not here
         self.model.requires_grad_(False)
         self.trained: list[nn.Parameter] = []
         if stage.fit is None:
@@ -173,11 +174,11 @@ class Draft:
 
     def kv_bytes(self) -> int:
         """Return the bytes of key-value states of one prompt: its picture, the question, and the longest answer."""
-        lm, connector = self.model.lm, self.model.connector
-        if lm is None or connector is None:
+        lm = self.model.lm
+        if lm is None or self.model.connector is None:
             return 0
         text = 16 if lm.tokenizer is None else len(lm.tokenize(self.stage.prompt.question))
-        length = connector.num_tokens + text + int(self.stage.decoding.get("max_new_tokens", 20))
+        length = self.model.places + text + int(self.stage.decoding.get("max_new_tokens", 20))
         self.model.eval()
         embeds = self.paper.empty(1, length, lm.dim, dtype=next(lm.parameters()).dtype)
         with torch.no_grad():

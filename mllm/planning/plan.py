@@ -133,7 +133,7 @@ def plan(recipe: str, overrides: Mapping[str, Any] | Sequence[str] = (), setting
 
 def plan_stage(draft: Draft, config: Recipe, setting: Setting) -> StagePlan:
     """Return what one stage takes."""
-    stage, connector = draft.stage, draft.model.connector
+    stage = draft.stage
     if stage.fit is None and stage.batch_size < setting.processes:
         raise MLLMError(
             f"Stage {stage.name}: batch_size is {stage.batch_size}, and {setting.processes} processes need an example "
@@ -151,7 +151,7 @@ def plan_stage(draft: Draft, config: Recipe, setting: Setting) -> StagePlan:
         pictures=load.pictures,
         rows=len(load.largest.pieces),
         positions=load.largest.positions,
-        tokens_per_image=connector.num_tokens if connector is not None else 0,
+        tokens_per_image=draft.model.places,
         kv_bytes=draft.kv_bytes(),
         parts=draft.parts(),
         memory=_memory(draft, load, step, cache, setting),

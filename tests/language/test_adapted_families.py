@@ -22,10 +22,18 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "scaled-parallel": {"type": "bottleneck", "after": ["mlp", "attention"], "mode": "parallel", "scale": 4.0},
     "prompt": {"type": "prompt", "positions": 3},
     "prefix": {"type": "prefix", "positions": 3},
+    "gated": {"type": "gated", "every": 1, "heads": 2, "head_dim": 8},
 }
 NO_HALVES = {"t5", "mt5", "umt5", "mamba"}  # their layers are lists of halves, or have none
 NO_STATES = {"t5", "mt5", "umt5", "bart", "mamba", "rwkv", "mpt", "mistral", "gemma2", "gemma3"}  # or sliding windows
-REFUSED = {"serial": NO_HALVES, "scaled-parallel": NO_HALVES, "prefix": NO_STATES, "lora": {"mamba"}}
+ENCODED = {"t5", "mt5", "umt5", "bart"}
+REFUSED = {
+    "serial": NO_HALVES,
+    "scaled-parallel": NO_HALVES,
+    "prefix": NO_STATES,
+    "lora": {"mamba"},
+    "gated": ENCODED,
+}
 PROMPTS: list[list[Any]] = [[tiny_image(1), "A cat.", tiny_image(2), "What?"], ["Short ", tiny_image(3)]]
 
 
@@ -79,7 +87,7 @@ def test_an_adapter(kind, family, bare, tiny_parts):
     assert all((parameter.grad is not None) == (id(parameter) in own) for parameter in model.parameters())
     with torch.no_grad():
         torch.testing.assert_close(together, sum(losses(model, [prompt]) for prompt in PROMPTS), atol=1e-3, rtol=1e-4)
-    if kind not in ("prompt", "prefix"):  # what is inside the layers knows no positions
+    if kind not in ("prompt", "prefix", "gated"):  # what is inside the layers knows no positions
         return
     whole = [[str(model.generate([[*prompt, " Now?"]], max_new_tokens=3)[0])] for prompt in PROMPTS]
     assert model.see_each(PROMPTS).go_on([[" Now?"]] * 2, max_new_tokens=3) == whole
