@@ -193,31 +193,3 @@ def closest(items: Sequence[Item], scorer: Any, calibrate: float) -> list[str]:
     cosines = (scorer.embed_images(pictures) @ scorer.embed_texts(words).T).tolist()
     rows = {picture: dict(zip(words, row, strict=True)) for picture, row in zip(pictures, cosines, strict=True)}
     return chosen([{text: rows[item.images[0]][text] for text in item.choices} for item in items], calibrate)
-
-
-def ranked(items: Sequence[Item], scorer: Any, first: int = 100) -> list[str]:
-    """Return for each item the places of its first choices, or images, by the scorer's cosine; the closest first."""
-    pictures: dict[ImageSource, int] = {}
-    words: dict[str, int] = {}
-    rows = []
-    for images, choices, question in {
-        (id(item.images), id(item.choices), item.question): (item.images, item.choices, item.question) for item in items
-    }.values():
-        for image in images:
-            pictures.setdefault(image, len(pictures))
-        for text in choices or ([question] if question else []):
-            words.setdefault(text, len(words))
-    seen, told = scorer.embed_images(list(pictures)), scorer.embed_texts(list(words))
-    places: dict[int, list[int]] = {}
-    for item in items:
-        many: Sequence[Any] = item.choices or item.images
-        table: dict[Any, int] = words if item.choices else pictures
-        candidates = places.setdefault(id(many), [table[one] for one in many])
-        if item.choices:
-            closeness = told[candidates] @ seen[pictures[item.images[0]]]
-        elif item.question:
-            closeness = seen[candidates] @ told[words[item.question]]
-        else:
-            raise MLLMError(f"Item {item.id!r}: nothing to rank; expected choices, or images and a question.")
-        rows.append(" ".join(map(str, closeness.topk(min(first, len(candidates))).indices.tolist())))
-    return rows

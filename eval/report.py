@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm.eval.page import write_page
+from mllm.eval.ranking import shown
 from mllm.eval.scoring import Result, rows, tally
 from mllm.eval.suite import Suite
 
@@ -57,7 +58,10 @@ def report(
         _text(out / "predictions.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
         if config.submission:
             _text(out / "submission.json", json.dumps(submission(config.submission, lines)))
-        return Report(summary, lines, write_page(out, summary, lines, {item.id: item.images for item in items}))
+        pictures = {item.id: item.images for item in items}
+        if config.answer == "rank":
+            pictures = {item.id: shown(item, line["prediction"]) for item, line in zip(items, lines, strict=True)}
+        return Report(summary, lines, write_page(out, summary, lines, pictures))
     except OSError as error:
         raise MLLMError(f"The report in {out} cannot be written: {error.strerror or error}.") from None
 

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mllm.eval.answering import Answering, closest, ranked
+from mllm.eval.answering import Answering, closest
 from mllm.eval.baselines import USUAL, conditions
 from mllm.eval.journal import Journal
+from mllm.eval.ranking import Ranking
+from mllm.eval.ranking import baselines as usual_of
 from mllm.eval.report import Report, report
 from mllm.eval.scoring import OWN, Helpers, Result, measure
 from mllm.eval.shots import with_shots
@@ -27,8 +29,6 @@ from mllm.processes import processes
 from mllm.progress import progress
 from mllm.spec import FROZEN, PromptSpec
 from mllm.version import __version__
-
-BY_SCORER = ("closest", "rank")
 
 
 def evaluate(
@@ -52,7 +52,7 @@ def evaluate(
         out: a folder for ``report.html``, ``summary.json`` and ``predictions.jsonl``; None: nothing is written.
             An evaluation that was killed goes on there, and ends with the same files.
         baselines: of ``blind``, ``shuffled``, ``mean-image``, ``random-connector``; None: the first two. A suite whose
-            answers come from the scorer has none.
+            chooses by the scorer has none; one that ranks has ``shuffled``, and ``blind`` where pictures ask.
         run: what the report calls the model.
         overrides: of the suite, dotted: ``["batch_size=8"]``.
 
@@ -61,11 +61,14 @@ def evaluate(
     """
     config = load_suite(suite, overrides)
     whole = read_items(config, data)
-    if baselines is None:
-        baselines = () if config.answer in BY_SCORER else USUAL
-    if baselines and config.answer in BY_SCORER:
+    if baselines and config.answer == "closest":
         raise MLLMError(f"The suite {config.name} answers with the scorer alone, so it has no baselines.")
     items = with_shots(whole[:limit], read_shots(config, data, whole), config.shots, model)
+    if baselines is None:
+        usual = {"closest": (), "rank": usual_of(items)}
+        baselines = usual.get(config.answer, USUAL)
+    elif config.answer == "rank" and (wrong := [name for name in baselines if name not in usual_of(items)]):
+        raise MLLMError(f"These rankings have the baselines {', '.join(usual_of(items))}, and no {wrong[0]!r}.")
     state = processes()
     if state.num_processes > 1:
         model.to(state.device)
@@ -75,7 +78,8 @@ def evaluate(
     state.wait_for_everyone()
     helpers = Helpers(config.scorer, config.judge, lambda: model.scorer)
     if config.answer == "rank":
-        results = {OWN: Result(ranked(items, helpers.scorer))}
+        ranking = Ranking(items, helpers.scorer)
+        results = {name: Result(ranking.rows(name)) for name in (OWN, *baselines)}
     elif config.answer == "closest":
         results = {OWN: Result(closest(items, helpers.scorer, config.calibrate))}
     else:

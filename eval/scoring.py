@@ -95,7 +95,7 @@ def rows(items: Sequence[Item], results: Mapping[str, Result]) -> list[dict[str,
         {
             "id": item.id,
             "kind": item.kind,
-            "question": item.question,
+            "question": item.question or "".join(piece for piece in item.document if isinstance(piece, str)) or None,
             "references": list(item.answers),
             "prediction": results[OWN].predictions[index],
             "baselines": {name: result.predictions[index] for name, result in results.items() if name != OWN},

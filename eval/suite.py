@@ -149,5 +149,6 @@ def data_hash(items: Sequence[Item]) -> str:
     whole = hashlib.sha256()
     for item in items:
         row = [item.id, digest(item.images), item.question, item.answers, digest(item.choices)]
+        row += [digest(item.document)] if item.document else []
         whole.update(json.dumps(row).encode())
     return whole.hexdigest()

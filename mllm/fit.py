@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -125,16 +125,28 @@ def fit_connector(
         raise MLLMError("stages.fit needs captions, and the training data has only questions.")
     target = _sentences(model) if sentences else _words(model, captioned)
     sums = NormalEquations(connector.project.in_features, model.lm.dim)
-    for start in track(range(0, len(captioned), chunk)):
-        part: Sequence[Item] = captioned[start : start + chunk]
+    for part, seen in read_chunks(captioned, features, chunk, readable, track):
+        x = connector.body(seen).mean(1)  # (N, D_vis)
+        sums.add(x.cpu(), target(part).cpu())
+    return _solved(connector, sums, solver, strength)
+
+
+def read_chunks(
+    items: Sequence[Item],
+    features: Callable[[Sequence[Any]], Tensor],
+    chunk: int,
+    readable: Callable[[Sequence[Item]], Sequence[Item]],
+    track: Callable[[Iterable[int]], Iterable[int]],
+) -> Iterator[tuple[Sequence[Item], Tensor]]:
+    """Yield items, some at a time, with the features ``(I, P, D_vis)`` of their first pictures; see `fit_connector`."""
+    for start in track(range(0, len(items), chunk)):
+        part: Sequence[Item] = items[start : start + chunk]
         try:
             seen = features([item.images[0] for item in part])
         except MLLMError:
             part = readable(part)
             seen = features([item.images[0] for item in part])
-        x = connector.body(seen).mean(1)  # (N, D_vis)
-        sums.add(x.cpu(), target(part).cpu())
-    return _solved(connector, sums, solver, strength)
+        yield part, seen
 
 
 @torch.no_grad()

@@ -20,12 +20,12 @@ from torch import Tensor
 from mllm.checkpoint import trained_on
 from mllm.errors import MLLMError
 from mllm.files import write
+from mllm.finder import CHUNK, of_images
 from mllm.images import ImageFile
 from mllm.outputs import ImagePart
 from mllm.retrieval import HEAD, token_id
 
 FORMAT = "mllm-index-1"
-CHUNK = 32  # images that go through the encoder at once
 
 
 class ImageIndex:
@@ -49,7 +49,6 @@ class ImageIndex:
         return len(self.paths)
 
     @classmethod
-    @torch.no_grad()
     def build(cls, model: Any, paths: Sequence[Path]) -> ImageIndex:
         """Return the index of picture files, made with a model's encoder and retrieval head.
 
@@ -58,10 +57,9 @@ class ImageIndex:
         """
         token_id(model)
         parts = [paths[start : start + CHUNK] for start in range(0, len(paths), CHUNK)]
-        head = model.heads[HEAD]
-        vectors = [head.of_features(model.features([ImageFile(path) for path in part])).float().cpu() for part in parts]
+        vectors = [of_images(model, [ImageFile(path) for path in part]) for part in parts]
         places = [str(path.resolve()) for path in paths]
-        return cls(torch.cat(vectors) if vectors else torch.empty(0, head.dim), places, hash_of(model))
+        return cls(torch.cat(vectors) if vectors else torch.empty(0, 0), places, hash_of(model))
 
     @classmethod
     def load(cls, path: str | Path) -> ImageIndex:

@@ -55,7 +55,11 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "diffusers": "mllm.image_decoders.diffusion:DiffusionPipeline",
         "trained": "mllm.image_decoders.trained:Trained",
     },
-    "scorers": {"dual-encoder": "mllm.scorer:DualEncoder", "aligned": "mllm.aligned:Aligned"},
+    "scorers": {
+        "dual-encoder": "mllm.scorer:DualEncoder",
+        "aligned": "mllm.aligned:Aligned",
+        "retrieval": "mllm.finder:Finder",
+    },
     "objectives": {
         "caption": "mllm.objectives:Caption",
         "contrastive": "mllm.pairs:Contrastive",
@@ -89,6 +93,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "sugarcrepe": "mllm.data.matching:sugarcrepe",
         "classes": "mllm.data.matching:classes",
         "karpathy-retrieval": "mllm.data.matching:karpathy_retrieval",
+        "emoji-retrieval": "mllm.data.emoji_retrieval:emoji_retrieval",
         "llava": "mllm.data.conversations:llava",
         "messages": "mllm.data.conversations:messages",
         "mmc4": "mllm.data.documents:mmc4",
@@ -135,6 +140,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "retrieval/r@1": "mllm.eval.metrics.ranking:recall_1",
         "retrieval/r@5": "mllm.eval.metrics.ranking:recall_5",
         "retrieval/r@10": "mllm.eval.metrics.ranking:recall_10",
+        "retrieval/median-rank": "mllm.eval.metrics.ranking:median_rank",
         "retrieval/mrr": "mllm.eval.metrics.ranking:mrr",
         "retrieval/ndcg": "mllm.eval.metrics.ranking:ndcg",
         "retrieval/map": "mllm.eval.metrics.ranking:mean_average_precision",

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy, pad
 
 from mllm.errors import MLLMError
 from mllm.objectives import Inputs
-from mllm.prompt import Batch, Control, Encoded, Piece, Target, collate, encode
+from mllm.prompt import Batch, Control, Piece, Target, collate, encode
 
 HEAD = "retrieval"
 TOGETHER = 16  # captions that a CPU reads at once
@@ -140,17 +140,18 @@ def read_captions(inputs: Inputs) -> Said:
         if not found:
             raise MLLMError("No example of a batch has a caption, which a head that shows images learns from.")
         places, texts = map(list, zip(*found, strict=True))
-        behind = Control("".join(tokens))
-        rows = [encode([model.spec.prompt.caption + text, behind], lm=model.lm, num_visual=0) for text in texts]
-        inputs.shared["said"] = Said(texts, places, tokens, *_read(model, rows, len(tokens)))
+        inputs.shared["said"] = Said(texts, places, tokens, *read_texts(model, texts))
     return inputs.shared["said"]
 
 
-def _read(model: Any, rows: Sequence[Encoded], count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return states and embeddings ``(N, count, D_lm)`` of each row's last tokens, and the logits ``(N, V)`` before.
+def read_texts(model: Any, texts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return states and embeddings ``(N, r, D_lm)`` of an image's tokens behind captions, and logits ``(N, V)`` before.
 
     On a CPU, where padding costs as much as words, captions of about one length are read together.
     """
+    tokens = known_tokens(model)
+    count, behind = len(tokens), Control("".join(tokens))
+    rows = [encode([model.spec.prompt.caption + text, behind], lm=model.lm, num_visual=0) for text in texts]
     together = TOGETHER if model.device.type == "cpu" else len(rows)
     order = sorted(range(len(rows)), key=lambda row: len(rows[row].ids))
     found = []

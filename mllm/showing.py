@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mllm.finder import of_prompts
 from mllm.index import ImageIndex, hash_of, opened
 from mllm.outputs import ImagePart, Output, Text
-from mllm.prompt import Control, Piece
+from mllm.prompt import Piece
 from mllm.retrieval import HEAD, token_id
 from mllm.sight import extended
 
@@ -31,16 +32,12 @@ class Eager:
         return scores
 
 
-@torch.no_grad()
 def retrieve(
     model: Any, prompts: Sequence[Sequence[Piece]], index: str | Path | ImageIndex, count: int
 ) -> list[list[ImagePart]]:
     """Return the images closest to each prompt: what the head makes of the token put behind it."""
     found = _fitting(model, index)
-    rows = [[*prompt, Control(model.heads[HEAD].token)] for prompt in prompts]
-    embeds, batch = model.prepare(rows)
-    states = model.lm.hidden(embeds, batch.mask)[:, -1]  # (B, D_lm)
-    return found.search(model.heads[HEAD].of_states(states), count)
+    return found.search(of_prompts(model, prompts), count)
 
 
 @torch.no_grad()

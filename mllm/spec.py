@@ -189,10 +189,18 @@ class InitSpec(Spec):
 class FitSpec(Spec):
     """A closed-form fit of one part: no gradient."""
 
-    part: Literal["connector"] = "connector"
-    solver: Literal["ridge", "least-squares", "procrustes"] = "ridge"
+    part: Literal["connector", "heads.retrieval"] = "connector"
+    solver: Literal["ridge", "least-squares", "procrustes", "correlation"] = "ridge"  # the last: of heads.retrieval
     targets: Literal["caption-words", "tokens", "sentences"] = "caption-words"  # tokens: their own strings, no data
     strength: float = Field(default=0.01, gt=0)  # of the ridge, as a share of the features' mean variance
+
+    @model_validator(mode="after")
+    def _of_its_part(self) -> FitSpec:
+        if (self.part == "heads.retrieval") != (self.solver == "correlation"):
+            raise ValueError("part: heads.retrieval and solver: correlation go together: give both or none")
+        if self.part != "connector" and self.targets != "caption-words":
+            raise ValueError("targets are the connector's: leave them out")
+        return self
 
 
 class ObjectiveSpec(PartSpec):

@@ -15,6 +15,7 @@ from accelerate.utils import broadcast_object_list, set_seed
 
 from mllm import recipe as recipes
 from mllm.checkpoint import save, take
+from mllm.correlate import fit_head
 from mllm.data.skipping import Skipped
 from mllm.errors import MLLMError
 from mllm.features import FeatureStore, open_store
@@ -121,7 +122,7 @@ def carried(model: Assembly, spec: AssemblySpec, run: Run | None = None) -> Asse
 def _stage(run: Run, model: Assembly, stage: Stage, config: Recipe, state: State) -> Assembly:
     give_back()  # what loading and the stage before left
     store = open_store(model, "off" if _encoder_trains(stage) else stage.cache)
-    trained = ["connector"] if stage.fit else list(stage.train)
+    trained = [stage.fit.part] if stage.fit else list(stage.train)
     before = _hashes(model, trained)
     if stage.fit:
         _fit(run, model, stage, config, store)
@@ -171,27 +172,24 @@ def _hashes(model: Assembly, trained: Sequence[str]) -> dict[str, str]:
 
 def _fit(run: Run, model: Assembly, stage: Stage, config: Recipe, store: FeatureStore) -> None:
     assert stage.fit is not None
-    how: dict[str, Any] = {"solver": stage.fit.solver, "strength": stage.fit.strength}
+    fit, told = stage.fit, "explained" if stage.fit.part == "connector" else "correlation"
     with progress() as bar:
         task = bar.add_task(stage.name, total=None, note="")
 
         def track(chunks: Iterable[int]) -> Iterable[int]:
             return bar.track(chunks, task_id=task)
 
-        if stage.fit.targets == "tokens":
-            explained = fit_tokens(model, track=track, **how)
-        else:
+        how: dict[str, Any] = {"strength": fit.strength, "track": track}
+        if fit.targets != "tokens":
             items = [item for source in data(stage, config.seed) for item in source.items]
             skipped = Skipped(stage.data.skip, len(items), partial(run.log, stage=stage.name))
-            explained = fit_connector(
-                model,
-                items,
-                store,
-                readable=lambda part: skipped.readable(part, lambda item: model.encoder.open(item.images[0])),
-                track=track,
-                sentences=stage.fit.targets == "sentences",
-                **how,
-            )
-        bar.update(task, note=f"explains {explained:.0%} of the targets")
-    run.log(stage=stage.name, explained=explained)
-    model.calibrated = True
+            how["readable"] = lambda part: skipped.readable(part, lambda item: model.encoder.open(item.images[0]))
+        if fit.part != "connector":
+            found = fit_head(model, items, store, seed=config.seed, **how)
+        elif fit.targets == "tokens":
+            found = fit_tokens(model, solver=fit.solver, **how)
+        else:
+            found = fit_connector(model, items, store, solver=fit.solver, sentences=fit.targets == "sentences", **how)
+        bar.update(task, note=f"{told} {found:.0%}")
+    run.log(stage=stage.name, **{told: found})
+    model.calibrated = model.calibrated or fit.part == "connector"

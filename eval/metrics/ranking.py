@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from statistics import fmean
+from statistics import fmean, median
 
 from mllm.eval.metrics.checks import check
 
@@ -24,6 +24,21 @@ def recall(k: int, predictions: Sequence[str], references: Sequence[Sequence[str
 
 
 recall_1, recall_5, recall_10 = partial(recall, 1), partial(recall, 5), partial(recall, 10)
+
+
+def median_rank(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Score:
+    """Return the median over items of the first right id's rank, from 1; one that was not found is behind the last."""
+    ranks = _mean(
+        lambda hits, _: float(hits.index(True) + 1 if any(hits) else len(hits) + 1),
+        predictions,
+        references,
+        "retrieval/median-rank",
+    ).per_item
+
+    def of(items: Sequence[int]) -> float:
+        return median(ranks[item] for item in items)
+
+    return Score(median(ranks), ranks, "retrieval/median-rank", VERSION, better="lower", alone=of)
 
 
 def mrr(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Score:

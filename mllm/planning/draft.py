@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mllm import hub, loop
 from mllm.check import on_paper
+from mllm.correlate import Correlation
 from mllm.features import FeatureStore
 from mllm.fit import NormalEquations
 from mllm.micro import rows_at_once
@@ -143,10 +144,16 @@ class Draft:
         fit = self.stage.fit
         if fit is None:
             return Cost()
-        width, dim = self.model.connector.project.in_features, self.model.lm.dim
 
         def solve() -> None:
             with self.paper.mode:
+                if fit.part != "connector":
+                    head = self.model.get_submodule(fit.part)
+                    pairs = Correlation(head.text.in_features, head.image.in_features)
+                    pairs.add(torch.empty(64, head.text.in_features), torch.empty(64, head.image.in_features))
+                    pairs.solve(head.dim, fit.strength)
+                    return
+                width, dim = self.model.connector.project.in_features, self.model.lm.dim
                 sums = NormalEquations(width, dim)
                 sums.add(torch.empty(64, width), torch.empty(64, dim))
                 sums.solve(fit.solver, fit.strength)
