@@ -2,14 +2,17 @@
 
 Notable: what is kept on disk stands under a hash of everything that decides a feature (the encoder's weights, layer,
 selection, resolution and processor, and the type of its numbers), and in there by the picture's content. When any of it
-changes, another place is looked in: nothing stale can be found.
+changes, another place is looked in: nothing stale can be found. Pictures that will be asked for are opened in threads
+meanwhile.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +24,11 @@ from torch import Tensor
 from mllm.errors import MLLMError
 from mllm.files import write
 from mllm.hub import tensor_hash
-from mllm.images import source_of
+from mllm.images import ImageSource, source_of
 from mllm.parts import cache_dir
 
 LIMIT = 4 * 2**30  # bytes
+THREADS = min(8, os.cpu_count() or 1)  # that open pictures
 
 
 class FeatureStore:
@@ -43,6 +47,8 @@ class FeatureStore:
         self._new: list[str] = []  # kept, and not on disk yet
         self._stored = _index(folder) if folder else {}
         self._bytes = sum(path.stat().st_size for path in set(self._stored.values()))
+        self._begun: list[dict[Any, Future[Any]]] = [{}, {}]  # pictures that are opened: for this step, for the next
+        self._threads = ThreadPoolExecutor(THREADS)
 
     def __call__(self, images: Sequence[Any]) -> Tensor:
         """Return features ``(I, P, D_vis)`` of pictures in any accepted form, in order."""
@@ -53,10 +59,38 @@ class FeatureStore:
         names = list(missing)
         for start in range(0, len(names), self._chunk):
             chunk = names[start : start + self._chunk]
-            for key, row in zip(chunk, self._model.features([missing[key] for key in chunk]), strict=True):
+            pictures = [self.opened(missing[key]) for key in chunk]
+            for key, row in zip(chunk, self._model.features(pictures), strict=True):
                 found[key] = row
                 self._keep(key, row)
         return torch.stack([found[key] for key in keys])
+
+    def expect(self, images: Sequence[Any]) -> None:
+        """Begin to open pictures that will be asked for, but for those whose features are kept.
+
+        What was expected two calls ago and not asked for is let go.
+        """
+        sources = {image for image in images if isinstance(image, ImageSource)} - self._begun[1].keys()
+        self._begun = [self._begun[1], {source: self._threads.submit(self._awaited, source) for source in sources}]
+
+    def opened(self, image: Any) -> Any:
+        """Return a picture as the encoder's `preprocess` takes it.
+
+        Raises:
+            MLLMError: it cannot be read.
+        """
+        begun = [now.pop(image) for now in self._begun if isinstance(image, ImageSource) and image in now]
+        found = begun[0].result() if begun else None
+        return self._model.encoder.open(image) if found is None else found
+
+    def _awaited(self, source: ImageSource) -> Any:
+        """Return an opened picture, or None where its features are kept."""
+        encoder = self._model.encoder
+        if not self._model.sees_pixels:
+            key = encoder.key(source)
+            if key in self._kept or key in self._stored:
+                return None
+        return encoder.open(source)
 
     def flush(self) -> None:
         """Write what is new to a shard on disk; a kill while it is written leaves nothing of it.

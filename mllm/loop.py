@@ -96,11 +96,12 @@ class Loop:
         assert total is not None
         stream, started = self._stream(), time.monotonic()
         stream.skip(state.step * stage.optim.accumulate, stage.batch_size)  # nothing of what is done is opened
-        share = {"rank": self.accelerator.process_index, "world": self.accelerator.num_processes}
+        upcoming = self._take(stream)
         with progress() as bar:
             task = bar.add_task(stage.name, total=total, completed=state.step, note="")
             for step in range(state.step + 1, total + 1):
-                losses = self.step([stream.take(stage.batch_size, **share) for _ in range(stage.optim.accumulate)])
+                micro, upcoming = upcoming, self._take(stream) if step < total else []
+                losses = self.step(micro)
                 loss = sum(weight * value for weight, value in zip(self.weights, losses, strict=True))
                 if not torch.isfinite(torch.tensor(loss)):
                     raise MLLMError(f"The loss is {loss} at step {step} of {stage.name}. Lower the learning rate.")
@@ -142,6 +143,14 @@ class Loop:
             self.model.tokens.rescale()
         self.schedule.step()
         return [float(value) for value in self.accelerator.reduce(totals, "mean")]
+
+    def _take(self, stream: Stream) -> list[list[list[Piece]]]:
+        """Return a step's batches; their pictures are opened from now on."""
+        share = {"rank": self.accelerator.process_index, "world": self.accelerator.num_processes}
+        micro = [stream.take(self.stage.batch_size, **share) for _ in range(self.stage.optim.accumulate)]
+        if self.model.encoder is not None:
+            self.store.expect([image for rows in micro for pieces in rows for image in images_of(pieces)])
+        return micro
 
     def _stream(self) -> Stream:
         return Stream(
@@ -294,7 +303,7 @@ def inputs(model: Assembly, rows: Sequence[list[Piece]], store: FeatureStore, *,
     if not images or model.encoder is None:
         return rows, None, batch
     if model.sees_pixels:
-        return rows, model.encoder.preprocess([model.encoder.open(image) for image in images]).to(model.device), batch
+        return rows, model.encoder.preprocess([store.opened(image) for image in images]).to(model.device), batch
     return rows, store(images).to(model.device), batch
 
 

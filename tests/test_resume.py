@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -159,6 +161,37 @@ def test_without_a_cache_nothing_is_kept(tiny_parts):
     store([tiny_image(0)])
     store.flush()
     assert not place_of(model).exists()
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A picture that says in which thread it was opened."""
+
+    seed: int
+    threads: list[str] = field(default_factory=list, hash=False)
+
+    def open(self):
+        self.threads.append(threading.current_thread().name)
+        if self.seed < 0:
+            raise MLLMError("no picture")
+        return tiny_image(self.seed)
+
+    def key(self):
+        return str(self.seed)
+
+
+def test_pictures_that_are_expected_are_opened_once_in_threads(tiny_parts):
+    model = mllm.assemble(tiny_parts[0], tiny_parts[1])
+    store, images = FeatureStore(model), [Watched(seed) for seed in range(4)]
+    store.expect(images)
+    assert torch.equal(store(images), model.features([tiny_image(seed) for seed in range(4)]))
+    assert all(len(image.threads) == 1 and "ThreadPool" in image.threads[0] for image in images)
+    store.expect(images)  # their features are kept
+    store(images)
+    assert all(len(image.threads) == 1 for image in images)
+    store.expect([Watched(-1)])
+    with pytest.raises(MLLMError, match="no picture"):
+        store([Watched(-1)])
 
 
 def test_a_damaged_shard_is_computed_again(tiny_parts, tmp_path):
