@@ -84,7 +84,7 @@ class Answering:
             each: list[tuple[ImageSource, ...]]
             each = [(image,) for image in images] if images else [()] * len(item.images)
             return [Query(own, text, item.choices, shots) for own in each]
-        if self._config.answer == "choose":
+        if self._config.answer in ("choose", "order"):
             return [Query(images, text, item.choices, shots)]
         return [Query(images, text, before=shots)]
 
@@ -154,6 +154,8 @@ def _folded(config: Suite, items: Sequence[Item], found: Sequence[Sequence[Any]]
     if config.answer == "match":
         return [matched(item, scores) for item, scores in zip(items, found, strict=True)]
     first = [answers[0] for answers in found]
+    if config.answer == "order":
+        return [ordered(item, scores) for item, scores in zip(items, first, strict=True)]
     return chosen(first, config.calibrate) if config.answer == "choose" else first
 
 
@@ -165,6 +167,12 @@ def matched(item: Item, scores: Sequence[dict[str, float]]) -> str:
     text = scores[0][first] > scores[0][second] and scores[1][second] > scores[1][first]
     image = scores[0][first] > scores[1][first] and scores[1][second] > scores[0][second]
     return " ".join(name for name, passed in zip(TESTS, (text, image, text and image), strict=True) if passed)
+
+
+def ordered(item: Item, scores: dict[str, float]) -> str:
+    """Return the places of an item's choices, counted from 0, the most likely first."""
+    places = sorted(range(len(item.choices)), key=lambda place: -scores[item.choices[place]])
+    return " ".join(map(str, places))
 
 
 def chosen(scores: Sequence[dict[str, float]], calibrate: float) -> list[str]:

@@ -93,6 +93,8 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "sugarcrepe": "mllm.data.matching:sugarcrepe",
         "classes": "mllm.data.matching:classes",
         "karpathy-retrieval": "mllm.data.matching:karpathy_retrieval",
+        "vist": "mllm.data.stories:vist",
+        "visdial": "mllm.data.stories:visdial",
         "emoji-retrieval": "mllm.data.emoji_retrieval:emoji_retrieval",
         "llava": "mllm.data.conversations:llava",
         "messages": "mllm.data.conversations:messages",
@@ -143,6 +145,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "retrieval/median-rank": "mllm.eval.metrics.ranking:median_rank",
         "retrieval/mrr": "mllm.eval.metrics.ranking:mrr",
         "retrieval/ndcg": "mllm.eval.metrics.ranking:ndcg",
+        "retrieval/ndcg-relevant": "mllm.eval.metrics.ranking:ndcg_relevant",
         "retrieval/map": "mllm.eval.metrics.ranking:mean_average_precision",
     },
 }

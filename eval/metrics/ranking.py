@@ -6,7 +6,9 @@ An id that is not in the ranking was not found. A ranking that names an id twice
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from statistics import fmean, median
 
@@ -57,6 +59,21 @@ def ndcg(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Sco
     return _mean(gain, predictions, references, "retrieval/ndcg")
 
 
+def ndcg_relevant(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Score:
+    """Return VisDial's gain: graded, and over as many first places as there are right ids (arXiv:1611.08669, v1.0).
+
+    An id is as relevant as it is often told among the references.
+    """
+    found = _mean(lambda hits, _: 0.0, predictions, references, "retrieval/ndcg-relevant")
+    per_item = []
+    for prediction, answers in zip(predictions, references, strict=True):
+        told = Counter(answers)
+        gains = [told[name] for name in prediction.split()[: len(told)]]
+        best = sorted(told.values(), reverse=True)
+        per_item.append(_discounted(gains) / _discounted(best))
+    return replace(found, value=fmean(per_item), per_item=per_item)
+
+
 def mean_average_precision(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Score:
     """Return the mean over right ids of the precision at their rank; an id that was not found counts 0."""
 
@@ -66,7 +83,7 @@ def mean_average_precision(predictions: Sequence[str], references: Sequence[Sequ
     return _mean(average, predictions, references, "retrieval/map")
 
 
-def _discounted(hits: Sequence[bool]) -> float:
+def _discounted(hits: Sequence[float]) -> float:
     return sum(hit / math.log2(rank + 2) for rank, hit in enumerate(hits))
 
 

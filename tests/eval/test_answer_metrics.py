@@ -78,3 +78,12 @@ def test_rankings_are_what_scikit_learn_says():
     assert mllm.metric("retrieval/map")(["b"], [["a", "b"]]).value == 0.5  # what was not found counts as missed
     with pytest.raises(MLLMError, match="names an id twice"):
         mllm.metric("retrieval/mrr")(["a b a"], [["a"]])
+
+
+def test_visdials_gain_is_graded_and_cut_at_the_number_that_is_right():
+    relevance = np.array([[0.0, 1.0, 0.2, 0.6, 0.0], [0.4, 0.0, 0.0, 0.0, 0.0]])
+    scores = np.array([[0.1, 0.5, 0.9, 0.2, 0.3], [0.2, 0.9, 0.1, 0.0, 0.3]])
+    told = [[str(i) for i, share in enumerate(row) for _ in range(round(20 * share))] for row in relevance]
+    rankings = [" ".join(map(str, np.argsort(-row))) for row in scores]
+    expected = [ndcg_score([r], [s], k=int((r > 0).sum())) for r, s in zip(relevance, scores, strict=True)]
+    assert mllm.metric("retrieval/ndcg-relevant")(rankings, told).per_item == pytest.approx(expected)
