@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from mllm.errors import MLLMError
 from mllm.fit import can_be_fitted
 from mllm.model import Assembly, build_encoder, build_lm, join, trained_module
 from mllm.objectives import objectives_of
-from mllm.retrieval import token_id
+from mllm.retrieval import known_tokens, token_id
 from mllm.spec import PARTS, DataSpec, Recipe, Stage
 
 
@@ -94,11 +95,16 @@ def _of_model(model: Assembly, stage: Stage) -> list[str]:
         with _noted(found):
             trained_module(model, path)
     found += [f"Stage {stage.name}: {problem}" for problem in unmet(model, stage)]
+    with _noted(found):
+        if stage.init.source is not None:
+            import_module("mllm.checkpoint").check_source(model, stage)
+    with _noted(found):
+        if stage.fit is not None and stage.fit.part != "connector":
+            token_id(model)
+        elif model.image_tokens is not None and model.speaks:
+            known_tokens(model)
     if stage.fit is not None and stage.fit.part == "connector" and not can_be_fitted(connector):
         found.append(f"Stage {stage.name} fits the connector, which does not end in a linear map: take another type.")
-    if stage.fit is not None and stage.fit.part != "connector":
-        with _noted(found):
-            token_id(model)
     if stage.fit is not None and stage.fit.targets == "tokens" and not hasattr(model.encoder, "embed_texts"):
         found.append(
             f"Stage {stage.name} fits tokens, whose strings this encoder has no place for: encoder.type=dual-encoder."

@@ -11,22 +11,26 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mllm import hub
 from mllm.errors import MLLMError, near
 from mllm.files import write
 from mllm.model import Assembly, build
-from mllm.spec import FROZEN, AssemblySpec, Spec, checked
+from mllm.spec import FROZEN, AssemblySpec, Spec, Stage, checked
 from mllm.version import __version__
 
 FORMAT = 1
 ASSEMBLY, UNNAMED = "assembly.json", ".trained.safetensors"
+
+Shape = tuple[int, ...]
 
 
 class About(Spec):
@@ -188,16 +192,74 @@ def take(model: Assembly, source: Path, paths: Sequence[str] = ()) -> None:
     about = _about(path / ASSEMBLY)
     here = _fingerprints(model)
     _same_parts(path, about.fingerprints, {part: here.get(part, "none") for part in about.fingerprints})
-    saved, wanted = _tensors(path / about.tensors), model.trained_state()
+    saved, wanted = _tensors(path / about.tensors), model.trained_tensors()
+    names = _taken(path, {name: tuple(tensor.shape) for name, tensor in saved.items()}, wanted, paths)
+    model.load_state_dict({name: saved[name] for name in names}, strict=False)
+    model.calibrated = model.calibrated or all(name in names for name in wanted if name.startswith("connector."))
+
+
+def check_source(model: Assembly, stage: Stage) -> None:
+    """Say whether `take` would work for a stage, whose model may be on the meta device; no tensor is read.
+
+    Frozen parts that are called the same are taken to be so: their weights are not hashed.
+
+    Raises:
+        MLLMError: it would not.
+    """
+    path = _find(Path(stage.init.source or ""))
+    about = _about(path / ASSEMBLY)
+    for part, expected in about.fingerprints.items():
+        there, here = _called(getattr(about.spec, part)), _called(getattr(stage, part))
+        if there != here and _weights(model, part, getattr(stage, part)) != expected:
+            raise MLLMError(
+                f"init.from: {path} was trained on another {part}: {there}, and this recipe has {here}. Name that one, "
+                "or take a run that was trained on this one."
+            )
+    _taken(path, _shapes(path / about.tensors), model.trained_tensors(), stage.init.parts)
+
+
+def _called(spec: Any) -> str:
+    """Return what tells a frozen part from others, by its specification alone."""
+    if spec is None:
+        return "none"
+    name = getattr(spec, "label", None) or getattr(spec, "model", None) or spec.type
+    return f"{name} (random weights)" if getattr(spec, "init", None) == "random" else str(name)
+
+
+def _weights(model: Assembly, part: str, spec: Any) -> str | None:
+    """Return the fingerprint of a part whose weights are on this machine and would be loaded."""
+    if spec is None or getattr(spec, "init", None) == "random":
+        return None
+    with contextlib.suppress(MLLMError):
+        if part == "lm":  # built with random weights where it is only looked at
+            return hub.fingerprint(hub.resolve(spec.model, group="lms"))
+        return str(getattr(model, part).fingerprint)
+    return None
+
+
+def _taken(path: Path, saved: Mapping[str, Shape], wanted: Mapping[str, Tensor], paths: Sequence[str]) -> list[str]:
+    """Return the names of the tensors that are taken, of all that a source has, by their shapes."""
     for name in paths:
         if not any(f"{tensor}.".startswith(f"{name}.") for tensor in saved):
             raise MLLMError(f"init.parts names {name!r}, which {path} has not trained. {near(name, _modules(saved))}")
-    taken = {n: t for n, t in saved.items() if not paths or any(f"{n}.".startswith(f"{p}.") for p in paths)}
-    odd = [name for name, tensor in taken.items() if name not in wanted or wanted[name].shape != tensor.shape]
+    taken = [name for name in saved if not paths or any(f"{name}.".startswith(f"{part}.") for part in paths)]
+    odd = [name for name in taken if name not in wanted or tuple(wanted[name].shape) != saved[name]]
     if odd:
-        raise MLLMError(f"init.from: {path} does not fit this model: unknown or of another shape are {', '.join(odd)}.")
-    model.load_state_dict(taken, strict=False)
-    model.calibrated = model.calibrated or all(name in taken for name in wanted if name.startswith("connector."))
+        raise MLLMError(
+            f"init.from: {path} does not fit this model: unknown or of another shape are {', '.join(odd)}. Name in "
+            "init.parts what is to be taken, or give the parts here the sizes they have there."
+        )
+    return taken
+
+
+def _shapes(path: Path) -> dict[str, Shape]:
+    """Return the shapes of a file's tensors, from its header: a length in 8 bytes, and as much JSON."""
+    try:
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    except (OSError, ValueError) as error:
+        raise MLLMError(f"{path} cannot be read: {error}") from None
+    return {name: tuple(about["shape"]) for name, about in header.items() if name != "__metadata__"}
 
 
 def _modules(tensors: Iterable[str]) -> list[str]:

@@ -395,9 +395,13 @@ class Assembly(nn.Module):
 
     def trained_state(self) -> dict[str, Tensor]:
         """Return the tensors of everything that is not frozen, by dotted name."""
+        return {name: tensor.detach().cpu() for name, tensor in self.trained_tensors().items()}
+
+    def trained_tensors(self) -> dict[str, Tensor]:
+        """Return the same where they are: on a device, or on none."""
         own = {id(tensor) for tensor in self.adapters.state_dict(keep_vars=True).values()}
         return {
-            name: tensor.detach().cpu()
+            name: tensor
             for name, tensor in self.state_dict(keep_vars=True).items()
             if name.split(".")[0] not in FROZEN or (_under(name, self.spec.trained) and id(tensor) not in own)
         }

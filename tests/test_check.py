@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import torch
 from mllm import recipe, registry
 from mllm.check import on_paper, problems
 from mllm.errors import MLLMError
-from mllm.testing import tiny_image
+from mllm.testing import tiny_image, tiny_lm
 
 
 @pytest.fixture(autouse=True)
@@ -127,6 +128,45 @@ def test_broken_recipe_gets_its_sentence(file: Path, overrides: list[str], sente
     assert any(sentence in problem for problem in found), found
     assert len(found) == len(set(found))
     assert len(found) <= 2, "one fault, no flood"
+
+
+@pytest.fixture(scope="module")
+def source(tiny_parts: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved model with a connector and an adapter, on the recipe's parts."""
+    import mllm
+
+    connector = {"type": "linear", "tokens": 4}
+    model = mllm.assemble(tiny_parts[0], tiny_parts[1], connector, adapters=[{"type": "bottleneck"}])
+    return model.save(tmp_path_factory.mktemp("source"))
+
+
+def test_a_run_that_parts_are_taken_from_is_held_against_the_recipe(
+    file: Path, source: Path, tiny_parts: tuple[str, str], tmp_path: Path
+) -> None:
+    own = [f"init.from={source}", "init.parts=[connector]"]
+    assert problems(str(file), own) == []
+    assert problems(str(file), [f"init.from={source}", "adapters=[{type: bottleneck}]"]) == []
+    shutil.copytree(tiny_parts[1], tmp_path / "copy")  # the same weights under another name
+    assert problems(str(file), [*own, f"lm.model={tmp_path / 'copy'}"]) == []
+    other = tiny_lm(tmp_path / "other", seed=1)
+    for overrides, sentence in (
+        (["init.from=none"], "There is no model in none"),
+        ([f"init.from={source}", "init.parts=[heads]"], "init.parts names 'heads', which"),
+        ([f"init.from={source}", "init.parts=[conector]"], "Did you mean 'connector'"),
+        ([f"init.from={source}"], "unknown or of another shape are adapters."),
+        ([*own, "connector.shuffle=2"], "unknown or of another shape are"),
+        ([*own, f"lm.model={other}"], f"was trained on another lm: {tiny_parts[1]}, and this recipe has {other}"),
+        ([*own, "lm.init=random"], f"and this recipe has {tiny_parts[1]} (random weights). Name that one"),
+    ):
+        (found,) = problems(str(file), overrides)
+        assert sentence in found
+
+
+def test_a_heads_token_must_be_among_the_new_ones(file: Path) -> None:
+    heads = ["heads=[{type: retrieval, dim: 6}]"]
+    (found,) = problems(str(file), heads)
+    assert found == "The head retrieval reads the token '[RET]', and tokens is []. Add it there."
+    assert problems(str(file), [*heads, "tokens=['[RET]']"]) == []
 
 
 def test_several_problems_are_all_reported(file: Path) -> None:
