@@ -7,23 +7,23 @@ from typing import Any
 
 from mllm.errors import MLLMError
 from mllm.images import source_of
+from mllm.outputs import Output
 from mllm.prompt import arrange
 
 BATCH = 16
 
 
-def answer_each(model: Any, images: Sequence[Any], text: str, **decoding: Any) -> Iterator[str | MLLMError]:
+def answer_each(model: Any, images: Sequence[Any], text: str, **decoding: Any) -> Iterator[Output | MLLMError]:
     """Yield what the model says to each picture, in order; of one that cannot be read, the error.
 
     Args:
         model: the assembly.
         images: pictures in any accepted form.
         text: what stands with each, for example the recipe's caption prompt.
-        decoding: fields of `transformers.GenerationConfig`.
+        decoding: what `mllm.model.Assembly.generate` takes.
     """
     template = model.spec.prompt.template
     for start in range(0, len(images), BATCH):
         # A path as text would be text: what is a picture here is made one.
         prompts = [arrange(template, [source_of(image)], text) for image in images[start : start + BATCH]]
-        for answer in model.generate(prompts, errors="return", **decoding):
-            yield answer if isinstance(answer, MLLMError) else str(answer)
+        yield from model.generate(prompts, errors="return", **decoding)

@@ -21,6 +21,7 @@ from transformers import TextIteratorStreamer
 from mllm.errors import MLLMError
 from mllm.files import write
 from mllm.images import ImageFile, source_of
+from mllm.outputs import Output
 from mllm.prompt import Encoded, collate, images_of
 from mllm.turns import checked_messages, message, text_part, turns
 
@@ -63,7 +64,9 @@ class Chat:
         """Say something, and yield the answer as it is written; the turn counts once all of it was taken."""
         return self._turn(text, images, decoding, _streamed)
 
-    def _turn(self, text: str, images: Sequence[Any], decoding: dict[str, Any], writer: Any) -> Iterator[str]:
+    def _turn(
+        self, text: str, images: Sequence[Any], decoding: dict[str, Any], writer: Any, answer_by: Any = None
+    ) -> Iterator[str]:
         if not text.strip() and not images:
             raise MLLMError("Nothing was said: give a text, a picture, or both.")
         sources = [source_of(image) for image in images]
@@ -72,12 +75,32 @@ class Chat:
         turn = message("user", [*({"type": "image", "image": source} for source in sources), text_part(text)])
         messages = [*self.messages, turn]
         answer = ""
-        for new in self._answer(messages, decoding, writer):
+        for new in (answer_by or self._answer)(messages, decoding, writer):
             new = new if answer else new.lstrip()
             answer += new
             if new:
                 yield new
         self.messages = [*messages, message("assistant", [text_part(answer.strip())])]
+
+    def show(self, text: str, images: Sequence[Any] = (), **options: Any) -> Output:
+        """Say something, and return the answer with its images; the conversation keeps the answer's words.
+
+        Args:
+            text: what is said.
+            images: pictures said with it.
+            options: what `mllm.model.Assembly.generate` takes: ``index``, ``images``, ``eager``, decoding.
+
+        Raises:
+            MLLMError: as `send`, or an index of another model.
+        """
+        found: list[Output] = []
+
+        def answered(messages: Sequence[dict[str, Any]], decoding: dict[str, Any], _: Any) -> Iterator[str]:
+            found.extend(self._model.generate([turns(self._model, messages)], **decoding))
+            yield str(found[0])
+
+        "".join(self._turn(text, images, options, None, answered))
+        return found[0]
 
     def reset(self) -> None:
         """Forget all but what the model was told at the start."""

@@ -175,6 +175,9 @@ def compare(
     typer.echo(f"Report: {report.page}")
 
 
+Index = Annotated[Path | None, typer.Option(help="What `mllm index build` wrote: answers show images of it.")]
+Eager = Annotated[float, typer.Option(help="Above 0 more images are shown, below 0 fewer.")]
+Shown = Annotated[Path, typer.Option(help="Where images that are made are saved; found ones are named where they are.")]
 Lines = Annotated[bool, typer.Option("--jsonl", help="A line of JSON for each picture: image, and text or error.")]
 
 
@@ -184,12 +187,16 @@ def caption(
     images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Picture files, folders or patterns.")],
     max_new_tokens: Tokens = None,
     jsonl: Lines = False,
+    index: Index = None,
+    eager: Eager = 0.0,
+    show: Shown = Path("shown"),
 ) -> None:
     """Describe pictures."""
     from mllm.checkpoint import load
 
+    options = _showing(run, index, eager)
     model = load(run)
-    _tell(model, images, model.spec.prompt.caption, jsonl, **_decoding(max_new_tokens))
+    _tell(model, images, model.spec.prompt.caption, jsonl, show, **options, **_decoding(max_new_tokens))
 
 
 @app.command()
@@ -199,13 +206,17 @@ def ask(
     question: Annotated[str, typer.Argument(metavar="QUESTION")],
     max_new_tokens: Tokens = None,
     jsonl: Lines = False,
+    index: Index = None,
+    eager: Eager = 0.0,
+    show: Shown = Path("shown"),
 ) -> None:
     """Ask about a picture, or the same about several."""
     from mllm.checkpoint import load
 
+    options = _showing(run, index, eager)
     model = load(run)
     text = model.spec.prompt.question.format(question=question)
-    _tell(model, [image], text, jsonl, **_decoding(max_new_tokens))
+    _tell(model, [image], text, jsonl, show, **options, **_decoding(max_new_tokens))
 
 
 @app.command()
@@ -217,13 +228,18 @@ def chat(
     system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
     history: Annotated[Path | None, typer.Option(help="A conversation that /save wrote, to go on with.")] = None,
     max_new_tokens: Tokens = None,
+    index: Index = None,
+    eager: Eager = 0.0,
+    show: Shown = Path("shown"),
 ) -> None:
     """Talk about pictures; /help lists what else can be typed."""
     from mllm.checkpoint import load
     from mllm.terminal import converse, read_history
 
     messages = read_history(history) if history else []
-    converse(load(run).chat(system, messages), images or [], **_decoding(max_new_tokens))
+    options = _showing(run, index, eager)
+    shown = {"folder": show, **options} if options else None
+    converse(load(run).chat(system, messages), images or [], shown, **_decoding(max_new_tokens))
 
 
 @app.command()
@@ -241,6 +257,8 @@ def serve(
     max_body: Annotated[int, typer.Option(min=1, help="MB of a request, at most.")] = 32,
     allow_host: Annotated[list[str] | None, typer.Option(help="A host that pictures may be downloaded from.")] = None,
     allow_folder: Annotated[list[Path] | None, typer.Option(help="A folder that pictures may be read from.")] = None,
+    index: Index = None,
+    eager: Eager = 0.0,
 ) -> None:
     """Serve a model over HTTP: OpenAI's chat completions, and a chat page at /."""
     from mllm.checkpoint import load
@@ -261,7 +279,9 @@ def serve(
         folders=allow_folder or (),
         token=token,
     )
-    server = create_app(load(run), run.resolve().name, limits)
+    options = _showing(run, index, eager)
+    show = {"index": None, "eager": 0.0, **options} if options else None
+    server = create_app(load(run), run.resolve().name, limits, show)
     uvicorn.run(server, host=host, port=port, log_level="info", timeout_keep_alive=5)
 
 
@@ -436,10 +456,18 @@ def install_parts(names: Annotated[list[str] | None, typer.Argument(metavar="[NA
     parts.install(names or None, report=typer.echo)
 
 
-def _tell(model: Any, images: list[str], text: str, jsonl: bool, **decoding: Any) -> None:
+def _showing(run: Path, index: Path | None, eager: float) -> dict[str, Any]:
+    """Return what makes answers show images; another model's index is refused before anything is loaded."""
+    from mllm.index import opened
+
+    return ({} if index is None else {"index": opened(index, run)}) | ({"eager": eager} if eager else {})
+
+
+def _tell(model: Any, images: list[str], text: str, jsonl: bool, show: Path, **decoding: Any) -> None:
     """Print what the model says to every picture; one that cannot be read costs the others nothing."""
     from mllm.answers import answer_each
     from mllm.images import find_pictures
+    from mllm.outputs import with_files
 
     wrong = []
     paths = find_pictures(images)
@@ -447,10 +475,11 @@ def _tell(model: Any, images: list[str], text: str, jsonl: bool, **decoding: Any
         bad = isinstance(answer, MLLMError)
         if bad:
             wrong.append(answer)
+        said = str(answer) if isinstance(answer, MLLMError) else with_files(answer, show)
         if jsonl:
-            typer.echo(json.dumps({"image": str(path), "error" if bad else "text": str(answer)}, ensure_ascii=False))
+            typer.echo(json.dumps({"image": str(path), "error" if bad else "text": said}, ensure_ascii=False))
         elif not bad:
-            typer.echo(f"{path}: {answer}")
+            typer.echo(f"{path}: {said}")
     if wrong and len(paths) == 1:
         raise MLLMError(str(wrong[0]))
     if wrong:

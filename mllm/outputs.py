@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from mllm.images import ImageFile, open_image
 
 
 class Text(str):
@@ -41,3 +46,30 @@ class Output(list[Text | ImagePart]):
     def images(self) -> list[ImagePart]:
         """Return the images, in order."""
         return [part for part in self if isinstance(part, ImagePart)]
+
+
+def with_files(output: Output, folder: Path) -> str:
+    """Return an answer's text with the file of each image in its place, such as ``[photos/1.png]``.
+
+    An image that is no file yet is saved to the folder, under the next free number.
+    """
+    return "".join(part if isinstance(part, Text) else f"[{_file(part, folder)}]" for part in output)
+
+
+def data_url(part: ImagePart, side: int = 512) -> str:
+    """Return an image as a data URL of a JPEG, its longer side at most so many pixels."""
+    image = open_image(part.image).convert("RGB")
+    image.thumbnail((side, side))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=90)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _file(part: ImagePart, folder: Path) -> Path:
+    if isinstance(part.image, ImageFile):
+        return part.image.path
+    folder.mkdir(parents=True, exist_ok=True)
+    taken = [int(path.stem) for path in folder.glob("*.png") if path.stem.isdecimal()]
+    place = folder / f"{max(taken, default=0) + 1}.png"
+    open_image(part.image).save(place)
+    return place

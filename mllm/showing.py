@@ -49,6 +49,7 @@ def shown(
     *,
     count: int,
     eager: float,
+    streamer: Any = None,
 ) -> list[Output]:
     """Return answers as texts and images, each image with the next best ones, ``count`` in all."""
     found, token = _fitting(model, index), token_id(model)
@@ -56,7 +57,7 @@ def shown(
         bias = Eager(token, eager)
         settings = [{**row, "logits_processor": [*row.get("logits_processor", []), bias]} for row in settings]
     embeds, batch = model.prepare(prompts)
-    rows = model.lm.generate(batch.mask, settings, inputs_embeds=embeds)
+    rows = model.lm.generate(batch.mask, settings, streamer=streamer, inputs_embeds=embeds)
     outputs = []
     for row, ids in enumerate(rows):
         places = [place for place, i in enumerate(ids) if i == token]

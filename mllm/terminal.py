@@ -13,6 +13,7 @@ from rich.console import Console
 
 from mllm.chat import Chat
 from mllm.errors import MLLMError, near
+from mllm.outputs import with_files
 
 HELP = {
     "/image PATH": "add a picture to what is said next",
@@ -25,8 +26,15 @@ HELP = {
 COMMANDS = [line.split()[0] for line in HELP]
 
 
-def converse(chat: Chat, images: Sequence[Path] = (), **decoding: Any) -> None:
-    """Read lines until the input ends; answer each, or do what it commands."""
+def converse(chat: Chat, images: Sequence[Path] = (), show: dict[str, Any] | None = None, **decoding: Any) -> None:
+    """Read lines until the input ends; answer each, or do what it commands.
+
+    Args:
+        chat: the conversation.
+        images: of the first turn.
+        show: ``folder`` for images that are made, and what `Chat.show` takes; None: answers are words, as they come.
+        decoding: fields of `transformers.GenerationConfig`.
+    """
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # importing it gives `input` line editing and history
     console = Console(highlight=False)
@@ -41,7 +49,7 @@ def converse(chat: Chat, images: Sequence[Path] = (), **decoding: Any) -> None:
             if line.startswith("/"):
                 _command(console, chat, waiting, line)
             elif line:
-                _say(console, chat, line, waiting, decoding)
+                _say(console, chat, line, waiting, show, decoding)
         except (EOFError, KeyboardInterrupt):
             return
         except MLLMError as error:  # the conversation goes on
@@ -63,10 +71,22 @@ def read_history(path: Path) -> list[dict[str, Any]]:
     return messages
 
 
-def _say(console: Console, chat: Chat, line: str, waiting: list[Path], decoding: dict[str, Any]) -> None:
-    for new in chat.stream(line, list(waiting), **decoding):
-        console.print(new, end="", markup=False, soft_wrap=True)
-    console.print()
+def _say(
+    console: Console,
+    chat: Chat,
+    line: str,
+    waiting: list[Path],
+    show: dict[str, Any] | None,
+    decoding: dict[str, Any],
+) -> None:
+    if show is None:
+        for new in chat.stream(line, list(waiting), **decoding):
+            console.print(new, end="", markup=False, soft_wrap=True)
+        console.print()
+    else:
+        options = {key: value for key, value in show.items() if key != "folder"}
+        output = chat.show(line, list(waiting), **options, **decoding)
+        console.print(with_files(output, show["folder"]), markup=False, soft_wrap=True)
     waiting.clear()
 
 

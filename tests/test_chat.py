@@ -10,6 +10,7 @@ import pytest
 import mllm
 from mllm.errors import MLLMError
 from mllm.images import source_of
+from mllm.index import ImageIndex
 from mllm.testing import tiny_image
 from mllm.turns import turns
 from mllm.view import View
@@ -181,3 +182,17 @@ def test_a_model_without_a_template_says_so(tiny_parts):
 
 def test_views_are_untouched_by_chats(model):
     assert isinstance(model.see([A]), View)
+
+
+def test_an_answer_with_images_is_that_of_the_whole_conversation(tiny_model, tmp_path):
+    model = tiny_model(heads=[{"type": "retrieval", "dim": 6}], tokens=["[RET]"])
+    for number in range(3):
+        tiny_image(number).save(tmp_path / f"{number}.png")
+    index = ImageIndex.build(model, sorted(tmp_path.glob("*.png")))
+    chat = model.chat()
+    chat.send("what is it?", [A], max_new_tokens=3)
+    output = chat.show("show me", index=index, eager=1e4, max_new_tokens=4)
+    (expected,) = model.generate([turns(model, chat.messages[:-1])], index=index, eager=1e4, max_new_tokens=4)
+    assert list(output) == list(expected) and output.images
+    assert chat.messages[-1]["content"][0]["text"] == str(output).strip()  # its words go on
+    assert chat.send("and?", max_new_tokens=2) is not None

@@ -7,7 +7,7 @@ import contextlib
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Collection, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -21,6 +21,7 @@ from starlette.concurrency import run_in_threadpool
 
 from mllm.errors import MLLMError
 from mllm.images import open_image, source_of
+from mllm.outputs import data_url
 from mllm.serve.batcher import Answer, Batcher, Full, Job
 from mllm.serve.remote import Remote
 from mllm.turns import checked_messages, turns
@@ -84,17 +85,19 @@ class Refused(Exception):
         self.status, self.code = status, code
 
 
-def create_app(model: Any, name: str, limits: Limits | None = None) -> FastAPI:
+def create_app(model: Any, name: str, limits: Limits | None = None, show: Mapping[str, Any] | None = None) -> FastAPI:
     """Return the server.
 
     Args:
         model: the assembly.
         name: what ``/v1/models`` calls it.
         limits: what is let in.
+        show: ``index`` and ``eager`` of answers with images; None: words alone. A message then has ``images``, each an
+            ``image_url`` with a data URL, and ``at``, the characters of the text before it.
     """
     limits = limits or Limits()
     remote = Remote(limits.hosts, limits.folders)
-    batcher = Batcher(model, size=limits.batch, waiting=limits.waiting)
+    batcher = Batcher(model, size=limits.batch, waiting=limits.waiting, show=show)
 
     @contextlib.asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
@@ -153,7 +156,7 @@ def create_app(model: Any, name: str, limits: Limits | None = None) -> FastAPI:
             usage = bool(wanted.stream_options and wanted.stream_options.include_usage)
             return StreamingResponse(_stream(job, heard, head, usage), media_type="text/event-stream")
         answer = await _whole(request, job, heard)
-        message = {"role": "assistant", "content": answer.text}
+        message = {"role": "assistant", "content": answer.text, **_images(answer)}
         choice = {"index": 0, "message": message, "finish_reason": answer.finish_reason, "logprobs": None}
         return JSONResponse({**head, "object": "chat.completion", "choices": [choice], "usage": _usage(answer)})
 
@@ -233,6 +236,8 @@ async def _stream(job: Job, heard: asyncio.Queue[Any], head: dict[str, Any], usa
                 yield _event({"error": {"message": str(failure), "type": "server_error", "code": failure.code}})
                 return
             if isinstance(news, Answer):
+                if news.images:
+                    yield event(_images(news))
                 yield event({}, news.finish_reason)
                 if usage:
                     body = {**head, "object": "chat.completion.chunk", "choices": [], "usage": _usage(news)}
@@ -242,6 +247,15 @@ async def _stream(job: Job, heard: asyncio.Queue[Any], head: dict[str, Any], usa
             yield event({"content": news})
     finally:
         job.gone.set()
+
+
+def _images(answer: Answer) -> dict[str, Any]:
+    """Return the part of a message that shows an answer's images, if there are any."""
+    found = [
+        {"type": "image_url", "image_url": {"url": data_url(image)}, "at": at, "score": image.score}
+        for at, image in answer.images
+    ]
+    return {"images": found} if found else {}
 
 
 def _event(body: dict[str, Any]) -> str:

@@ -8,15 +8,17 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from mllm.errors import MLLMError
+from mllm.outputs import ImagePart, Output
 from mllm.prompt import Piece
+from mllm.showing import shown
 
 
 class Full(MLLMError):
@@ -39,6 +41,13 @@ class Job:
     gone: threading.Event = field(default_factory=threading.Event)
 
 
+class Shown(NamedTuple):
+    """An image in an answer, and how many characters of its text stand before it."""
+
+    at: int
+    image: ImagePart
+
+
 @dataclass(frozen=True)
 class Answer:
     """A finished answer: its whole text, why it ended, and what it cost in tokens."""
@@ -47,6 +56,7 @@ class Answer:
     finish_reason: str  # stop | length
     prompt_tokens: int
     completion_tokens: int
+    images: tuple[Shown, ...] = ()
 
 
 class Batcher:
@@ -57,10 +67,19 @@ class Batcher:
         size: jobs of a batch, at most.
         waiting: jobs that may wait.
         gather: seconds for which a first job waits for others.
+        show: ``index`` and ``eager`` of answers with images, see `mllm.model.Assembly.generate`; None: words alone.
     """
 
-    def __init__(self, model: Any, *, size: int = 16, waiting: int = 64, gather: float = 0.01) -> None:
-        self._model, self._size, self._gather = model, size, gather
+    def __init__(
+        self,
+        model: Any,
+        *,
+        size: int = 16,
+        waiting: int = 64,
+        gather: float = 0.01,
+        show: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._model, self._size, self._gather, self._show = model, size, gather, show
         self._waiting: queue.Queue[Job | None] = queue.Queue()
         self._room = threading.BoundedSemaphore(waiting)
         self._thread = threading.Thread(target=self._work, name="batcher", daemon=True)
@@ -118,9 +137,12 @@ class Batcher:
         settings = model.decodings(prompts, [{**own, **job.decoding, "cancelled": job.gone.is_set} for job in jobs])
         for row, chosen in zip(rows, settings, strict=True):
             row.limit = chosen.get("max_new_tokens")
-        model.answer(prompts, settings, streamer=_Rows(rows))
-        for row in rows:
-            row.finish()
+        if self._show is None:
+            outputs = model.answer(prompts, settings, streamer=_Rows(rows))
+        else:
+            outputs = shown(model, prompts, settings, count=1, streamer=_Rows(rows), **self._show)
+        for row, output in zip(rows, outputs, strict=True):
+            row.finish(output)
 
 
 class Row:
@@ -151,14 +173,21 @@ class Row:
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character's bytes are not all there yet
             self._tell(text[: len(text) - held])
 
-    def finish(self) -> None:
-        """Tell what is left, and the whole answer."""
+    def finish(self, output: Output) -> None:
+        """Tell what is left, and the whole answer with its images."""
         text = self._text()
         for stop in self._stops:
             text = text.partition(stop)[0]
         text = text.rstrip()
         self._tell(text)
-        self._job.tell(Answer(text, self._reason or "length", self._prompt_tokens, len(self._ids)))
+        images, before = [], 0
+        for part in output:
+            if isinstance(part, ImagePart):
+                images.append(Shown(min(before, len(text)), part))
+            else:
+                before += len(part)
+        reason = self._reason or "length"
+        self._job.tell(Answer(text, reason, self._prompt_tokens, len(self._ids), tuple(images)))
 
     def _text(self) -> str:
         return str(self._lm.decode(self._ids)).lstrip()

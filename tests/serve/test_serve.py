@@ -30,6 +30,8 @@ from fastapi import Request, Response
 import mllm
 from mllm.errors import MLLMError
 from mllm.images import source_of
+from mllm.index import ImageIndex
+from mllm.outputs import data_url
 from mllm.serve.app import Limits, create_app
 from mllm.serve.remote import Remote, public_address
 from mllm.testing import tiny_image
@@ -57,9 +59,9 @@ def model(tiny_parts):
 
 
 @contextlib.contextmanager
-def served(model: Any, page: Any = None, **limits: Any) -> Iterator[int]:
+def served(model: Any, page: Any = None, show: Any = None, **limits: Any) -> Iterator[int]:
     """Serve a model on a free port in a thread."""
-    app = create_app(model, "tiny", Limits(**limits))
+    app = create_app(model, "tiny", Limits(**limits), show)
     if page:
         page(app)
     config = uvicorn.Config(app, port=0, log_level="critical", timeout_graceful_shutdown=5)
@@ -384,11 +386,24 @@ def test_the_page_takes_a_dropped_picture_and_streams_the_answer(model, chromium
       await fetch("/seen", { method: "POST", body: JSON.stringify(seen) });
     });"""
     told: list[dict[str, Any]] = []
+
+    with served(model, acted(act, told)) as port:
+        chromium(f"http://127.0.0.1:{port}/acted", until=lambda: told)
+    (seen,) = told
+    first = user("what is it?", A)
+    said = expected(model, first)
+    assert seen["name"] == "tiny" and seen["wrong"] == 0 and seen["pictures"] == 1
+    assert seen["said"][0] == said and len(seen["said"]) == 2
+    assert seen["asked"] == ["what is it?", "and <b>why</b>?"]  # what is typed is text, never HTML
+    assert seen["steps"] > 1  # it was seen to grow
+
+
+def acted(act: str, told: list[dict[str, Any]]) -> Callable[[Any], None]:
+    """Return what adds to a server the page with a script in it, and a place where that tells what it saw."""
     buffer = io.BytesIO()
     A.save(buffer, "PNG")
 
-    def page(app):
-
+    def page(app: Any) -> None:
         real = next(route for route in app.routes if route.path == "/").endpoint
 
         @app.get("/acted")
@@ -410,15 +425,63 @@ def test_the_page_takes_a_dropped_picture_and_streams_the_answer(model, chromium
 
         app.add_api_route("/seen", report, methods=["POST"])
 
-    with served(model, page) as port:
+    return page
+
+
+@pytest.fixture
+def index(tiny_model, tmp_path):
+    """A model with a retrieval head, and an index that it is eager to show."""
+    model = tiny_model(heads=[{"type": "retrieval", "dim": 6}], tokens=["[RET]"])
+    for number in range(3):
+        tiny_image(number, size=(60, 40)).save(tmp_path / f"{number}.png")
+    return model, ImageIndex.build(model, sorted(tmp_path.glob("*.png")))
+
+
+def test_images_of_an_index_come_with_the_message(index):
+    model, found = index
+    ask = user("what is it?", A)
+    prompt = turns(model, [{**ask, "content": [{"type": "image", "image": A}, ask["content"][1]]}])
+    for eager in (1e4, -1e4):
+        (output,) = model.generate([prompt], index=found, eager=eager, max_new_tokens=5)
+        with served(model, show={"index": found, "eager": eager}) as port:
+            _, answer = post(port, {"messages": [ask], "max_tokens": 5})
+            with client(port) as api:
+                events = list(
+                    api.chat.completions.create(model="m", messages=[ask], max_completion_tokens=5, stream=True)
+                )
+        message = answer["choices"][0]["message"]
+        assert message["content"] == str(output).rstrip()
+        told = [image["image_url"]["url"] for image in message.get("images", [])]
+        assert told == [data_url(image) for image in output.images] and bool(told) == (eager > 0)
+        streamed = [image for event in events for image in getattr(event.choices[0].delta, "images", None) or []]
+        assert streamed == message.get("images", [])
+        if told:
+            assert message["images"][0]["at"] == 0 and source_of(told[0]).open().size == (60, 40)
+
+
+def test_the_page_shows_images_in_the_answer(index, chromium):
+    model, found = index
+    act = """
+    addEventListener("load", async () => {
+      document.getElementById("text").value = "what is it?";
+      document.getElementById("send").click();
+      const pictures = () => [...document.querySelectorAll("#talk .assistant img")];
+      const whole = () => pictures().length && pictures().every((one) => one.complete);
+      while (!whole()) await new Promise((go) => setTimeout(go, 20));
+      const first = document.querySelector("#talk .assistant").childNodes;
+      const seen = { wide: pictures().map((one) => one.naturalWidth), order: [...first].map((one) => one.nodeName),
+        text: document.querySelector("#talk .assistant").textContent };
+      await fetch("/seen", { method: "POST", body: JSON.stringify(seen) });
+    });"""
+    told: list[dict[str, Any]] = []
+
+    with served(model, acted(act, told), show={"index": found, "eager": 1e4}, max_new_tokens=5) as port:
         chromium(f"http://127.0.0.1:{port}/acted", until=lambda: told)
     (seen,) = told
-    first = user("what is it?", A)
-    said = expected(model, first)
-    assert seen["name"] == "tiny" and seen["wrong"] == 0 and seen["pictures"] == 1
-    assert seen["said"][0] == said and len(seen["said"]) == 2
-    assert seen["asked"] == ["what is it?", "and <b>why</b>?"]  # what is typed is text, never HTML
-    assert seen["steps"] > 1  # it was seen to grow
+    prompt = turns(model, [{"role": "user", "content": [{"type": "text", "text": "what is it?"}]}])
+    (output,) = model.generate([prompt], index=found, eager=1e4)
+    assert seen["wide"] == [60] * len(output.images) and seen["order"].count("IMG") == len(output.images) > 1
+    assert seen["text"] == str(output).rstrip()
 
 
 @pytest.fixture
