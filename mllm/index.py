@@ -1,11 +1,12 @@
 """An index of images that a model's retrieval head searches: their vectors, in one file of safetensors.
 
 Notable: the file knows whose vectors it holds (a hash of the head, the encoder and how it is set up), so it is refused
-for another model from files alone, before a weight of that model is loaded. The search is exact.
+for another model from files alone, before a weight of that model is loaded. The search is exact, by faiss or torch.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -110,11 +111,29 @@ class ImageIndex:
         """
         if count < 1:
             raise MLLMError(f"{count} images are asked for: expected 1 or more.")
-        scores, places = (queries.float().cpu() @ self.vectors.T).topk(min(count, len(self)), dim=-1)
+        scores, places = self._closest(queries.float().cpu().contiguous(), min(count, len(self)))
         return [
             [self._part(place, score) for place, score in zip(*row, strict=True)]
             for row in zip(places.tolist(), scores.tolist(), strict=True)
         ]
+
+    def _closest(self, queries: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Return the highest cosines ``(N, count)`` of queries and their places: by faiss, where it is installed."""
+        if self._faiss is None:
+            return (queries @ self.vectors.T).topk(count, dim=-1)
+        scores, places = self._faiss.search(queries.numpy(), count)
+        return torch.from_numpy(scores), torch.from_numpy(places)
+
+    @functools.cached_property
+    def _faiss(self) -> Any:
+        """Return the vectors as faiss searches them: all of them, exactly (extra ``retrieval``)."""
+        try:
+            import faiss
+        except ImportError:
+            return None
+        index = faiss.IndexFlatIP(self.vectors.shape[1])
+        index.add(self.vectors.float().contiguous().numpy())
+        return index
 
     def _part(self, place: int, score: float) -> ImagePart:
         path = self.paths[place]

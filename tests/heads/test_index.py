@@ -90,3 +90,16 @@ def test_the_commands_build_and_find(tiny_model, paths, tmp_path):
     found = CliRunner().invoke(app, ["index", "find", place, "A cat", "--count", "2", *run], catch_exceptions=False)
     (same,) = mllm.load(tmp_path / "run").retrieve([["A cat"]], place, 2)
     assert [line.split()[-1] for line in found.output.splitlines()] == [part.source for part in same]
+
+
+def test_faiss_finds_what_torch_finds(monkeypatch):
+    pytest.importorskip("faiss", reason="the extra 'retrieval' is not installed")
+    vectors = torch.nn.functional.normalize(torch.randn(500, 16), dim=-1)
+    queries = torch.nn.functional.normalize(torch.randn(20, 16), dim=-1)
+    index, plain = (ImageIndex(vectors, [f"{n}.png" for n in range(500)], "model") for _ in range(2))
+    monkeypatch.setitem(vars(plain), "_faiss", None)  # as where it is not installed
+    assert type(index._faiss).__name__ == "IndexFlatIP"
+    for one, other in zip(index.search(queries, 7), plain.search(queries, 7), strict=True):
+        assert [part.id for part in one] == [part.id for part in other] and len(one) == 7
+        assert [part.score for part in one] == pytest.approx([part.score for part in other], abs=1e-6)
+    assert len(index.search(queries[:1], 1000)[0]) == 500
