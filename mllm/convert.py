@@ -6,8 +6,9 @@ Each function reads ``source`` (the unpacked files) and writes ``made``. They ru
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-MOBILENET_SIZE = 224  # pixels, both sides: the pictures the weights were trained on
+SIZE = 224  # pixels, both sides: the pictures both encoders were trained on
 IMAGENET_MEAN = [0.485, 0.456, 0.406]  # of RGB values in 0..1
 IMAGENET_STD = [0.229, 0.224, 0.225]
 
@@ -27,21 +28,47 @@ def mobilenet_v2(source: Path, made: Path) -> None:
     assert [tensor.shape for tensor in ours.values()] == [tensor.shape for tensor in given.values()]
     model.load_state_dict(dict(zip(ours, given.values(), strict=True)))
     model.save_pretrained(made)
-    _mobilenet_v2_processor(made)
+    _processor(made, IMAGENET_MEAN, IMAGENET_STD)
 
 
-def _mobilenet_v2_processor(made: Path) -> None:
-    """Write preprocessor_config.json: resized to a square without a crop, 0..1, ImageNet's mean and deviation."""
+def efficientnet_lite0(source: Path, made: Path) -> None:
+    """Write ``source/weights.pth`` as transformers' EfficientNet, without the classifier.
+
+    Lite models have no squeeze and excitation: here it multiplies by 1, which a large bias gives exactly. The other
+    tensors come in the same order.
+    """
+    import torch
+    from transformers import EfficientNetConfig, EfficientNetModel
+
+    given = torch.load(source / "weights.pth", map_location="cpu", weights_only=True)
+    values = iter([tensor for name, tensor in given.items() if not name.startswith("_fc")])
+    sizes: dict[str, Any] = {"image_size": SIZE, "hidden_dim": 1280, "width_coefficient": 1.0, "depth_coefficient": 1.0}
+    config = EfficientNetConfig(**sizes, num_block_repeats=[1, 2, 2, 3, 3, 4, 1], hidden_act="relu6")
+    model = EfficientNetModel(config)
+    ours = model.state_dict()
+    for name, tensor in ours.items():
+        if ".squeeze_excite." in name:
+            ours[name] = torch.full_like(tensor, 100.0 if name.endswith("expand.bias") else 0.0)
+        else:
+            ours[name] = next(values)
+    assert next(values, None) is None
+    model.load_state_dict(ours)
+    model.save_pretrained(made)
+    _processor(made, [127 / 255] * 3, [128 / 255] * 3)
+
+
+def _processor(made: Path, mean: list[float], deviation: list[float]) -> None:
+    """Write preprocessor_config.json: resized to a square without a crop, 0..1, a mean and deviation."""
     # The file names no backend, so it opens with Pillow or torchvision; this class alone needs Pillow only.
     from transformers.models.mobilenet_v2.image_processing_pil_mobilenet_v2 import MobileNetV2ImageProcessorPil
 
     processor = MobileNetV2ImageProcessorPil(
-        size={"height": MOBILENET_SIZE, "width": MOBILENET_SIZE},
+        size={"height": SIZE, "width": SIZE},
         do_center_crop=False,
         do_convert_rgb=True,
         rescale_factor=1 / 255,
-        image_mean=IMAGENET_MEAN,
-        image_std=IMAGENET_STD,
+        image_mean=mean,
+        image_std=deviation,
     )
     processor.save_pretrained(made)
 

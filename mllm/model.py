@@ -112,6 +112,11 @@ class Assembly(nn.Module):
         return next((head for head in self.heads.values() if hasattr(head, "condition")), None)
 
     @property
+    def draws(self) -> bool:
+        """Whether it can make images."""
+        return self.painter is not None and self.decoder is not None
+
+    @property
     def image_tokens(self) -> tuple[str, ...] | None:
         """The new tokens that stand for an image, in order; None where no head reads any."""
         if self.painter is not None:
@@ -276,10 +281,12 @@ class Assembly(nn.Module):
             prompts: each a list of texts (`str`) and images (PIL image, array, `pathlib.Path`, bytes); in a prompt a
                 `str` is always text.
             errors: ``return``: a prompt that cannot be read gets its `MLLMError` as its answer, the others theirs.
-            index: an `mllm.index.ImageIndex`, or its file: where the model says its retrieval head's token, the answer
-                gets an `mllm.outputs.ImagePart`.
-            images: how many are looked up each time; the best is shown, and the others are its ``candidates``.
-            eager: added to the logit of the head's token: above 0 more images are shown, below 0 fewer.
+            index: an `mllm.index.ImageIndex`, or its file: where the model says an image's tokens, the answer gets an
+                `mllm.outputs.ImagePart`. Without one, a model that has an image decoder makes the image; with both, its
+                decision head says which.
+            images: how many are looked up, or made, each time; the best is shown, and the others are its
+                ``candidates``. 0: none are shown.
+            eager: added to the logit of an image's first token: above 0 more images are shown, below 0 fewer.
             decoding: fields of `transformers.GenerationConfig` over the recipe's own (``max_new_tokens=20``), and
                 ``seed``: a temperature, top-p or seed means sampling; each prompt draws from its own seed.
                 ``contrastive`` (`mllm.contrastive.Contrastive`) and ``candidates`` (how many answers the scorer
@@ -304,11 +311,11 @@ class Assembly(nn.Module):
             raise MLLMError("Pictures told in words and answers with images do not go together: leave one out.")
         if good and words is not None:
             found = told(self, good, words, decoding)
-        elif good and index is not None:
+        elif good and images and (index is not None or self.draws):
             from mllm.showing import shown
 
             if count > 1:
-                raise MLLMError("Answers with images are not reranked: leave out 'candidates', or the index.")
+                raise MLLMError("Answers with images are not reranked: leave out 'candidates', or say images=0.")
             found = shown(self, good, self.decodings(good, decoding), index, count=images, eager=eager)
         elif good and count > 1:
             found = reranked(self, good, count, decoding)
@@ -340,6 +347,22 @@ class Assembly(nn.Module):
 
         _check_list(prompts)
         return retrieve(self, _raise_first([_read(self, pieces) for pieces in prompts]), index, count)
+
+    def draw(self, prompts: Sequence[Sequence[Piece]], count: int = 1, seed: int = 0) -> list[ImagePart]:
+        """Return an image for each interleaved prompt, made by the image decoder.
+
+        Args:
+            prompts: as those of `generate`; what is to be drawn stands at the end.
+            count: images that are made for each; the closest is returned, with the others as its ``candidates``.
+            seed: of each one's first image; the next have the next seeds.
+
+        Raises:
+            MLLMError: a model that makes no images, or a bad prompt.
+        """
+        from mllm.drawing import draw
+
+        _check_list(prompts)
+        return draw(self, _raise_first([_read(self, pieces) for pieces in prompts]), count, seed)
 
     def see(self, pieces: Sequence[Piece]) -> View:
         """Take in images (and text, interleaved) once, for many questions.

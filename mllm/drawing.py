@@ -1,0 +1,82 @@
+"""Images that are made: a head's condition through the image decoder, of several candidates the closest first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mllm.errors import MLLMError
+from mllm.outputs import ImagePart
+from mllm.prompt import Control, Piece
+from mllm.retrieval import HEAD, known_tokens
+
+
+@torch.no_grad()
+def draw(model: Any, prompts: Sequence[Sequence[Piece]], count: int = 1, seed: int = 0) -> list[ImagePart]:
+    """Return an image for each prompt, of ``count`` that are drawn: what the head makes of the tokens put behind it.
+
+    Raises:
+        MLLMError: the model cannot draw, or a count below 1.
+    """
+    check_drawing(model)
+    tokens = known_tokens(model)
+    embeds, batch = model.prepare([[*prompt, Control("".join(tokens))] for prompt in prompts])
+    states = model.lm.hidden(embeds, batch.mask)[:, -len(tokens) :]  # (B, r, D_lm)
+    return drawn(model, states, embeds[:, -len(tokens) :], count, [seed] * len(prompts))
+
+
+@torch.no_grad()
+def drawn(model: Any, states: Tensor, embeddings: Tensor, count: int, seeds: Sequence[int]) -> list[ImagePart]:
+    """Return images of states and input embeddings ``(N, r, D_lm)`` at an image's tokens, the others as candidates.
+
+    The closest comes first: to the state at the retrieval head's token, where the model has that head.
+
+    Args:
+        model: the assembly.
+        states: of the last layer.
+        embeddings: the tokens' own.
+        count: images for each.
+        seeds: of each one's first image; the next have the next seeds.
+
+    Raises:
+        MLLMError: a count below 1.
+    """
+    if count < 1:
+        raise MLLMError(f"{count} images are asked for: expected 1 or more.")
+    conditions = model.painter(states, embeddings)
+    found = []
+    for state, condition, seed in zip(states, conditions, seeds, strict=True):
+        own = [seed + number for number in range(count)]
+        images = model.decoder.draw(condition.expand(count, -1, -1), own)
+        scores = _closeness(model, state, images)
+        source = model.decoder.label
+        parts = [
+            ImagePart(image, score=score, source=source, seed=number)
+            for image, score, number in zip(images, scores, own, strict=True)
+        ]
+        best, *rest = sorted(parts, key=lambda part: -(part.score or 0.0))
+        found.append(replace(best, candidates=tuple(rest)))
+    return found
+
+
+def _closeness(model: Any, state: Tensor, images: Sequence[Any]) -> list[float | None]:
+    """Return the cosine of each image and what was meant, states ``(r, D_lm)``; None where no head tells."""
+    if HEAD not in model.heads or model.encoder is None:
+        return [None] * len(images)
+    head = model.heads[HEAD]
+    wanted = head.of_states(state[[known_tokens(model).index(head.token)]])  # (1, D)
+    scores: list[float | None] = (head.of_features(model.features(images)) @ wanted[0]).tolist()
+    return scores
+
+
+def check_drawing(model: Any) -> None:
+    """Raise an `MLLMError` for a model that cannot make images."""
+    if not model.draws:
+        raise MLLMError(
+            "This model makes no images: it needs a head that makes conditions, its tokens, and an image decoder "
+            "(heads: [{type: generation}], tokens, decoder; docs/retrieval.md)."
+        )
