@@ -95,11 +95,15 @@ def _of_model(model: Assembly, stage: Stage) -> list[str]:
         with _noted(found):
             trained_module(model, path)
     found += [f"Stage {stage.name}: {problem}" for problem in unmet(model, stage)]
+    if stage.fit is not None and stage.fit.part == "heads.pixels":
+        if "pixels" not in model.heads or not hasattr(lm, "sentences"):
+            found.append(f"Stage {stage.name} fits pictures: give lm.type=sentences and heads: [{{type: pixels}}].")
+        return found
     with _noted(found):
         if stage.init.source is not None:
             import_module("mllm.checkpoint").check_source(model, stage)
     with _noted(found):
-        if stage.fit is not None and stage.fit.part != "connector":
+        if stage.fit is not None and stage.fit.part == "heads.retrieval":
             token_id(model)
         elif model.image_tokens is not None and model.speaks:
             known_tokens(model)

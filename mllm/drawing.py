@@ -26,7 +26,8 @@ def draw(model: Any, prompts: Sequence[Sequence[Piece]], count: int = 1, seed: i
     tokens = known_tokens(model)
     embeds, batch = model.prepare([[*prompt, Control("".join(tokens))] for prompt in prompts])
     states = model.lm.hidden(embeds, batch.mask)[:, -len(tokens) :]  # (B, r, D_lm)
-    return drawn(model, states, embeds[:, -len(tokens) :], count, [seed] * len(prompts))
+    embeddings = model.lm.embed(batch.ids[:, -len(tokens) :])
+    return drawn(model, states, embeddings, count, [seed] * len(prompts))
 
 
 @torch.no_grad()

@@ -1,61 +1,82 @@
-"""Learning a small image decoder: pictures out of the vectors of what is said of them."""
+"""A small image decoder in closed form: pictures out of the vectors of what is said of them, without a gradient."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mllm.images import source_of
-from mllm.objectives import Inputs
-from mllm.pairs import captions_of
-from mllm.prompt import Batch, Piece, images_of
+from mllm.data.items import Item
+from mllm.errors import MLLMError
+from mllm.fit import NormalEquations
+
+ITERATIONS = 2  # of the components' randomised search
 
 
-class Reconstruction:
-    """The mean absolute difference of made pictures from the true ones, and of their edges.
+@torch.no_grad()
+def fit_pictures(
+    model: Any,
+    items: Sequence[Item],
+    *,
+    strength: float,
+    chunk: int = 256,
+    readable: Callable[[Sequence[Item]], Sequence[Item]] = lambda items: items,
+    track: Callable[[Iterable[int]], Iterable[int]] = iter,
+) -> float:
+    """Set the head ``pixels``: its components to the pictures' main ones, its map from captions to those.
+
+    Every caption of a picture is a row of the regression.
 
     Args:
-        edges: weight of the differences of neighbouring pixels, which keep outlines sharp.
+        model: the assembly; its language model has vectors of sentences.
+        items: pictures with captions.
+        strength: of the ridge; see `mllm.fit.NormalEquations.solve`.
+        chunk: pictures at once.
+        readable: is given items, and returns those that can be read.
+        track: wraps the chunks, to show progress.
+
+    Returns:
+        The share of the components' variance that the fit explains on these items.
+
+    Raises:
+        MLLMError: there are no captions, or fewer pictures than two.
     """
+    head = model.heads["pixels"]
+    captioned = readable([item for item in items if item.question is None and item.images and item.answers])
+    if len(captioned) < 2:
+        raise MLLMError("stages.fit of heads.pixels needs at least two pictures with captions.")
+    pictures = torch.stack([_pixels(item, head.side) for item in captioned]).float() / 255  # (N, 3 S S)
+    mean = pictures.mean(0)
+    rank = min(head.project.out_features, len(captioned) - 1)
+    _, _, components = torch.svd_lowrank(pictures - mean, q=rank, niter=ITERATIONS)  # (3 S S, rank)
+    places = (pictures - mean) @ components
+    sums = NormalEquations(head.project.in_features, rank)
+    known = _vectors(model.lm, captioned)
+    for start in track(range(0, len(captioned), chunk)):
+        numbers = range(start, min(start + chunk, len(captioned)))
+        rows = [(number, text) for number in numbers for text in captioned[number].answers]
+        vectors = torch.stack([known[text] for _, text in rows])
+        sums.add(head.body(vectors, torch.randn_like(vectors)).cpu(), places[[number for number, _ in rows]])
+    weights, intercept = sums.solve("ridge", strength)
+    for parameter in head.parameters():
+        parameter.zero_()  # components that there are no pictures for stay so
+    head.project.weight[:rank].copy_(weights.T)
+    head.project.bias[:rank].copy_(intercept)
+    head.components.weight[:, :rank].copy_(components)
+    head.components.bias.copy_(mean)
+    return sums.explained(weights)
 
-    needs = ("lm.sentences", "heads.pixels")
 
-    def __init__(self, *, edges: float = 1.0) -> None:
-        self.edges = edges
-        self._vectors: dict[str, Tensor] = {}
-        self._pixels: dict[str, Tensor] = {}
+def _vectors(lm: Any, items: Sequence[Item]) -> dict[str, Tensor]:
+    """Return the vector ``(D,)`` of each caption, computed once."""
+    texts = list(dict.fromkeys(text for item in items for text in item.answers))
+    return dict(zip(texts, lm.sentences(texts).float(), strict=True))
 
-    def count(self, rows: Sequence[Sequence[Piece]], batch: Batch | None) -> int:
-        """Return the number of pairs."""
-        return len(rows)
 
-    def __call__(self, inputs: Inputs) -> Tensor:
-        """Return the sum over pairs."""
-        model = inputs.model
-        head = model.heads["pixels"]
-        vectors = self._said(model.lm, captions_of(inputs.rows))
-        made = head(vectors.to(model.device))  # (N, 3, S, S)
-        true = torch.stack([self._true(images_of(row)[0], head.side) for row in inputs.rows]).to(made) / 255
-        loss = (made - true).abs().mean((1, 2, 3))
-        for axis in (2, 3):
-            loss = loss + self.edges * (made.diff(dim=axis) - true.diff(dim=axis)).abs().mean((1, 2, 3))
-        return loss.sum()
-
-    @torch.no_grad()
-    def _said(self, lm: object, captions: list[str]) -> Tensor:
-        """Return vectors ``(N, D)`` of captions, each computed once."""
-        new = [text for text in dict.fromkeys(captions) if text not in self._vectors]
-        if new:
-            self._vectors |= zip(new, lm.sentences(new).float(), strict=True)  # type: ignore[attr-defined]
-        return torch.stack([self._vectors[text] for text in captions])
-
-    def _true(self, image: object, side: int) -> Tensor:
-        """Return a picture's pixels ``(3, S, S)`` of uint8, read once."""
-        source = source_of(image)
-        if (key := source.key()) not in self._pixels:
-            small = source.open().convert("RGB").resize((side, side))
-            self._pixels[key] = torch.from_numpy(np.asarray(small).copy()).permute(2, 0, 1).contiguous()
-        return self._pixels[key]
+def _pixels(item: Item, side: int) -> Tensor:
+    """Return an item's picture ``(3 S S,)`` of uint8."""
+    small = item.images[0].open().convert("RGB").resize((side, side))
+    return torch.from_numpy(np.asarray(small).copy()).permute(2, 0, 1).flatten()

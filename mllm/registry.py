@@ -72,7 +72,6 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "token-prediction": "mllm.retrieval:TokenPrediction",
         "distillation": "mllm.distillation:Distillation",
         "decision": "mllm.decision:Decision",
-        "reconstruction": "mllm.reconstruction:Reconstruction",
     },
     "readers": {
         "emoji-scenes": "mllm.data.emoji_scenes:emoji_scenes",

@@ -20,11 +20,13 @@ from mllm.data.skipping import Skipped
 from mllm.errors import MLLMError
 from mllm.features import FeatureStore, open_store
 from mllm.fit import fit_connector, fit_tokens
+from mllm.images import open_image
 from mllm.loop import Loop, data
 from mllm.memory import give_back
 from mllm.model import Assembly, build, build_encoder, build_lm, join
 from mllm.processes import processes
 from mllm.progress import progress
+from mllm.reconstruction import fit_pictures
 from mllm.resume import NAME as CHECKPOINT
 from mllm.resume import State, random_states, set_random_states
 from mllm.run import Run, free_folder
@@ -172,7 +174,7 @@ def _hashes(model: Assembly, trained: Sequence[str]) -> dict[str, str]:
 
 def _fit(run: Run, model: Assembly, stage: Stage, config: Recipe, store: FeatureStore) -> None:
     assert stage.fit is not None
-    fit, told = stage.fit, "explained" if stage.fit.part == "connector" else "correlation"
+    fit, told = stage.fit, "correlation" if stage.fit.part == "heads.retrieval" else "explained"
     with progress() as bar:
         task = bar.add_task(stage.name, total=None, note="")
 
@@ -183,8 +185,11 @@ def _fit(run: Run, model: Assembly, stage: Stage, config: Recipe, store: Feature
         if fit.targets != "tokens":
             items = [item for source in data(stage, config.seed) for item in source.items]
             skipped = Skipped(stage.data.skip, len(items), partial(run.log, stage=stage.name))
-            how["readable"] = lambda part: skipped.readable(part, lambda item: model.encoder.open(item.images[0]))
-        if fit.part != "connector":
+            opened = model.encoder.open if model.encoder is not None else open_image
+            how["readable"] = lambda part: skipped.readable(part, lambda item: opened(item.images[0]))
+        if fit.part == "heads.pixels":
+            found = fit_pictures(model, items, **how)
+        elif fit.part == "heads.retrieval":
             found = fit_head(model, items, store, seed=config.seed, **how)
         elif fit.targets == "tokens":
             found = fit_tokens(model, solver=fit.solver, **how)

@@ -53,7 +53,7 @@ def tiny_decoder(tiny_parts: tuple[str, str], tmp_path_factory: pytest.TempPathF
     from mllm.spec import AssemblySpec, LMSpec, PartSpec
 
     lm = LMSpec(type="sentences", model=tiny_parts[1])
-    head = PartSpec.model_validate({"type": "pixels", "side": 16, "dim": 32})
+    head = PartSpec.model_validate({"type": "pixels", "side": 16, "features": 64, "rank": 8})
     return str(build(AssemblySpec(lm=lm, heads=[head])).save(tmp_path_factory.mktemp("tiny-decoder")))
 
 

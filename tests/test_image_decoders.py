@@ -1,4 +1,4 @@
-"""Image decoders: what they draw of a condition is what they draw of the text; a small one is trained by the loop."""
+"""Image decoders: what they draw of a condition is what they draw of the text; a small one is fitted here."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 
 import mllm
+from mllm import recipe
+from mllm.check import problems
 from mllm.errors import MLLMError
 from mllm.image_decoders.diffusion import DiffusionPipeline
 from mllm.image_decoders.trained import Trained
@@ -106,7 +108,7 @@ def test_a_pipeline_that_does_not_fit_is_refused(pipeline, tmp_path):
 
 @pytest.fixture(scope="module")
 def walls(tmp_path_factory, tiny_parts):
-    """A run of emoji-decoder's structure on pictures of one colour each."""
+    """A run of the recipe emoji-decoder on pictures of one colour each."""
     folder = tmp_path_factory.mktemp("walls")
     rows = [{"image": f"{number}.png", "caption": caption} for number, caption in enumerate(CAPTIONS)]
     for row in rows:
@@ -115,17 +117,16 @@ def walls(tmp_path_factory, tiny_parts):
     overrides = {
         "lm.model": tiny_parts[1],
         "heads.0.side": 16,
-        "heads.0.dim": 32,
+        "heads.0.features": 64,
         "heads.0.noise": 0.01,  # the vectors of random weights are much alike
+        "heads.0.sharpness": 5.0,
         "data.train": {"format": "table", "path": str(folder / "captions.json"), "images": str(folder)},
-        "stages.0.steps": 100,
-        "stages.0.batch_size": 6,
-        "optim.warmup": 0,
+        "stages.0.fit.strength": 1e-6,
     }
     return str(mllm.train("emoji-decoder", overrides, out=folder / "run").path)
 
 
-def test_a_decoder_that_was_trained_here_draws_what_it_is_told(walls):
+def test_a_decoder_that_was_fitted_here_draws_what_it_is_told(walls):
     decoder = Trained(model=walls)
     conditions = decoder.encode(list(CAPTIONS))
     assert decoder.condition == Trained.shape(model=walls) == tuple(conditions.shape[1:])
@@ -137,6 +138,16 @@ def test_a_decoder_that_was_trained_here_draws_what_it_is_told(walls):
     (same,), (other,) = decoder.draw(conditions[1:2], [0]), decoder.draw(conditions[1:2], [1])
     assert np.array_equal(np.asarray(same), np.asarray(images[1]))
     assert not np.array_equal(np.asarray(other), np.asarray(images[1]))
+
+
+def test_what_is_fitted_to_pictures_is_checked(tiny_parts):
+    fit = {"part": "heads.pixels"}
+    with pytest.raises(MLLMError, match="targets are the connector's: leave them out"):
+        recipe.load("emoji-decoder", {"stages.0.fit.targets": "sentences"})
+    (found,) = problems("limber-cpu", {"encoder.model": tiny_parts[0], "lm.model": tiny_parts[1], "stages.0.fit": fit})
+    assert "Stage fit fits pictures: give lm.type=sentences and heads" in found
+    (found,) = problems("emoji-decoder", {"lm.model": tiny_parts[1], "heads": []})
+    assert "fits pictures" in found
 
 
 def test_a_run_that_draws_nothing_is_no_decoder(tiny_model, tmp_path):

@@ -372,3 +372,13 @@ def test_smollm2_tokenizer_splits_digits_and_keeps_every_text() -> None:
     assert tokenizer.tokenize("x  2023") == ["x", "ĠĠ", "2", "0", "2", "3"]
     for text in ("Café, 1½ naïve\n\n\t end  ", "<|im_start|>user\nHi<|im_end|>\n", "猫 🐈"):
         assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+@pytest.mark.parametrize("block", [0, 7, 15])
+def test_what_lite_models_lack_multiplies_by_one(block: int) -> None:
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained(installed("mllm/efficientnet-lite0"))
+    layer = model.encoder.blocks[block].squeeze_excite
+    states = torch.randn(1, layer.expand.out_channels, 4, 4)
+    assert torch.equal(layer(states), states)

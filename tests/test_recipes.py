@@ -26,7 +26,7 @@ SMALLER: dict[str, dict[str, Any]] = {
     "mapl": {"connector": {"type": "mapper", "tokens": 4, "dim": 16, "layers": 1, "heads": 2, "ffn": 16}},
     "simvlg": {"connector": MERGE},
     "simvlg-video": {"connector": {"type": "temporal", "frames": 2, "dim": 16, "heads": 2, "then": MERGE}},
-    "emoji-decoder": {"heads.0.side": 16, "heads.0.dim": 32},
+    "emoji-decoder": {"heads.0.side": 16, "heads.0.features": 64},
     "llava": {"adapters": LORA},
     "llava-cpu": {"adapters": LORA},
     "yi-vl": {"prompt.chat": "plain"},  # the tiny language model has no chat template

@@ -46,13 +46,13 @@ class Trained(nn.Module):
             MLLMError: no model there, or one that makes no pictures of sentences.
         """
         spec, _, tensors = trained_on(Path(model))
-        first = tensors.get("heads.pixels.enter.0.weight")
+        first = tensors.get("heads.pixels.frequencies")
         if first is None or spec.lm is None or spec.lm.type != "sentences":
             raise MLLMError(
                 f"The image decoder {model} makes no pictures of sentences: expected a run with the head pixels and "
                 "lm.type=sentences, such as one of the recipe emoji-decoder."
             )
-        return 1, int(first.shape[1])
+        return 1, int(first.shape[0])
 
     @property
     def label(self) -> str:

@@ -58,7 +58,7 @@ class Draft:
         else:
             self.model, self.paper = on_paper(stage, config), Paper()
             self.paper.put(self.model)
-            if self.model.lm is not None:
+            if self.model.speaks:
                 way = self.model.lm._pass
                 vars(getattr(way, "way", way))["separable"] = True  # a probe compares values, which are not here
         self.model.requires_grad_(False)
@@ -147,13 +147,14 @@ class Draft:
 
         def solve() -> None:
             with self.paper.mode:
-                if fit.part != "connector":
+                if fit.part == "heads.retrieval":
                     head = self.model.get_submodule(fit.part)
                     pairs = Correlation(head.text.in_features, head.image.in_features)
                     pairs.add(torch.empty(64, head.text.in_features), torch.empty(64, head.image.in_features))
                     pairs.solve(head.dim, fit.strength)
                     return
-                width, dim = self.model.connector.project.in_features, self.model.lm.dim
+                last = self.model.get_submodule(fit.part).project
+                width, dim = last.in_features, self.model.lm.dim if fit.part == "connector" else last.out_features
                 sums = NormalEquations(width, dim)
                 sums.add(torch.empty(64, width), torch.empty(64, dim))
                 sums.solve(fit.solver, fit.strength)

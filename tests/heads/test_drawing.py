@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -19,7 +21,7 @@ from mllm.testing import tiny_image
 TOKENS = ["[IMG0]", "[IMG1]", "[IMG2]"]
 MAPPER = {"type": "generation", "tokens": 3, "length": 1, "width": 32, "dim": 16, "layers": 1, "heads": 2}
 RETRIEVAL = {"type": "retrieval", "dim": 6, "token": "[IMG0]"}
-PROMPTS = [["A cat"], [tiny_image(7), "and a longer text"]]
+PROMPTS: list[list[Any]] = [["A cat"], [tiny_image(7), "and a longer text"]]
 
 
 @pytest.fixture
@@ -109,7 +111,7 @@ def test_the_decision_head_says_whether_an_image_is_looked_up_or_made(model, pat
 
 def test_the_decision_is_learnt_from_labels_alone(model):
     model = model({"type": "decision", "dropout": 0.0})
-    rows = [["a cat", Target(" retrieve")], [tiny_image(1), "a dog", Target(" generate")]]
+    rows: Any = [["a cat", Target(" retrieve")], [tiny_image(1), "a dog", Target(" generate")]]
     model.heads.requires_grad_(True)
     model.tokens.requires_grad_(False), model.lm.requires_grad_(False), model.connector.requires_grad_(False)
     rows, features, batch = inputs(model, rows, model.features)
