@@ -129,6 +129,12 @@ class Chat:
         if self._cache is None or any(encoded.visual[known:]):  # pictures come in as embeddings, not as ids
             self._read(encoded, images_of(pieces))
             known = len(self._seen)
+        length = len(self._mask) + len(encoded.ids) - known
+        length += int({**model.spec.decoding, **decoding}.get("max_new_tokens") or 0)
+        if 0 in self._mask and model.lm.beyond(length):  # a window would count what is masked
+            self._forget()
+            self._read(encoded, images_of(pieces))
+            known = len(self._seen)
         rest = encoded.ids[known:]
         mask = torch.tensor([self._mask + [1] * len(rest)], device=model.device)
         ids = torch.tensor([[model.lm.pad] * len(self._mask) + rest], device=model.device)

@@ -246,6 +246,15 @@ class LanguageModel(nn.Module):
         """Return how many positions the states hold."""
         return int(self._pass.length(cache))
 
+    @property
+    def window(self) -> int | None:
+        """Return how many places may stand where some between others are masked; None: any number."""
+        return getattr(getattr(self._pass, "way", self._pass), "window", None)
+
+    def beyond(self, length: int) -> bool:
+        """Whether so many places are more than may stand where some between others are masked."""
+        return self.window is not None and length > self.window
+
     def lead(self, adapter: Any) -> None:
         """Put an adapter's positions before every sequence; see `mllm.lead.Led`."""
         self._pass = Led(self._pass, adapter)

@@ -154,9 +154,15 @@ class Cached:
         yield Group([*range(len(mask))], {"attention_mask": mask, self._states: cache, **inputs}, start)
 
     @property
+    def window(self) -> int | None:
+        """Return over how many places a layer looks back, masked ones counted; None: over all."""
+        layers: list[Any] = DynamicCache(config=self.model.config).layers
+        return min((layer.sliding_window for layer in layers if getattr(layer, "is_sliding", False)), default=None)
+
+    @property
     def windowed(self) -> bool:
-        """Whether a layer looks back over so many places only, masked ones counted."""
-        return any(getattr(layer, "is_sliding", False) for layer in DynamicCache(config=self.model.config).layers)
+        """Whether a layer looks back over so many places only."""
+        return self.window is not None
 
     def length(self, cache: Any) -> int:
         """Return how many positions are in the cache."""

@@ -31,12 +31,10 @@ class Views(Sequence["View"]):
         self.prompts = [[*view.prompt, *new] for view, new in zip(before or [], prompts, strict=False)] or [
             list(prompt) for prompt in prompts
         ]
-        if before is None:
+        if before is None or not self._go_on_from(before, prompts):
             embeds, batch = model.prepare(self.prompts)
             self.mask = batch.mask  # (N, T)
             self.cache, self.next = model.lm.prefill(embeds, self.mask)  # and the next token's logits (N, V)
-        else:
-            self._go_on_from(before, prompts)
         tails = [trailing_text(prompt) for prompt in self.prompts]
         self._tails = [(text, model.lm.tokenize(text)) for text in tails]
 
@@ -81,8 +79,7 @@ class Views(Sequence["View"]):
         anew = given.get("candidates", 1) > 1 or given.get("words") is not None  # not from what was seen
         # An image at the end and nothing behind it leaves no token to start from.
         if anew or not all(ids for _, ids in new):
-            outputs = model.generate([[*self.prompts[view], text] for view, text in rows], **decoding)
-            return [str(output) for output in outputs]
+            return self._anew(rows, decoding)
         width, seen = max(len(ids) for _, ids in new), self.mask.shape[1]
         mask = torch.cat([self.mask[[view for view, _ in rows]], self.mask.new_zeros(len(rows), width)], dim=1)
         whole = torch.full_like(mask, model.lm.pad)  # ids behind the key-value states alone are looked up
@@ -90,10 +87,16 @@ class Views(Sequence["View"]):
             mask[row, seen - masked : seen] = 0
             mask[row, seen + width - len(ids) :] = 1
             whole[row, seen + width - len(ids) :] = torch.tensor(ids, device=mask.device)
+        if _holed(mask) and model.lm.beyond(mask.shape[1] + int(given.get("max_new_tokens") or 0)):
+            return self._anew(rows, decoding)
         settings = model.decodings([[*self.prompts[view], text] for view, text in rows], decoding)
         cache = model.lm.fork(self.cache, [view for view, _ in rows])
         found = model.lm.generate(mask, settings, cache=cache, input_ids=whole)
         return [model.lm.decode(ids).strip() for ids in found]
+
+    def _anew(self, rows: Sequence[tuple[int, str]], decoding: dict[str, Any]) -> list[str]:
+        outputs = self.model.generate([[*self.prompts[view], text] for view, text in rows], **decoding)
+        return [str(output) for output in outputs]
 
     def following(self, view: int, text: str) -> tuple[int, list[int]]:
         """Return how many of a view's last tokens are replaced, and the ids that follow the others."""
@@ -105,8 +108,8 @@ class Views(Sequence["View"]):
         same = min(same, len(whole) - 1) if whole else 0  # one token is needed to start from
         return len(seen) - same, whole[same:]
 
-    def _go_on_from(self, before: Sequence[View], prompts: Sequence[Sequence[Piece]]) -> None:
-        """Read what is new behind the states of other views, which must be of one batch."""
+    def _go_on_from(self, before: Sequence[View], prompts: Sequence[Sequence[Piece]]) -> bool:
+        """Read what is new behind the states of other views, which must be of one batch; or say that it cannot be."""
         model, views = self.model, before[0].views
         seen = views.mask[[view.row for view in before]]
         encoded = []
@@ -119,9 +122,17 @@ class Views(Sequence["View"]):
             encoded.append(Encoded(ids + new.ids, none[0] + new.visual, none[1] + new.labels))
         embeds, batch = model.embedded(prompts, encoded)
         self.mask = torch.cat([seen, batch.mask], dim=1)
+        if _holed(self.mask) and model.lm.window is not None:
+            return False
         self.cache = model.lm.fork(views.cache, [view.row for view in before])
         last = torch.tensor([embeds.shape[1] - 1], device=embeds.device)
         self.next = model.lm.logits(embeds, self.mask, keep=last, cache=self.cache)[:, -1]
+        return True
+
+
+def _holed(mask: Tensor) -> bool:
+    """Whether masked places stand behind others in a row of ``(N, T)``: a sliding window would count them."""
+    return bool((mask[:, 1:] < mask[:, :-1]).any())
 
 
 class View:

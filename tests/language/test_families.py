@@ -89,6 +89,26 @@ def test_answers_are_the_same_alone_and_in_a_batch_seen_and_not(model):
     assert again.send("Sure?", max_new_tokens=4) == replies[1]
 
 
+@pytest.mark.parametrize("parts", ["llama", "mistral", "gemma3", "mamba"], indirect=True)
+def test_masked_places_between_others_count_in_no_window(model):
+    texts = [["", ", why?"], [" What is it, then?"], [" ?", " of what?", "!"]]  # of several lengths, in one batch
+    whole = [
+        [str(model.generate([[*prompt, text]], max_new_tokens=4)[0]) for text in own]
+        for prompt, own in zip(PROMPTS, texts, strict=True)
+    ]
+    assert model.see_each(PROMPTS).go_on(texts, max_new_tokens=4) == whole
+    later = [view.see([" and", tiny_image(4), "so"]) for view in model.see_each(PROMPTS)]
+    for prompt, view in zip(PROMPTS, later, strict=True):
+        (answer,) = model.generate([[*prompt, " and", tiny_image(4), "so it is"]], max_new_tokens=4)
+        assert view.go_on(" it is", max_new_tokens=4) == str(answer)
+    chat = model.chat()
+    chat.send("What is to be seen in this picture, if anything?", images=[tiny_image(1)], max_new_tokens=4)
+    first = chat.messages
+    chat.send("Sure?", max_new_tokens=4)
+    chat.messages = first  # what was said since is masked
+    assert chat.send("No?", max_new_tokens=4) == model.chat(messages=first).send("No?", max_new_tokens=4)
+
+
 @torch.no_grad()
 def test_a_score_is_the_loss_of_the_answer(model):
     for prompt in PROMPTS[:2]:
