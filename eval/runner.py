@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from mllm.eval.answering import Answering, closest
 from mllm.eval.baselines import USUAL, conditions
+from mllm.eval.drawing import BASELINES as DRAWN
+from mllm.eval.drawing import decisions, drawings
 from mllm.eval.journal import Journal
 from mllm.eval.ranking import Ranking
 from mllm.eval.ranking import baselines as usual_of
@@ -52,7 +54,8 @@ def evaluate(
         out: a folder for ``report.html``, ``summary.json`` and ``predictions.jsonl``; None: nothing is written.
             An evaluation that was killed goes on there, and ends with the same files.
         baselines: of ``blind``, ``shuffled``, ``mean-image``, ``random-connector``; None: the first two. A suite whose
-            chooses by the scorer has none; one that ranks has ``shuffled``, and ``blind`` where pictures ask.
+            chooses by the scorer has none; one that ranks has ``shuffled``, and ``blind`` where pictures ask; one that
+            draws has ``shuffled``, other items' pictures; one that decides, ``retrieve`` and ``generate``, always.
         run: what the report calls the model.
         overrides: of the suite, dotted: ``["batch_size=8"]``.
 
@@ -64,11 +67,11 @@ def evaluate(
     if baselines and config.answer == "closest":
         raise MLLMError(f"The suite {config.name} answers with the scorer alone, so it has no baselines.")
     items = with_shots(whole[:limit], read_shots(config, data, whole), config.shots, model)
+    usual = {"closest": (), "rank": usual_of(items), **DRAWN}.get(config.answer, USUAL)
     if baselines is None:
-        usual = {"closest": (), "rank": usual_of(items)}
-        baselines = usual.get(config.answer, USUAL)
-    elif config.answer == "rank" and (wrong := [name for name in baselines if name not in usual_of(items)]):
-        raise MLLMError(f"These rankings have the baselines {', '.join(usual_of(items))}, and no {wrong[0]!r}.")
+        baselines = usual
+    elif config.answer in ("rank", *DRAWN) and (wrong := [name for name in baselines if name not in usual]):
+        raise MLLMError(f"The suite {config.name} has the baselines {', '.join(usual)}, and no {wrong[0]!r}.")
     state = processes()
     if state.num_processes > 1:
         model.to(state.device)
@@ -80,6 +83,12 @@ def evaluate(
     if config.answer == "rank":
         ranking = Ranking(items, helpers.scorer)
         results = {name: Result(ranking.rows(name)) for name in (OWN, *baselines)}
+    elif config.answer == "draw":
+        made = drawings(model, items, place, baselines, config.batch_size)
+        results = {name: Result(paths) for name, paths in made.items()}
+    elif config.answer == "decide":
+        said = decisions(model, items, baselines, config.batch_size)
+        results = {name: Result(labels) for name, labels in said.items()}
     elif config.answer == "closest":
         results = {OWN: Result(closest(items, helpers.scorer, config.calibrate))}
     else:

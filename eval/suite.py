@@ -45,8 +45,8 @@ class Suite(Spec):
     submission: tuple[str, str] | None = None  # keys of the id and the answer in the file an official server takes
     mirror: dict[str, Any] = Field({})  # columns of the data's parquet mirror (reader parquet), if --data holds that
     # choose, order: the most likely of the item's choices, or all, the most likely first; match: images and choices,
-    # all pairs; closest, rank: by the scorer
-    answer: Literal["generate", "choose", "order", "match", "closest", "rank"] = "generate"
+    # all pairs; closest, rank: by the scorer; draw: a picture; decide: whether one is looked up or made
+    answer: Literal["generate", "choose", "order", "match", "closest", "rank", "draw", "decide"] = "generate"
     shots: Shots = Shots.model_validate({})
     calibrate: float = Field(0.0, ge=0, le=1)  # of choices: the share of their mean score over all items taken off
     decoding: dict[str, Any] = Field({})

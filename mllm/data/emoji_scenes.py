@@ -18,7 +18,7 @@ from mllm.data.scene_text import article, captions, groups, noun, phrase, questi
 from mllm.errors import MLLMError, near
 
 SPLITS = ("train", "val", "combinations", "kinds")
-TASKS = ("captions", "questions", "both", "name", "objects")
+TASKS = ("captions", "questions", "both", "name", "objects", "draw", "source")
 MAX_KINDS = 3
 SIZES = {1: (96, 156), 2: (60, 104), 3: (52, 84), 4: (48, 76)}  # of an object in pixels, by number of objects
 STILL = (SIDE // 2, SIDE // 2, 180)  # x, y and size of the object of a still scene
@@ -43,7 +43,10 @@ def emoji_scenes(
             never shows together; "kinds", scenes of kinds that "train" never shows.
         task: "captions" (kind "single" or "multi": one object or several), "questions" (up to three a scene, following
             each other; kind is the question's type), "both", "name": one object, captioned "a red apple", the
-            captions of all the split's kinds being the choices; or "objects": several objects, the answers name them.
+            captions of all the split's kinds being the choices; "objects": several objects, the answers name them;
+            "draw": one object, the question is a caption with the background, and the answer what a picture of it is to
+            show; or "source": the same question without the picture, and where a picture comes from: "retrieve" of the
+            half of the kinds that an index is taken to hold, by a fixed rule, "generate" of the others.
         size: number of items.
         seed: other seeds give other scenes of the same split.
         max_objects: most objects in a scene, 1 to 4. About half of the scenes hold one ("combinations": none).
@@ -56,7 +59,8 @@ def emoji_scenes(
     _check(split, task, size, max_objects)
     if still and (task == "objects" or split == "combinations"):
         raise MLLMError(f"emoji-scenes has no still scenes of several objects ({task!r}, {split!r}). Leave out still.")
-    return list(islice(_items(split, task, seed, 1 if task == "name" or still else max_objects, still), size))
+    alone = still or task in ("name", "draw", "source")
+    return list(islice(_items(split, task, seed, 1 if alone else max_objects, still), size))
 
 
 def names(split: str) -> list[str]:
@@ -69,6 +73,11 @@ def names(split: str) -> list[str]:
     return [kind.name for kind in _pool(split)]
 
 
+def indexed(kind: Kind) -> bool:
+    """Say whether pictures of a kind are among those that an index is taken to hold: about half of the kinds are."""
+    return hashlib.sha256(f"index {kind.code:X}".encode()).digest()[0] % 2 == 0
+
+
 def _check(split: str, task: str, size: int, max_objects: int) -> None:
     if split not in SPLITS:
         raise MLLMError(f"emoji-scenes has no split {split!r}. {near(split, SPLITS)}")
@@ -78,7 +87,7 @@ def _check(split: str, task: str, size: int, max_objects: int) -> None:
         raise MLLMError(f"emoji-scenes cannot have size {size}: expected 0 or more. Set size to the number of items.")
     if max_objects not in SIZES:
         raise MLLMError(f"emoji-scenes cannot have max_objects {max_objects}: expected 1 to {max(SIZES)}. Choose one.")
-    if split == "combinations" and (task == "name" or max_objects == 1):
+    if split == "combinations" and (task in ("name", "draw", "source") or max_objects == 1):
         raise MLLMError(
             f"emoji-scenes has no scenes of one object in split 'combinations' (task {task!r}, max_objects "
             f"{max_objects}): expected at least two. Choose split 'val', or another task and max_objects from 2."
@@ -92,6 +101,13 @@ def _items(split: str, task: str, seed: int, max_objects: int, still: bool) -> I
         name = f"emoji-scenes/{split}/{seed}/{index}{'/still' if still else ''}"
         if task == "name":
             yield Item(name, (scene,), (phrase(scene.things),), kind="single", choices=_choices(split))
+        if task in ("draw", "source"):
+            wanted = f"{phrase(scene.things)} on {article(scene.background)} {scene.background} background"
+            if task == "draw":
+                yield Item(name, (scene,), (phrase(scene.things),), wanted, kind="single")
+            else:
+                answer = "retrieve" if indexed(scene.things[0].kind) else "generate"
+                yield Item(name, (), (answer,), wanted, kind=answer)
         if task == "objects" and len(scene.things) > 1:
             yield Item(name, (scene,), tuple(noun(group) for group in groups(scene)), kind="multi")
         if task in ("captions", "both"):

@@ -1,0 +1,85 @@
+"""Whether a made picture shows what was asked for, by a judge that training never sees.
+
+The judge is a ridge classifier on EfficientNet-Lite's features, fitted to emoji scenes of the training split; those are
+made as small as the pictures that are judged.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from mllm.eval.metrics.checks import check
+from PIL import Image
+from torch import Tensor
+
+from mllm.data.emoji_scenes import emoji_scenes
+from mllm.errors import MLLMError
+from mllm.features import FeatureStore, open_store
+from mllm.fit import NormalEquations
+from mllm.images import ImageSource, source_of
+from mllm.model import build
+from mllm.scores import Score
+from mllm.spec import AssemblySpec, EncoderSpec
+
+VERSION = "1"
+
+_SIDE = 64  # pixels
+_SCENES, _SEED = 3000, 11
+_STRENGTH = 0.01
+
+
+@dataclass(frozen=True)
+class Small:
+    """A picture at the size that pictures are judged at."""
+
+    source: ImageSource
+
+    def open(self) -> Image.Image:
+        """Return the picture."""
+        return self.source.open().convert("RGB").resize((_SIDE, _SIDE))
+
+    def key(self) -> str:
+        """Return what tells it from others."""
+        return f"{self.source.key()} {_SIDE}"
+
+
+def emoji(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Score:
+    """Return the share of pictures in which the judge, out of all known kinds, finds the one that was asked for.
+
+    Raises:
+        MLLMError: a reference that names no kind of object the judge knows.
+    """
+    check(predictions, references)
+    store, weights, intercept, names = _judge()
+    for answers in references:
+        if not {*answers} & {*names}:
+            raise MLLMError(f"The judge knows no {answers[0]!r}: expected a caption of emoji-scenes' task 'name'.")
+    features = _features(store, [source_of(Path(path)) for path in predictions])
+    said = [names[place] for place in (features @ weights + intercept).argmax(1).tolist()]
+    per_item = [float(one in answers) for one, answers in zip(said, references, strict=True)]
+    return Score(fmean(per_item), per_item, "generation/emoji", VERSION)
+
+
+def _features(store: FeatureStore, images: Sequence[ImageSource]) -> Tensor:
+    return store([Small(image) for image in images]).double().mean(1)
+
+
+@functools.cache
+def _judge() -> tuple[FeatureStore, Tensor, Tensor, tuple[str, ...]]:
+    """Return the judge's features, its weights ``(D, K)`` and intercept, and its K names."""
+    items = emoji_scenes(split="train", task="name", size=_SCENES, seed=_SEED, still=True)
+    names = items[0].choices
+    store = open_store(build(AssemblySpec(encoder=EncoderSpec(model="mllm/efficientnet-lite0"))), "auto")
+    features = _features(store, [item.images[0] for item in items])
+    right = torch.zeros(len(items), len(names), dtype=torch.float64)
+    right[torch.arange(len(items)), [names.index(item.answers[0]) for item in items]] = 1.0
+    sums = NormalEquations(features.shape[1], len(names))
+    sums.add(features, right)
+    weights, intercept = sums.solve("ridge", _STRENGTH)
+    store.flush()
+    return store, weights, intercept, names
