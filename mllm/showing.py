@@ -23,7 +23,10 @@ from mllm.sight import extended
 
 
 class Eager:
-    """Adds to the logit of an image's first token, but for right behind an image: below 0, images are rarer."""
+    """Adds to the logit of an image's first token: below 0, images are rarer. None stands right behind another.
+
+    What follows an image's tokens was never learnt, and without words between them they go on for ever.
+    """
 
     def __init__(self, tokens: Sequence[int], bias: float) -> None:
         self._first, self._last, self._bias = tokens[0], tokens[-1], bias
@@ -31,8 +34,9 @@ class Eager:
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
         """Return scores ``(B, V)`` of what follows ids ``(B, T)``."""
         scores = scores.clone()
-        behind = ids[:, -1] == self._last if ids.shape[1] else torch.zeros(len(ids), dtype=torch.bool)
-        scores[:, self._first] += self._bias * ~behind.to(scores.device)
+        scores[:, self._first] += self._bias
+        if ids.shape[1]:
+            scores[ids[:, -1] == self._last, self._first] = -torch.inf
         return scores
 
 
@@ -79,7 +83,7 @@ def shown(
     """
     found = None if index is None else _fitting(model, index)
     tokens = [model.lm.new_tokens[token] for token in known_tokens(model)]
-    ours = [*([Whole(tokens)] if len(tokens) > 1 else []), *([Eager(tokens, eager)] if eager else [])]
+    ours = [*([Whole(tokens)] if len(tokens) > 1 else []), Eager(tokens, eager)]
     settings = [{**row, "logits_processor": [*row.get("logits_processor", []), *ours]} for row in settings]
     embeds, batch = model.prepare(prompts)
     rows = model.lm.generate(batch.mask, settings, streamer=streamer, inputs_embeds=embeds)

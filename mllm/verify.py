@@ -135,9 +135,12 @@ def table(names: Sequence[str], folder: str | Path | None = None) -> str:
             gains = score["gains"]
             lines.append(
                 f"| {name} | {suite} | {score['metric']} | {score['value']:.3f} | "
-                + " | ".join(f"{gains[b]['value']:.3f}" for b in ("blind", "shuffled"))
+                + " | ".join(f"{gains[b]['value']:.3f}" if b in gains else "" for b in ("blind", "shuffled"))
                 + " | "
-                + " | ".join(f"{gains[b]['low']:+.3f} to {gains[b]['high']:+.3f}" for b in ("blind", "shuffled"))
+                + " | ".join(
+                    f"{gains[b]['low']:+.3f} to {gains[b]['high']:+.3f}" if b in gains else ""
+                    for b in ("blind", "shuffled")
+                )
                 + " |"
             )
     return "\n".join(lines) + "\n"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -58,6 +60,7 @@ def test_where_the_model_says_the_token_an_image_stands(tiny_model, paths):
         assert isinstance(answer[0], ImagePart) and answer[0].source == same[0].source
         assert answer[0].score == pytest.approx(same[0].score, abs=1e-4)
         assert [part.source for part in answer[0].candidates] == [same[1].source]
+        assert not any(isinstance(one, ImagePart) and isinstance(two, ImagePart) for one, two in pairwise(answer))
 
 
 def test_an_index_of_another_model_and_an_empty_one_are_refused(tiny_model, paths, tmp_path, monkeypatch):
