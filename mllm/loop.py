@@ -214,8 +214,9 @@ class Loop:
             self.run.record(path.name, {**known, self.stage.name: told})
 
     def _calibrate(self) -> None:
-        """Bring a new connector's output to the scale of the language model's embeddings."""
-        if self.model.calibrated or self.model.connector is None or not self.model.speaks:
+        """Bring a new connector's output, if the stage trains it, to the scale of the language model's embeddings."""
+        trains = any(path.split(".")[0] == "connector" for path in self.stage.train)
+        if self.model.calibrated or not trains or not self.model.speaks:
             return
         rows, _, _ = self._readable(self._stream().take(CALIBRATION_EXAMPLES))
         images = [image for pieces in rows for image in images_of(pieces)]

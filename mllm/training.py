@@ -153,9 +153,16 @@ def _taken_up(run: Run, config: Recipe) -> tuple[Assembly, State]:
         if trained.keys() != model.trained_state().keys():
             raise MLLMError(f"The checkpoint of {run.path} is of another model: the recipe's parts changed.")
         model.load_state_dict(trained, strict=False)
-        model.calibrated = True
+        model.calibrated = any(map(_sets_connector, config.stages[: at + 1]))
         set_random_states(state.tensors)
     return model, state
+
+
+def _sets_connector(stage: Stage) -> bool:
+    """Whether a stage fits the connector, trains in it, or starts from another run's."""
+    taken = stage.init.parts or ["connector"] if stage.init.source else []
+    paths = [stage.fit.part] if stage.fit else [*stage.train]
+    return any(path.split(".")[0] == "connector" for path in (*paths, *taken))
 
 
 def _trained(model: Assembly) -> dict[str, Any]:

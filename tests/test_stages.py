@@ -157,6 +157,17 @@ def test_recomputed_activations_give_the_same_losses(base, tmp_path):
     assert log(again, "loss") == pytest.approx(log(kept, "loss"), rel=1e-6)
 
 
+def test_a_connector_that_a_stage_does_not_train_is_left_as_it_is(base, tmp_path):
+    recipe = tmp_path / "heads.yaml"
+    recipe.write_text(
+        f"extends: {base}\nheads: [{{type: retrieval, dim: 6}}]\ntokens: ['[RET]']\nstages: [{{name: one, steps: 2, "
+        "batch_size: 8, train: {heads: 0.01}, objectives: [{type: retrieval}]}]\n"
+    )
+    run = mllm.train(str(recipe), out=tmp_path / "run")
+    frozen = json.loads((run.path / "frozen.json").read_text())["one"]
+    assert "connector" in frozen["before"] and frozen["before"] == frozen["after"]
+
+
 def test_new_tokens_stand_beside_tables_that_stay(tiny_parts, tmp_path):
     bare = mllm.assemble(*tiny_parts)
     model = mllm.assemble(*tiny_parts, tokens=["[RET]", "[IMG]"])
