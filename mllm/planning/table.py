@@ -81,7 +81,7 @@ def _parameters(plan: Plan) -> list[Row]:
 
 
 _BATCH: list[Row] = [
-    ("visual tokens of a picture", lambda s: str(s.tokens_per_image)),
+    ("positions that a picture takes", lambda s: str(s.tokens_per_image)),
     ("rows of a batch x longest row", lambda s: f"{s.rows} x {s.positions}" if s.steps else ""),
     ("key-value states of a prompt", lambda s: size(s.kv_bytes)),
 ]
