@@ -147,12 +147,14 @@ def read_captions(inputs: Inputs) -> Said:
 def read_texts(model: Any, texts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
     """Return states and embeddings ``(N, r, D_lm)`` of an image's tokens behind captions, and logits ``(N, V)`` before.
 
-    On a CPU, where padding costs as much as words, captions of about one length are read together.
+    On a CPU, where padding costs as much as words, captions of about one length are read together; but where a gradient
+    is wanted at the last tokens alone, all are: for few positions, or many, the weights are gone through once.
     """
     tokens = known_tokens(model)
     count, behind = len(tokens), Control("".join(tokens))
     rows = [encode([model.spec.prompt.caption + text, behind], lm=model.lm, num_visual=0) for text in texts]
-    together = TOGETHER if model.device.type == "cpu" else len(rows)
+    at_the_end = torch.is_grad_enabled() and not model.adapts
+    together = TOGETHER if model.device.type == "cpu" and not at_the_end else len(rows)
     order = sorted(range(len(rows)), key=lambda row: len(rows[row].ids))
     found = []
     for start in range(0, len(rows), together):
@@ -160,7 +162,7 @@ def read_texts(model: Any, texts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor
         length = batch.ids.shape[1]
         last = torch.arange(length - count - 1, length, device=model.device)
         # A gradient is wanted at the tokens and, for the first one's score, before them.
-        fixed = 0 if model.adapts else length - count - 1
+        fixed = length - count - 1 if at_the_end else 0
         embeds = model.lm.embed(batch.ids)
         states, logits = model.lm.read(embeds, batch.mask, last, fixed, said=1)
         found.append((states[:, 1:], embeds[:, -count:], logits[:, 0]))
