@@ -156,8 +156,9 @@ class Assembly(nn.Module):
             return lookup("scorers", "retrieval")(model=self)
         if self.spec.scorer is None:
             raise MLLMError(
-                "Reranking needs a scorer: set scorer={'type': 'dual-encoder', 'model': ...} (CLIP, ...), or "
-                "{'type': 'aligned', 'model': RUN} with a run of emoji-scorer."
+                "This needs a scorer: set scorer={'type': 'dual-encoder', 'model': ...} (CLIP, ...), "
+                "{'type': 'aligned', 'model': RUN} with a run of emoji-scorer, or {'type': 'retrieval', 'model': RUN} "
+                "with one of a retrieval head."
             )
         cls = lookup("scorers", self.spec.scorer.type)
         return made(cls, f"scorer {self.spec.scorer.type}", **self.spec.scorer.options()).to(self.device)

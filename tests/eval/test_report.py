@@ -264,3 +264,19 @@ def test_numbers_that_json_has_no_word_for_become_null(tmp_path: Path) -> None:
 def test_the_page_may_request_nothing(tmp_path: Path) -> None:
     text = write(tmp_path / "new" / "folder", []).read_text("utf-8")
     assert "default-src 'none'" in text and "://" not in text
+
+
+def test_the_pictures_that_were_found_stand_with_a_ranking(tmp_path: Path) -> None:
+    suite, item = importlib.import_module("mllm.eval.suite"), importlib.import_module("mllm.data.items").Item
+    scoring, metric = importlib.import_module("mllm.eval.scoring"), importlib.import_module("mllm.registry").lookup
+    pictures = tuple(Plain((10 + number, 20), "red") for number in range(8))
+    asked = item("a", pictures, ("2",), document=("A cat.", pictures[7], "And then?"))
+    name, ranking = "retrieval/r@1", ["4 2 0 1 3 5 6"]
+    found = scoring.Result(ranking, {name: metric("metrics", name)(ranking, [("2",)])})
+    report = importlib.import_module("mllm.eval.report").report
+    config = suite.load_suite("vist", [f"metrics=[{name}]"])
+    page = report(config, [asked], {"model": found}, tmp_path, run="x", settings={}, about={}).page
+    seen = browse(page, "return {wide: [...document.querySelectorAll('.card img')].map((one) => one.naturalWidth),"
+                        "text: document.querySelector('.card').textContent}")  # fmt: skip
+    assert seen["wide"] == [17, 14, 12, 10, 11, 13]  # what asked, and the first five
+    assert "A cat.And then?" in seen["text"]
