@@ -510,6 +510,10 @@ def _print_table(report: Any) -> None:
             table.add_row("", name, f"{other['value']:.3f}", _signed(other))
         table.add_section()
     Console().print(table)
+    first = summary["metrics"][0]["name"] if summary["metrics"] else None
+    if first and 1 < len(summary["kinds"]) <= 10:  # of more the report tells
+        for kind, found in summary["kinds"].items():
+            typer.echo(f"{kind}: {first} {found[first]:.3f}, {found['n']} items" if first in found else kind)
     typer.echo(f"{summary['suite']}: {summary['n']} items; intervals are 95 %, by bootstrap over items.")
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import mllm
+from mllm.cli import app
 from mllm.data.emoji_retrieval import emoji_retrieval
 from mllm.errors import MLLMError
 from mllm.registry import lookup
@@ -45,4 +49,11 @@ def test_the_suite_runs(tiny_model, tmp_path):
     assert report["retrieval/r@10"]["value"] == 1 and report["retrieval/median-rank"]["better"] == "lower"
     assert all(sorted(row["prediction"].split()) == [*"012345"] for row in report.rows)
     assert (tmp_path / "report.html").stat().st_size > 10_000
-    mllm.evaluate(model, "emoji-context", overrides=["data.size=6"])
+
+
+def test_the_command_tells_each_kind(tiny_model, tmp_path):
+    tiny_model(heads=[{"type": "retrieval", "dim": 6}], tokens=["[RET]"]).save(tmp_path / "run")
+    command = ["eval", str(tmp_path / "run"), "data.size=6", "--suite", "emoji-context"]
+    told = CliRunner().invoke(app, command, catch_exceptions=False).output
+    for much in ("object", "objects", "scene"):
+        assert re.search(rf"text to image, {much} told: retrieval/r@1 \d\.\d{{3}}, 6 items", told)
