@@ -389,7 +389,7 @@ def check_data(
 
 @recipes_app.callback()
 def recipes(context: typer.Context) -> None:
-    """List the recipes: paper, parts, what they reached."""
+    """List the recipes: paper, parts, trained weights, what they reached."""
     if context.invoked_subcommand is not None:
         return
     from mllm import recipe, verify
@@ -398,7 +398,8 @@ def recipes(context: typer.Context) -> None:
         config = recipe.load(name)
         parts = " + ".join(str(part) for part in _part_names(config) if part)
         typer.echo(f"{name:<22}{config.about}")
-        for line in filter(None, (config.paper, parts, verify.summary(name))):
+        trained = f"trained weights: {verify.size(name)}"
+        for line in filter(None, (config.paper, parts, trained, verify.summary(name))):
             typer.echo(f"{'':<22}{line}")
 
 

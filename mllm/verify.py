@@ -16,10 +16,12 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from mllm import recipe as recipes
+from mllm.check import on_paper
 from mllm.checkpoint import load
 from mllm.errors import MLLMError
 from mllm.evaluation import evaluate, metric
 from mllm.files import write
+from mllm.loop import parameter_groups
 from mllm.training import train
 
 SEEDS = (0, 1, 2)
@@ -121,6 +123,33 @@ def summary(name: str) -> str:
         return ""
     suite, score = next(iter(found["scores"].items()))
     return f"{suite} {score['value']:.3f} ({score['metric']}; shuffled {score['gains']['shuffled']['value']:.3f})"
+
+
+def trained_weights(name: str) -> list[int]:
+    """Return how many weights train in each stage that has gradients; counted on the meta device."""
+    config = recipes.load(name)
+    found = []
+    for stage in config.stages:
+        if stage.train:
+            groups = parameter_groups(on_paper(stage, config), stage)
+            found.append(sum(parameter.numel() for group in groups for parameter in group["params"]))
+    return found
+
+
+def size(name: str) -> str:
+    """Return a recipe's trained weights in words, as they come with the package; nothing is built."""
+    known: Any = OmegaConf.load(str(files("mllm.recipes") / "results" / "sizes.yaml"))
+    return ", then ".join(f"{weights:,}" for weights in known.get(name, [])) or "none by gradient"
+
+
+def conditions(names: Sequence[str], folder: str | Path | None = None) -> str:
+    """Return how results were found, a line for each recipe that has some."""
+    found = [each for name in names if (each := results(name, folder))]
+    return "".join(
+        f"- `{each['command']}`: seeds {', '.join(map(str, each['seeds']))}; {max(each['items'].values())} items a "
+        f"suite; {each['minutes']} minutes to train one.\n"
+        for each in found
+    )
 
 
 def table(names: Sequence[str], folder: str | Path | None = None) -> str:

@@ -26,7 +26,7 @@ from mllm.registry import BUILT_IN
 from mllm.version import __version__
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PACKAGES = ("mllm", "adapters", "eval")
 
 
@@ -120,8 +120,16 @@ def test_links_lead_somewhere(page):
 
 
 def test_the_index_lists_every_page():
-    listed = set(re.findall(r"\]\(([^)]+\.md)\)", (ROOT / "docs" / "index.md").read_text()))
-    assert listed == {page.name for page in PAGES} - {"README.md", "index.md"}
+    for index in (ROOT / "docs" / "index.md", ROOT / "docs" / "recipes" / "index.md"):
+        listed = set(re.findall(r"\]\(([^)/]+\.md)\)", index.read_text()))
+        assert listed == {page.name for page in PAGES if page.parent == index.parent} - {"index.md"}
+    assert "(recipes/index.md)" in (ROOT / "docs" / "index.md").read_text()
+
+
+def test_the_recipes_pages_say_what_the_recipes_and_their_results_do():
+    command = [sys.executable, str(ROOT / "scripts" / "recipes"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 import mllm
-from mllm import recipe
+from mllm import recipe, verify
 from mllm.testing import tiny_encoder, tiny_image, tiny_lm
 from mllm.testing_lms import tiny_tokenizer
 
@@ -24,11 +26,14 @@ LORA = [{"type": "lora", "r": 2}]
 # What is too large for a test by its own arguments, and not by the parts it stands between.
 SMALLER: dict[str, dict[str, Any]] = {
     "mapl": {"connector": {"type": "mapper", "tokens": 4, "dim": 16, "layers": 1, "heads": 2, "ffn": 16}},
+    "mapl-cpu": {"connector": {"type": "mapper", "tokens": 4, "dim": 16, "layers": 1, "heads": 2, "ffn": 16}},
     "simvlg": {"connector": MERGE},
+    "simvlg-cpu": {"connector": MERGE},
     "simvlg-video": {"connector": {"type": "temporal", "frames": 2, "dim": 16, "heads": 2, "then": MERGE}},
     "emoji-decoder": {"heads.0.side": 16, "heads.0.features": 64},
     "llava": {"adapters": LORA},
     "llava-cpu": {"adapters": LORA},
+    "cg-vlm-cpu": {"adapters": LORA},
     "yi-vl": {"prompt.chat": "plain"},  # the tiny language model has no chat template
 }
 
@@ -115,6 +120,15 @@ def test_a_recipe_trains_as_it_is_built(name: str, places: dict[str, str], tmp_p
     }
     frozen = json.loads((run.path / "frozen.json").read_text())
     assert all(found["before"] == found["after"] for found in frozen.values())
+
+
+@pytest.mark.installed
+@pytest.mark.parametrize("name", recipe.names())
+def test_a_recipes_trained_weights_are_those_that_are_told(name: str, need: Callable[..., None]) -> None:
+    config = recipe.load(name)
+    models = [part.model for part in (config.encoder, config.lm) if part and part.model]
+    need(*[model for model in models if model.startswith("mllm/")])
+    assert [f"{weights:,}" for weights in verify.trained_weights(name)] == re.findall(r"[\d,]*\d", verify.size(name))
 
 
 @pytest.mark.parametrize("name", recipe.names())

@@ -28,10 +28,10 @@ class QFormer(nn.Module):
         layers: blocks; every second one attends to the features, from the first on.
         heads: of the attention.
         ffn: width of the feed-forward layers; None: 4 x dim.
-        init: a folder or hub id of a BERT whose blocks it starts from, of the same ``dim``, ``layers``, ``heads`` and
-            ``ffn``; None: random weights.
+        init: a part, folder or hub id of a BERT whose blocks it starts from, of the same ``dim``, ``layers``, ``heads``
+            and ``ffn``; None: random weights.
         norm: a LayerNorm on the features first; false where the encoder's output is normalised already.
-        words: a folder or hub id of a tokenizer: the transformer reads text too (`joint`); None: images only.
+        words: a part, folder or hub id of a tokenizer: the transformer reads text too (`joint`); None: images only.
         causal: a query sees only itself and those before it (SEED's tokenizer, arXiv:2307.08041).
         dropout: inside.
 
@@ -72,13 +72,13 @@ class QFormer(nn.Module):
             attention_probs_dropout_prob=dropout,
             use_qformer_text_input=words is not None,
         )
-        self.words = Words(words, config) if words is not None else None
+        self.words = Words(hub.resolve(words, group="lms"), config) if words is not None else None
         self.num_tokens, self.causal = tokens, causal
         self.norm_features = nn.LayerNorm(vis_dim, eps=1e-6) if norm else nn.Identity()
         self.queries = nn.Parameter(torch.empty(1, tokens, dim).normal_(std=config.initializer_range))
         self.qformer = Blip2QFormerModel(config)
         if init is not None:
-            _start_from_bert(self.qformer, self.words, init)
+            _start_from_bert(self.qformer, self.words, hub.resolve(init, group="lms"))
         self.project = projection(dim, lm_dim)
 
     @property
