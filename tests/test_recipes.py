@@ -57,6 +57,8 @@ def places(tmp_path_factory: pytest.TempPathFactory, tiny_decoder: str) -> dict[
     videos = [{**row, "image": row["image"].replace("png", "gif")} for row in captions]
     (folder / "videos.json").write_text(json.dumps(videos))
     (folder / "talks.json").write_text(json.dumps(talks))
+    labels = [{**row, "caption": ("retrieve", "generate")[index % 2]} for index, row in enumerate(captions)]
+    (folder / "labels.json").write_text(json.dumps(labels))
     encoder, lm = tiny_encoder(folder / "encoder"), tiny_lm(folder / "lm")
     words = str(folder / "words")
     return {"folder": str(folder), "encoder": encoder, "lm": lm, "words": words, "decoder": tiny_decoder}
@@ -93,6 +95,8 @@ def tiny(name: str, places: dict[str, str]) -> dict[str, Any]:
             talks = {"path": f"{folder}/talks.json", "format": "llava", "images": folder, "task": "conversations"}
             said = stage.data.train[0].format in ("llava", "messages")
             found[f"{at}.data.train"] = talks if said else captions
+            if any(objective.type == "decision" for objective in stage.objectives):
+                found[f"{at}.data.train"] = {**captions, "path": f"{folder}/labels.json"}
         if "encoder" in _own(name, index):
             found |= {"encoder.resolution": 32, f"{at}.encoder.resolution": 16}
     return found | SMALLER.get(name, {})
