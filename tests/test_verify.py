@@ -78,7 +78,7 @@ def test_verify_refuses_a_recipe_without_suites(recipe_file: str) -> None:
 def test_verify_trains_evaluates_and_writes_what_the_table_shows(
     recipe_file: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    suites = import_module("mllm.eval.suite")
+    suites, runner = (import_module(f"mllm.eval.{name}") for name in ("suite", "runner"))  # both, before one is changed
     suite = suites.Suite(
         name="small",
         about="three pictures",
@@ -86,7 +86,7 @@ def test_verify_trains_evaluates_and_writes_what_the_table_shows(
         metrics=["caption/rouge-l"],
     )
     monkeypatch.setattr(suites, "load_suite", lambda name, overrides=(): suite)
-    monkeypatch.setattr(import_module("mllm.eval.runner"), "load_suite", lambda name, overrides=(): suite)
+    monkeypatch.setattr(runner, "load_suite", lambda name, overrides=(): suite)
     place = verify.verify(recipe_file, out="results", seeds=(0, 1), runs="runs")
     found = verify.results("small", "results")
     assert found is not None and place == Path("results/small.yaml")
