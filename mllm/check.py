@@ -99,6 +99,8 @@ def _of_model(model: Assembly, stage: Stage) -> list[str]:
         if "pixels" not in model.heads or not hasattr(lm, "sentences"):
             found.append(f"Stage {stage.name} fits pictures: give lm.type=sentences and heads: [{{type: pixels}}].")
         return found
+    if stage.fit is not None and stage.fit.part == "heads.affine" and not ("affine" in model.heads and model.draws):
+        found.append(f"Stage {stage.name} fits conditions: give heads: [{{type: affine}}] and a decoder.")
     with _noted(found):
         if stage.init.source is not None:
             import_module("mllm.checkpoint").check_source(model, stage)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from mllm.data.items import Item
+from mllm.errors import MLLMError
+from mllm.fit import NormalEquations
 from mllm.objectives import Inputs
-from mllm.prompt import Batch, Piece
-from mllm.retrieval import captions, read_captions
+from mllm.prompt import Batch, Piece, answer_text
+from mllm.retrieval import captions, read_captions, read_texts
 
 LIMIT = 2 * 2**30  # bytes of conditions that are kept
 
@@ -60,3 +63,44 @@ class Distillation:
             if (len(self._known) + 1) * condition.numel() * condition.element_size() <= LIMIT:
                 self._known[text] = condition.clone()
         return torch.stack([known[text] for text in texts])
+
+
+@torch.no_grad()
+def fit_conditions(
+    model: Any,
+    items: Sequence[Item],
+    *,
+    strength: float,
+    chunk: int = 256,
+    track: Callable[[Iterable[int]], Iterable[int]] = iter,
+) -> float:
+    """Set the head ``affine`` in closed form: from the states behind captions to the text encoder's output for them.
+
+    Each caption counts once; no picture is opened.
+
+    Args:
+        model: the assembly.
+        items: with captions; those with a question are left out.
+        strength: of the ridge; see `mllm.fit.NormalEquations.solve`.
+        chunk: captions at once.
+        track: wraps the chunks, to show progress.
+
+    Returns:
+        The share of the conditions' variance that the fit explains on these captions.
+
+    Raises:
+        MLLMError: there are no captions.
+    """
+    head = model.heads["affine"]
+    texts = list(dict.fromkeys(text.strip() for item in items if item.question is None for text in item.answers))
+    if not texts:
+        raise MLLMError("stages.fit needs captions, and the training data has only questions.")
+    sums = NormalEquations(head.project.in_features, head.project.out_features)
+    for start in track(range(0, len(texts), chunk)):
+        part = texts[start : start + chunk]
+        states, _, _ = read_texts(model, [answer_text(text) for text in part])
+        sums.add(states.flatten(1).float().cpu(), model.decoder.encode(part).flatten(1).float().cpu())
+    weights, intercept = sums.solve("ridge", strength)
+    head.project.weight.copy_(weights.T)
+    head.project.bias.copy_(intercept)
+    return sums.explained(weights)

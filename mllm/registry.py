@@ -47,6 +47,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "match": "mllm.adapters.heads.pairs:Match",
         "retrieval": "mllm.adapters.heads.retrieval:Retrieval",
         "generation": "mllm.adapters.heads.generation:Generation",
+        "affine": "mllm.adapters.heads.generation:Affine",
         "bridge": "mllm.adapters.heads.generation:Bridge",
         "aligner": "mllm.adapters.heads.generation:Aligner",
         "pixels": "mllm.adapters.heads.pixels:Pixels",

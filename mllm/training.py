@@ -17,6 +17,7 @@ from mllm import recipe as recipes
 from mllm.checkpoint import save, take
 from mllm.correlate import fit_head
 from mllm.data.skipping import Skipped
+from mllm.distillation import fit_conditions
 from mllm.errors import MLLMError
 from mllm.features import FeatureStore, open_store
 from mllm.fit import fit_connector, fit_tokens
@@ -196,6 +197,9 @@ def _fit(run: Run, model: Assembly, stage: Stage, config: Recipe, store: Feature
             how["readable"] = lambda part: skipped.readable(part, lambda item: opened(item.images[0]))
         if fit.part == "heads.pixels":
             found = fit_pictures(model, items, **how)
+        elif fit.part == "heads.affine":
+            del how["readable"]  # no picture is opened
+            found = fit_conditions(model, items, **how)
         elif fit.part == "heads.retrieval":
             found = fit_head(model, items, store, seed=config.seed, **how)
         elif fit.targets == "tokens":

@@ -20,7 +20,8 @@ from mllm.testing_lms import tiny_tokenizer
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 220), "white": (250, 250, 250)}
 QFORMER = {"dim": 16, "layers": 2, "heads": 2, "tokens": 4, "init": None}
 MERGE = {"type": "token-merge", "merge": 2, "layers": 2, "dim": 16, "heads": 2}
-MAPPER = {"length": 1, "width": 32, "dim": 16, "layers": 1, "heads": 2}
+CONDITION = {"length": 1, "width": 32}
+MAKERS = {"generation": {**CONDITION, "dim": 16, "layers": 1, "heads": 2}, "affine": CONDITION}
 LORA = [{"type": "lora", "r": 2}]
 
 # What is too large for a test by its own arguments, and not by the parts it stands between.
@@ -86,8 +87,8 @@ def tiny(name: str, places: dict[str, str]) -> dict[str, Any]:
     found |= {f"heads.{index}.inside": 16 for index in widths}
     if config.decoder:
         found["decoder"] = {"type": "trained", "model": places["decoder"]}
-        maker = next(index for index, head in enumerate(config.heads) if head.type == "generation")
-        found |= {f"heads.{maker}.{key}": value for key, value in MAPPER.items()}
+        maker, kind = next((i, head.type) for i, head in enumerate(config.heads) if head.type in MAKERS)
+        found |= {f"heads.{maker}.{key}": value for key, value in MAKERS[kind].items()}
     for index, stage in enumerate(config.stages):
         at = f"stages.{index}"
         found |= {f"{at}.steps": 2, f"{at}.batch_size": 4} if stage.train else {}

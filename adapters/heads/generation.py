@@ -1,4 +1,4 @@
-"""Heads that make an image decoder's condition of the states at new tokens: three kinds, one slot.
+"""Heads that make an image decoder's condition of the states at new tokens: four kinds, one slot.
 
 Each reads the states and input embeddings ``(N, r, D_lm)`` at its r tokens and returns ``(N, L, W)``, what the decoder
 takes in place of its text encoder's output.
@@ -81,6 +81,34 @@ class Bridge(nn.Module):
     def forward(self, states: Tensor, embeddings: Tensor) -> Tensor:
         """Return conditions ``(N, r, W)`` of last states ``(N, r, D_lm)``; the embeddings are not looked at."""
         return self.norm(self.map(states.to(self.map.weight.dtype)))
+
+
+class Affine(nn.Module):
+    """One linear map of all states together, which is fitted in closed form (`mllm.distillation.fit_conditions`).
+
+    Args:
+        lm_dim: D_lm.
+        vis_dim: not used.
+        tokens: r.
+        length: L of the condition.
+        width: W of the condition.
+
+    Attributes:
+        tokens: the names of the tokens.
+        condition: ``(L, W)``.
+    """
+
+    def __init__(
+        self, *, lm_dim: int | None, vis_dim: int | None = None, tokens: int = 1, length: int = 1, width: int = 384
+    ) -> None:
+        super().__init__()
+        self.tokens, self.condition = names(tokens), (length, width)
+        self.project = nn.Linear(tokens * needed(lm_dim, "affine"), length * width)
+
+    def forward(self, states: Tensor, embeddings: Tensor) -> Tensor:
+        """Return conditions ``(N, L, W)`` of last states ``(N, r, D_lm)``; the embeddings are not looked at."""
+        flat: Tensor = self.project(states.flatten(1).to(self.project.weight.dtype))
+        return flat.unflatten(1, self.condition)
 
 
 class Aligner(nn.Module):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import Ridge
 from torch import nn
 from torch.nn.functional import log_softmax
 
-from mllm.distillation import Distillation
+from mllm.data.items import Item
+from mllm.distillation import Distillation, fit_conditions
 from mllm.errors import MLLMError
 from mllm.loop import inputs, parameter_groups
 from mllm.objectives import Inputs
@@ -123,6 +126,20 @@ def test_any_head_of_the_slot_trains_and_nothing_else(head, tiny_model, tiny_dec
     assert model.tokens.rows.grad[: head["tokens"]].abs().sum(-1).all()
     assert all(p.grad is None for n, p in model.named_parameters() if n.split(".")[0] not in train)
     assert model.painter(*(torch.randn(2, head["tokens"], 32) for _ in range(2))).shape == (2, *model.painter.condition)
+
+
+def test_the_affine_head_is_sklearns_ridge_of_states_to_conditions(tiny_model, tiny_decoder):
+    model = tiny_model(**parts(tiny_decoder, {"type": "affine", **SMALL}))
+    texts = [f"{word} {number}" for word in ("a cat", "two dogs") for number in range(8)]
+    items = [Item(str(i), (), (text, f" {text}")) for i, text in enumerate(texts)]  # the same once more counts once
+    explained = fit_conditions(model, [*items, Item("asked", (), ("yes",), "Is it?")], strength=0.1, chunk=5)
+    with torch.no_grad():
+        states = torch.cat([alone(model, f" {text}")[0].flatten(1) for text in texts]).double().numpy()
+        wanted = model.decoder.encode(texts).flatten(1).double().numpy()
+    expected = Ridge(alpha=0.1 * states.var(0).mean() * len(texts)).fit(states, wanted)
+    assert np.allclose(model.painter.project.weight.detach().numpy(), expected.coef_, atol=1e-4)
+    left = ((wanted - expected.predict(states)) ** 2).sum() / ((wanted - wanted.mean(0)) ** 2).sum()
+    assert explained == pytest.approx(1 - left, abs=1e-3)
 
 
 def test_what_does_not_fit_is_refused_before_anything_loads(tiny_model, tiny_decoder, tmp_path, monkeypatch):
