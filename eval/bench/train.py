@@ -30,7 +30,7 @@ BATCH = 8
 EPOCHS = 2
 LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}  # ViT-L
 SMALL_BATCH = 8
-FITTED = 512  # pictures of the closed form
+FITTED = 1500  # pictures of the closed form
 RATES = (1e-4, 3e-4, 1e-3)  # of the alternative
 PROMPT = {"template": "A photo of{images}.\n{prompt}", "caption": "A picture of"}
 
@@ -167,8 +167,8 @@ def _target_recipe(folder: Path, encoder: str, lm: str, steps: int) -> dict[str,
     recipe = _recipe(encoder, lm, {"type": "linear", "tokens": 4}, train, steps)
     recipe["optim"] = {"precision": "float32", "warmup": 0, "schedule": "constant"}
     recipe["data"]["val"] = source(_scenes(folder / "val", "val", 64))
-    fit = {"name": "fit", "fit": {"part": "connector", "solver": "ridge", "targets": "caption-words"}}
-    align = {"train": {"connector": 2e-4}, "steps": steps, "batch_size": SMALL_BATCH, "validate_every": 5}
+    fit = {"name": "fit", "fit": {"part": "connector", "solver": "ridge", "strength": 0.1, "targets": "caption-words"}}
+    align = {"train": {"connector": 1e-3}, "steps": steps, "batch_size": SMALL_BATCH, "validate_every": 10}
     recipe["stages"] = [{**fit, "data": {"train": source(few)}}, {"name": "align", **align}]
     return recipe
 
