@@ -317,7 +317,7 @@ def test_retrieval_ranks_by_the_scorer(model, tiny_clip, tmp_path, find):
     ]
     expected = [["0", "1"], ["2", "3"], ["4", "5"]] if find == "text" else [["0"], ["0"], ["1"], ["1"], ["2"], ["2"]]
     assert [row["references"] for row in report.rows] == expected
-    with pytest.raises(MLLMError, match="have the baselines shuffled, and no 'blind'"):
+    with pytest.raises(MLLMError, match="has the baselines shuffled, and no 'blind'"):
         mllm.evaluate(model, f"coco-{find}-retrieval", tmp_path, baselines=["blind"])
 
 
