@@ -63,7 +63,7 @@ def test_shipped_recipe_checks_clean(name: str, need: Callable[..., None]) -> No
     config = recipe.load(name)
     models = {spec.model for stage in config.stages for spec in (stage.encoder, stage.lm) if spec}
     need(*(model for model in models if model and model.startswith("mllm/")))
-    drawn = (config.decoder or {}).get("model")
+    drawn = config.decoder.options().get("model") if config.decoder else None
     ours = [
         problem
         for problem in problems(name)
