@@ -12,10 +12,11 @@ from random import Random
 import numpy as np
 from PIL import Image
 
+from mllm.assembling import build_connector, calibrate
 from mllm.data.items import Item
 from mllm.errors import MLLMError, near
 from mllm.images import ImageSource, source_of
-from mllm.model import Assembly, build_connector, calibrate
+from mllm.model import Assembly
 
 BASELINES = ("blind", "shuffled", "mean-image", "random-connector")
 USUAL = BASELINES[:2]

@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any
 from mllm.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from mllm.assembling import assemble as assemble
     from mllm.checkpoint import load as load
     from mllm.errors import MLLMError as MLLMError
     from mllm.evaluation import evaluate as evaluate
     from mllm.evaluation import metric as metric
     from mllm.model import Assembly as Assembly
-    from mllm.model import assemble as assemble
     from mllm.training import train as train
 
 _PUBLIC = {
     "Assembly": "mllm.model",
     "MLLMError": "mllm.errors",
-    "assemble": "mllm.model",
+    "assemble": "mllm.assembling",
     "evaluate": "mllm.evaluation",
     "load": "mllm.checkpoint",
     "metric": "mllm.evaluation",

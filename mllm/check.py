@@ -16,10 +16,11 @@ import torch
 from torch import nn
 
 from mllm import recipe as recipes
+from mllm.assembling import build_encoder, build_lm, join, trained_module
 from mllm.data.loading import reader
 from mllm.errors import MLLMError
 from mllm.fit import can_be_fitted
-from mllm.model import Assembly, build_encoder, build_lm, join, trained_module
+from mllm.model import Assembly
 from mllm.objectives import objectives_of
 from mllm.retrieval import known_tokens, token_id
 from mllm.spec import PARTS, DataSpec, Recipe, Stage

@@ -21,9 +21,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mllm import hub
+from mllm.assembling import build
 from mllm.errors import MLLMError, near
 from mllm.files import write
-from mllm.model import Assembly, build
+from mllm.model import Assembly
 from mllm.spec import FROZEN, AssemblySpec, Spec, Stage, checked
 from mllm.version import __version__
 

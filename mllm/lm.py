@@ -231,7 +231,7 @@ class LanguageModel(nn.Module):
     @property
     def _recomputes(self) -> bool:
         """Whether layers compute their activations again for the gradient; they take no states then."""
-        return any(layer.training for layer in self.model.modules() if isinstance(layer, GradientCheckpointingLayer))
+        return any(layer.training for layer in self.layers)
 
     @torch.no_grad()
     def prefill(self, embeds: Tensor | Sighted, mask: Tensor) -> tuple[Any, Tensor]:

@@ -21,13 +21,14 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import Tensor, nn
 from transformers import get_scheduler
 
+from mllm.assembling import calibrate, trained_module
 from mllm.data.loading import Source, fingerprint, read_all
 from mllm.data.skipping import Skipped
 from mllm.data.stream import Stream
 from mllm.errors import MLLMError
 from mllm.features import FeatureStore
 from mllm.micro import rows_at_once, split
-from mllm.model import Assembly, calibrate, trained_module
+from mllm.model import Assembly
 from mllm.objectives import Objective, objectives_of
 from mllm.progress import progress
 from mllm.prompt import Batch, Piece, collate, images_of

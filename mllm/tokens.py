@@ -6,17 +6,17 @@ are appended. So the original columns are the very numbers of the bare model, wh
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mllm.errors import MLLMError
+from mllm.switch import Switched
 
 
-class NewTokens(nn.Module):
+class NewTokens(Switched):
     """Rows for new tokens in a language model of `transformers`: the only ones of its vocabulary that train.
 
     Args:
@@ -39,7 +39,7 @@ class NewTokens(nn.Module):
         table, head = model.get_input_embeddings(), model.get_output_embeddings()
         if head is None:
             raise MLLMError("tokens: this language model has no table of output embeddings, so it cannot say new ones.")
-        self.names, self.first, self._on = list(names), int(table.weight.shape[0]), True
+        self.names, self.first = list(names), int(table.weight.shape[0])
         self.rows = nn.Parameter(_start(table.weight, len(names)))
         tied = head.weight.data_ptr() == table.weight.data_ptr() or head.weight.is_meta
         self.scores = None if tied else nn.Parameter(_start(head.weight, len(names)))
@@ -62,15 +62,6 @@ class NewTokens(nn.Module):
         """
         self.rows.mul_(self._length / self.rows.norm(dim=-1, keepdim=True).clamp(min=1e-12))
 
-    @contextlib.contextmanager
-    def off(self) -> Iterator[None]:
-        """Compute without the new tokens: logits have the bare model's columns."""
-        self._on = False
-        try:
-            yield
-        finally:
-            self._on = True
-
     def _known(self, table: nn.Module, args: Any) -> Any:
         """Keep which ids are new, and let the table look up one that it has in their place."""
         (ids,) = args
@@ -85,7 +76,7 @@ class NewTokens(nn.Module):
         return torch.where((self._new >= 0).unsqueeze(-1), rows, found)
 
     def _score(self, head: nn.Module, args: Any, logits: Tensor) -> Tensor:
-        if not self._on:
+        if not self.on:
             return logits
         rows = self.rows if self.scores is None else self.scores
         return torch.cat([logits, args[0] @ rows.to(args[0].dtype).T], dim=-1)

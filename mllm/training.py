@@ -14,8 +14,10 @@ from typing import Any
 from accelerate.utils import broadcast_object_list, set_seed
 
 from mllm import recipe as recipes
+from mllm.assembling import build, build_encoder, build_lm, join
 from mllm.checkpoint import save, take
 from mllm.correlate import fit_head
+from mllm.data.items import Item
 from mllm.data.skipping import Skipped
 from mllm.distillation import fit_conditions
 from mllm.errors import MLLMError
@@ -24,7 +26,7 @@ from mllm.fit import fit_connector, fit_tokens
 from mllm.images import open_image
 from mllm.loop import Loop, data
 from mllm.memory import give_back
-from mllm.model import Assembly, build, build_encoder, build_lm, join
+from mllm.model import Assembly
 from mllm.processes import processes
 from mllm.progress import progress
 from mllm.reconstruction import fit_pictures
@@ -103,8 +105,8 @@ def carried(model: Assembly, spec: AssemblySpec, run: Run | None = None) -> Asse
     if all(same.values()):
         model.spec = spec
         return model
-    pristine = same["lm"] and not model.spec.adapters and not model.spec.tokens and not model.spec.trained
-    pristine = pristine and not divided(model.lm)
+    touched = model.spec.adapters or model.spec.tokens or model.spec.trained or divided(model.lm)
+    pristine = same["lm"] and not touched
     encoder = model.encoder if same["encoder"] else build_encoder(spec)
     new = join(spec, encoder=encoder, lm=model.lm if pristine else build_lm(spec))
     old, wanted = model.trained_state(), new.trained_state()
@@ -190,22 +192,33 @@ def _fit(run: Run, model: Assembly, stage: Stage, config: Recipe, store: Feature
             return bar.track(chunks, task_id=task)
 
         how: dict[str, Any] = {"strength": fit.strength, "track": track}
-        if fit.targets != "tokens":
-            items = [item for source in data(stage, config.seed) for item in source.items]
-            skipped = Skipped(stage.data.skip, len(items), partial(run.log, stage=stage.name))
-            opened = model.encoder.open if model.encoder is not None else open_image
-            how["readable"] = lambda part: skipped.readable(part, lambda item: opened(item.images[0]))
-        if fit.part == "heads.pixels":
-            found = fit_pictures(model, items, **how)
-        elif fit.part == "heads.affine":
-            del how["readable"]  # no picture is opened
-            found = fit_conditions(model, items, **how)
-        elif fit.part == "heads.retrieval":
-            found = fit_head(model, items, store, seed=config.seed, **how)
-        elif fit.targets == "tokens":
+        if fit.targets == "tokens":  # it needs no data
             found = fit_tokens(model, solver=fit.solver, **how)
         else:
-            found = fit_connector(model, items, store, solver=fit.solver, sentences=fit.targets == "sentences", **how)
+            found = _fit_data(run, model, stage, config, store, how)
         bar.update(task, note=f"{told} {found:.0%}")
     run.log(stage=stage.name, **{told: found})
     model.calibrated = model.calibrated or fit.part == "connector"
+
+
+def _fit_data(
+    run: Run, model: Assembly, stage: Stage, config: Recipe, store: FeatureStore, how: dict[str, Any]
+) -> float:
+    """Fit a part on the stage's data, and return how well it could be done."""
+    assert stage.fit is not None
+    items = [item for source in data(stage, config.seed) for item in source.items]
+    skipped = Skipped(stage.data.skip, len(items), partial(run.log, stage=stage.name))
+    opened = model.encoder.open if model.encoder is not None else open_image
+
+    def readable(part: Sequence[Item]) -> Sequence[Item]:
+        return skipped.readable(part, lambda item: opened(item.images[0]))
+
+    match stage.fit.part:
+        case "heads.affine":  # no picture is opened
+            return fit_conditions(model, items, **how)
+        case "heads.pixels":
+            return fit_pictures(model, items, readable=readable, **how)
+        case "heads.retrieval":
+            return fit_head(model, items, store, seed=config.seed, readable=readable, **how)
+    how |= {"solver": stage.fit.solver, "sentences": stage.fit.targets == "sentences"}
+    return fit_connector(model, items, store, readable=readable, **how)

@@ -49,7 +49,7 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def tiny_decoder(tiny_parts: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> str:
     """The folder of a tiny image decoder: conditions of 1 x 32, images of 16 pixels."""
-    from mllm.model import build
+    from mllm.assembling import build
     from mllm.spec import AssemblySpec, LMSpec, PartSpec
 
     lm = LMSpec(type="sentences", model=tiny_parts[1])

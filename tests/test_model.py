@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import mllm
 import mllm.objectives
 import mllm.prompt
+from mllm.assembling import calibrate
 from mllm.errors import MLLMError
 from mllm.hub import tensor_hash
-from mllm.model import calibrate
 from mllm.prompt import collate
 from mllm.testing import tiny_image
 

@@ -11,8 +11,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mllm import loop, recipe
+from mllm.assembling import build
 from mllm.errors import MLLMError
-from mllm.model import build
 from mllm.objectives import objectives_of
 from mllm.planning.command import run
 from mllm.planning.draft import Draft

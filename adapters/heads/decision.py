@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from mllm.adapters.heads.generation import needed
 from torch import Tensor, nn
-
-from mllm.errors import MLLMError
 
 
 class Decision(nn.Module):
@@ -24,10 +23,8 @@ class Decision(nn.Module):
         self, *, lm_dim: int | None, vis_dim: int | None = None, token: str = "[IMG0]", dropout: float = 0.5
     ) -> None:
         super().__init__()
-        if lm_dim is None:
-            raise MLLMError("The head decision reads a language model's states, and the recipe names none. Give lm.")
         self.token = token
-        self.dropout, self.judge = nn.Dropout(dropout), nn.Linear(lm_dim, 2)
+        self.dropout, self.judge = nn.Dropout(dropout), nn.Linear(needed(lm_dim, "decision"), 2)
 
     def forward(self, states: Tensor) -> Tensor:
         """Return logits ``(N, 2)``, in the order of `mllm.decision.LABELS`, of states ``(N, D_lm)``."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from mllm.errors import MLLMError
+from mllm.switch import Switched
 
 # What decoders call the two halves of a layer. In OPT and BART the mlp goes from one map to another.
 NAMES = {
@@ -17,7 +16,7 @@ NAMES = {
 }
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(Switched):
     """Add ``x + s * up(relu(down(x)))`` behind halves of every layer of a language model.
 
     Args:
@@ -45,7 +44,7 @@ class Bottleneck(nn.Module):
         super().__init__()
         if mode not in ("serial", "parallel"):
             raise MLLMError(f"adapters: mode is {mode!r}; expected 'serial' or 'parallel'.")
-        self.mode, self.scale, self._on = mode, scale, True
+        self.mode, self.scale = mode, scale
         dim = int(model.config.get_text_config().hidden_size)
         weight = model.get_input_embeddings().weight
         self.layers = nn.ModuleList()
@@ -55,15 +54,6 @@ class Bottleneck(nn.Module):
                 self.layers.append(adapter)
                 self._put(adapter, *_find(layer, half))
 
-    @contextlib.contextmanager
-    def off(self) -> Iterator[None]:
-        """Compute without the adapter."""
-        self._on = False
-        try:
-            yield
-        finally:
-            self._on = True
-
     def _put(self, adapter: nn.Sequential, first: nn.Module, last: nn.Module) -> None:
         """Hook an adapter onto a half that goes from one module to another, mostly the same."""
         read: list[Tensor] = []
@@ -72,7 +62,7 @@ class Bottleneck(nn.Module):
             read[:] = [args[0] if args else kwargs["hidden_states"]]
 
         def add(module: nn.Module, args: Any, output: Any) -> Any:
-            if not self._on:
+            if not self.on:
                 return output
             made: Tensor = output[0] if isinstance(output, tuple) else output
             seen = made if self.mode == "serial" else read.pop()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,9 +12,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from mllm.errors import MLLMError
 from mllm.sight import Sight, current
+from mllm.switch import Switched
 
 
-class Gated(nn.Module):
+class Gated(Switched):
     """Put a block that looks at images before every n-th layer of a decoder.
 
     An image takes one place in the sequence, a mark that is learnt; the connector's visual tokens stand beside it. A
@@ -46,7 +45,6 @@ class Gated(nn.Module):
         with torch.no_grad():  # the mark starts as a token of the vocabulary
             mark = table(torch.randint(0, table.weight.shape[0], (1,)).to(table.weight.device))[0].float()
         self.mark = nn.Parameter(mark.clone())  # (D_lm,)
-        self._on = True
         dim = int(model.config.get_text_config().hidden_size)
         self.blocks = nn.ModuleList()
         for layer in list(decoder_layers(model))[::every]:
@@ -57,23 +55,14 @@ class Gated(nn.Module):
     @property
     def places(self) -> int:
         """Return how many places of the sequence an image takes; 0: the adapter is off, and it takes its own."""
-        return int(self._on)
-
-    @contextlib.contextmanager
-    def off(self) -> Iterator[None]:
-        """Compute without the adapter: visual tokens stand in the sequence."""
-        self._on = False
-        try:
-            yield
-        finally:
-            self._on = True
+        return int(self.on)
 
     def _put(self, block: Block, layer: nn.Module) -> None:
         """Hook a block before a layer."""
 
         def look(module: nn.Module, args: Any, kwargs: Any) -> Any:
             sight = current()
-            if sight is None or not self._on:
+            if sight is None or not self.on:
                 return None
             if args:
                 return (block(args[0], sight), *args[1:]), kwargs

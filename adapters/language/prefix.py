@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,9 +9,10 @@ from torch import nn
 from transformers import DynamicCache
 
 from mllm.errors import MLLMError
+from mllm.switch import Switched
 
 
-class PrefixTuning(nn.Module):
+class PrefixTuning(Switched):
     """Put learned keys and values before every sequence, without the reparametrisation by an MLP.
 
     Args:
@@ -27,7 +26,7 @@ class PrefixTuning(nn.Module):
 
     def __init__(self, model: Any, *, positions: int = 20, std: float = 0.02) -> None:
         super().__init__()
-        self._config, self._on = model.config, True
+        self._config = model.config
         self._dtype = model.dtype
         self.keys, self.values = nn.ParameterList(), nn.ParameterList()
         for key, value in _shapes(model):
@@ -38,7 +37,7 @@ class PrefixTuning(nn.Module):
     @property
     def num_positions(self) -> int:
         """Return how many positions come first."""
-        return self.keys[0].shape[1] if self._on else 0
+        return self.keys[0].shape[1] if self.on else 0
 
     def states(self, rows: int) -> Any:
         """Return a cache that holds the prefix for ``rows`` rows."""
@@ -46,15 +45,6 @@ class PrefixTuning(nn.Module):
         for index, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
             cache.update(*(part.to(self._dtype).expand(rows, -1, -1, -1) for part in (key, value)), index)
         return cache
-
-    @contextlib.contextmanager
-    def off(self) -> Iterator[None]:
-        """Compute without the adapter."""
-        self._on = False
-        try:
-            yield
-        finally:
-            self._on = True
 
 
 @torch.no_grad()

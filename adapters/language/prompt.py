@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mllm.switch import Switched
 
-class PromptTuning(nn.Module):
+
+class PromptTuning(Switched):
     """Put learned embeddings before every sequence; an encoder-decoder model's encoder reads them.
 
     Args:
@@ -25,22 +25,12 @@ class PromptTuning(nn.Module):
         with torch.no_grad():
             words = table(ids).float()  # they start as tokens drawn from the vocabulary
         self.weight = nn.Parameter(words.clone())  # (positions, D_lm)
-        self._on = True
 
     @property
     def num_positions(self) -> int:
         """Return how many positions come first."""
-        return len(self.weight) if self._on else 0
+        return len(self.weight) if self.on else 0
 
     def embeddings(self, rows: int) -> Tensor:
         """Return what comes first in each of ``rows`` rows, ``(B, positions, D_lm)``."""
         return self.weight.expand(rows, -1, -1)
-
-    @contextlib.contextmanager
-    def off(self) -> Iterator[None]:
-        """Compute without the adapter."""
-        self._on = False
-        try:
-            yield
-        finally:
-            self._on = True

@@ -15,8 +15,9 @@ import torch
 from mllm.eval.bench.shapes import LM, image_token, llava, pictures
 from mllm.eval.bench.table import Row, paired, ratio, report
 
+from mllm.assembling import assemble
 from mllm.errors import MLLMError
-from mllm.model import Assembly, assemble
+from mllm.model import Assembly
 from mllm.prompt import arrange
 from mllm.serve.batcher import Answer, Batcher, Job
 

@@ -19,10 +19,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from mllm.assembling import build_encoder, build_lm, join
 from mllm.checkpoint import restore
 from mllm.errors import MLLMError
 from mllm.files import write
-from mllm.model import Assembly, build_encoder, build_lm, join
+from mllm.model import Assembly
 from mllm.prompt import Target, collate, images_of
 from mllm.registry import table
 from mllm.run import environment

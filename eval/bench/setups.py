@@ -18,10 +18,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mllm import recipe as recipes
+from mllm.assembling import build
 from mllm.data.items import pieces_of
 from mllm.data.loading import read
 from mllm.errors import MLLMError
-from mllm.model import Assembly, build
+from mllm.model import Assembly
 from mllm.prompt import IGNORED, collate, images_of
 
 WORDS = 12  # of a caption; COCO's have 11

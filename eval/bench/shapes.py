@@ -19,7 +19,8 @@ from transformers import (
 )
 
 from mllm import parts
-from mllm.model import Assembly, assemble
+from mllm.assembling import assemble
+from mllm.model import Assembly
 
 LM = "mllm/smollm2-135m"
 IMAGE_TOKEN = "<reponame>"  # in the vocabulary, and in none of the prompts

@@ -17,12 +17,12 @@ from mllm.eval.metrics.checks import check
 from PIL import Image
 from torch import Tensor
 
+from mllm.assembling import build
 from mllm.data.emoji_scenes import emoji_scenes
 from mllm.errors import MLLMError
 from mllm.features import FeatureStore, open_store
 from mllm.fit import NormalEquations
 from mllm.images import ImageSource, source_of
-from mllm.model import build
 from mllm.scores import Score
 from mllm.spec import AssemblySpec, EncoderSpec
 

@@ -12,8 +12,8 @@ from accelerate import Accelerator
 
 from mllm import loop
 from mllm import recipe as recipes
+from mllm.assembling import build
 from mllm.errors import MLLMError
-from mllm.model import build
 from mllm.objectives import objectives_of
 from mllm.planning.draft import Draft
 from mllm.planning.workload import workload

@@ -14,11 +14,11 @@ from transformers.models.idefics3.modeling_idefics3 import Idefics3Connector
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 import mllm
+from mllm.assembling import calibrate
 from mllm.data.items import Item
 from mllm.errors import MLLMError
 from mllm.fit import fit_connector
 from mllm.images import source_of
-from mllm.model import calibrate
 from mllm.prompt import collate
 from mllm.registry import lookup, table
 from mllm.testing import tiny_image

@@ -148,7 +148,7 @@ def test_what_does_not_fit_is_refused_before_anything_loads(tiny_model, tiny_dec
         Distillation()(inputs_of(model))
     with pytest.raises(MLLMError, match="has tokens: 0"):
         tiny_model(**parts(tiny_decoder, {**MAPPER, "tokens": 0}))
-    monkeypatch.setattr("mllm.model.build_encoder", lambda _: pytest.fail("an encoder was built"))
+    monkeypatch.setattr("mllm.assembling.build_encoder", lambda _: pytest.fail("an encoder was built"))
     with pytest.raises(MLLMError, match="makes conditions of 77 x 32, and the image decoder takes 1 x 32"):
         tiny_model(**parts(tiny_decoder, {**MAPPER, "length": 77}))
     with pytest.raises(MLLMError, match="There is no model in"):

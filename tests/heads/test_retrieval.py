@@ -7,9 +7,9 @@ import torch
 from torch import distributed, multiprocessing
 from torch.nn.functional import cosine_similarity, log_softmax, normalize
 
+from mllm.assembling import join
 from mllm.errors import MLLMError
 from mllm.loop import inputs, parameter_groups
-from mllm.model import join
 from mllm.objectives import Caption, Inputs
 from mllm.prompt import Target
 from mllm.recipe import check
