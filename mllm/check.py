@@ -102,6 +102,8 @@ def _of_model(model: Assembly, stage: Stage) -> list[str]:
         return found
     if stage.fit is not None and stage.fit.part == "heads.affine" and not ("affine" in model.heads and model.draws):
         found.append(f"Stage {stage.name} fits conditions: give heads: [{{type: affine}}] and a decoder.")
+    if stage.fit is not None and stage.fit.part == "heads.decision" and "decision" not in model.heads:
+        found.append(f"Stage {stage.name} fits decisions: give heads: [{{type: decision}}].")
     with _noted(found):
         if stage.init.source is not None:
             import_module("mllm.checkpoint").check_source(model, stage)

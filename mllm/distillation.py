@@ -1,4 +1,4 @@
-"""Learning to make images from text alone: a head's condition against what a decoder's own text encoder says."""
+"""Learning to make images: a head's condition against what a decoder's own text encoder says, or by its own loss."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mllm.data.items import Item
 from mllm.errors import MLLMError
 from mllm.fit import NormalEquations
 from mllm.objectives import Inputs
-from mllm.prompt import Batch, Piece, answer_text
+from mllm.prompt import Batch, Piece, answer_text, images_of
 from mllm.retrieval import captions, read_captions, read_texts
 
 LIMIT = 2 * 2**30  # bytes of conditions that are kept
@@ -63,6 +63,32 @@ class Distillation:
             if (len(self._known) + 1) * condition.numel() * condition.element_size() <= LIMIT:
                 self._known[text] = condition.clone()
         return torch.stack([known[text] for text in texts])
+
+
+class ScoreDistillation:
+    """An image decoder's own loss on images, under the condition that a head makes of their captions.
+
+    The decoder is frozen, and the gradient passes through it (Kosmos-G, arXiv:2310.02992, its third stage): what the
+    head has to say is what helps to take noise off the image, whatever a text encoder would say.
+    """
+
+    needs = ("lm", "tokens", "painter", "decoder.denoise")
+
+    def count(self, rows: Sequence[Sequence[Piece]], batch: Batch | None) -> int:
+        """Return the number of captions that have an image before them."""
+        return sum(place is not None for place, _ in captions(rows))
+
+    def __call__(self, inputs: Inputs) -> Tensor:
+        """Return the sum over captions."""
+        said = read_captions(inputs)
+        images = [image for row in inputs.rows for image in images_of(row)]
+        pairs = [(row, images[place]) for row, place in enumerate(said.images) if place is not None]
+        if not pairs:
+            raise MLLMError("No example of a batch has a caption behind an image, which the condition is learnt from.")
+        own = [row for row, _ in pairs]
+        conditions = inputs.model.painter(said.states[own], said.embeddings[own])
+        losses: Tensor = inputs.model.decoder.denoise([image for _, image in pairs], conditions)
+        return losses.sum()
 
 
 @torch.no_grad()

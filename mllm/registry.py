@@ -72,6 +72,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "retrieval": "mllm.retrieval:Contrast",
         "token-prediction": "mllm.retrieval:TokenPrediction",
         "distillation": "mllm.distillation:Distillation",
+        "score-distillation": "mllm.distillation:ScoreDistillation",
         "decision": "mllm.decision:Decision",
     },
     "readers": {

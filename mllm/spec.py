@@ -189,7 +189,7 @@ class InitSpec(Spec):
 class FitSpec(Spec):
     """A closed-form fit of one part: no gradient."""
 
-    part: Literal["connector", "heads.retrieval", "heads.pixels", "heads.affine"] = "connector"
+    part: Literal["connector", "heads.retrieval", "heads.pixels", "heads.affine", "heads.decision"] = "connector"
     solver: Literal["ridge", "least-squares", "procrustes", "correlation"] = "ridge"  # the last: of heads.retrieval
     targets: Literal["caption-words", "tokens", "sentences"] = "caption-words"  # tokens: their own strings, no data
     strength: float = Field(default=0.01, gt=0)  # of the ridge, as a share of the features' mean variance

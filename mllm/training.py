@@ -19,6 +19,8 @@ from mllm.checkpoint import save, take
 from mllm.correlate import fit_head
 from mllm.data.items import Item
 from mllm.data.skipping import Skipped
+from mllm.data.stream import Stream
+from mllm.decision import fit_decision
 from mllm.distillation import fit_conditions
 from mllm.errors import MLLMError
 from mllm.features import FeatureStore, open_store
@@ -206,7 +208,8 @@ def _fit_data(
 ) -> float:
     """Fit a part on the stage's data, and return how well it could be done."""
     assert stage.fit is not None
-    items = [item for source in data(stage, config.seed) for item in source.items]
+    sources = data(stage, config.seed)
+    items = [item for source in sources for item in source.items]
     skipped = Skipped(stage.data.skip, len(items), partial(run.log, stage=stage.name))
     opened = model.encoder.open if model.encoder is not None else open_image
 
@@ -216,6 +219,9 @@ def _fit_data(
     match stage.fit.part:
         case "heads.affine":  # no picture is opened
             return fit_conditions(model, items, **how)
+        case "heads.decision":
+            rows = Stream(sources, stage.prompt, seed=config.seed, lm=model.lm).take(len(items))  # each once
+            return fit_decision(model, rows, **how)
         case "heads.pixels":
             return fit_pictures(model, items, readable=readable, **how)
         case "heads.retrieval":

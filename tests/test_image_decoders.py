@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import shutil
 from typing import Any
 
 import numpy as np
@@ -12,10 +14,18 @@ from PIL import Image
 
 import mllm
 from mllm import recipe
-from mllm.check import problems
+from mllm.check import problems, unmet
+from mllm.distillation import ScoreDistillation
 from mllm.errors import MLLMError
+from mllm.hub import tensor_hash
 from mllm.image_decoders.diffusion import DiffusionPipeline
 from mllm.image_decoders.trained import Trained
+from mllm.loop import inputs, parameter_groups
+from mllm.objectives import Inputs
+from mllm.prompt import Target
+from mllm.recipe import check
+from mllm.retrieval import read_captions
+from mllm.testing import tiny_image
 
 CAPTIONS = {"a red wall": (220, 30, 30), "a green wall": (30, 200, 40), "a blue wall": (40, 60, 220)}
 
@@ -94,6 +104,92 @@ def test_a_head_learns_a_pipelines_condition(pipeline, tiny_model):
     assert model.decoder.draw(model.painter(*torch.randn(2, 1, 2, 32)), [0])[0].size == (8, 8)
     with pytest.raises(MLLMError, match="makes conditions of 77 x 16, and the image decoder takes 8 x 16"):
         tiny_model(heads=[{**head, "length": 77}], tokens=tokens, decoder=decoder)
+
+
+HEAD = {"type": "generation", "tokens": 2, "length": 8, "width": 16, "dim": 16, "layers": 1, "heads": 2}
+ROWS: list[list[Any]] = [
+    [tiny_image(0), "A picture of", Target(" a cat")],
+    ["no image", Target(" two red birds")],
+    [tiny_image(1), "A picture of", Target(" a dog")],
+]
+
+
+def of_pipeline(tiny_model, folder):
+    tokens = ["[IMG0]", "[IMG1]"]
+    return tiny_model(heads=[HEAD], tokens=tokens, decoder={"type": "diffusers", "model": folder, "steps": 2})
+
+
+def given(model):
+    rows, features, batch = inputs(model, ROWS, model.features)
+    return Inputs(model, rows, features, batch)
+
+
+@pytest.mark.parametrize("foretold", ["epsilon", "v_prediction"])
+def test_a_condition_is_scored_by_the_pipelines_own_loss(pipeline, foretold, tmp_path):
+    whole, folder = pipeline
+    shutil.copytree(folder, tmp_path / "other")
+    config = json.loads((tmp_path / "other/scheduler/scheduler_config.json").read_text())
+    (tmp_path / "other/scheduler/scheduler_config.json").write_text(json.dumps({**config, "prediction_type": foretold}))
+    decoder = DiffusionPipeline(model=str(tmp_path / "other"))
+    conditions, pictures = torch.randn(2, 8, 16), [tiny_image(0), tiny_image(1)]
+    torch.manual_seed(5)
+    got = decoder.denoise(pictures, conditions)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        pixels = [
+            np.asarray(image.resize((8, 8), Image.Resampling.LANCZOS), np.float32) / 127.5 - 1 for image in pictures
+        ]
+        stacked = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
+        latents = whole.vae.encode(stacked).latent_dist.sample() * whole.vae.config.scaling_factor
+        noise = torch.randn_like(latents)
+        steps = torch.randint(1000, (2,))
+        said = whole.unet(whole.scheduler.add_noise(latents, noise, steps), steps, conditions).sample
+        wanted = noise if foretold == "epsilon" else whole.scheduler.get_velocity(latents, noise, steps)
+    torch.testing.assert_close(got, ((said - wanted) ** 2).mean((1, 2, 3)))
+    (tmp_path / "other/scheduler/scheduler_config.json").write_text(json.dumps({**config, "prediction_type": "sample"}))
+    with pytest.raises(MLLMError, match="foretells 'sample'; a condition is learnt through one that foretells"):
+        DiffusionPipeline(model=str(tmp_path / "other")).denoise(pictures, conditions)
+
+
+def test_a_head_learns_through_the_frozen_pipeline(pipeline, tiny_model):
+    model = of_pipeline(tiny_model, pipeline[1])
+    stage = check({"name": "x", "stages": [{"name": "s", "train": {"heads": 0.01}, "steps": 1}]}, "x").stages[0]
+    groups, objective = parameter_groups(model, stage), ScoreDistillation()
+    parts = [part for part in model.decoder._whole.components.values() if isinstance(part, torch.nn.Module)]
+    assert len(parts) == 3  # vae, unet, text encoder
+    before = [tensor_hash(part) for part in (*parts, model.lm, model.encoder, model.connector)]
+    optimizer, losses = torch.optim.Adam(groups), []
+    for _ in range(6):
+        torch.manual_seed(0)  # the same noise
+        loss = objective(given(model))
+        optimizer.zero_grad()
+        loss.backward()
+        losses.append(float(loss.detach()))
+        optimizer.step()
+    assert all(later < earlier for earlier, later in itertools.pairwise(losses))
+    assert all(p.grad is not None for p in model.heads.parameters())
+    frozen = [*model.lm.parameters(), *model.connector.parameters(), *model.tokens.parameters()]
+    assert all(p.grad is None for p in [*frozen, *(p for part in parts for p in part.parameters())])
+    assert before == [tensor_hash(part) for part in (*parts, model.lm, model.encoder, model.connector)]
+    assert objective.count(ROWS, None) == 2
+    said = read_captions(given(model))
+    torch.manual_seed(0)
+    conditions = model.painter(said.states[[0, 2]], said.embeddings[[0, 2]])
+    expected = model.decoder.denoise([tiny_image(0), tiny_image(1)], conditions).sum()
+    torch.manual_seed(0)
+    torch.testing.assert_close(objective(given(model)), expected)
+
+
+def test_score_distillation_is_refused_where_nothing_takes_noise_off(tiny_model, tiny_decoder, pipeline):
+    made = {"heads": [{**HEAD, "length": 1, "width": 32}], "tokens": ["[IMG0]", "[IMG1]"]}
+    wanted = {"name": "s", "train": ["heads"], "steps": 1, "objectives": [{"type": "score-distillation"}]}
+    (stage,) = check({"name": "x", "stages": [wanted]}, "x").stages
+    (found,) = unmet(tiny_model(**made, decoder={"type": "trained", "model": tiny_decoder}), stage)
+    assert "needs decoder.denoise, which the model has not" in found
+    model = of_pipeline(tiny_model, pipeline[1])
+    assert unmet(model, stage) == []
+    with pytest.raises(MLLMError, match="No example of a batch has a caption behind an image"):
+        ScoreDistillation()(Inputs(model, ROWS[1:2], None, None))
 
 
 def test_a_pipeline_that_does_not_fit_is_refused(pipeline, tmp_path):

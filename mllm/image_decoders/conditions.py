@@ -14,7 +14,10 @@ from mllm.spec import AssemblySpec
 
 
 class ImageDecoder(Protocol):
-    """A frozen model that makes images; its class says by ``shape(**options)`` what it takes, and loads nothing."""
+    """A frozen model that makes images; its class says by ``shape(**options)`` what it takes, and loads nothing.
+
+    One that was trained to take noise off may offer ``denoise(images, conditions)``, its own loss ``(N,)``.
+    """
 
     condition: tuple[int, int]  # L, W
 

@@ -1,6 +1,7 @@
 """Any text-to-image pipeline of `diffusers` that takes its text as embeddings: Stable Diffusion 1 and 2, and kin.
 
-Notable: training needs the text encoder alone, so the rest is loaded when the first image is drawn.
+Notable: training by texts needs the text encoder alone, so the rest is loaded when the first image is drawn, or when a
+condition is first learnt by what the pipeline makes of it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from mllm.errors import MLLMError
 from mllm.hub import file_hash
+from mllm.images import open_image
 from mllm.published import configuration
 
 DRAWS = ("unet", "transformer", "vae", "safety_checker", "feature_extractor")  # what a text does not pass through
@@ -118,6 +120,54 @@ class DiffusionPipeline(nn.Module):
             **size,
         ).images
         return images
+
+    def denoise(self, images: Sequence[Any], conditions: Tensor) -> Tensor:
+        """Return how badly noise is told from images under conditions: the loss ``(N,)`` its U-Net was trained by.
+
+        The gradient passes through the frozen U-Net into the conditions, and no further. What is drawn (latents, noise,
+        time steps) comes from torch's own generator.
+
+        Args:
+            images: that the conditions are to describe, in any accepted form.
+            conditions: ``(N, L, W)``.
+
+        Raises:
+            MLLMError: it does not draw with a U-Net, or this one is to foretell what is not known here.
+        """
+        pipeline = self._whole.to(conditions.device)
+        schedule = self._schedule
+        with torch.no_grad():
+            latents = self._latents([open_image(image) for image in images], conditions.device)
+            noise = torch.randn_like(latents)
+            steps = torch.randint(schedule.config.num_train_timesteps, (len(latents),)).to(conditions.device)
+            noisy = schedule.add_noise(latents, noise, steps)
+            wanted = (
+                noise if schedule.config.prediction_type == "epsilon" else schedule.get_velocity(latents, noise, steps)
+            )
+        said = pipeline.unet(noisy, steps, encoder_hidden_states=conditions.to(self._dtype)).sample
+        return (said.float() - wanted.float()).square().flatten(1).mean(1)
+
+    def _latents(self, images: Sequence[Any], device: torch.device) -> Tensor:
+        """Return latents ``(N, C, H, W)`` of pictures as the U-Net was trained on them."""
+        pipeline = self._whole
+        side = self._side or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+        pixels = pipeline.image_processor.preprocess(list(images), height=side, width=side)
+        found = pipeline.vae.encode(pixels.to(device, self._dtype)).latent_dist.sample()
+        latents: Tensor = found * pipeline.vae.config.scaling_factor
+        return latents
+
+    @functools.cached_property
+    def _schedule(self) -> Any:
+        """Return how noise was added when the U-Net was trained; how it is taken off again may go by another scheme."""
+        parts = self._whole.components
+        kind = parts["scheduler"].config.get("prediction_type", "epsilon") if "unet" in parts else None
+        if kind not in ("epsilon", "v_prediction"):
+            found = "no U-Net" if kind is None else f"a U-Net that foretells {kind!r}"
+            raise MLLMError(
+                f"The pipeline {self._model} has {found}; a condition is learnt through one that foretells noise or "
+                "velocity. Take Stable Diffusion 1 or 2."
+            )
+        return import_module("diffusers").DDPMScheduler.from_config(parts["scheduler"].config)
 
     @functools.cached_property
     def _texts(self) -> Any:

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import Ridge
 
 import mllm
-from mllm.decision import Decision
+from mllm.decision import Decision, decided, fit_decision, states_at
 from mllm.errors import MLLMError
 from mllm.index import ImageIndex
 from mllm.loop import inputs
@@ -126,6 +127,23 @@ def test_the_decision_is_learnt_from_labels_alone(model):
     ]
     with pytest.raises(MLLMError, match="one answer, of retrieve, generate: got 'yes'"):
         Decision()(Inputs(model, [["a cat", Target(" yes")]], None, None))
+
+
+def test_the_decision_in_closed_form_is_sklearns_ridge_of_states_to_labels(model):
+    model = model({"type": "decision"})
+    prompts: list[list[Any]] = [[f"{word} {number}"] for word in ("a cat", "two dogs") for number in range(6)]
+    prompts[3] = [tiny_image(3), "a picture"]
+    labels = ["retrieve", "generate", "generate"] * 4
+    rows = [[*prompt, Target(f" {label}")] for prompt, label in zip(prompts, labels, strict=True)]
+    explained = fit_decision(model, rows, strength=0.001, chunk=5)
+    states = torch.stack([condition(model, prompt)[1] for prompt in prompts]).detach().double().numpy()
+    wanted = np.array([[label == "retrieve", label == "generate"] for label in labels], float)
+    expected = Ridge(alpha=0.001 * states.var(0).mean() * len(states)).fit(states, wanted)
+    assert np.allclose(model.heads["decision"].judge.weight.detach().numpy(), expected.coef_, atol=1e-3)
+    assert explained == pytest.approx(expected.score(states, wanted), abs=1e-3)
+    visual = model.connector(model.features([tiny_image(3)]))
+    found = decided(model, states_at(model, prompts, visual))
+    assert np.array_equal(found, np.where(expected.predict(states).argmax(1) == 0, "retrieve", "generate"))
 
 
 def test_it_is_saved_and_loaded_and_refused_where_it_cannot_draw(model, tiny_model, tmp_path):
