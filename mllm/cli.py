@@ -238,8 +238,9 @@ def chat(
 
     messages = read_history(history) if history else []
     options = _showing(run, index, eager)
-    shown = {"folder": show, **options} if options else None
-    converse(load(run).chat(system, messages), images or [], shown, **_decoding(max_new_tokens))
+    model = load(run)
+    shown = {"folder": show, **options} if options or model.draws else None
+    converse(model.chat(system, messages), images or [], shown, **_decoding(max_new_tokens))
 
 
 @app.command()
@@ -280,8 +281,9 @@ def serve(
         token=token,
     )
     options = _showing(run, index, eager)
-    show = {"index": None, "eager": 0.0, **options} if options else None
-    server = create_app(load(run), run.resolve().name, limits, show)
+    model = load(run)
+    show = {"index": None, "eager": 0.0, **options} if options or model.draws else None
+    server = create_app(model, run.resolve().name, limits, show)
     uvicorn.run(server, host=host, port=port, log_level="info", timeout_keep_alive=5)
 
 

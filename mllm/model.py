@@ -308,7 +308,7 @@ class Assembly(nn.Module):
             raise MLLMError("Pictures told in words and answers with images do not go together: leave one out.")
         if good and words is not None:
             found = told(self, good, words, decoding)
-        elif good and images and (index is not None or self.draws):
+        elif good and images and (index is not None or self.draws or eager):
             from mllm.showing import shown
 
             if count > 1:

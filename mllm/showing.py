@@ -14,6 +14,7 @@ from torch import Tensor
 from mllm.decision import HEAD as DECISION
 from mllm.decision import decided
 from mllm.drawing import drawn
+from mllm.errors import MLLMError
 from mllm.finder import of_prompts
 from mllm.index import ImageIndex, hash_of, opened
 from mllm.outputs import ImagePart, Output, Text
@@ -80,7 +81,15 @@ def shown(
 
     Images come from the index where there is one, else they are made; with both, as the decision head says, if the
     model has one.
+
+    Raises:
+        MLLMError: there is no index and the model makes no images, or the index is another model's.
     """
+    if index is None and not model.draws:
+        raise MLLMError(
+            "Eager is how readily images are shown, and there are none here: give an index that the model finds them "
+            "in, or a model that makes them (docs/retrieval.md)."
+        )
     found = None if index is None else _fitting(model, index)
     tokens = [model.lm.new_tokens[token] for token in known_tokens(model)]
     ours = [*([Whole(tokens)] if len(tokens) > 1 else []), Eager(tokens, eager)]

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
 from mllm.cli import app
+from mllm.errors import MLLMError
+from mllm.images import open_image
 from mllm.index import ImageIndex
 from mllm.outputs import ImagePart, Output, Text, data_url, with_files
 from mllm.testing import tiny_image
@@ -57,6 +60,54 @@ def test_another_models_index_is_refused_before_a_model_is_loaded(place, command
     command = [command[0], str(place / "other"), *command[1:], "--index", str(place / "photos.index")]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 1 and "built with another model" in str(done.exception)
+
+
+@pytest.fixture
+def painter(tiny_model, tiny_decoder, tmp_path):
+    """The run of a model that makes images and has no retrieval head."""
+    head = {"type": "generation", "tokens": 2, "length": 1, "width": 32, "dim": 16, "layers": 1, "heads": 2}
+    model = tiny_model(heads=[head], tokens=["[IMG0]", "[IMG1]"], decoder={"type": "trained", "model": tiny_decoder})
+    model.save(tmp_path / "run")
+    return model, tmp_path
+
+
+@pytest.mark.parametrize("eager", ["1e4", "-1e4"])
+@pytest.mark.parametrize("command", ["caption", "ask", "chat"])
+def test_without_an_index_images_are_made_and_named(painter, command, eager):
+    model, place = painter
+    tiny_image(0).save(place / "in.png")
+    more = {"caption": ["in.png"], "ask": ["in.png", "what?"], "chat": []}[command]
+    more = [str(place / one) if one.endswith("png") else one for one in more]
+    options = ["--max-new-tokens", "5", "--eager", eager, "--show", str(place / "made")]
+    done = CliRunner().invoke(
+        app, [command, str(place / "run"), *more, *options], input="see\n", catch_exceptions=False
+    )
+    files = sorted((place / "made").glob("*.png"))
+    assert done.exit_code == 0 and bool(files) == (eager == "1e4")
+    assert all(f"[{file}]" in done.output and open_image(file).size == (16, 16) for file in files)
+    if command == "chat":
+        output = model.chat().show("see", eager=float(eager), max_new_tokens=5)
+        assert len(output.images) == len(files)
+        for file, part in zip(files, output.images, strict=True):
+            assert np.array_equal(np.asarray(open_image(file)), np.asarray(part.image))
+
+
+def test_a_chat_makes_images_unasked(painter, monkeypatch):
+    monkeypatch.setattr("mllm.terminal.converse", lambda chat, images, show, **_: asked.append(show))
+    asked: list[object] = []
+    for run in ("run", "words"):
+        if run == "words":
+            painter[0].decoder = None
+            painter[0].spec.decoder = None
+            painter[0].save(painter[1] / "words")
+        CliRunner().invoke(app, ["chat", str(painter[1] / run)], catch_exceptions=False)
+    assert asked == [{"folder": Path("shown")}, None]
+
+
+def test_eagerness_without_images_is_refused(tiny_model):
+    for model in (tiny_model(), tiny_model(**PARTS)):
+        with pytest.raises(MLLMError, match="give an index that the model finds them in, or a model that makes them"):
+            model.generate([["a cat"]], eager=2.0)
 
 
 def test_made_images_are_saved_under_the_next_free_number(tmp_path):

@@ -459,6 +459,18 @@ def test_images_of_an_index_come_with_the_message(index):
             assert message["images"][0]["at"] == 0 and source_of(told[0]).open().size == (60, 40)
 
 
+def test_images_that_are_made_come_with_the_message(tiny_model, tiny_decoder):
+    head = {"type": "generation", "tokens": 2, "length": 1, "width": 32, "dim": 16, "layers": 1, "heads": 2}
+    model = tiny_model(heads=[head], tokens=["[IMG0]", "[IMG1]"], decoder={"type": "trained", "model": tiny_decoder})
+    ask = user("show it")
+    for eager in (1e4, -1e4):
+        (output,) = model.generate([turns(model, [ask])], eager=eager, max_new_tokens=5)
+        with served(model, show={"index": None, "eager": eager}) as port:
+            _, answer = post(port, {"messages": [ask], "max_tokens": 5})
+        told = [image["image_url"]["url"] for image in answer["choices"][0]["message"].get("images", [])]
+        assert told == [data_url(image) for image in output.images] and bool(told) == (eager > 0)
+
+
 def test_the_page_shows_images_in_the_answer(index, chromium):
     model, found = index
     act = """
