@@ -19,13 +19,13 @@ from mllm.eval.baselines import Condition
 from mllm.eval.journal import Journal
 from mllm.eval.suite import Suite
 
+from mllm.answering.view import View, Views
 from mllm.data.items import Item, before, question_text
 from mllm.errors import MLLMError
 from mllm.images import ImageSource
 from mllm.model import Assembly
 from mllm.processes import processes
 from mllm.prompt import Piece, arrange
-from mllm.view import View, Views
 
 TESTS = ("text", "image", "group")  # what images and captions that are matched can pass
 

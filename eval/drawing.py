@@ -9,9 +9,9 @@ from mllm.eval.baselines import derangement
 from mllm.eval.scoring import OWN
 
 from mllm.data.items import Item
-from mllm.decision import HEAD, LABELS, decided, states_at
 from mllm.errors import MLLMError
 from mllm.model import Assembly
+from mllm.objectives.decision import HEAD, LABELS, decided, states_at
 from mllm.progress import progress
 from mllm.prompt import answer_text
 

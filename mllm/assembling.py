@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from mllm import encoder as encoders
 from mllm.errors import MLLMError, near
 from mllm.image_decoders.conditions import check_condition
+from mllm.lms.tokens import NewTokens
 from mllm.memory import give_back
 from mllm.model import Assembly
 from mllm.registry import lookup, made
 from mllm.spec import AssemblySpec, PartSpec, checked
-from mllm.tokens import NewTokens
 
 
 def assemble(

@@ -21,8 +21,8 @@ from mllm.data.loading import reader
 from mllm.errors import MLLMError
 from mllm.fit import can_be_fitted
 from mllm.model import Assembly
-from mllm.objectives import objectives_of
-from mllm.retrieval import known_tokens, token_id
+from mllm.objective import objectives_of
+from mllm.objectives.retrieval import known_tokens, token_id
 from mllm.spec import PARTS, DataSpec, Recipe, Stage
 
 

@@ -233,8 +233,8 @@ def chat(
     show: Shown = Path("shown"),
 ) -> None:
     """Talk about pictures; /help lists what else can be typed."""
+    from mllm.answering.terminal import converse, read_history
     from mllm.checkpoint import load
-    from mllm.terminal import converse, read_history
 
     messages = read_history(history) if history else []
     options = _showing(run, index, eager)
@@ -312,9 +312,9 @@ def build_index(
     run: RunOption,
 ) -> None:
     """Build an index of pictures, which the model's retrieval head searches."""
+    from mllm.answering.index import ImageIndex
     from mllm.checkpoint import load
     from mllm.images import find_pictures
-    from mllm.index import ImageIndex
 
     paths = find_pictures(images)
     ImageIndex.build(load(run), paths).save(out)
@@ -329,8 +329,8 @@ def find_images(
     count: Annotated[int, typer.Option(min=1, help="Pictures, the closest first.")] = 5,
 ) -> None:
     """Find pictures by words."""
+    from mllm.answering.index import opened
     from mllm.checkpoint import load
-    from mllm.index import opened
 
     found = opened(index, run)  # another model's is refused before anything is loaded
     for image in load(run).retrieve([[text]], found, count)[0]:
@@ -461,16 +461,16 @@ def install_parts(names: Annotated[list[str] | None, typer.Argument(metavar="[NA
 
 def _showing(run: Path, index: Path | None, eager: float) -> dict[str, Any]:
     """Return what makes answers show images; another model's index is refused before anything is loaded."""
-    from mllm.index import opened
+    from mllm.answering.index import opened
 
     return ({} if index is None else {"index": opened(index, run)}) | ({"eager": eager} if eager else {})
 
 
 def _tell(model: Any, images: list[str], text: str, jsonl: bool, show: Path, **decoding: Any) -> None:
     """Print what the model says to every picture; one that cannot be read costs the others nothing."""
-    from mllm.answers import answer_each
+    from mllm.answering.answers import answer_each
+    from mllm.answering.outputs import with_files
     from mllm.images import find_pictures
-    from mllm.outputs import with_files
 
     wrong = []
     paths = find_pictures(images)

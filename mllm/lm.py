@@ -1,8 +1,8 @@
 """The language model: any causal or encoder-decoder model of `transformers`, frozen, fed with embeddings.
 
 Notable: the model's own forward is used throughout (scaled embeddings, offset positions, soft-capping, sliding
-windows), so no family is known by name; how it is run (`mllm.passes`) depends on what it can do. Logits are made for
-the positions asked for only.
+windows), so no family is known by name; how it is run (`mllm.lms.passes`) depends on what it can do. Logits are made
+for the positions asked for only.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from mllm import decoding, hub
+from mllm import hub
+from mllm.answering import decoding
 from mllm.errors import MLLMError
-from mllm.lead import Led
-from mllm.passes import Apart, Cached, EncoderDecoder
-from mllm.sight import Looking, Sighted, looking
+from mllm.lms.lead import Led
+from mllm.lms.passes import Apart, Cached, EncoderDecoder
+from mllm.lms.sight import Looking, Sighted, looking
 
 
 class LanguageModel(nn.Module):
@@ -256,12 +257,12 @@ class LanguageModel(nn.Module):
         return self.window is not None and length > self.window
 
     def lead(self, adapter: Any) -> None:
-        """Put an adapter's positions before every sequence; see `mllm.lead.Led`."""
+        """Put an adapter's positions before every sequence; see `mllm.lms.lead.Led`."""
         self._pass = Led(self._pass, adapter)
         self._before += adapter.num_positions
 
     def look(self) -> None:
-        """Let blocks inside the layers look at what stands beside sequences; see `mllm.sight`."""
+        """Let blocks inside the layers look at what stands beside sequences; see `mllm.lms.sight`."""
         self._pass = Looking(self._pass)
 
     def step(self, cache: Any, ids: Tensor, mask: Tensor, rows: Sequence[int] | None = None) -> Tensor:

@@ -27,14 +27,14 @@ from mllm.data.skipping import Skipped
 from mllm.data.stream import Stream
 from mllm.errors import MLLMError
 from mllm.features import FeatureStore
+from mllm.lms.sharding import asked, divide, divided, keep_apart
 from mllm.micro import rows_at_once, split
 from mllm.model import Assembly
-from mllm.objectives import Objective, objectives_of
+from mllm.objective import Objective, objectives_of
 from mllm.progress import progress
 from mllm.prompt import Batch, Piece, collate, images_of
 from mllm.resume import State, optimizer_tensors, random_states, set_optimizer
 from mllm.run import Run
-from mllm.sharding import asked, divide, divided, keep_apart
 from mllm.spec import Recipe, Stage
 from mllm.watching import answers, scores
 

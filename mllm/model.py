@@ -14,18 +14,18 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from mllm.chat import Chat
+from mllm.answering.chat import Chat
+from mllm.answering.outputs import ImagePart, Output, Text
+from mllm.answering.rerank import reranked
+from mllm.answering.view import View, Views
+from mllm.answering.words import told
 from mllm.errors import MLLMError
 from mllm.hub import tensor_hash
-from mllm.objectives import Inputs
-from mllm.outputs import ImagePart, Output, Text
+from mllm.lms.sight import sighted
+from mllm.objective import Inputs
 from mllm.prompt import Batch, Control, Encoded, Piece, arrange, collate, encode, images_of, without_images
 from mllm.registry import lookup, made, table
-from mllm.rerank import reranked
-from mllm.sight import sighted
 from mllm.spec import FROZEN, AssemblySpec
-from mllm.view import View, Views
-from mllm.words import told
 
 
 class Assembly(nn.Module):
@@ -179,7 +179,7 @@ class Assembly(nn.Module):
             features: of their images in reading order, ``(I, P, D_vis)``; None where there are none. While the encoder
                 trains, what it takes in instead.
             batch: the rows as ids.
-            objectives: see `mllm.objectives.Objective`.
+            objectives: see `mllm.objective.Objective`.
         """
         if features is not None and self.sees_pixels:
             features = self.encoder(features)
@@ -201,7 +201,7 @@ class Assembly(nn.Module):
     def embed(self, visual: Tensor | None, batch: Batch) -> Any:
         """Return embeddings ``(B, T, D_lm)``: the text's own, and visual tokens ``(I, Q, D_lm)`` at their places.
 
-        Where these stand beside the sequence it is a `mllm.sight.Sighted`.
+        Where these stand beside the sequence it is a `mllm.lms.sight.Sighted`.
         """
         embeds = self.lm.embed(batch.ids)  # (B, T, D_lm)
         if visual is None:
@@ -278,16 +278,16 @@ class Assembly(nn.Module):
             prompts: each a list of texts (`str`) and images (PIL image, array, `pathlib.Path`, bytes); in a prompt a
                 `str` is always text.
             errors: ``return``: a prompt that cannot be read gets its `MLLMError` as its answer, the others theirs.
-            index: an `mllm.index.ImageIndex`, or its file: where the model says an image's tokens, the answer gets an
-                `mllm.outputs.ImagePart`. Without one, a model that has an image decoder makes the image; with both, its
-                decision head says which.
+            index: an `mllm.answering.index.ImageIndex`, or its file: where the model says an image's tokens, the answer
+                gets an `mllm.answering.outputs.ImagePart`. Without one, a model that has an image decoder makes the
+                image; with both, its decision head says which.
             images: how many are looked up, or made, each time; the best is shown, and the others are its
                 ``candidates``. 0: none are shown.
             eager: added to the logit of an image's first token: above 0 more images are shown, below 0 fewer.
             decoding: fields of `transformers.GenerationConfig` over the recipe's own (``max_new_tokens=20``), and
                 ``seed``: a temperature, top-p or seed means sampling; each prompt draws from its own seed.
-                ``contrastive`` (`mllm.contrastive.Contrastive`) and ``candidates`` (how many answers the scorer
-                chooses from) look at the image; ``words`` (`mllm.words.told`) puts words in its place.
+                ``contrastive`` (`mllm.answering.contrastive.Contrastive`) and ``candidates`` (how many answers the
+                scorer chooses from) look at the image; ``words`` (`mllm.answering.words.told`) puts words in its place.
 
         Returns:
             One `Output` a prompt, in order. A batch gives what its members give alone.
@@ -309,7 +309,7 @@ class Assembly(nn.Module):
         if good and words is not None:
             found = told(self, good, words, decoding)
         elif good and images and (index is not None or self.draws or eager):
-            from mllm.showing import shown
+            from mllm.answering.showing import shown
 
             if count > 1:
                 raise MLLMError("Answers with images are not reranked: leave out 'candidates', or say images=0.")
@@ -334,13 +334,13 @@ class Assembly(nn.Module):
 
         Args:
             prompts: as those of `generate`; what is looked for stands at the end.
-            index: an `mllm.index.ImageIndex`, or its file.
+            index: an `mllm.answering.index.ImageIndex`, or its file.
             count: images for each prompt, the closest first.
 
         Raises:
             MLLMError: a model without a retrieval head, another model's index, or a bad prompt.
         """
-        from mllm.showing import retrieve
+        from mllm.answering.showing import retrieve
 
         _check_list(prompts)
         return retrieve(self, _raise_first([_read(self, pieces) for pieces in prompts]), index, count)
@@ -356,7 +356,7 @@ class Assembly(nn.Module):
         Raises:
             MLLMError: a model that makes no images, or a bad prompt.
         """
-        from mllm.drawing import draw
+        from mllm.answering.drawing import draw
 
         _check_list(prompts)
         return draw(self, _raise_first([_read(self, pieces) for pieces in prompts]), count, seed)
@@ -373,7 +373,7 @@ class Assembly(nn.Module):
         return self.see_each([pieces])[0]
 
     def see_each(self, prompts: Sequence[Sequence[Piece]]) -> Views:
-        """Take in several prompts in one batch, for many questions each; see `mllm.view.Views`."""
+        """Take in several prompts in one batch, for many questions each; see `mllm.answering.view.Views`."""
         _check_list(prompts)
         read = _raise_first([_read(self, pieces) for pieces in prompts])
         template = self.spec.prompt.template
@@ -410,7 +410,7 @@ class Assembly(nn.Module):
         return without_images(pieces) or [end]
 
     def chat(self, system: str | None = None, messages: Sequence[dict[str, Any]] = ()) -> Chat:
-        """Start a conversation, or go on with one; see `mllm.chat.Chat`."""
+        """Start a conversation, or go on with one; see `mllm.answering.chat.Chat`."""
         return Chat(self, system, messages)
 
     def trained_state(self) -> dict[str, Tensor]:

@@ -16,26 +16,26 @@ from accelerate.utils import broadcast_object_list, set_seed
 from mllm import recipe as recipes
 from mllm.assembling import build, build_encoder, build_lm, join
 from mllm.checkpoint import save, take
-from mllm.correlate import fit_head
 from mllm.data.items import Item
 from mllm.data.skipping import Skipped
 from mllm.data.stream import Stream
-from mllm.decision import fit_decision
-from mllm.distillation import fit_conditions
 from mllm.errors import MLLMError
 from mllm.features import FeatureStore, open_store
 from mllm.fit import fit_connector, fit_tokens
+from mllm.fits.correlate import fit_head
+from mllm.fits.pictures import fit_pictures
 from mllm.images import open_image
+from mllm.lms.sharding import divided
 from mllm.loop import Loop, data
 from mllm.memory import give_back
 from mllm.model import Assembly
+from mllm.objectives.decision import fit_decision
+from mllm.objectives.distillation import fit_conditions
 from mllm.processes import processes
 from mllm.progress import progress
-from mllm.reconstruction import fit_pictures
 from mllm.resume import NAME as CHECKPOINT
 from mllm.resume import State, random_states, set_random_states
 from mllm.run import Run, free_folder
-from mllm.sharding import divided
 from mllm.spec import PARTS, AssemblySpec, Recipe, Stage
 
 

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 import mllm
+from mllm.answering.index import ImageIndex
+from mllm.answering.turns import turns
+from mllm.answering.view import View
 from mllm.errors import MLLMError
 from mllm.images import source_of
-from mllm.index import ImageIndex
 from mllm.testing import tiny_image
-from mllm.turns import turns
-from mllm.view import View
 
 A, B, C = tiny_image(1), tiny_image(2), tiny_image(3)
 TEMPLATE = (

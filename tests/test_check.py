@@ -112,7 +112,7 @@ BROKEN = [
     (["connector.tokens=5"], "connector.tokens is 5, but a grid of 4 x 4 patches"),
     (["connector.tokns=4"], "The connector linear does not take these arguments"),
     (["connector=null"], "names 'connector', which is no part of the model"),
-    (["stages.1.objectives=[{type: captoin}]"], "No part called 'captoin' in mllm.objectives. Did you mean 'caption'"),
+    (["stages.1.objectives=[{type: captoin}]"], "No part called 'captoin' in mllm.objective. Did you mean 'caption'"),
     (["stages.1.train={conector: 1e-3}"], "names 'conector', which is no part of the model. Did you mean 'connector"),
     (["data.train.path=none.csv"], "path is 'none.csv', and there is no such file or folder"),
     (["data.train.pth=x"], "the reader 'table' does not take these arguments"),
@@ -185,7 +185,7 @@ def test_several_problems_are_all_reported(file: Path) -> None:
             "stages.1.objectives=[{type: x}]",
         ],
     )
-    for sentence in ("./no-encoder", "./no-lm", "none.csv", "'x' in mllm.objectives"):
+    for sentence in ("./no-encoder", "./no-lm", "none.csv", "'x' in mllm.objective"):
         assert sum(sentence in problem for problem in found) == 1, found
     assert len(found) == 4
 

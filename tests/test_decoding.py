@@ -11,8 +11,8 @@ import torch
 from transformers import CLIPModel, CLIPProcessor
 
 import mllm
-from mllm.contrastive import Contrastive
-from mllm.decoding import Sampler
+from mllm.answering.contrastive import Contrastive
+from mllm.answering.decoding import Sampler
 from mllm.errors import MLLMError
 from mllm.scorer import DualEncoder
 from mllm.testing import tiny_image

@@ -26,7 +26,7 @@ from mllm.cli import app
 from mllm.errors import MLLMError
 from mllm.export import export
 from mllm.testing import LM_FAMILIES, tiny_encoder, tiny_image
-from mllm.testing_lms import Family, spread
+from mllm.testing.lms import Family, spread
 
 QFORMER = {"type": "qformer", "tokens": 4, "dim": 16, "layers": 2, "heads": 2}
 PICTURES = [tiny_image(seed) for seed in range(2)]

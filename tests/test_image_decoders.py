@@ -15,16 +15,16 @@ from PIL import Image
 import mllm
 from mllm import recipe
 from mllm.check import problems, unmet
-from mllm.distillation import ScoreDistillation
 from mllm.errors import MLLMError
 from mllm.hub import tensor_hash
 from mllm.image_decoders.diffusion import DiffusionPipeline
 from mllm.image_decoders.trained import Trained
 from mllm.loop import inputs, parameter_groups
-from mllm.objectives import Inputs
+from mllm.objective import Inputs
+from mllm.objectives.distillation import ScoreDistillation
+from mllm.objectives.retrieval import read_captions
 from mllm.prompt import Target
 from mllm.recipe import check
-from mllm.retrieval import read_captions
 from mllm.testing import tiny_image
 
 CAPTIONS = {"a red wall": (220, 30, 30), "a green wall": (30, 200, 40), "a blue wall": (40, 60, 220)}

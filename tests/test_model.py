@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mllm
-import mllm.objectives
+import mllm.objectives.caption
 import mllm.prompt
 from mllm.assembling import calibrate
 from mllm.errors import MLLMError
@@ -86,7 +86,7 @@ def test_only_the_connector_gets_a_gradient(model):
     model.requires_grad_(False).connector.requires_grad_(True)
     rows = [[A, "x", mllm.prompt.Target(" y")]]
     batch = collate([model.encode(row) for row in rows], model.lm.pad)
-    objective = mllm.objectives.Caption()
+    objective = mllm.objectives.caption.Caption()
     (loss,) = model.train()(rows, model.features([A]), batch, [objective])
     (loss / objective.count(rows, batch)).backward()
     for name, parameter in model.named_parameters():

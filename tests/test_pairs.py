@@ -15,12 +15,19 @@ import mllm
 from mllm.data.loading import read
 from mllm.errors import MLLMError
 from mllm.images import Black
-from mllm.objectives import Inputs
-from mllm.pairs import ImageTextContrast, ImageTextGeneration, ImageTextMatching, PatchContrastive, captions_of, drawn
+from mllm.objective import Inputs
+from mllm.objectives.pairs import (
+    ImageTextContrast,
+    ImageTextGeneration,
+    ImageTextMatching,
+    PatchContrastive,
+    captions_of,
+    drawn,
+)
 from mllm.prompt import Target, collate
 from mllm.spec import DataSpec
 from mllm.testing import tiny_image
-from mllm.testing_lms import spread, tiny_tokenizer
+from mllm.testing.lms import spread, tiny_tokenizer
 
 TEXTS = ["a red house", "two", "a dog"]
 SHAPE: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -101,7 +108,7 @@ def test_contrast_is_blip2s_infonce(reader: Any, inputs: Inputs) -> None:
 @torch.no_grad()
 def test_matching_is_blip2s_head_on_true_and_drawn_pairs(reader: Any, inputs: Inputs, monkeypatch: Any) -> None:
     others = iter([torch.tensor([1, 2, 0]), torch.tensor([2, 0, 1])])
-    monkeypatch.setattr("mllm.pairs.drawn", lambda logits: next(others))
+    monkeypatch.setattr("mllm.objectives.pairs.drawn", lambda logits: next(others))
     found = ImageTextMatching()(inputs)
     reference, (ids, mask) = blip2(reader), reader.connector.words.tokenize(TEXTS)
     assert inputs.features is not None

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mllm import loop, recipe
 from mllm.assembling import build
 from mllm.errors import MLLMError
-from mllm.objectives import objectives_of
+from mllm.objective import objectives_of
 from mllm.planning.command import run
 from mllm.planning.draft import Draft
 from mllm.planning.fitting import bytes_of, fitting

@@ -15,7 +15,7 @@ from PIL import Image
 import mllm
 from mllm import recipe, verify
 from mllm.testing import tiny_encoder, tiny_image, tiny_lm
-from mllm.testing_lms import tiny_tokenizer
+from mllm.testing.lms import tiny_tokenizer
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 220), "white": (250, 250, 250)}
 QFORMER = {"dim": 16, "layers": 2, "heads": 2, "tokens": 4, "init": None}

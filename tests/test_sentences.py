@@ -14,8 +14,8 @@ from mllm.check import problems
 from mllm.data.items import Item
 from mllm.errors import MLLMError
 from mllm.images import source_of
-from mllm.objectives import Inputs
-from mllm.pairs import Contrastive
+from mllm.objective import Inputs
+from mllm.objectives.pairs import Contrastive
 from mllm.prompt import Target
 from mllm.registry import lookup
 from mllm.testing import tiny_image, tiny_tokenizer

@@ -18,7 +18,8 @@ from mllm.errors import MLLMError
 from mllm.features import FeatureStore, place_of
 from mllm.hub import tensor_hash
 from mllm.loop import parameter_groups, validate
-from mllm.objectives import Caption, Inputs
+from mllm.objective import Inputs
+from mllm.objectives.caption import Caption
 from mllm.prompt import Target, collate
 from mllm.testing import tiny_image, tiny_lm
 

@@ -12,7 +12,7 @@ import torch
 import mllm
 import mllm.fit
 import mllm.hub
-import mllm.objectives
+import mllm.objectives.caption
 import mllm.prompt
 import mllm.recipe
 from mllm.data.items import Item
@@ -124,7 +124,7 @@ def test_several_images_and_text_only_examples_train_together(recipe, tmp_path, 
     model = mllm.assemble(tiny_parts[0], tiny_parts[1], {"type": "linear", "tokens": 4})
     target = mllm.prompt.Target(" yes")
     rows = [[tiny_image(0), "and", tiny_image(1), target], ["no picture", target], [tiny_image(2), target]]
-    store, caption = FeatureStore(model), [mllm.objectives.Caption()]
+    store, caption = FeatureStore(model), [mllm.objectives.caption.Caption()]
     alone = [validate(model, [row], store, caption, [1.0]) for row in rows]
     assert validate(model, rows, store, caption, [1.0]) == pytest.approx(sum(alone) / 3, rel=1e-4)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mllm import vocabulary
 from mllm.lm import LanguageModel
+from mllm.lms import vocabulary
 from mllm.prompt import IGNORED
-from mllm.testing_lms import LM_FAMILIES
+from mllm.testing.lms import LM_FAMILIES
 
 # Encoder-decoders have no such head, and those that ignore masks are not run on a padded batch.
 DECODERS = [name for name in LM_FAMILIES if name not in ("t5", "mt5", "umt5", "bart", "rwkv", "mamba", "mpt")]

@@ -9,11 +9,11 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 import mllm
+from mllm.answering.words import nearest
 from mllm.errors import MLLMError
 from mllm.fit import lexicon
 from mllm.prompt import images_of
 from mllm.testing import tiny_image
-from mllm.words import nearest
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from mllm.errors import MLLMError
-from mllm.switch import Switched
+from mllm.lms.switch import Switched
 
 # What decoders call the two halves of a layer. In OPT and BART the mlp goes from one map to another.
 NAMES = {

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from mllm.errors import MLLMError
-from mllm.sight import Sight, current
-from mllm.switch import Switched
+from mllm.lms.sight import Sight, current
+from mllm.lms.switch import Switched
 
 
 class Gated(Switched):

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from mllm.errors import MLLMError
-from mllm.switch import Switched
+from mllm.lms.switch import Switched
 
 
 class PrefixTuning(Switched):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mllm.switch import Switched
+from mllm.lms.switch import Switched
 
 
 class PromptTuning(Switched):

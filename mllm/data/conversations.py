@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from mllm.answering.turns import checked_messages, message, text_part
 from mllm.data.items import Item
 from mllm.data.reading import form, inside, json_lines, json_of, present
 from mllm.errors import MLLMError
 from mllm.images import ImageFile, ImageSource
-from mllm.turns import checked_messages, message, text_part
 
 MARK = "<image>"
 _SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}

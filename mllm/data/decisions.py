@@ -6,8 +6,8 @@ from pathlib import Path
 
 from mllm.data.items import Item
 from mllm.data.reading import json_lines
-from mllm.decision import LABELS
 from mllm.errors import MLLMError
+from mllm.objectives.decision import LABELS
 
 
 def decisions(*, path: str) -> list[Item]:

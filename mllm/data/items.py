@@ -6,10 +6,10 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+from mllm.answering.turns import rendered
 from mllm.images import ImageSource
 from mllm.prompt import Piece, Target, answer_text, arrange
 from mllm.spec import PromptSpec
-from mllm.turns import rendered
 
 SEPARATOR = "\n"  # behind an example that another one follows
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from mllm import hub, loop
 from mllm.check import on_paper
-from mllm.correlate import Correlation
 from mllm.features import FeatureStore
 from mllm.fit import NormalEquations
+from mllm.fits.correlate import Correlation
 from mllm.micro import rows_at_once
-from mllm.objectives import objectives_of
+from mllm.objective import objectives_of
 from mllm.planning.trace import Cost, Paper, cost
 from mllm.planning.workload import Rows
 from mllm.spec import PARTS, Recipe, Stage

@@ -14,7 +14,7 @@ from mllm import loop
 from mllm import recipe as recipes
 from mllm.assembling import build
 from mllm.errors import MLLMError
-from mllm.objectives import objectives_of
+from mllm.objective import objectives_of
 from mllm.planning.draft import Draft
 from mllm.planning.workload import workload
 

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
+from mllm.answering.outputs import ImagePart, Output
+from mllm.answering.showing import shown
 from mllm.errors import MLLMError
-from mllm.outputs import ImagePart, Output
 from mllm.prompt import Piece
-from mllm.showing import shown
 
 
 class Full(MLLMError):

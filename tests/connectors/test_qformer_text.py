@@ -10,7 +10,7 @@ from transformers import BertConfig, BertModel, Blip2Config, Blip2ForImageTextRe
 
 from mllm.errors import MLLMError
 from mllm.registry import lookup
-from mllm.testing_lms import spread, tiny_tokenizer
+from mllm.testing.lms import spread, tiny_tokenizer
 
 SHAPE: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
 VISION: dict[str, Any] = {**SHAPE, "hidden_size": 8, "image_size": 32, "patch_size": 8}

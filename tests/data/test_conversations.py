@@ -11,13 +11,13 @@ import pytest
 import torch
 
 import mllm
+from mllm.answering.turns import checked_messages, turns
 from mllm.data.conversations import llava, messages
 from mllm.data.items import Item, pieces_of
 from mllm.errors import MLLMError
 from mllm.images import ImageFile
 from mllm.prompt import IGNORED, Target
 from mllm.testing import tiny_image
-from mllm.turns import checked_messages, turns
 
 SAID = [
     {"from": "human", "value": "<image>\nWhat is it?"},

@@ -13,7 +13,7 @@ import mllm
 from mllm.errors import MLLMError
 from mllm.prompt import IGNORED, Encoded, Target, collate
 from mllm.testing import tiny_image
-from mllm.testing_lms import LM_FAMILIES
+from mllm.testing.lms import LM_FAMILIES
 
 EXAMPLES = [
     [tiny_image(0), "A picture of", Target(" a dog")],

@@ -7,9 +7,9 @@ from importlib import import_module
 import pytest
 import torch
 
+from mllm.answering.finder import Finder
 from mllm.data.items import Item
 from mllm.errors import MLLMError
-from mllm.finder import Finder
 from mllm.images import source_of
 from mllm.registry import lookup
 from mllm.scorer import DualEncoder

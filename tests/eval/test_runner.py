@@ -187,7 +187,7 @@ def test_what_cannot_be_believed_is_not_scored(model, captions, monkeypatch, tmp
         mllm.evaluate(model, str(tmp_path / "mine.yaml"), captions)
     crepe = tmp_path / "crepe"
     write_crepe(crepe)
-    monkeypatch.setattr(mllm.view.View, "score", lambda view, choices: [float("nan")] * len(choices))
+    monkeypatch.setattr(mllm.answering.view.View, "score", lambda view, choices: [float("nan")] * len(choices))
     with pytest.raises(MLLMError, match=r"'swap_att/0'.*not finite"):
         mllm.evaluate(model, "sugarcrepe", crepe)
 

@@ -10,11 +10,11 @@ import torch
 
 import mllm
 from mllm.check import problems
-from mllm.correlate import Correlation, fit_head
 from mllm.data.items import Item
 from mllm.errors import MLLMError
+from mllm.fits.correlate import Correlation, fit_head
 from mllm.images import source_of
-from mllm.retrieval import read_texts
+from mllm.objectives.retrieval import read_texts
 from mllm.testing import tiny_image
 
 PARTS: dict[str, Any] = {"heads": [{"type": "retrieval", "dim": 6}], "tokens": ["[RET]"]}

@@ -10,12 +10,12 @@ import torch
 from sklearn.linear_model import Ridge
 
 import mllm
-from mllm.decision import Decision, decided, fit_decision, states_at
+from mllm.answering.index import ImageIndex
+from mllm.answering.outputs import ImagePart, Text
 from mllm.errors import MLLMError
-from mllm.index import ImageIndex
 from mllm.loop import inputs
-from mllm.objectives import Inputs
-from mllm.outputs import ImagePart, Text
+from mllm.objective import Inputs
+from mllm.objectives.decision import Decision, decided, fit_decision, states_at
 from mllm.prompt import Target
 from mllm.testing import tiny_image
 

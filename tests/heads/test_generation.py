@@ -10,14 +10,14 @@ from torch import nn
 from torch.nn.functional import log_softmax
 
 from mllm.data.items import Item
-from mllm.distillation import Distillation, fit_conditions
 from mllm.errors import MLLMError
 from mllm.loop import inputs, parameter_groups
-from mllm.objectives import Inputs
+from mllm.objective import Inputs
+from mllm.objectives.distillation import Distillation, fit_conditions
+from mllm.objectives.retrieval import Contrast, TokenPrediction
 from mllm.prompt import Target
 from mllm.recipe import check
 from mllm.registry import lookup
-from mllm.retrieval import Contrast, TokenPrediction
 from mllm.testing import tiny_image
 
 NAMES = ["[IMG0]", "[IMG1]", "[IMG2]"]

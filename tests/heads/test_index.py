@@ -9,10 +9,10 @@ import torch
 from typer.testing import CliRunner
 
 import mllm
+from mllm.answering.index import ImageIndex, hash_of, opened
+from mllm.answering.outputs import ImagePart, Text
 from mllm.cli import app
 from mllm.errors import MLLMError
-from mllm.index import ImageIndex, hash_of, opened
-from mllm.outputs import ImagePart, Text
 from mllm.testing import tiny_image
 
 PARTS = {"heads": [{"type": "retrieval", "dim": 6}], "tokens": ["[RET]"]}

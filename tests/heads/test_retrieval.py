@@ -10,10 +10,11 @@ from torch.nn.functional import cosine_similarity, log_softmax, normalize
 from mllm.assembling import join
 from mllm.errors import MLLMError
 from mllm.loop import inputs, parameter_groups
-from mllm.objectives import Caption, Inputs
+from mllm.objective import Inputs
+from mllm.objectives.caption import Caption
+from mllm.objectives.retrieval import Contrast, TokenPrediction, captions, gathered
 from mllm.prompt import Target
 from mllm.recipe import check
-from mllm.retrieval import Contrast, TokenPrediction, captions, gathered
 from mllm.spec import AssemblySpec, PartSpec
 from mllm.testing import tiny_image
 
@@ -87,7 +88,7 @@ def test_where_nothing_before_the_token_trains_no_gradient_is_kept_for_it(tiny_m
         return prefill(embeds, mask)
 
     monkeypatch.setattr(model.lm, "prefill", counted)
-    monkeypatch.setattr("mllm.retrieval.TOGETHER", 2)  # captions of about one length are read together
+    monkeypatch.setattr("mllm.objectives.retrieval.TOGETHER", 2)  # captions of about one length are read together
     assert not model.adapts
     loss, short = gradients(model)
     assert [shape[:2] for shape in seen] == [(4, len("A picture of two red birds") - 1)]

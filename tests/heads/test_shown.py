@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from mllm.answering.index import ImageIndex
+from mllm.answering.outputs import ImagePart, Output, Text, data_url, with_files
 from mllm.cli import app
 from mllm.errors import MLLMError
 from mllm.images import open_image
-from mllm.index import ImageIndex
-from mllm.outputs import ImagePart, Output, Text, data_url, with_files
 from mllm.testing import tiny_image
 
 PARTS = {"heads": [{"type": "retrieval", "dim": 6}], "tokens": ["[RET]"]}
@@ -93,7 +93,7 @@ def test_without_an_index_images_are_made_and_named(painter, command, eager):
 
 
 def test_a_chat_makes_images_unasked(painter, monkeypatch):
-    monkeypatch.setattr("mllm.terminal.converse", lambda chat, images, show, **_: asked.append(show))
+    monkeypatch.setattr("mllm.answering.terminal.converse", lambda chat, images, show, **_: asked.append(show))
     asked: list[object] = []
     for run in ("run", "words"):
         if run == "words":

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 import mllm
 from mllm.errors import MLLMError
-from mllm.objectives import Caption, Inputs
+from mllm.objective import Inputs
+from mllm.objectives.caption import Caption
 from mllm.prompt import Target, collate, images_of
 from mllm.testing import LM_FAMILIES, tiny_image
 

@@ -13,11 +13,12 @@ from transformers.generation.streamers import BaseStreamer
 import mllm
 from mllm.check import problems
 from mllm.errors import MLLMError
-from mllm.objectives import Caption, Inputs
-from mllm.passes import Apart, EncoderDecoder
+from mllm.lms.passes import Apart, EncoderDecoder
+from mllm.objective import Inputs
+from mllm.objectives.caption import Caption
 from mllm.prompt import Target, collate, images_of
 from mllm.testing import LM_FAMILIES, tiny_image
-from mllm.testing_lms import Family
+from mllm.testing.lms import Family
 
 PROMPTS: list[list[Any]] = [
     [tiny_image(1), "A cat.", tiny_image(2), "Of what is this a picture?"],

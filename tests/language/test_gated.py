@@ -13,14 +13,15 @@ from torch import Tensor
 from torch.nn.functional import gelu, layer_norm
 
 import mllm
+from mllm.answering.index import ImageIndex
 from mllm.check import problems
 from mllm.errors import MLLMError
 from mllm.export import export
-from mllm.index import ImageIndex
-from mllm.objectives import Caption, Inputs
+from mllm.lms.sight import extended
+from mllm.objective import Inputs
+from mllm.objectives.caption import Caption
 from mllm.planning.plan import plan
 from mllm.prompt import Target, collate, images_of
-from mllm.sight import extended
 from mllm.testing import LM_FAMILIES, tiny_image
 
 GATED: dict[str, Any] = {"type": "gated", "every": 1, "heads": 2, "head_dim": 8}

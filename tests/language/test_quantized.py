@@ -9,8 +9,9 @@ import torch
 
 import mllm
 from mllm.lm import LanguageModel
-from mllm.objectives import Caption, Inputs
-from mllm.passes import Cached
+from mllm.lms.passes import Cached
+from mllm.objective import Inputs
+from mllm.objectives.caption import Caption
 from mllm.prompt import Target, collate, images_of
 from mllm.testing import tiny_image, tiny_lm
 

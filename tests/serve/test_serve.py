@@ -28,14 +28,14 @@ import uvicorn
 from fastapi import Request, Response
 
 import mllm
+from mllm.answering.index import ImageIndex
+from mllm.answering.outputs import data_url
+from mllm.answering.turns import turns
 from mllm.errors import MLLMError
 from mllm.images import source_of
-from mllm.index import ImageIndex
-from mllm.outputs import data_url
 from mllm.serve.app import Limits, create_app
 from mllm.serve.remote import Remote, public_address
 from mllm.testing import tiny_image
-from mllm.turns import turns
 
 A, B = tiny_image(1), tiny_image(2)
 

@@ -18,13 +18,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mllm.answering.finder import CHUNK, of_images
+from mllm.answering.outputs import ImagePart
 from mllm.checkpoint import trained_on
 from mllm.errors import MLLMError
 from mllm.files import write
-from mllm.finder import CHUNK, of_images
 from mllm.images import ImageFile
-from mllm.outputs import ImagePart
-from mllm.retrieval import HEAD, token_id
+from mllm.objectives.retrieval import HEAD, token_id
 
 FORMAT = "mllm-index-1"
 

@@ -22,16 +22,16 @@ from torch.nn.functional import cross_entropy, pad
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from mllm import vocabulary
 from mllm.errors import MLLMError
+from mllm.lms import vocabulary
+from mllm.lms.sight import Sight, current, looking
 from mllm.prompt import IGNORED
-from mllm.sight import Sight, current, looking
 
 
 class Group(NamedTuple):
     """Rows that are decoded together, what `transformers` is given for them, and how many ids come back unasked.
 
-    ``sight`` is what they look at beside their sequences; see `mllm.sight`.
+    ``sight`` is what they look at beside their sequences; see `mllm.lms.sight`.
     """
 
     rows: list[int]

@@ -14,7 +14,7 @@ from torch import Tensor, distributed
 from torch.nn.functional import cross_entropy, pad
 
 from mllm.errors import MLLMError
-from mllm.objectives import Inputs
+from mllm.objective import Inputs
 from mllm.prompt import Batch, Control, Piece, Target, collate, encode
 
 HEAD = "retrieval"

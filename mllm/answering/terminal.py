@@ -11,9 +11,9 @@ from typing import Any
 
 from rich.console import Console
 
-from mllm.chat import Chat
+from mllm.answering.chat import Chat
+from mllm.answering.outputs import with_files
 from mllm.errors import MLLMError, near
-from mllm.outputs import with_files
 
 HELP = {
     "/image PATH": "add a picture to what is said next",

@@ -1,4 +1,4 @@
-"""Losses over one batch, each a class: what it needs, how much it counts, and its sum.
+"""What every objective is: a loss over one batch, what it needs and what it counts. The kinds are in ``objectives/``.
 
 Notable: a sum and a count, not a mean: batches that are accumulated, or spread over processes, weigh each target the
 same.
@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
-from mllm.prompt import IGNORED, Batch, Piece
+from mllm.prompt import Batch, Piece
 from mllm.registry import lookup, made
 from mllm.spec import ObjectiveSpec
 
@@ -59,22 +58,3 @@ def objectives_of(specs: Sequence[ObjectiveSpec]) -> list[Objective]:
         MLLMError: an unknown one, or options that it does not take.
     """
     return [made(lookup("objectives", spec.type), f"objective {spec.type}", **spec.options()) for spec in specs]
-
-
-class Caption:
-    """The negative log-likelihood of the target tokens: captions, answers, what an assistant says."""
-
-    needs = ("lm",)
-    apart = True  # its sum is of each example's own, whichever stand beside it
-
-    def count(self, rows: Sequence[Sequence[Piece]], batch: Batch | None) -> int:
-        """Return the number of target tokens."""
-        assert batch is not None
-        return int(torch.count_nonzero(batch.labels[:, 1:] != IGNORED))
-
-    def __call__(self, inputs: Inputs) -> Tensor:
-        """Return the sum over target tokens."""
-        model, batch = inputs.model, inputs.batch
-        assert batch is not None
-        losses: Tensor = model.lm.losses(model.embed(inputs.visual, batch), batch.mask, batch.labels)  # (N,)
-        return losses.sum()

@@ -11,9 +11,9 @@ from torch.nn.functional import cross_entropy
 
 from mllm.errors import MLLMError
 from mllm.fit import NormalEquations
-from mllm.objectives import Inputs
+from mllm.objective import Inputs
+from mllm.objectives.retrieval import known_tokens
 from mllm.prompt import Batch, Control, Piece, Target, collate, images_of
-from mllm.retrieval import known_tokens
 
 HEAD = "decision"
 LABELS = ("retrieve", "generate")

@@ -142,7 +142,7 @@ class Looking:
     """A way of running whose layers look at visual tokens beside the sequence.
 
     Args:
-        way: of `mllm.passes`, one of a decoder.
+        way: of `mllm.lms.passes`, one of a decoder.
     """
 
     def __init__(self, way: Any) -> None:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from mllm.checkpoint import load
 from mllm.images import source_of
 from mllm.model import Assembly
+from mllm.objectives.retrieval import HEAD, known_tokens, token_id
 from mllm.prompt import Control, Piece, answer_text, images_of
-from mllm.retrieval import HEAD, known_tokens, token_id
 
 CHUNK = 32  # pictures, or prompts of about one length, that are read at once
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from mllm.answering.outputs import Output
 from mllm.errors import MLLMError
 from mllm.images import source_of
-from mllm.outputs import Output
 from mllm.prompt import arrange
 
 BATCH = 16

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from transformers import TextIteratorStreamer
 
+from mllm.answering.outputs import Output
+from mllm.answering.turns import checked_messages, message, text_part, turns
 from mllm.errors import MLLMError
 from mllm.files import write
 from mllm.images import ImageFile, source_of
-from mllm.outputs import Output
 from mllm.prompt import Encoded, collate, images_of
-from mllm.turns import checked_messages, message, text_part, turns
 
 
 class Chat:

@@ -1,7 +1,7 @@
 """What an adapter puts before every sequence: learned embeddings, or learned key-value states.
 
-Notable: this wraps the way a language model is run (`mllm.passes`) and adds the positions to masks and ids, so callers
-count their own tokens only.
+Notable: this wraps the way a language model is run (`mllm.lms.passes`) and adds the positions to masks and ids, so
+callers count their own tokens only.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from mllm.errors import MLLMError
-from mllm.passes import Apart, Cached, Group
+from mllm.lms.passes import Apart, Cached, Group
 from mllm.prompt import IGNORED
 
 
@@ -22,7 +22,7 @@ class Led:
     """A way of running with an adapter's positions before each sequence.
 
     Args:
-        way: of `mllm.passes`.
+        way: of `mllm.lms.passes`.
         adapter: says ``num_positions``, 0 where it is off, and has ``embeddings(rows)``, ``(B, P, D)``, or
             ``states(rows)``, a cache.
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mllm.errors import MLLMError
-from mllm.switch import Switched
+from mllm.lms.switch import Switched
 
 
 class NewTokens(Switched):

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
 from mllm.errors import MLLMError
-from mllm.objectives import Inputs
+from mllm.objective import Inputs
 from mllm.prompt import Batch, Piece, Target, images_of
 
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch.nn.functional import normalize
 
+from mllm.answering.rerank import closest
 from mllm.errors import MLLMError
 from mllm.fit import lexicon
 from mllm.prompt import Control, Piece, Target, images_of
-from mllm.rerank import closest
 
 SETTINGS = {"top": 8, "orders": 1}
 

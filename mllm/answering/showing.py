@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mllm.decision import HEAD as DECISION
-from mllm.decision import decided
-from mllm.drawing import drawn
+from mllm.answering.drawing import drawn
+from mllm.answering.finder import of_prompts
+from mllm.answering.index import ImageIndex, hash_of, opened
+from mllm.answering.outputs import ImagePart, Output, Text
 from mllm.errors import MLLMError
-from mllm.finder import of_prompts
-from mllm.index import ImageIndex, hash_of, opened
-from mllm.outputs import ImagePart, Output, Text
+from mllm.lms.sight import extended
+from mllm.objectives.decision import HEAD as DECISION
+from mllm.objectives.decision import decided
+from mllm.objectives.retrieval import HEAD, known_tokens, token_id
 from mllm.prompt import Piece
-from mllm.retrieval import HEAD, known_tokens, token_id
-from mllm.sight import extended
 
 
 class Eager:

@@ -22,11 +22,11 @@ from transformers import (
     ViTModel,
 )
 
-from mllm.testing_encoders import AUDIO_FAMILIES as AUDIO_FAMILIES
-from mllm.testing_encoders import ENCODER_FAMILIES as ENCODER_FAMILIES
-from mllm.testing_lms import END
-from mllm.testing_lms import LM_FAMILIES as LM_FAMILIES
-from mllm.testing_lms import tiny_tokenizer as tiny_tokenizer
+from mllm.testing.encoders import AUDIO_FAMILIES as AUDIO_FAMILIES
+from mllm.testing.encoders import ENCODER_FAMILIES as ENCODER_FAMILIES
+from mllm.testing.lms import END
+from mllm.testing.lms import LM_FAMILIES as LM_FAMILIES
+from mllm.testing.lms import tiny_tokenizer as tiny_tokenizer
 
 
 def tiny_encoder(folder: Path, *, seed: int = 0, dim: int = 24, side: int = 32, patch: int = 8) -> str:

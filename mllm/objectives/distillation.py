@@ -11,9 +11,9 @@ from torch import Tensor
 from mllm.data.items import Item
 from mllm.errors import MLLMError
 from mllm.fit import NormalEquations
-from mllm.objectives import Inputs
+from mllm.objective import Inputs
+from mllm.objectives.retrieval import captions, read_captions, read_texts
 from mllm.prompt import Batch, Piece, answer_text, images_of
-from mllm.retrieval import captions, read_captions, read_texts
 
 LIMIT = 2 * 2**30  # bytes of conditions that are kept
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from mllm.data.items import Item
 from mllm.errors import MLLMError
 from mllm.fit import read_chunks
+from mllm.objectives.retrieval import HEAD, known_tokens, read_texts, token_id
 from mllm.prompt import answer_text
-from mllm.retrieval import HEAD, known_tokens, read_texts, token_id
 
 
 class Maps(NamedTuple):

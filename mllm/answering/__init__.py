@@ -1,0 +1,1 @@
+"""From prompts to answers: texts, conversations, images that are found or made."""

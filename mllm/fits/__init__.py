@@ -1,0 +1,1 @@
+"""The kinds of closed form, each found by the part it fits; what every one is: `mllm.fit`."""

@@ -1,0 +1,1 @@
+"""What language models are made of and run by; the model itself: `mllm.lm`."""

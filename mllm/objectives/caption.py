@@ -1,0 +1,30 @@
+"""Learning to say what is in a picture: the language model's own loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mllm.objective import Inputs
+from mllm.prompt import IGNORED, Batch, Piece
+
+
+class Caption:
+    """The negative log-likelihood of the target tokens: captions, answers, what an assistant says."""
+
+    needs = ("lm",)
+    apart = True  # its sum is of each example's own, whichever stand beside it
+
+    def count(self, rows: Sequence[Sequence[Piece]], batch: Batch | None) -> int:
+        """Return the number of target tokens."""
+        assert batch is not None
+        return int(torch.count_nonzero(batch.labels[:, 1:] != IGNORED))
+
+    def __call__(self, inputs: Inputs) -> Tensor:
+        """Return the sum over target tokens."""
+        model, batch = inputs.model, inputs.batch
+        assert batch is not None
+        losses: Tensor = model.lm.losses(model.embed(inputs.visual, batch), batch.mask, batch.labels)  # (N,)
+        return losses.sum()
