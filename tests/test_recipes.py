@@ -96,7 +96,7 @@ def tiny(name: str, places: dict[str, str]) -> dict[str, Any]:
             talks = {"path": f"{folder}/talks.json", "format": "llava", "images": folder, "task": "conversations"}
             said = stage.data.train[0].format in ("llava", "messages")
             found[f"{at}.data.train"] = talks if said else captions
-            if any(objective.type == "decision" for objective in stage.objectives):
+            if stage.fit and stage.fit.part == "heads.decision":
                 found[f"{at}.data.train"] = {**captions, "path": f"{folder}/labels.json"}
         if "encoder" in _own(name, index):
             found |= {"encoder.resolution": 32, f"{at}.encoder.resolution": 16}
