@@ -71,6 +71,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "itg": "mllm.objectives.pairs:ImageTextGeneration",
         "retrieval": "mllm.objectives.retrieval:Contrast",
         "token-prediction": "mllm.objectives.retrieval:TokenPrediction",
+        "silence": "mllm.objectives.silence:Silence",
         "distillation": "mllm.objectives.distillation:Distillation",
         "score-distillation": "mllm.objectives.distillation:ScoreDistillation",
         "decision": "mllm.objectives.decision:Decision",
