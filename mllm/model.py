@@ -77,13 +77,20 @@ class Assembly(nn.Module):
         return next(self.parameters()).device
 
     def train(self, mode: bool = True) -> Assembly:
-        """Set training mode for what is trained; what is frozen stays in evaluation mode."""
+        """Set training mode for what is trained; what is frozen stays in evaluation mode.
+
+        So does batch normalisation in the encoder: by its statistics the pictures of a batch would touch each other,
+        and how a batch is split would change what is learned.
+        """
         super().train(mode)
         for name in FROZEN:
             if (part := getattr(self, name)) is not None:
                 part.eval()
         for path in self.spec.trained:
             self.get_submodule(path).train(mode)
+        for module in self.encoder.modules() if self.encoder is not None else ():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
         self.adapters.train(mode)  # peft's are inside the language model
         return self
 

@@ -15,7 +15,7 @@ from mllm.assembling import calibrate
 from mllm.errors import MLLMError
 from mllm.hub import tensor_hash
 from mllm.prompt import collate
-from mllm.testing import tiny_image
+from mllm.testing import ENCODER_FAMILIES, tiny_image
 
 A, B, C = tiny_image(1), tiny_image(2), tiny_image(3, size=(20, 50))
 PROMPTS = [
@@ -97,6 +97,18 @@ def test_only_the_connector_gets_a_gradient(model):
 def test_training_mode_leaves_the_frozen_parts_in_evaluation_mode(model):
     model.train()
     assert model.connector.training and not model.encoder.training and not model.lm.training
+
+
+def test_a_picture_in_training_is_seen_as_it_is_alone(tiny_parts, tmp_path):
+    model = mllm.assemble(ENCODER_FAMILIES["resnet"](tmp_path), tiny_parts[1], "linear")
+    assert any(isinstance(module, torch.nn.BatchNorm2d) for module in model.encoder.modules())
+    model.spec.trained = ["encoder"]
+    pixels, before = model.encoder.preprocess([A, B, C]), tensor_hash(model.encoder)
+    assert model.train().encoder.training
+    together = model.encoder(pixels)
+    alone = torch.cat([model.encoder(pixels[index : index + 1]) for index in range(3)])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+    assert tensor_hash(model.encoder) == before  # nor does a pass change statistics
 
 
 def test_generating_changes_no_tensor(model):
