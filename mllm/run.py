@@ -1,7 +1,8 @@
 """The run: the folder that training writes and everything else reads.
 
-``recipe.yaml`` (resolved), ``environment.json`` (versions, commit), ``log.jsonl`` (losses), ``loss.png``,
-``frozen.json`` (hashes of what did not train, before and after), ``model/`` (see `mllm.checkpoint`), ``eval/``.
+``recipe.yaml`` (resolved), ``environment.json`` (versions, commit), ``log.jsonl`` (losses), ``loss.png``, ``time.json``
+(minutes), ``frozen.json`` (hashes of what did not train, before and after), ``model/`` (see `mllm.checkpoint`),
+``eval/``.
 """
 
 from __future__ import annotations

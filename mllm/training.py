@@ -6,6 +6,7 @@ before and after.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -62,6 +63,7 @@ def train(
     config = recipes.load(recipe, overrides)
     if not config.stages:
         raise MLLMError(f"The recipe {config.name} has no stages, so there is nothing to train.")
+    started = time.monotonic()
     processes()  # first: they agree on a folder before anything is trained
     set_seed(config.seed)
     if resume:
@@ -83,6 +85,7 @@ def train(
     finally:
         run.plot()
     run.record("frozen.json", state.frozen)
+    run.record("time.json", {"minutes": (time.monotonic() - started) / 60})  # since it was last taken up
     if run.writes:
         save(model, run.path / "model")
         (run.path / CHECKPOINT).unlink(missing_ok=True)

@@ -5,7 +5,7 @@ The table of recipes in the documentation is made of these files; no figure of i
 
 from __future__ import annotations
 
-import time
+import json
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.resources import files
@@ -45,9 +45,8 @@ def verify(name: str, *, out: str | Path, seeds: Sequence[int] = SEEDS, runs: st
     reports: dict[str, list[list[dict[str, Any]]]] = {suite: [] for suite in config.eval.suites}
     minutes = []
     for seed in seeds:
-        started = time.monotonic()
         folder = _trained(name, seed, Path(runs) / f"{config.name}-{seed}")
-        minutes.append((time.monotonic() - started) / 60)
+        minutes.append(json.loads((folder / "time.json").read_text())["minutes"])
         model = load(folder)
         for suite, rows in reports.items():
             rows.append(

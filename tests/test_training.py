@@ -74,9 +74,17 @@ def test_ten_steps_lower_the_loss_and_repeat_bit_for_bit(recipe, tmp_path):
 def test_a_run_holds_what_it_came_from(recipe, tmp_path):
     run = mllm.train(recipe, ["stages.0.steps=2"], out=tmp_path / "run")
     assert mllm.recipe.load(str(run.path / "recipe.yaml")).stages[0].steps == 2
-    assert {"recipe.yaml", "environment.json", "data.json", "log.jsonl", "loss.png", "frozen.json", "model"} == {
-        path.name for path in run.path.iterdir()
-    }
+    assert {
+        "recipe.yaml",
+        "environment.json",
+        "data.json",
+        "log.jsonl",
+        "loss.png",
+        "frozen.json",
+        "time.json",
+        "model",
+    } == {path.name for path in run.path.iterdir()}
+    assert 0 < json.loads((run.path / "time.json").read_text())["minutes"] < 10
     frozen = json.loads((run.path / "frozen.json").read_text())["align"]
     assert frozen["before"] == frozen["after"] and len(frozen["before"]) == 2
 

@@ -99,6 +99,8 @@ def test_verify_trains_evaluates_and_writes_what_the_table_shows(
     by_hand = [score([r["prediction"] for r in run_], [r["references"] for r in run_]).value for run_ in rows]
     assert found["scores"]["small"]["value"] == pytest.approx(sum(by_hand) / 2, abs=1e-4)
     assert f"{sum(by_hand) / 2:.3f}" in verify.table(["small"], "results")
+    minutes = [json.loads(Path(f"runs/small-{seed}/time.json").read_text())["minutes"] for seed in (0, 1)]
+    assert found["minutes"] == round(max(minutes), 1), "not the time of the evaluation, nor of a second look"
     trained = (Path("runs") / "small-0" / "model" / "assembly.json").stat().st_mtime_ns
     verify.verify(recipe_file, out="results", seeds=(0,), runs="runs")
     assert (Path("runs") / "small-0" / "model" / "assembly.json").stat().st_mtime_ns == trained, "trained again"
