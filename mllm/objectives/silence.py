@@ -27,12 +27,12 @@ class Silence:
     Args:
         texts: of its own that are sampled.
         length: of each, in tokens, at most.
-        together: of them in a batch, drawn each time.
+        together: of the batch's captions, and of its own texts, that a step looks at, drawn each time.
     """
 
     needs = ("lm", "tokens", "image_tokens")
 
-    def __init__(self, *, texts: int = 32, length: int = 32, together: int = 8) -> None:
+    def __init__(self, *, texts: int = 32, length: int = 24, together: int = 4) -> None:
         if min(texts, length, together) < 1:
             raise MLLMError(
                 f"silence: texts {texts}, length {length}, together {together}: expected 1 or more of each."
@@ -54,10 +54,13 @@ class Silence:
                 "silence keeps to what the language model says by itself, and here it trains. Leave it out."
             )
         self._own = self._own or own_texts(model, self._texts, self._length)
-        drawn = torch.randperm(len(self._own))[: self._together]  # by what a resumed run goes on with
         before = model.spec.prompt.caption
-        said = [model.encode([before, Target(answer_text(text), ends=False)]) for text in texts]
-        return (_mean(model, said) + _mean(model, [self._own[place] for place in drawn])) * len(texts)
+        said = [model.encode([before, Target(answer_text(text), ends=False)]) for text in self._drawn(texts)]
+        return (_mean(model, said) + _mean(model, self._drawn(self._own))) * len(texts)
+
+    def _drawn(self, texts: Sequence[Any]) -> list[Any]:
+        """Return some of the texts, by torch's own generator: a resumed run goes on with it."""
+        return [texts[place] for place in torch.randperm(len(texts))[: self._together]]
 
 
 @torch.no_grad()

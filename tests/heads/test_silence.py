@@ -97,7 +97,7 @@ def test_a_token_that_was_said_always_is_said_behind_captions_alone(model):
 
 
 def test_what_does_not_fit_is_refused(model):
-    with pytest.raises(MLLMError, match="texts 0, length 32, together 8: expected 1 or more of each"):
+    with pytest.raises(MLLMError, match="texts 0, length 24, together 4: expected 1 or more of each"):
         Silence(texts=0)
     with pytest.raises(MLLMError, match="No example of a batch has a caption"):
         Silence()(Inputs(model, [["a cat"]], None, None))
