@@ -12,17 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mllm.data.items import SEPARATOR
 from mllm.errors import MLLMError
 from mllm.objective import Inputs
-from mllm.objectives.retrieval import captions
-from mllm.prompt import IGNORED, Batch, Encoded, Piece, Target, answer_text, collate
+from mllm.objectives.retrieval import captions, known_tokens
+from mllm.prompt import IGNORED, Batch, Control, Encoded, Piece, Target, answer_text, collate
 
 
 class Silence:
-    """The negative log-likelihood of texts that hold no image: of captions' words, and of the model's own texts.
+    """The negative log-likelihood of texts where no image is: a caption's words, what follows its image, its own texts.
 
-    Its own texts are sampled when the first batch comes, from the language model as it is without what is learnt: no
-    data is needed. While nothing in it trains, all that this can teach is not to say the new tokens.
+    The model's own texts are sampled when the first batch comes, from the language model as it is without what is
+    learnt: no data is needed. They are read by themselves, and behind a caption and its image, where tokens that were
+    just said are easily said again. While nothing in the language model trains, all that this can teach is not to say
+    them.
 
     Args:
         texts: of its own that are sampled.
@@ -45,18 +48,21 @@ class Silence:
         return len(captions(rows))
 
     def __call__(self, inputs: Inputs) -> Tensor:
-        """Return the mean over the captions' tokens, and that over its own texts', times the captions."""
-        model, texts = inputs.model, [text for _, text in captions(inputs.rows)]
-        if not texts:
+        """Return the mean over the texts' tokens, times the captions."""
+        model, found = inputs.model, [text for _, text in captions(inputs.rows)]
+        if not found:
             raise MLLMError("No example of a batch has a caption, within which no image is to be shown.")
         if any(path.split(".")[0] == "lm" for path in model.spec.trained):
             raise MLLMError(
                 "silence keeps to what the language model says by itself, and here it trains. Leave it out."
             )
         self._own = self._own or own_texts(model, self._texts, self._length)
-        before = model.spec.prompt.caption
-        said = [model.encode([before, Target(answer_text(text), ends=False)]) for text in self._drawn(texts)]
-        return (_mean(model, said) + _mean(model, self._drawn(self._own))) * len(texts)
+        own = self._drawn(self._own)
+        shown = [_shown(model, text, other) for text, other in zip(self._drawn(found), own, strict=False)]
+        batch = collate([*shown, *own], model.lm.pad).to(model.device)
+        embeds = model.lm.embed(batch.ids).detach()  # what a token does to the states behind it is not at stake
+        losses: Tensor = model.lm.losses(embeds, batch.mask, batch.labels)
+        return losses.mean() * len(found)
 
     def _drawn(self, texts: Sequence[Any]) -> list[Any]:
         """Return some of the texts, by torch's own generator: a resumed run goes on with it."""
@@ -80,8 +86,12 @@ def own_texts(model: Any, number: int, length: int) -> list[Encoded]:
     ]
 
 
-def _mean(model: Any, rows: Sequence[Encoded]) -> Tensor:
-    """Return the mean negative log-likelihood of rows' targets."""
-    batch = collate(rows, model.lm.pad).to(model.device)
-    losses: Tensor = model.lm.losses(model.lm.embed(batch.ids), batch.mask, batch.labels)
-    return losses.mean()
+def _shown(model: Any, caption: str, own: Encoded) -> Encoded:
+    """Return a caption, its image's tokens, and a text of the model's own on a new line."""
+    first = [model.spec.prompt.caption, Target(answer_text(caption), ends=False), Control("".join(known_tokens(model)))]
+    start = model.encode(first)
+    said = [
+        *model.lm.tokenize(SEPARATOR),
+        *(i for i, label in zip(own.ids, own.labels, strict=True) if label != IGNORED),
+    ]
+    return Encoded([*start.ids, *said], [*start.visual, *([False] * len(said))], [*start.labels, *said])
