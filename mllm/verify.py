@@ -25,6 +25,7 @@ from mllm.loop import parameter_groups
 from mllm.training import train
 
 SEEDS = (0, 1, 2)
+COLUMNS = ("blind", "shuffled")  # baselines that have columns of the table
 
 
 def verify(name: str, *, out: str | Path, seeds: Sequence[int] = SEEDS, runs: str | Path = "runs/verify") -> Path:
@@ -87,6 +88,10 @@ def pooled(runs: Sequence[Sequence[dict[str, Any]]], name: str) -> dict[str, Any
         return np.array([score([prediction(row) for row in rows], references).per_item for rows in runs])
 
     model = values(lambda row: row["prediction"])
+    if not model.size:
+        raise MLLMError(
+            f"{name} scores all items together, and runs are pooled item by item: name another metric first."
+        )
     found: dict[str, Any] = {"metric": name, "value": round(float(model.mean()), 4), "gains": {}}
     for baseline in baselines:
         other = values(lambda row, baseline=baseline: row["baselines"][baseline])
@@ -142,13 +147,22 @@ def size(name: str) -> str:
 
 
 def conditions(names: Sequence[str], folder: str | Path | None = None) -> str:
-    """Return how results were found, a line for each recipe that has some."""
-    found = [each for name in names if (each := results(name, folder))]
-    return "".join(
-        f"- `{each['command']}`: seeds {', '.join(map(str, each['seeds']))}; {max(each['items'].values())} items a "
-        f"suite; {each['minutes']} minutes to train one.\n"
-        for each in found
-    )
+    """Return how results were found, a line for each recipe that has some, and baselines that the table leaves out."""
+    return "".join(_condition(found) for name in names if (found := results(name, folder)))
+
+
+def _condition(found: dict[str, Any]) -> str:
+    lines = [
+        f"- `{found['command']}`: seeds {', '.join(map(str, found['seeds']))}; {max(found['items'].values())} items a "
+        f"suite; {found['minutes']} minutes to train one."
+    ]
+    for suite, score in found["scores"].items():
+        lines += [
+            f"  - {suite}, baseline `{name}`: {gain['value']:.3f}; gain {gain['low']:+.3f} to {gain['high']:+.3f}."
+            for name, gain in score["gains"].items()
+            if name not in COLUMNS
+        ]
+    return "\n".join(lines) + "\n"
 
 
 def table(names: Sequence[str], folder: str | Path | None = None) -> str:
@@ -163,11 +177,10 @@ def table(names: Sequence[str], folder: str | Path | None = None) -> str:
             gains = score["gains"]
             lines.append(
                 f"| {name} | {suite} | {score['metric']} | {score['value']:.3f} | "
-                + " | ".join(f"{gains[b]['value']:.3f}" if b in gains else "" for b in ("blind", "shuffled"))
+                + " | ".join(f"{gains[b]['value']:.3f}" if b in gains else "" for b in COLUMNS)
                 + " | "
                 + " | ".join(
-                    f"{gains[b]['low']:+.3f} to {gains[b]['high']:+.3f}" if b in gains else ""
-                    for b in ("blind", "shuffled")
+                    f"{gains[b]['low']:+.3f} to {gains[b]['high']:+.3f}" if b in gains else "" for b in COLUMNS
                 )
                 + " |"
             )

@@ -44,6 +44,23 @@ def test_runs_do_not_stand_in_for_items() -> None:
     assert (once["low"], once["high"]) == (thrice["low"], thrice["high"])
 
 
+def test_baselines_without_a_column_have_a_line(tmp_path: Path) -> None:
+    gain = {"value": 0.5, "gain": 0.25, "low": 0.2, "high": 0.3}
+    scores = {"decide": {"metric": "m", "value": 0.75, "gains": {"always": gain, "shuffled": gain}}}
+    found = {"command": "c", "seeds": [0, 1], "minutes": 2.0, "items": {"decide": 9}, "scores": scores}
+    (tmp_path / "r.yaml").write_text(json.dumps(found))
+    assert verify.conditions(["r", "unknown"], tmp_path) == (
+        "- `c`: seeds 0, 1; 9 items a suite; 2.0 minutes to train one.\n"
+        "  - decide, baseline `always`: 0.500; gain +0.200 to +0.300.\n"
+    )
+
+
+def test_a_score_of_all_items_together_is_not_pooled() -> None:
+    rows = [{**row, "prediction": "retrieve", "references": ["generate"]} for row in run(set(), set())]
+    with pytest.raises(MLLMError, match="decision/f1 scores all items together, and runs are pooled item by item"):
+        verify.pooled([rows], "decision/f1")
+
+
 def test_other_items_are_not_pooled() -> None:
     with pytest.raises(MLLMError, match="same items"):
         verify.pooled([run(set(), set()), run(set(), set())[::-1]], "vqa/exact-match")
