@@ -180,6 +180,28 @@ def test_a_head_learns_through_the_frozen_pipeline(pipeline, tiny_model):
     torch.testing.assert_close(objective(given(model)), expected)
 
 
+def test_a_recipe_trains_through_a_pipeline(pipeline, tiny_parts, tmp_path):
+    tiny_image(0).save(tmp_path / "0.png")
+    (tmp_path / "captions.json").write_text(json.dumps([{"image": "0.png", "caption": "a cat"}]))
+    overrides = {
+        "encoder.model": tiny_parts[0],
+        "lm.model": tiny_parts[1],
+        "heads": [HEAD],
+        "tokens": ["[IMG0]", "[IMG1]"],
+        "decoder": {"type": "diffusers", "model": pipeline[1], "steps": 2},
+        "data.train": {"format": "table", "path": str(tmp_path / "captions.json"), "images": str(tmp_path)},
+        "stages.0.train": {"heads": 1e-3},
+        "stages.0.objectives": [{"type": "score-distillation"}, {"type": "distillation", "weight": 0.5}],
+        "stages.0.steps": 2,
+        "stages.0.batch_size": 2,
+        "optim.warmup": 0,
+    }
+    run = mllm.train("gill", overrides, out=tmp_path / "run")
+    rows = [json.loads(line) for line in (run.path / "log.jsonl").read_text().splitlines()]
+    assert [row["score-distillation"] > 0 for row in rows] == [True, True]
+    assert mllm.load(run.path).draw([["a cat"]])[0].image.size == (8, 8)
+
+
 def test_score_distillation_is_refused_where_nothing_takes_noise_off(tiny_model, tiny_decoder, pipeline):
     made = {"heads": [{**HEAD, "length": 1, "width": 32}], "tokens": ["[IMG0]", "[IMG1]"]}
     wanted = {"name": "s", "train": ["heads"], "steps": 1, "objectives": [{"type": "score-distillation"}]}
