@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mllm.data.items import SEPARATOR
 from mllm.errors import MLLMError
 from mllm.objective import Inputs
 from mllm.objectives.retrieval import captions, known_tokens
@@ -22,15 +21,15 @@ from mllm.prompt import IGNORED, Batch, Control, Encoded, Piece, Target, answer_
 class Silence:
     """The negative log-likelihood of texts where no image is: a caption's words, what follows its image, its own texts.
 
-    The model's own texts are sampled when the first batch comes, from the language model as it is without what is
-    learnt: no data is needed. They are read by themselves, and behind a caption and its image, where tokens that were
-    just said are easily said again. While nothing in the language model trains, all that this can teach is not to say
-    them.
+    The model's own texts are what its language model says without what is learnt, so no data is needed: at the start
+    of a sequence, sampled when the first batch comes; and behind a caption and its image, the likeliest at each step,
+    since tokens that were just said are easily said again. While nothing in the language model trains, all that this
+    can teach is not to say the new tokens.
 
     Args:
-        texts: of its own that are sampled.
-        length: of each, in tokens, at most.
-        together: of the batch's captions, and of its own texts, that a step looks at, drawn each time.
+        texts: that are sampled at the start of a sequence.
+        length: of each, in tokens, at most; behind an image a third of it.
+        together: of the batch's captions, and of these texts, that a step looks at, drawn each time.
     """
 
     needs = ("lm", "tokens", "image_tokens")
@@ -56,10 +55,11 @@ class Silence:
             raise MLLMError(
                 "silence keeps to what the language model says by itself, and here it trains. Leave it out."
             )
-        self._own = self._own or own_texts(model, self._texts, self._length)
-        own = self._drawn(self._own)
-        shown = [_shown(model, text, other) for text, other in zip(self._drawn(found), own, strict=False)]
-        batch = collate([*shown, *own], model.lm.pad).to(model.device)
+        if not self._own:
+            self._own = own_texts(model, [_start(model)] * self._texts, self._length, range(self._texts))
+        shown, own = [_shown(model, text) for text in self._drawn(found)], self._drawn(self._own)
+        rows = [*own_texts(model, shown, max(self._length // 3, 1)), *own]
+        batch = collate(rows, model.lm.pad).to(model.device)
         embeds = model.lm.embed(batch.ids).detach()  # what a token does to the states behind it is not at stake
         losses: Tensor = model.lm.losses(embeds, batch.mask, batch.labels)
         return losses.mean() * len(found)
@@ -70,28 +70,31 @@ class Silence:
 
 
 @torch.no_grad()
-def own_texts(model: Any, number: int, length: int) -> list[Encoded]:
-    """Return texts that a model's language model says by itself, of so many tokens at most, sampled each by its seed.
+def own_texts(model: Any, starts: Sequence[Encoded], length: int, seeds: Sequence[int] = ()) -> list[Encoded]:
+    """Return what a model's language model says by itself behind each start, as targets.
 
-    What stands inside it, and new tokens, are left out.
+    It is sampled by seeds, or else the likeliest, of so many tokens at most. What stands inside the language model, and
+    new tokens, are left out.
     """
-    start = list(model.lm.bos) or [model.lm.eos]
-    ids = torch.tensor([start] * number, device=model.device)
-    settings = [{"max_new_tokens": length, "temperature": 1.0, "seed": seed} for seed in range(number)]
+    batch = collate(starts, model.lm.pad).to(model.device)
+    limit: dict[str, Any] = {"max_new_tokens": length}
+    settings = [{**limit, "temperature": 1.0, "seed": seed} for seed in seeds] or [limit] * len(starts)
     with model.adapters_off():
-        found = model.lm.generate(torch.ones_like(ids), settings, input_ids=ids)
+        found = model.lm.generate(batch.mask, settings, input_ids=batch.ids)
     return [
-        Encoded([*start, *said], [False] * (len(start) + len(said)), [IGNORED] * len(start) + list(said))
-        for said in found
+        Encoded([*start.ids, *said], [*start.visual, *([False] * len(said))], [*start.labels, *said])
+        for start, said in zip(starts, found, strict=True)
     ]
 
 
-def _shown(model: Any, caption: str, own: Encoded) -> Encoded:
-    """Return a caption, its image's tokens, and a text of the model's own on a new line."""
-    first = [model.spec.prompt.caption, Target(answer_text(caption), ends=False), Control("".join(known_tokens(model)))]
-    start = model.encode(first)
-    said = [
-        *model.lm.tokenize(SEPARATOR),
-        *(i for i, label in zip(own.ids, own.labels, strict=True) if label != IGNORED),
-    ]
-    return Encoded([*start.ids, *said], [*start.visual, *([False] * len(said))], [*start.labels, *said])
+def _start(model: Any) -> Encoded:
+    """Return what a sequence starts with: the tokenizer's own first token, or else an end."""
+    ids = list(model.lm.bos) or [model.lm.eos]
+    return Encoded(ids, [False] * len(ids), [IGNORED] * len(ids))
+
+
+def _shown(model: Any, caption: str) -> Encoded:
+    """Return a caption, its words as targets, with its image's tokens behind it."""
+    tokens, target = Control("".join(known_tokens(model))), Target(answer_text(caption), ends=False)
+    encoded: Encoded = model.encode([model.spec.prompt.caption, target, tokens])
+    return encoded

@@ -12,7 +12,7 @@ from mllm.loop import inputs, parameter_groups
 from mllm.objective import Inputs
 from mllm.objectives.retrieval import TokenPrediction
 from mllm.objectives.silence import Silence, own_texts
-from mllm.prompt import Target
+from mllm.prompt import IGNORED, Encoded, Target
 from mllm.recipe import check
 from mllm.testing import tiny_image
 
@@ -48,28 +48,44 @@ def words(model, text):
     return model.lm.tokenize("A picture of" + text)
 
 
+def sampled(model):
+    """Three texts of the model's own, as the objective samples them."""
+    start = Encoded([model.lm.eos], [False], [IGNORED])
+    return own_texts(model, [start] * 3, 6, range(3))
+
+
 def test_its_own_texts_are_those_of_the_bare_language_model(model):
     state = torch.get_rng_state()
-    found = own_texts(model, 3, 6)
+    found = sampled(model)
     assert torch.equal(state, torch.get_rng_state())  # a resumed run samples again, and goes on as if it had not
     with torch.no_grad():
         model.tokens.scores.fill_(100.0)  # would be said at once
-    assert found == own_texts(model, 3, 6)
+    assert found == sampled(model)
     assert all(len(text.ids) <= 7 and max(text.ids) < model.tokens.first for text in found)
     assert len({tuple(text.ids) for text in found}) == 3
 
 
+def likeliest(model, ids, length):
+    """What follows, word by word, new tokens left out; the end included."""
+    said: list[int] = []
+    while len(said) < length and said[-1:] != [model.lm.eos]:
+        said.append(int(logits_of(model, [*ids, *said])[-1, : model.tokens.first].argmax()))
+    return said
+
+
 def test_the_loss_is_that_of_the_texts_and_trains_the_tokens_alone(model):
     objective = Silence(texts=3, length=6, together=2)
+    assert model.lm.bos == []
     torch.manual_seed(2)
     loss = objective(inputs_of(model))
     torch.manual_seed(2)
-    own = [own_texts(model, 3, 6)[place] for place in torch.randperm(3)[:2]]
     texts = [(" a cat", " two red birds")[place] for place in torch.randperm(2)]
+    own = [sampled(model)[place] for place in torch.randperm(3)[:2]]
     image = [model.lm.new_tokens[token] for token in TOKENS]
     expected, before = [], len(words(model, ""))
     for text, other in zip(texts, own, strict=True):
-        first, behind = words(model, text), [*model.lm.tokenize("\n"), *other.ids[1:]]
+        first = words(model, text)
+        behind = likeliest(model, [*first, *image], 2)
         logits = logits_of(model, [*first, *image, *behind])
         expected += [nll(logits[before - 1 :], first[before:]), nll(logits[len(first) + 1 :], behind)]
         expected.append(nll(logits_of(model, other.ids), other.ids[1:]))
@@ -88,7 +104,7 @@ def nll(logits, ids):
 
 
 def test_a_token_that_was_said_always_is_said_behind_captions_alone(model):
-    texts, captions = own_texts(model, 4, 8), [words(model, text) for text in (" a cat", " two red birds")]
+    texts, captions = sampled(model), [words(model, text) for text in (" a cat", " two red birds")]
     with torch.no_grad():
         states = [model.lm.hidden(model.lm.embed(torch.tensor([t.ids])), torch.ones(1, len(t.ids)))[0] for t in texts]
         mean = torch.cat(states).mean(0)
