@@ -19,10 +19,10 @@ from mllm import recipe as recipes
 from mllm.assembling import build_encoder, build_lm, join, trained_module
 from mllm.data.loading import reader
 from mllm.errors import MLLMError
-from mllm.fit import can_be_fitted
+from mllm.fit import fit_of
 from mllm.model import Assembly
 from mllm.objective import objectives_of
-from mllm.objectives.retrieval import known_tokens, token_id
+from mllm.objectives.retrieval import known_tokens
 from mllm.spec import PARTS, DataSpec, Recipe, Stage
 
 
@@ -96,32 +96,16 @@ def _of_model(model: Assembly, stage: Stage) -> list[str]:
         with _noted(found):
             trained_module(model, path)
     found += [f"Stage {stage.name}: {problem}" for problem in unmet(model, stage)]
-    if stage.fit is not None and stage.fit.part == "heads.pixels":
-        if "pixels" not in model.heads or not hasattr(lm, "sentences"):
-            found.append(f"Stage {stage.name} fits pictures: give lm.type=sentences and heads: [{{type: pixels}}].")
-        return found
-    if stage.fit is not None and stage.fit.part == "heads.affine" and not ("affine" in model.heads and model.draws):
-        found.append(f"Stage {stage.name} fits conditions: give heads: [{{type: affine}}] and a decoder.")
-    if stage.fit is not None and stage.fit.part == "heads.decision" and "decision" not in model.heads:
-        found.append(f"Stage {stage.name} fits decisions: give heads: [{{type: decision}}].")
+    with _noted(found):
+        if stage.fit is not None:
+            found += [f"Stage {stage.name} {problem}" for problem in fit_of(stage.fit).problems(model)]
     with _noted(found):
         if stage.init.source is not None:
             import_module("mllm.checkpoint").check_source(model, stage)
     with _noted(found):
-        if stage.fit is not None and stage.fit.part == "heads.retrieval":
-            token_id(model)
-        elif model.image_tokens is not None and model.speaks:
+        finds = stage.fit is not None and stage.fit.part == "heads.retrieval"  # said above
+        if model.image_tokens is not None and model.speaks and not finds:
             known_tokens(model)
-    if stage.fit is not None and stage.fit.part == "connector" and not can_be_fitted(connector):
-        found.append(f"Stage {stage.name} fits the connector, which does not end in a linear map: take another type.")
-    if stage.fit is not None and stage.fit.targets == "tokens" and not hasattr(model.encoder, "embed_texts"):
-        found.append(
-            f"Stage {stage.name} fits tokens, whose strings this encoder has no place for: encoder.type=dual-encoder."
-        )
-    if stage.fit is not None and stage.fit.targets != "sentences" and lm is not None and not model.speaks:
-        found.append(f"Stage {stage.name} fits words, and this lm has sentences only: stages.fit.targets=sentences.")
-    if stage.fit is not None and stage.fit.targets == "sentences" and not hasattr(lm, "sentences"):
-        found.append(f"Stage {stage.name} fits sentences, and the model has no vectors of them: lm.type=sentences.")
     if (
         not model.speaks or connector is None or lm.tokenizer is None
     ):  # only its configuration is here: the words cannot be counted

@@ -76,6 +76,13 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "score-distillation": "mllm.objectives.distillation:ScoreDistillation",
         "decision": "mllm.objectives.decision:Decision",
     },
+    "fits": {
+        "connector": "mllm.fits.connector:Connector",
+        "retrieval": "mllm.fits.retrieval:Retrieval",
+        "affine": "mllm.fits.conditions:Conditions",
+        "pixels": "mllm.fits.pictures:Pictures",
+        "decision": "mllm.fits.decision:Decision",
+    },
     "readers": {
         "emoji-scenes": "mllm.data.emoji_scenes:emoji_scenes",
         "easy-vqa": "mllm.data.easy_vqa:easy_vqa",

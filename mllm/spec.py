@@ -187,20 +187,16 @@ class InitSpec(Spec):
 
 
 class FitSpec(Spec):
-    """A closed-form fit of one part: no gradient."""
+    """A closed-form fit of one part: no gradient. What is left out is as its kind, in ``fits/``, has it."""
 
-    part: Literal["connector", "heads.retrieval", "heads.pixels", "heads.affine", "heads.decision"] = "connector"
-    solver: Literal["ridge", "least-squares", "procrustes", "correlation"] = "ridge"  # the last: of heads.retrieval
-    targets: Literal["caption-words", "tokens", "sentences"] = "caption-words"  # tokens: their own strings, no data
-    strength: float = Field(default=0.01, gt=0)  # of the ridge, as a share of the features' mean variance
+    part: str = "connector"  # or a head's path, heads.NAME
+    solver: Literal["ridge", "least-squares", "procrustes", "correlation"] | None = None
+    targets: Literal["caption-words", "tokens", "sentences"] | None = None  # tokens: their own strings, no data
+    strength: float | None = Field(default=None, gt=0)  # of the ridge, as a share of the features' mean variance
 
-    @model_validator(mode="after")
-    def _of_its_part(self) -> FitSpec:
-        if (self.part == "heads.retrieval") != (self.solver == "correlation"):
-            raise ValueError("part: heads.retrieval and solver: correlation go together: give both or none")
-        if self.part != "connector" and self.targets != "caption-words":
-            raise ValueError("targets are the connector's: leave them out")
-        return self
+    def options(self) -> dict[str, Any]:
+        """Return what is given, other than the part."""
+        return self.model_dump(exclude={"part"}, exclude_none=True)
 
 
 class ObjectiveSpec(PartSpec):

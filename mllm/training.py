@@ -7,7 +7,8 @@ before and after.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,21 +18,16 @@ from accelerate.utils import broadcast_object_list, set_seed
 from mllm import recipe as recipes
 from mllm.assembling import build, build_encoder, build_lm, join
 from mllm.checkpoint import save, take
-from mllm.data.items import Item
 from mllm.data.skipping import Skipped
 from mllm.data.stream import Stream
 from mllm.errors import MLLMError
 from mllm.features import FeatureStore, open_store
-from mllm.fit import fit_connector, fit_tokens
-from mllm.fits.correlate import fit_head
-from mllm.fits.pictures import fit_pictures
+from mllm.fit import Material, fit_of
 from mllm.images import open_image
 from mllm.lms.sharding import divided
 from mllm.loop import Loop, data
 from mllm.memory import give_back
 from mllm.model import Assembly
-from mllm.objectives.decision import fit_decision
-from mllm.objectives.distillation import fit_conditions
 from mllm.processes import processes
 from mllm.progress import progress
 from mllm.resume import NAME as CHECKPOINT
@@ -189,45 +185,29 @@ def _hashes(model: Assembly, trained: Sequence[str]) -> dict[str, str]:
 
 def _fit(run: Run, model: Assembly, stage: Stage, config: Recipe, store: FeatureStore) -> None:
     assert stage.fit is not None
-    fit, told = stage.fit, "correlation" if stage.fit.part == "heads.retrieval" else "explained"
+    fit = fit_of(stage.fit)
     with progress() as bar:
         task = bar.add_task(stage.name, total=None, note="")
-
-        def track(chunks: Iterable[int]) -> Iterable[int]:
-            return bar.track(chunks, task_id=task)
-
-        how: dict[str, Any] = {"strength": fit.strength, "track": track}
-        if fit.targets == "tokens":  # it needs no data
-            found = fit_tokens(model, solver=fit.solver, **how)
-        else:
-            found = _fit_data(run, model, stage, config, store, how)
-        bar.update(task, note=f"{told} {found:.0%}")
-    run.log(stage=stage.name, **{told: found})
-    model.calibrated = model.calibrated or fit.part == "connector"
+        material = _material(run, model, stage, config, store)
+        found = fit(model, replace(material, track=lambda chunks: bar.track(chunks, task_id=task)))
+        bar.update(task, note=f"{fit.told} {found:.0%}")
+    run.log(stage=stage.name, **{fit.told: found})
+    model.calibrated = model.calibrated or stage.fit.part == "connector"
 
 
-def _fit_data(
-    run: Run, model: Assembly, stage: Stage, config: Recipe, store: FeatureStore, how: dict[str, Any]
-) -> float:
-    """Fit a part on the stage's data, and return how well it could be done."""
+def _material(run: Run, model: Assembly, stage: Stage, config: Recipe, store: FeatureStore) -> Material:
+    """Return what a stage's part is fitted on."""
     assert stage.fit is not None
+    if stage.fit.targets == "tokens":  # their own strings: no data is needed, none need be given
+        return Material(seed=config.seed)
     sources = data(stage, config.seed)
     items = [item for source in sources for item in source.items]
     skipped = Skipped(stage.data.skip, len(items), partial(run.log, stage=stage.name))
     opened = model.encoder.open if model.encoder is not None else open_image
-
-    def readable(part: Sequence[Item]) -> Sequence[Item]:
-        return skipped.readable(part, lambda item: opened(item.images[0]))
-
-    match stage.fit.part:
-        case "heads.affine":  # no picture is opened
-            return fit_conditions(model, items, **how)
-        case "heads.decision":
-            rows = Stream(sources, stage.prompt, seed=config.seed, lm=model.lm).take(len(items))  # each once
-            return fit_decision(model, rows, **how)
-        case "heads.pixels":
-            return fit_pictures(model, items, readable=readable, **how)
-        case "heads.retrieval":
-            return fit_head(model, items, store, seed=config.seed, readable=readable, **how)
-    how |= {"solver": stage.fit.solver, "sentences": stage.fit.targets == "sentences"}
-    return fit_connector(model, items, store, readable=readable, **how)
+    return Material(
+        items,
+        features=store,
+        examples=lambda: Stream(sources, stage.prompt, seed=config.seed, lm=model.lm).take(len(items)),  # each once
+        readable=lambda part: skipped.readable(part, lambda item: opened(item.images[0])),
+        seed=config.seed,
+    )

@@ -8,7 +8,8 @@ import torch
 import mllm
 from mllm.check import problems
 from mllm.errors import MLLMError
-from mllm.fit import fit_tokens, lexicon
+from mllm.fit import Material
+from mllm.fits.connector import Connector, lexicon
 from mllm.scorer import DualEncoder
 from mllm.testing import tiny_image
 
@@ -32,7 +33,7 @@ def test_it_is_least_squares_from_strings_to_embeddings(model):
     assert [text for _, text in words if text.isascii()] == sorted(
         [chr(letter) for letter in (*range(65, 91), *range(97, 123))]
     )
-    explained = fit_tokens(model, solver="least-squares", strength=0.0, chunk=20)
+    explained = Connector(targets="tokens", solver="least-squares", chunk=20)(model, Material())
     x = model.encoder.embed_texts([text for _, text in words]).double()
     y = model.lm.embed(torch.tensor([token for token, _ in words])).double()
     solution = torch.linalg.lstsq(torch.cat([x, torch.ones(len(x), 1).double()], dim=1), y).solution
@@ -60,4 +61,4 @@ def test_it_is_a_stage_that_needs_no_data(tiny_clip, tiny_parts, tmp_path, solve
 
 def test_an_encoder_without_texts_is_refused(tiny_parts):
     with pytest.raises(MLLMError, match="dual-encoder"):
-        fit_tokens(mllm.assemble(*tiny_parts), solver="ridge", strength=0.01)
+        Connector(targets="tokens")(mllm.assemble(*tiny_parts), Material())

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import mllm
-import mllm.fit
+import mllm.fits.connector
 import mllm.hub
 import mllm.objectives.caption
 import mllm.prompt
@@ -18,7 +18,8 @@ import mllm.recipe
 from mllm.data.items import Item
 from mllm.errors import MLLMError
 from mllm.features import FeatureStore
-from mllm.fit import NormalEquations, fit_connector
+from mllm.fit import Material, NormalEquations
+from mllm.fits.connector import Connector
 from mllm.images import source_of
 from mllm.loop import validate
 from mllm.testing import tiny_image
@@ -194,11 +195,14 @@ def test_the_closed_form_start_points_features_at_their_words(tiny_parts):
     items = [
         Item(str(index), (source_of(picture),), (list(COLOURS)[index % 4],)) for index, picture in enumerate(pictures)
     ]
-    explained = fit_connector(model, items[:16], model.features, solver="ridge", strength=0.001)
+    explained = Connector(strength=0.001)(model, Material(items[:16], model.features))
     assert 0.5 < explained <= 1
     predicted = model.connector(model.features(pictures[16:])).mean(1)
     targets = torch.stack(
-        [mllm.fit.words_embedding(model.lm, item, mllm.fit.rarity(model.lm, items)) for item in items[:4]]
+        [
+            mllm.fits.connector.words_embedding(model.lm, item, mllm.fits.connector.rarity(model.lm, items))
+            for item in items[:4]
+        ]
     )
     nearest = torch.cdist(predicted, targets).argmin(1)
     assert nearest.tolist() == [0, 1, 2, 3] * 2

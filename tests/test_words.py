@@ -11,7 +11,7 @@ from torch.nn.functional import cosine_similarity
 import mllm
 from mllm.answering.words import nearest
 from mllm.errors import MLLMError
-from mllm.fit import lexicon
+from mllm.fits.connector import lexicon
 from mllm.prompt import images_of
 from mllm.testing import tiny_image
 

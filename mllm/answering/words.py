@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 
 from mllm.answering.rerank import closest
 from mllm.errors import MLLMError
-from mllm.fit import lexicon
+from mllm.fits.connector import lexicon
 from mllm.prompt import Control, Piece, Target, images_of
 
 SETTINGS = {"top": 8, "orders": 1}

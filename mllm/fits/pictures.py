@@ -2,72 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from mllm.data.items import Item
 from mllm.errors import MLLMError
-from mllm.fit import NormalEquations
+from mllm.fit import Material, Ridge
 
+HEAD = "pixels"
 ITERATIONS = 2  # of the components' randomised search
 
 
-@torch.no_grad()
-def fit_pictures(
-    model: Any,
-    items: Sequence[Item],
-    *,
-    strength: float,
-    chunk: int = 256,
-    readable: Callable[[Sequence[Item]], Sequence[Item]] = lambda items: items,
-    track: Callable[[Iterable[int]], Iterable[int]] = iter,
-) -> float:
-    """Set the head ``pixels``: its components to the pictures' main ones, its map from captions to those.
+class Pictures(Ridge):
+    """Sets the head's components to the pictures' main ones, and its map from captions to those.
 
-    Every caption of a picture is a row of the regression.
-
-    Args:
-        model: the assembly; its language model has vectors of sentences.
-        items: pictures with captions.
-        strength: of the ridge; see `mllm.fit.NormalEquations.solve`.
-        chunk: pictures at once.
-        readable: is given items, and returns those that can be read.
-        track: wraps the chunks, to show progress.
-
-    Returns:
-        The share of the components' variance that the fit explains on these items.
-
-    Raises:
-        MLLMError: there are no captions, or fewer pictures than two.
+    Every caption of a picture is a row of the regression. Components that there are too few pictures for are 0.
     """
-    head = model.heads["pixels"]
-    captioned = readable([item for item in items if item.question is None and item.images and item.answers])
-    if len(captioned) < 2:
+
+    def __init__(self, *, strength: float = 0.01, chunk: int = 256) -> None:
+        super().__init__(strength=strength, chunk=chunk)
+
+    def problems(self, model: Any) -> list[str]:
+        """Return what the model has not that this needs, and what to give."""
+        if HEAD in model.heads and hasattr(model.lm, "sentences"):
+            return []
+        return [f"fits pictures: give lm.type=sentences and heads: [{{type: {HEAD}}}]."]
+
+    def project(self, model: Any) -> nn.Linear:
+        """Return the head's map."""
+        project: nn.Linear = model.heads[HEAD].project
+        return project
+
+    def rows(self, model: Any, data: Material) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield what the map is applied to, of captions' vectors, and their pictures' places among the components."""
+        head = model.heads[HEAD]
+        items = data.readable([item for item in data.captioned if item.images])
+        places = _places(head, items)
+        known = _vectors(model.lm, items)
+        for start in data.track(range(0, len(items), self.chunk)):
+            numbers = range(start, min(start + self.chunk, len(items)))
+            said = [(number, text) for number in numbers for text in items[number].answers]
+            vectors = torch.stack([known[text] for _, text in said])
+            yield head.body(vectors, torch.randn_like(vectors)), places[[number for number, _ in said]]
+
+
+def _places(head: Any, items: Sequence[Item]) -> Tensor:
+    """Set the head's components, and return the pictures' places ``(N, features)`` among them."""
+    if len(items) < 2:
         raise MLLMError("stages.fit of heads.pixels needs at least two pictures with captions.")
-    pictures = torch.stack([_pixels(item, head.side) for item in captioned]).float() / 255  # (N, 3 S S)
-    mean = pictures.mean(0)
-    rank = min(head.project.out_features, len(captioned) - 1)
-    _, _, components = torch.svd_lowrank(pictures - mean, q=rank, niter=ITERATIONS)  # (3 S S, rank)
-    places = (pictures - mean) @ components
-    sums = NormalEquations(head.project.in_features, rank)
-    known = _vectors(model.lm, captioned)
-    for start in track(range(0, len(captioned), chunk)):
-        numbers = range(start, min(start + chunk, len(captioned)))
-        rows = [(number, text) for number in numbers for text in captioned[number].answers]
-        vectors = torch.stack([known[text] for _, text in rows])
-        sums.add(head.body(vectors, torch.randn_like(vectors)).cpu(), places[[number for number, _ in rows]])
-    weights, intercept = sums.solve("ridge", strength)
-    for parameter in head.parameters():
-        parameter.zero_()  # components that there are no pictures for stay so
-    head.project.weight[:rank].copy_(weights.T)
-    head.project.bias[:rank].copy_(intercept)
-    head.components.weight[:, :rank].copy_(components)
+    pictures = torch.stack([_pixels(item, head.side) for item in items]).float() / 255  # (N, 3 S S)
+    mean, features = pictures.mean(0), head.project.out_features
+    _, _, found = torch.svd_lowrank(pictures - mean, q=min(features, len(items) - 1), niter=ITERATIONS)
+    components = pad(found, (0, features - found.shape[1]))  # (3 S S, features)
+    head.components.weight.copy_(components)
     head.components.bias.copy_(mean)
-    return sums.explained(weights)
+    return (pictures - mean) @ components
 
 
 def _vectors(lm: Any, items: Sequence[Item]) -> dict[str, Tensor]:

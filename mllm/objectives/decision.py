@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,10 +10,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from mllm.errors import MLLMError
-from mllm.fit import NormalEquations
 from mllm.objective import Inputs
 from mllm.objectives.retrieval import known_tokens
-from mllm.prompt import Batch, Control, Piece, Target, collate, images_of
+from mllm.prompt import Batch, Control, Piece, Target, collate
 
 HEAD = "decision"
 LABELS = ("retrieve", "generate")
@@ -64,46 +63,6 @@ def states_at(model: Any, prompts: Sequence[Sequence[Piece]], visual: Tensor | N
     batch = collate([model.encode([*prompt, token]) for prompt in prompts], model.lm.pad).to(model.device)
     states: Tensor = model.lm.hidden(model.embed(visual, batch), batch.mask)[:, -1]
     return states
-
-
-@torch.no_grad()
-def fit_decision(
-    model: Any,
-    rows: Sequence[Sequence[Piece]],
-    *,
-    strength: float,
-    chunk: int = 32,
-    track: Callable[[Iterable[int]], Iterable[int]] = iter,
-) -> float:
-    """Set the head in closed form: a ridge from the states to the labels, Fisher's discriminant with a penalty.
-
-    What all states share is most of their length, and slows the gradient down; here it is taken off as their mean.
-
-    Args:
-        model: the assembly.
-        rows: examples, as those of `Decision`.
-        strength: of the ridge; see `mllm.fit.NormalEquations.solve`.
-        chunk: examples at once, those of about one length together.
-        track: wraps the chunks, to show progress.
-
-    Returns:
-        The share of the labels' variance that the fit explains on these examples.
-
-    Raises:
-        MLLMError: an example has no label.
-    """
-    judge = model.heads[HEAD].judge
-    known = sorted(map(labelled, rows), key=lambda example: sum(len(p) for p in example[0] if isinstance(p, str)))
-    sums = NormalEquations(judge.in_features, judge.out_features)
-    for start in track(range(0, len(known), chunk)):
-        prompts, labels = zip(*known[start : start + chunk], strict=True)
-        images = [image for prompt in prompts for image in images_of(prompt)]
-        states = states_at(model, prompts, model.connector(model.features(images)) if images else None)
-        sums.add(states.float().cpu(), torch.eye(len(LABELS))[list(labels)])
-    weights, intercept = sums.solve("ridge", strength)
-    judge.weight.copy_(weights.T)
-    judge.bias.copy_(intercept)
-    return sums.explained(weights)
 
 
 @torch.no_grad()

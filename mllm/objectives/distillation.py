@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from mllm.data.items import Item
 from mllm.errors import MLLMError
-from mllm.fit import NormalEquations
 from mllm.objective import Inputs
-from mllm.objectives.retrieval import captions, read_captions, read_texts
-from mllm.prompt import Batch, Piece, answer_text, images_of
+from mllm.objectives.retrieval import captions, read_captions
+from mllm.prompt import Batch, Piece, images_of
 
 LIMIT = 2 * 2**30  # bytes of conditions that are kept
 
@@ -89,44 +87,3 @@ class ScoreDistillation:
         conditions = inputs.model.painter(said.states[own], said.embeddings[own])
         losses: Tensor = inputs.model.decoder.denoise([image for _, image in pairs], conditions)
         return losses.sum()
-
-
-@torch.no_grad()
-def fit_conditions(
-    model: Any,
-    items: Sequence[Item],
-    *,
-    strength: float,
-    chunk: int = 256,
-    track: Callable[[Iterable[int]], Iterable[int]] = iter,
-) -> float:
-    """Set the head ``affine`` in closed form: from the states behind captions to the text encoder's output for them.
-
-    Each caption counts once; no picture is opened.
-
-    Args:
-        model: the assembly.
-        items: with captions; those with a question are left out.
-        strength: of the ridge; see `mllm.fit.NormalEquations.solve`.
-        chunk: captions at once.
-        track: wraps the chunks, to show progress.
-
-    Returns:
-        The share of the conditions' variance that the fit explains on these captions.
-
-    Raises:
-        MLLMError: there are no captions.
-    """
-    head = model.heads["affine"]
-    texts = list(dict.fromkeys(text.strip() for item in items if item.question is None for text in item.answers))
-    if not texts:
-        raise MLLMError("stages.fit needs captions, and the training data has only questions.")
-    sums = NormalEquations(head.project.in_features, head.project.out_features)
-    for start in track(range(0, len(texts), chunk)):
-        part = texts[start : start + chunk]
-        states, _, _ = read_texts(model, [answer_text(text) for text in part])
-        sums.add(states.flatten(1).float().cpu(), model.decoder.encode(part).flatten(1).float().cpu())
-    weights, intercept = sums.solve("ridge", strength)
-    head.project.weight.copy_(weights.T)
-    head.project.bias.copy_(intercept)
-    return sums.explained(weights)

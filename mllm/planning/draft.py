@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from mllm import hub, loop
 from mllm.check import on_paper
 from mllm.features import FeatureStore
-from mllm.fit import NormalEquations
-from mllm.fits.correlate import Correlation
+from mllm.fit import fit_of
 from mllm.micro import rows_at_once
 from mllm.objective import objectives_of
 from mllm.planning.trace import Cost, Paper, cost
@@ -141,23 +140,15 @@ class Draft:
 
     def fit(self) -> Cost:
         """Return what the closed form takes."""
-        fit = self.stage.fit
-        if fit is None:
+        if self.stage.fit is None:
             return Cost()
+        fit = fit_of(self.stage.fit)
 
         def solve() -> None:
             with self.paper.mode:
-                if fit.part == "heads.retrieval":
-                    head = self.model.get_submodule(fit.part)
-                    pairs = Correlation(head.text.in_features, head.image.in_features)
-                    pairs.add(torch.empty(64, head.text.in_features), torch.empty(64, head.image.in_features))
-                    pairs.solve(head.dim, fit.strength)
-                    return
-                last = self.model.get_submodule(fit.part).project
-                width, dim = last.in_features, self.model.lm.dim if fit.part == "connector" else last.out_features
-                sums = NormalEquations(width, dim)
-                sums.add(torch.empty(64, width), torch.empty(64, dim))
-                sums.solve(fit.solver, fit.strength)
+                sums = fit.sums(self.model)
+                sums.add(torch.empty(fit.chunk, sums.x_dim), torch.empty(fit.chunk, sums.y_dim))
+                fit.solve(self.model, sums)
 
         return cost(solve)
 

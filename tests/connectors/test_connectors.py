@@ -17,7 +17,8 @@ import mllm
 from mllm.assembling import calibrate
 from mllm.data.items import Item
 from mllm.errors import MLLMError
-from mllm.fit import fit_connector
+from mllm.fit import Material
+from mllm.fits.connector import Connector
 from mllm.images import source_of
 from mllm.prompt import collate
 from mllm.registry import lookup, table
@@ -115,7 +116,7 @@ def test_its_last_map_can_be_fitted(model):
     items = [
         Item(str(i), (source_of(picture),), ("red" if i % 2 else "a blue one",)) for i, picture in enumerate(PICTURES)
     ]
-    explained = fit_connector(model, items, model.features, solver="least-squares", strength=0.0)
+    explained = Connector(solver="least-squares")(model, Material(items, model.features))
     assert 0 < explained <= 1 + 1e-9
 
 

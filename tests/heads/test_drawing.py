@@ -13,9 +13,11 @@ import mllm
 from mllm.answering.index import ImageIndex
 from mllm.answering.outputs import ImagePart, Text
 from mllm.errors import MLLMError
+from mllm.fit import Material
+from mllm.fits import decision as fits
 from mllm.loop import inputs
 from mllm.objective import Inputs
-from mllm.objectives.decision import Decision, decided, fit_decision, states_at
+from mllm.objectives.decision import Decision, decided, states_at
 from mllm.prompt import Target
 from mllm.testing import tiny_image
 
@@ -135,7 +137,7 @@ def test_the_decision_in_closed_form_is_sklearns_ridge_of_states_to_labels(model
     prompts[3] = [tiny_image(3), "a picture"]
     labels = ["retrieve", "generate", "generate"] * 4
     rows = [[*prompt, Target(f" {label}")] for prompt, label in zip(prompts, labels, strict=True)]
-    explained = fit_decision(model, rows, strength=0.001, chunk=5)
+    explained = fits.Decision(strength=0.001, chunk=5)(model, Material(examples=lambda: rows))
     states = torch.stack([condition(model, prompt)[1] for prompt in prompts]).detach().double().numpy()
     wanted = np.array([[label == "retrieve", label == "generate"] for label in labels], float)
     expected = Ridge(alpha=0.001 * states.var(0).mean() * len(states)).fit(states, wanted)

@@ -11,9 +11,11 @@ from torch.nn.functional import log_softmax
 
 from mllm.data.items import Item
 from mllm.errors import MLLMError
+from mllm.fit import Material
+from mllm.fits.conditions import Conditions
 from mllm.loop import inputs, parameter_groups
 from mllm.objective import Inputs
-from mllm.objectives.distillation import Distillation, fit_conditions
+from mllm.objectives.distillation import Distillation
 from mllm.objectives.retrieval import Contrast, TokenPrediction
 from mllm.prompt import Target
 from mllm.recipe import check
@@ -132,7 +134,7 @@ def test_the_affine_head_is_sklearns_ridge_of_states_to_conditions(tiny_model, t
     model = tiny_model(**parts(tiny_decoder, {"type": "affine", **SMALL}))
     texts = [f"{word} {number}" for word in ("a cat", "two dogs") for number in range(8)]
     items = [Item(str(i), (), (text, f" {text}")) for i, text in enumerate(texts)]  # the same once more counts once
-    explained = fit_conditions(model, [*items, Item("asked", (), ("yes",), "Is it?")], strength=0.1, chunk=5)
+    explained = Conditions(strength=0.1, chunk=5)(model, Material([*items, Item("asked", (), ("yes",), "Is it?")]))
     with torch.no_grad():
         states = torch.cat([alone(model, f" {text}")[0].flatten(1) for text in texts]).double().numpy()
         wanted = model.decoder.encode(texts).flatten(1).double().numpy()

@@ -6,16 +6,15 @@ are accumulated as the rows stream by, so memory does not grow with them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterator
 from random import Random
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mllm.data.items import Item
 from mllm.errors import MLLMError
-from mllm.fit import read_chunks
+from mllm.fit import Fit, Material, put
 from mllm.objectives.retrieval import HEAD, known_tokens, read_texts, token_id
 from mllm.prompt import answer_text
 
@@ -34,7 +33,7 @@ class Correlation:
     """Sums of pairs of rows x ``(N, X)`` and y ``(N, Y)``; float64."""
 
     def __init__(self, x_dim: int, y_dim: int) -> None:
-        self.count, self.x_dim = 0, x_dim
+        self.count, self.x_dim, self.y_dim = 0, x_dim, y_dim
         self.sum = torch.zeros(x_dim + y_dim, dtype=torch.float64)
         self.squares = torch.zeros(x_dim + y_dim, x_dim + y_dim, dtype=torch.float64)
 
@@ -71,49 +70,47 @@ def _whitening(covariance: Tensor, strength: float) -> Tensor:
     return vectors @ torch.diag((values.clamp(min=0) + penalty).rsqrt()) @ vectors.T
 
 
-@torch.no_grad()
-def fit_head(
-    model: Any,
-    items: Sequence[Item],
-    features: Callable[[Sequence[Any]], Tensor],
-    *,
-    strength: float,
-    seed: int = 0,
-    chunk: int = 64,
-    readable: Callable[[Sequence[Item]], Sequence[Item]] = lambda items: items,
-    track: Callable[[Iterable[int]], Iterable[int]] = iter,
-) -> float:
-    """Set a retrieval head's two maps in closed form; its scale stays.
+class Retrieval(Fit):
+    """Sets the head's two maps; its scale stays. Of each picture's captions one is drawn.
 
     Args:
-        model: the assembly.
-        items: pictures with captions, of which each picture's one is drawn; items with a question are left out.
-        features: gives ``(I, P, D_vis)`` of images.
+        solver: ``correlation``; there is no other.
         strength: see `Correlation.solve`.
-        seed: of the captions that are drawn.
         chunk: pictures at once.
-        readable: is given a chunk that could not be read, and returns the items of it that can.
-        track: wraps the chunks, to show progress.
-
-    Returns:
-        The mean of the correlations, as they are scaled.
-
-    Raises:
-        MLLMError: a model without the head, or no captions.
     """
-    token_id(model)
-    captioned = [item for item in items if item.question is None and item.images and item.answers]
-    if not captioned:
-        raise MLLMError("stages.fit needs captions, and the training data has only questions.")
-    head = model.heads[HEAD]
-    which = known_tokens(model).index(head.token)
-    sums = Correlation(head.text.in_features, head.image.in_features)
-    for part, seen in read_chunks(captioned, features, chunk, readable, track):
-        texts = [answer_text(Random(f"{seed}/{item.id}").choice(item.answers)) for item in part]
-        states = read_texts(model, texts)[0][:, which]
-        sums.add(states.cpu(), seen.float().mean(1).cpu())
-    maps = sums.solve(head.dim, strength)
-    for linear, weight, bias in ((head.text, maps.x, maps.x_bias), (head.image, maps.y, maps.y_bias)):
-        linear.weight.copy_(weight)
-        linear.bias.copy_(bias)
-    return float(maps.correlations.mean())
+
+    told = "correlation"
+
+    def __init__(self, *, solver: Literal["correlation"], strength: float = 0.01, chunk: int = 64) -> None:
+        super().__init__(strength=strength, chunk=chunk)
+
+    def problems(self, model: Any) -> list[str]:
+        """Return what the model has not that this needs, and what to give."""
+        try:
+            token_id(model)
+        except MLLMError as error:
+            return [f"fits the retrieval head. {error}"]
+        return []
+
+    def sums(self, model: Any) -> Correlation:
+        """Return the sums, empty."""
+        head = model.heads[HEAD]
+        return Correlation(head.text.in_features, head.image.in_features)
+
+    def rows(self, model: Any, data: Material) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield captions' states ``(N, D_lm)`` at the head's token, and pictures' mean features ``(N, D_vis)``."""
+        which = known_tokens(model).index(model.heads[HEAD].token)
+        for part, seen in data.seen(self.chunk):
+            texts = [answer_text(Random(f"{data.seed}/{item.id}").choice(item.answers)) for item in part]
+            yield read_texts(model, texts)[0][:, which], seen.float().mean(1)
+
+    def solve(self, model: Any, sums: Correlation) -> Maps:
+        """Return the maps."""
+        return sums.solve(model.heads[HEAD].dim, self.strength)
+
+    def put(self, model: Any, sums: Correlation, solution: Maps) -> float:
+        """Set the maps, and return the mean of the correlations, as they are scaled."""
+        head = model.heads[HEAD]
+        put(head.text, solution.x.T, solution.x_bias)
+        put(head.image, solution.y.T, solution.y_bias)
+        return float(solution.correlations.mean())

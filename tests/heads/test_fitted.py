@@ -12,7 +12,8 @@ import mllm
 from mllm.check import problems
 from mllm.data.items import Item
 from mllm.errors import MLLMError
-from mllm.fits.correlate import Correlation, fit_head
+from mllm.fit import Material
+from mllm.fits.retrieval import Correlation, Retrieval
 from mllm.images import source_of
 from mllm.objectives.retrieval import read_texts
 from mllm.testing import tiny_image
@@ -49,7 +50,8 @@ def test_a_fitted_head_finds_what_it_was_fitted_on(tiny_model):
     items = [Item(str(n), (source_of(tiny_image(n)),), (f"thing {n * n}",)) for n in range(12)]
     asked = Item("asked", items[0].images, ("yes",), question="Is it?")
     frozen = {name: tensor.clone() for name, tensor in model.trained_state().items() if not name.startswith("heads.")}
-    found = fit_head(model, [*items, asked], model.features, strength=1e-3, chunk=5)
+    fit = Retrieval(solver="correlation", strength=1e-3, chunk=5)
+    found = fit(model, Material([*items, asked], model.features))
     assert 0 < found <= 1
     head = model.heads["retrieval"]
     texts = head.of_states(read_texts(model, [f" {item.answers[0]}" for item in items])[0][:, 0])
@@ -57,7 +59,7 @@ def test_a_fitted_head_finds_what_it_was_fitted_on(tiny_model):
     assert ((texts @ images.T).argmax(1) == torch.arange(12)).float().mean() > 0.7  # at random 1 in 12
     assert all(torch.equal(tensor, model.trained_state()[name]) for name, tensor in frozen.items())
     with pytest.raises(MLLMError, match="only questions"):
-        fit_head(model, [asked], model.features, strength=1e-3)
+        fit(model, Material([asked], model.features))
 
 
 def test_it_is_a_stage(tiny_parts, tiny_model, tmp_path):
@@ -80,5 +82,7 @@ def test_it_is_a_stage(tiny_parts, tiny_model, tmp_path):
     assert changed == {f"heads.retrieval.{side}.{kind}" for side in ("text", "image") for kind in ("weight", "bias")}
     (wrong,) = problems(str(recipe), {"tokens": []})
     assert "tokens is []" in wrong
-    (wrong,) = problems(str(recipe), {"stages.0.fit.solver": "ridge"})
-    assert "go together" in wrong
+    (wrong,) = problems(str(recipe), {"stages.0.fit.targets": "sentences"})
+    assert "fit of heads.retrieval does not take" in wrong and "targets" in wrong
+    (wrong,) = problems(str(recipe), {"stages.0.fit.part": "heads.retrievel"})
+    assert "retrievel" in wrong and "Did you mean 'retrieval'" in wrong
