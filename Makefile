@@ -12,7 +12,7 @@ BIN := .venv/bin
 MLLM := $(BIN)/mllm
 STAMP := .venv/.installed
 LIMIT ?= 100
-SUITES := emoji-captions emoji-questions emoji-naming
+SUITES := emoji-captions emoji-naming
 RUN := $(firstword $(filter-out $(wildcard runs/demo*),runs/demo $(addprefix runs/demo-,$(shell seq 2 999))))
 STARTED := $(shell date +%s)
 

@@ -67,12 +67,25 @@ class Ranking:
             query = self._pictures.of(asked.images[0])
         else:
             query = told.of(prompt) if prompt else self._words.of(asked.question)
-        closeness = table.vectors[self._places[id(many)]] @ query
+        # Where a picture has several vectors, that counts which is closest.
+        alike = torch.tensordot(table.vectors[self._places[id(many)]], query, ([-1], [-1]))
+        closeness = alike.reshape(len(many), -1).amax(1)
         seen = set(filter(_is_picture, item.document))  # what stands in the prompt is not what is looked for
         hidden = [place for place, one in enumerate(many) if one in seen] if seen else []
         closeness[hidden] = -torch.inf
         count = min(FIRST, len(many) - len(hidden))
-        return " ".join(map(str, closeness.topk(count).indices.tolist()))
+        order = closeness.topk(count).indices
+        if hasattr(self._scorer, "matches") and not prompt:
+            order = self._matched(order, many, asked, closeness)
+        return " ".join(map(str, order.tolist()))
+
+    def _matched(self, order: torch.Tensor, many: Sequence[Any], asked: Item, closeness: torch.Tensor) -> torch.Tensor:
+        """Return the order, its first places put anew by what the scorer says of each pair, read at once."""
+        first, rest = order[: self._scorer.rerank], order[self._scorer.rerank :]
+        own = [many[place] for place in first.tolist()]
+        query = [asked.images[0] if asked.choices else asked.question] * len(own)
+        odds = self._scorer.matches(query, own) if asked.choices else self._scorer.matches(own, query)
+        return torch.cat([first[(odds + closeness[first]).argsort(descending=True)], rest])
 
     def _prompted(self, prompts: Sequence[tuple[Any, ...]]) -> torch.Tensor:
         found: torch.Tensor

@@ -151,12 +151,14 @@ class Assembly(nn.Module):
     def scorer(self) -> Any:
         """Return the recipe's scorer, loaded when it is first needed; it is no part of what is trained or saved.
 
-        A model that has pictures and sentences in one space, or a retrieval head, is its own.
+        A model that has pictures and sentences in one space, a retrieval head, or contrast and matching, is its own.
         """
         if self.spec.scorer is None and hasattr(self.lm, "sentences"):
             return lookup("scorers", "aligned")(model=self)
         if self.spec.scorer is None and "retrieval" in self.heads:
             return lookup("scorers", "retrieval")(model=self)
+        if self.spec.scorer is None and {"contrast", "match"} <= set(self.heads):
+            return lookup("scorers", "matching")(model=self)
         if self.spec.scorer is None:
             raise MLLMError(
                 "This needs a scorer: set scorer={'type': 'dual-encoder', 'model': ...} (CLIP, ...), "

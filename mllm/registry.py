@@ -61,6 +61,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "dual-encoder": "mllm.scorer:DualEncoder",
         "aligned": "mllm.aligned:Aligned",
         "retrieval": "mllm.answering.finder:Finder",
+        "matching": "mllm.answering.matcher:Matcher",
     },
     "objectives": {
         "caption": "mllm.objectives.caption:Caption",

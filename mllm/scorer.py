@@ -51,6 +51,11 @@ class DualEncoder(nn.Module):
         batches = [inputs[start : start + _BATCH] for start in range(0, len(inputs), _BATCH)]
         return torch.cat([nn.functional.normalize(_vectors(encode(batch)), dim=-1) for batch in batches])
 
+    @property
+    def ready(self) -> bool:
+        """Whether pictures and texts can be read; of a published model that is not on this machine there are only sizes."""
+        return self._processor is not None
+
     def pixels(self, images: Sequence[Any]) -> Tensor:
         """Return pixels ``(I, 3, H, W)`` of opened pictures."""
         return self._processor(images=list(images), return_tensors="pt")["pixel_values"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from torch.nn.functional import cosine_similarity, cross_entropy, log_softmax
 from transformers import Blip2Config, Blip2ForImageTextRetrieval
 
 import mllm
+from mllm.answering.matcher import Matcher
+from mllm.data.items import Item
 from mllm.data.loading import read
 from mllm.errors import MLLMError
-from mllm.images import Black
+from mllm.images import Black, source_of
 from mllm.objective import Inputs
 from mllm.objectives.pairs import (
     ImageTextContrast,
@@ -119,6 +122,37 @@ def test_matching_is_blip2s_head_on_true_and_drawn_pairs(reader: Any, inputs: In
 
     expected = judged([0, 1, 2], [0, 1, 2], 1) + judged([0, 1, 2], [1, 2, 0], 0) + judged([2, 0, 1], [0, 1, 2], 0)
     torch.testing.assert_close(found, expected / 3, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_pictures_and_texts_are_found_by_contrast_and_put_in_order_by_matching(
+    reader: Any, inputs: Inputs, tiny_parts: tuple[str, str]
+) -> None:
+    scorer, reference = reader.scorer, blip2(reader)
+    pictures, (ids, mask) = [row[0] for row in inputs.rows], reader.connector.words.tokenize(TEXTS)
+    assert isinstance(scorer, Matcher) and scorer.rerank == 128
+    alike = by_features(reference, inputs.features, ids, mask, match=False)
+    torch.testing.assert_close(scorer.image_text(pictures, TEXTS), alike, atol=1e-4, rtol=1e-4)
+    odds = by_features(reference, inputs.features, ids, mask, match=True).diff(dim=1)[:, 0]
+    torch.testing.assert_close(scorer.matches(pictures, TEXTS), odds, atol=1e-4, rtol=1e-4)
+
+    items = [Item("i", tuple(map(source_of, pictures)), ("0",), question=TEXTS[0])]
+    items.append(Item("t", (source_of(pictures[1]),), ("1",), choices=tuple(TEXTS)))
+    matched = torch.stack([scorer.matches(pictures, [text] * 3) for text in TEXTS], dim=1) + alike  # (I, N)
+    for kept in (3, 2):  # what contrast finds closest, that many put in order by matching, the others behind
+        scorer.rerank = kept
+        for rows, line, both in zip(
+            ranked(items, scorer), (alike[:, 0], alike[1]), (matched[:, 0], matched[1]), strict=True
+        ):
+            first = line.argsort(descending=True).tolist()
+            assert rows == [*sorted(first[:kept], key=lambda place: -both[place]), *first[kept:]]
+    scorer.rerank = 128
+    with pytest.raises(MLLMError, match=r"heads contrast and match; the model has match\. Train the first stage"):
+        Matcher(model=mllm.assemble(*tiny_parts, {"type": "linear"}, heads=[{"type": "match", "inside": 16}]))
+
+
+def ranked(items: list[Item], scorer: Any) -> list[list[int]]:
+    return [[*map(int, row.split())] for row in import_module("mllm.eval.ranking").Ranking(items, scorer).rows("model")]
 
 
 @torch.no_grad()

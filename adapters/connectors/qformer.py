@@ -104,6 +104,14 @@ class QFormer(nn.Module):
         ).last_hidden_state
         return read[:, : self.num_tokens], read[:, self.num_tokens :]
 
+    def read(self, text_ids: Tensor, mask: Tensor) -> Tensor:
+        """Return the states ``(B, T, dim)`` of texts ``(B, T)`` by themselves; only with ``words``."""
+        assert self.words is not None
+        states: Tensor = self.qformer(
+            query_embeds=self.words.table(input_ids=text_ids), query_length=0, attention_mask=mask
+        ).last_hidden_state
+        return states
+
     def body(self, features: Tensor) -> Tensor:
         """Return the queries after reading the features: ``(B, Q, dim)``."""
         queries = repeat(self.queries, "1 q d -> b q d", b=len(features))

@@ -38,9 +38,15 @@ class Contrast(nn.Module):
 
         A picture is as like a text as that of its queries which is most like it.
         """
-        seen = nn.functional.normalize(self.vision(queries), dim=-1)  # (I, Q, dim)
-        said = nn.functional.normalize(self.text(text), dim=-1)  # (N, dim)
-        return (seen @ said.T).amax(1)
+        return (self.of_queries(queries) @ self.of_texts(text).T).amax(1)
+
+    def of_queries(self, states: Tensor) -> Tensor:
+        """Return vectors ``(I, Q, dim)`` of length 1 of pictures' states ``(I, Q, D)``."""
+        return nn.functional.normalize(self.vision(states), dim=-1)
+
+    def of_texts(self, states: Tensor) -> Tensor:
+        """Return vectors ``(N, dim)`` of length 1 of texts' states ``(N, D)``."""
+        return nn.functional.normalize(self.text(states), dim=-1)
 
 
 class Match(nn.Module):

@@ -32,7 +32,11 @@ class JointSpace(Encoder):
         super().__init__()
         self._folder = hub.resolve(model, group="scorers")
         self.pair = DualEncoder(model=model)
-        blank = self.preprocess([Image.new("RGB", (64, 64))])
+        if self.pair.ready:
+            blank = self.preprocess([Image.new("RGB", (64, 64))])
+        else:  # only its configuration is here
+            side = self.pair.model.config.vision_config.image_size
+            blank = torch.zeros(1, 3, side, side)
         self.shape = tuple(blank.shape[1:])
         self.dim = int(self(blank.to(self.pair.model.device)).shape[-1])
 

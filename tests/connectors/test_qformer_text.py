@@ -58,6 +58,8 @@ def test_contrast_and_matching_are_blip2s(pair):
     torch.testing.assert_close(first, theirs.text_embeds, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close((vision @ first.T).amax(1), theirs.logits_per_image, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(queries, connector.body(features))  # text is not seen
+    alone = connector.read(ids, mask)  # no picture is
+    torch.testing.assert_close(alone[mask.bool()], text[mask.bool()], atol=1e-5, rtol=1e-5)
     queries, _ = connector.joint(features, ids, mask, "matching")
     theirs = reference(pixels, ids, mask, use_image_text_matching_head=True)
     torch.testing.assert_close(reference.itm_head(queries).mean(1), theirs.logits_per_image, atol=1e-5, rtol=1e-5)
