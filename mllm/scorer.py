@@ -53,7 +53,7 @@ class DualEncoder(nn.Module):
 
     @property
     def ready(self) -> bool:
-        """Whether pictures and texts can be read; of a published model that is not on this machine there are only sizes."""
+        """Whether pictures and texts can be read: not where only a published model's sizes are here."""
         return self._processor is not None
 
     def pixels(self, images: Sequence[Any]) -> Tensor:
