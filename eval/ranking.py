@@ -46,6 +46,7 @@ class Ranking:
         self._pictures = _Vectors(list(pictures), scorer.embed_images)
         self._words = _Vectors(list(words), scorer.embed_texts)
         self._places: dict[int, torch.Tensor] = {}  # of candidates that items share
+        self._orders: dict[Any, torch.Tensor] = {}  # of a query and its candidates, read pair by pair
 
     def rows(self, condition: str) -> list[str]:
         """Return for each item the places of its first candidates, the closest first.
@@ -82,10 +83,12 @@ class Ranking:
     def _matched(self, order: torch.Tensor, many: Sequence[Any], asked: Item, closeness: torch.Tensor) -> torch.Tensor:
         """Return the order, its first places put anew by what the scorer says of each pair, read at once."""
         first, rest = order[: self._scorer.rerank], order[self._scorer.rerank :]
-        own = [many[place] for place in first.tolist()]
-        query = [asked.images[0] if asked.choices else asked.question] * len(own)
-        odds = self._scorer.matches(query, own) if asked.choices else self._scorer.matches(own, query)
-        return torch.cat([first[(odds + closeness[first]).argsort(descending=True)], rest])
+        query: Any = asked.images[0] if asked.choices else asked.question
+        if (query, id(many)) not in self._orders:
+            own, same = [many[place] for place in first.tolist()], [query] * len(first)
+            odds = self._scorer.matches(*((same, own) if asked.choices else (own, same)))
+            self._orders[query, id(many)] = first[(odds + closeness[first]).argsort(descending=True)]
+        return torch.cat([self._orders[query, id(many)], rest])
 
     def _prompted(self, prompts: Sequence[tuple[Any, ...]]) -> torch.Tensor:
         found: torch.Tensor
