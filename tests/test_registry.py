@@ -11,7 +11,7 @@ import pytest
 from mllm import registry
 from mllm.errors import MLLMError
 
-GROUPS = "encoders lms connectors adapters heads image_decoders scorers objectives readers decoding suites metrics"
+GROUPS = "encoders lms connectors adapters heads image_decoders scorers objectives fits readers decoding suites metrics"
 PARTS = [(group, name) for group, parts in registry.BUILT_IN.items() for name in parts]
 
 
