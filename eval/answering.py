@@ -198,6 +198,6 @@ def closest(items: Sequence[Item], scorer: Any, calibrate: float) -> list[str]:
         raise MLLMError(f"Item {wrong.id!r}: closest needs one picture and choices; take a suite that chooses.")
     pictures = list(dict.fromkeys(item.images[0] for item in items))
     words = list(dict.fromkeys(chain.from_iterable(dict.fromkeys(item.choices for item in items))))
-    cosines = (scorer.embed_images(pictures) @ scorer.embed_texts(words).T).tolist()
+    cosines = scorer.image_text(pictures, words).tolist()
     rows = {picture: dict(zip(words, row, strict=True)) for picture, row in zip(pictures, cosines, strict=True)}
     return chosen([{text: rows[item.images[0]][text] for text in item.choices} for item in items], calibrate)

@@ -163,7 +163,7 @@ class Assembly(nn.Module):
             raise MLLMError(
                 "This needs a scorer: set scorer={'type': 'dual-encoder', 'model': ...} (CLIP, ...), "
                 "{'type': 'aligned', 'model': RUN} with a run of emoji-scorer, or {'type': 'retrieval', 'model': RUN} "
-                "with one of a retrieval head."
+                "with one of a retrieval head (of contrast and matching: 'matching')."
             )
         cls = lookup("scorers", self.spec.scorer.type)
         return made(cls, f"scorer {self.spec.scorer.type}", **self.spec.scorer.options()).to(self.device)

@@ -59,6 +59,11 @@ def test_it_is_a_stage_that_needs_no_data(tiny_clip, tiny_parts, tmp_path, solve
     assert any("encoder.type=dual-encoder" in problem for problem in found)
 
 
+def test_a_retrieval_heads_solver_is_refused():
+    with pytest.raises(MLLMError, match="connector has solver 'correlation': expected one of ridge, least-squares"):
+        Connector(solver="correlation")
+
+
 def test_an_encoder_without_texts_is_refused(tiny_parts):
     with pytest.raises(MLLMError, match="dual-encoder"):
         Connector(targets="tokens")(mllm.assemble(*tiny_parts), Material())

@@ -17,8 +17,11 @@ import torch
 from torch import Tensor
 
 from mllm.data.items import Item
+from mllm.errors import MLLMError
 from mllm.fit import Fit, Material, NormalEquations
 from mllm.prompt import answer_text
+
+SOLVERS = ("ridge", "least-squares", "procrustes")
 
 
 class Connector(Fit):
@@ -32,12 +35,17 @@ class Connector(Fit):
             matching, for which no picture and no caption is needed.
         strength: of the ridge, as a share of the features' mean variance.
         chunk: images, or tokens, at once.
+
+    Raises:
+        MLLMError: an unknown solver.
     """
 
     def __init__(
         self, *, solver: str = "ridge", targets: str = "caption-words", strength: float = 0.01, chunk: int = 64
     ) -> None:
         super().__init__(strength=strength, chunk=chunk)
+        if solver not in SOLVERS:
+            raise MLLMError(f"stages.fit of connector has solver {solver!r}: expected one of {', '.join(SOLVERS)}.")
         self.solver, self.targets = solver, targets
 
     def problems(self, model: Any) -> list[str]:

@@ -77,12 +77,17 @@ class Retrieval(Fit):
         solver: ``correlation``; there is no other.
         strength: see `Correlation.solve`.
         chunk: pictures at once.
+
+    Raises:
+        MLLMError: another solver.
     """
 
     told = "correlation"
 
     def __init__(self, *, solver: Literal["correlation"], strength: float = 0.01, chunk: int = 64) -> None:
         super().__init__(strength=strength, chunk=chunk)
+        if solver != "correlation":
+            raise MLLMError(f"stages.fit of heads.retrieval has solver {solver!r}: expected correlation.")
 
     def problems(self, model: Any) -> list[str]:
         """Return what the model has not that this needs, and what to give."""

@@ -82,6 +82,8 @@ def test_it_is_a_stage(tiny_parts, tiny_model, tmp_path):
     assert changed == {f"heads.retrieval.{side}.{kind}" for side in ("text", "image") for kind in ("weight", "bias")}
     (wrong,) = problems(str(recipe), {"tokens": []})
     assert "tokens is []" in wrong
+    (wrong,) = problems(str(recipe), {"stages.0.fit.solver": "ridge"})
+    assert "heads.retrieval has solver 'ridge': expected correlation" in wrong
     (wrong,) = problems(str(recipe), {"stages.0.fit.targets": "sentences"})
     assert "fit of heads.retrieval does not take" in wrong and "targets" in wrong
     (wrong,) = problems(str(recipe), {"stages.0.fit.part": "heads.retrievel"})
