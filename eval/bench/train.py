@@ -19,11 +19,11 @@ from mllm.eval.bench.share import share
 from mllm.eval.bench.table import Row, ratio, report
 from mllm.eval.bench.watched import POLL, Watched, watch
 
-from mllm import parts
-from mllm.data.loading import read
+from mllm.config.data import DataSpec
+from mllm.data.sources import read
 from mllm.errors import MLLMError, near
+from mllm.hub import embedded as parts
 from mllm.model import Assembly
-from mllm.spec import DataSpec
 
 PARTS = ("llava", "heavy", "target", "share")
 BATCH = 8

@@ -19,10 +19,10 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingRes
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
-from mllm.answering.outputs import data_url
-from mllm.answering.turns import checked_messages, turns
 from mllm.errors import MLLMError
-from mllm.images import open_image, source_of
+from mllm.media.images import open_image, source_of
+from mllm.outputs import data_url
+from mllm.prompts.messages import checked_messages, turns
 from mllm.serve.batcher import Answer, Batcher, Full, Job
 from mllm.serve.remote import Remote
 

@@ -1,0 +1,28 @@
+"""The options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name, or a path to a YAML file.")]
+
+
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=c]...", help="Dotted overrides of the recipe.")]
+
+
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run, or a saved model.")]
+
+
+Tokens = Annotated[int | None, typer.Option("--max-new-tokens", min=1, help="Tokens of an answer, at most.")]
+
+
+SuiteName = Annotated[str, typer.Option(help="A suite's name, or the path of its YAML file.")]
+
+
+SuiteOverrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=c]...", help="Overrides of the suite.")]
+
+
+DataFolder = Annotated[Path | None, typer.Option(help="The folder of the suite's files, if not embedded.")]
