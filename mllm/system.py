@@ -52,3 +52,10 @@ def give_back() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
+
+
+def cache_dir() -> Path:
+    """Return the folder that keeps the parts: ``$MLLM_CACHE``, else ``mllm`` in the user's cache folder."""
+    if own := os.environ.get("MLLM_CACHE"):
+        return Path(own).expanduser().absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mllm"

@@ -26,3 +26,18 @@ SuiteOverrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=c]..."
 
 
 DataFolder = Annotated[Path | None, typer.Option(help="The folder of the suite's files, if not embedded.")]
+
+
+Index = Annotated[Path | None, typer.Option(help="What `mllm index build` wrote: answers show images of it.")]
+
+
+Eager = Annotated[float, typer.Option(help="Above 0 more images are shown, below 0 fewer.")]
+
+
+Shown = Annotated[Path, typer.Option(help="Where images that are made are saved; found ones are named where they are.")]
+
+
+Lines = Annotated[bool, typer.Option("--jsonl", help="A line of JSON for each picture: image, and text or error.")]
+
+
+RunOption = Annotated[Path, typer.Option(help="A run, or a saved model, with a retrieval head.")]

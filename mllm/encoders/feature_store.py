@@ -22,10 +22,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mllm.errors import MLLMError
-from mllm.hub.embedded import cache_dir
 from mllm.hub.fingerprints import tensor_hash
 from mllm.media.images import ImageSource, source_of
-from mllm.system import write
+from mllm.system import cache_dir, write
 
 LIMIT = 4 * 2**30  # bytes
 THREADS = min(8, os.cpu_count() or 1)  # that open pictures

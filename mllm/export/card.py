@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm.export.stock import Shell
-from mllm.hub import embedded as parts
+from mllm.hub.embedded_list import PARTS
 from mllm.model import Assembly
 from mllm.version import __version__
 
@@ -99,5 +99,5 @@ def _named(model: str) -> str:
 
 
 def _licence(model: str) -> str:
-    part = parts.PARTS.get(model)
+    part = PARTS.get(model)
     return part.licence if part else "not known here: see where the model comes from"

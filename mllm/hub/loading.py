@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from mllm.errors import MLLMError
 from mllm.hub import embedded as parts
+from mllm.hub.embedded_list import PARTS
 from mllm.hub.published import configuration
 
 
@@ -29,7 +30,7 @@ def resolve(model: str, group: str) -> str:
     if Path(model).is_dir():
         return model
     if model.startswith("mllm/"):
-        part = parts.PARTS.get(model)
+        part = PARTS.get(model)
         if part is not None and part.group != group:
             raise MLLMError(f"{model!r} is one of the {part.group}, and was given where one of the {group} is needed.")
         return str(parts.locate(model))

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from mllm.__main__ import main
 from mllm.cli.app import app
 from mllm.errors import MLLMError
+from mllm.hub.embedded_list import PARTS
 from mllm.testing import tiny_image
 from mllm.version import __version__
 
@@ -194,12 +195,11 @@ def test_lists_and_versions(mllm: Mllm) -> None:
 
 
 def test_part_names_are_whole_on_a_narrow_screen() -> None:
-    from mllm.hub import embedded as parts
 
     done = CliRunner().invoke(app, ["parts", "list"], env={"COLUMNS": "80"})
     assert done.exit_code == 0
     assert max(len(line) for line in done.output.splitlines()) <= 80
-    for name in parts.PARTS:
+    for name in PARTS:
         assert name in done.output
 
 

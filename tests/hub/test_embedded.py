@@ -22,6 +22,8 @@ from safetensors import SafetensorError
 
 from mllm.errors import MLLMError
 from mllm.hub import embedded as parts
+from mllm.hub.embedded_list import PARTS, Part
+from mllm.system import cache_dir
 
 MEMBERS = {
     "toy/data/a.txt": b"first",
@@ -40,7 +42,7 @@ class Index:
         self.wheel = wheel
         self.downloads = 0
 
-    def download(self, part: parts.Part, folder: Path) -> Path:
+    def download(self, part: Part, folder: Path) -> Path:
         self.downloads += 1
         return Path(shutil.copy(self.wheel, folder / part.wheel.name))
 
@@ -53,7 +55,7 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Index:
     with zipfile.ZipFile(wheel, "w") as archive:
         for name, content in MEMBERS.items():
             archive.writestr(name, content)
-    toy = parts.Part(
+    toy = Part(
         name="mllm/toy",
         group="data",
         package="toy",
@@ -64,19 +66,19 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Index:
         size=1,
         files={"toy/data/": "data/", "toy-1.0.dist-info/LICENSE": "LICENSE"},
     )
-    monkeypatch.setitem(parts.PARTS, toy.name, toy)
+    monkeypatch.setitem(PARTS, toy.name, toy)
     found = Index(wheel)
     monkeypatch.setattr(parts, "_download", found.download)
     return found
 
 
 @pytest.fixture
-def alter(monkeypatch: pytest.MonkeyPatch) -> Callable[..., parts.Part]:
+def alter(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Part]:
     """Return a function that changes fields of mllm/toy."""
 
-    def change(**fields: Any) -> parts.Part:
-        part = replace(parts.PARTS["mllm/toy"], **fields)
-        monkeypatch.setitem(parts.PARTS, part.name, part)
+    def change(**fields: Any) -> Part:
+        part = replace(PARTS["mllm/toy"], **fields)
+        monkeypatch.setitem(PARTS, part.name, part)
         return part
 
     return change
@@ -90,7 +92,7 @@ def install() -> list[str]:
 
 def cached() -> set[str]:
     """Every file and folder of the cache but the two it always has."""
-    root = parts.cache_dir()
+    root = cache_dir()
     return {path.relative_to(root).as_posix() for path in root.rglob("*")} - {"parts", "wheels"}
 
 
@@ -114,11 +116,11 @@ def auto(kind: str, folder: Path, **options: Any) -> Any:
 def test_cache_folder_is_the_users_unless_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("MLLM_CACHE", str(tmp_path / "own"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert parts.cache_dir() == tmp_path / "own"
+    assert cache_dir() == tmp_path / "own"
     monkeypatch.delenv("MLLM_CACHE")
-    assert parts.cache_dir() == tmp_path / "xdg" / "mllm"
+    assert cache_dir() == tmp_path / "xdg" / "mllm"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert parts.cache_dir() == Path.home() / ".cache" / "mllm"
+    assert cache_dir() == Path.home() / ".cache" / "mllm"
 
 
 def test_unknown_part_lists_near_matches(index: Index) -> None:
@@ -138,7 +140,7 @@ def test_part_that_is_not_installed_says_how_to_install_it(index: Index) -> None
 def test_install_keeps_the_named_files_and_labels_them(index: Index) -> None:
     said = install()
     folder = parts.locate("mllm/toy")
-    assert folder == parts.cache_dir() / "parts" / "toy"
+    assert folder == cache_dir() / "parts" / "toy"
     kept = {"LICENSE": b"Do as you like.", "data/a.txt": b"first", "data/deep/b.txt": b"second"}
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     label = json.loads(files.pop("part.json").read_text())
@@ -153,7 +155,7 @@ def test_install_keeps_the_named_files_and_labels_them(index: Index) -> None:
 def test_installing_again_does_nothing(index: Index) -> None:
     install()
     folder = parts.locate("mllm/toy")
-    shutil.rmtree(parts.cache_dir() / "wheels")
+    shutil.rmtree(cache_dir() / "wheels")
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     assert install() == [f"mllm/toy: already installed in {folder}"]
     assert index.downloads == 1
@@ -161,7 +163,7 @@ def test_installing_again_does_nothing(index: Index) -> None:
 
 
 @pytest.mark.parametrize(("size", "kept"), [(9, True), (10, False)])
-def test_large_wheels_are_not_kept(index: Index, alter: Callable[..., parts.Part], size: int, kept: bool) -> None:
+def test_large_wheels_are_not_kept(index: Index, alter: Callable[..., Part], size: int, kept: bool) -> None:
     part = alter(size=size)
     install()
     assert part.wheel.exists() == kept
@@ -177,7 +179,7 @@ def test_changed_download_is_refused_and_left_out(index: Index) -> None:
 
 
 def test_changed_wheel_in_the_cache_is_fetched_again(index: Index) -> None:
-    wheel = parts.PARTS["mllm/toy"].wheel
+    wheel = PARTS["mllm/toy"].wheel
     wheel.parent.mkdir(parents=True)
     wheel.write_bytes(b"half a downl")
     assert f"{wheel} has SHA-256 {hashlib.sha256(b'half a downl').hexdigest()}" in install()[0]
@@ -186,7 +188,7 @@ def test_changed_wheel_in_the_cache_is_fetched_again(index: Index) -> None:
 
 
 def test_right_wheel_in_the_cache_needs_no_download(index: Index) -> None:
-    wheel = parts.PARTS["mllm/toy"].wheel
+    wheel = PARTS["mllm/toy"].wheel
     wheel.parent.mkdir(parents=True)
     shutil.copy(index.wheel, wheel)
     install()
@@ -194,7 +196,7 @@ def test_right_wheel_in_the_cache_needs_no_download(index: Index) -> None:
     assert (parts.locate("mllm/toy") / "data" / "a.txt").exists()
 
 
-def test_interrupted_install_leaves_the_wheel_only_and_resumes(index: Index, alter: Callable[..., parts.Part]) -> None:
+def test_interrupted_install_leaves_the_wheel_only_and_resumes(index: Index, alter: Callable[..., Part]) -> None:
     def interrupted(source: Path, made: Path) -> None:
         made.mkdir()
         (made / "half.txt").write_text("half")
@@ -213,7 +215,7 @@ def test_interrupted_install_leaves_the_wheel_only_and_resumes(index: Index, alt
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("No space left")])
 def test_full_disk_is_one_message_and_leaves_nothing(
-    index: Index, alter: Callable[..., parts.Part], error: Exception
+    index: Index, alter: Callable[..., Part], error: Exception
 ) -> None:
     def full(source: Path, made: Path) -> None:
         made.mkdir()
@@ -248,7 +250,7 @@ def test_part_of_an_older_version_is_replaced(index: Index, monkeypatch: pytest.
     assert (parts.locate("mllm/toy") / "data" / "a.txt").exists()
 
 
-def test_faster_process_wins_the_move_into_place(index: Index, alter: Callable[..., parts.Part]) -> None:
+def test_faster_process_wins_the_move_into_place(index: Index, alter: Callable[..., Part]) -> None:
     def winner(source: Path, made: Path) -> None:
         shutil.copytree(source, made)
         (made / "winner.txt").touch()
@@ -265,12 +267,12 @@ def test_faster_process_wins_the_move_into_place(index: Index, alter: Callable[.
 
 
 def test_faster_process_may_delete_the_wheel(
-    index: Index, alter: Callable[..., parts.Part], monkeypatch: pytest.MonkeyPatch
+    index: Index, alter: Callable[..., Part], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     part = alter(size=parts.KEEP_BELOW)
     fetch = parts._fetch
 
-    def overtaken(part: parts.Part, work: Path, report: Callable[[str], None]) -> None:
+    def overtaken(part: Part, work: Path, report: Callable[[str], None]) -> None:
         fetch(part, work, report)
         monkeypatch.setattr(parts, "_fetch", fetch)
         install()
@@ -283,7 +285,7 @@ def test_faster_process_may_delete_the_wheel(
 
 
 def test_leftovers_of_killed_installs_are_swept(index: Index) -> None:
-    parent = parts.cache_dir() / "parts"
+    parent = cache_dir() / "parts"
     killed, running = parent / ".toy-killed", parent / ".toy-running"
     for folder in (killed, running):
         (folder / "source").mkdir(parents=True)
@@ -316,7 +318,7 @@ def test_easy_vqa_has_the_counts_its_authors_state() -> None:
 
 
 def test_mobilenet_features_equal_the_packages_own(tmp_path: Path) -> None:
-    folder, wheel = installed("mllm/mobilenet-v2"), parts.PARTS["mllm/mobilenet-v2"].wheel
+    folder, wheel = installed("mllm/mobilenet-v2"), PARTS["mllm/mobilenet-v2"].wheel
     if not wheel.exists():
         pytest.skip(f"{wheel} was deleted; delete the part as well and run `mllm parts install mllm/mobilenet-v2`")
     with zipfile.ZipFile(wheel) as archive:

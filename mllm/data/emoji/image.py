@@ -18,7 +18,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from mllm.hub.embedded import cache_dir, locate
+from mllm.hub.embedded import locate
+from mllm.system import cache_dir
 
 VERSION = 1  # raised when the same specification would give other pixels
 SIDE = 224  # pixels

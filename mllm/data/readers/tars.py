@@ -18,9 +18,8 @@ from mllm.data.files import form, parsed, some, texts
 from mllm.data.items import Item
 from mllm.data.lazy import Lazy
 from mllm.errors import MLLMError
-from mllm.hub.embedded import cache_dir
 from mllm.media.images import MAX_BYTES, ImageBytes
-from mllm.system import write
+from mllm.system import cache_dir, write
 
 
 class Index(NamedTuple):
