@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from mllm.assembly import Assembly
 from mllm.build import build_encoder, build_lm, join
 from mllm.config.messages import checked
 from mllm.config.parts import AssemblySpec
 from mllm.errors import MLLMError
-from mllm.model import Assembly
 from mllm.prompts.batch import collate
 from mllm.prompts.pieces import Target, images_of
 from mllm.registry import table
