@@ -158,7 +158,7 @@ def _condition(found: dict[str, Any]) -> str:
     ]
     for suite, score in found["scores"].items():
         lines += [
-            f"  - {suite}, baseline `{name}`: {gain['value']:.3f}; gain {gain['low']:+.3f} to {gain['high']:+.3f}."
+            f"    - {suite}, baseline `{name}`: {gain['value']:.3f}; gain {gain['low']:+.3f} to {gain['high']:+.3f}."
             for name, gain in score["gains"].items()
             if name not in COLUMNS
         ]

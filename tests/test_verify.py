@@ -51,7 +51,7 @@ def test_baselines_without_a_column_have_a_line(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(json.dumps(found))
     assert verify.conditions(["r", "unknown"], tmp_path) == (
         "- `c`: seeds 0, 1; 9 items per suite; training takes up to 2.0 minutes per seed.\n"
-        "  - decide, baseline `always`: 0.500; gain +0.200 to +0.300.\n"
+        "    - decide, baseline `always`: 0.500; gain +0.200 to +0.300.\n"
     )
 
 
