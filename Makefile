@@ -31,7 +31,7 @@ demo: parts ## train a small model on this machine, evaluate it, and let it desc
 	  $(MLLM) eval $(RUN) --suite $$suite $(if $(LIMIT),--limit $(LIMIT)); \
 	done
 	@echo "== 3 of 3: describe pictures it was not trained on"
-	$(BIN)/python -m mllm.demo $(RUN)/pictures
+	$(BIN)/python -m mllm.cli.demo $(RUN)/pictures
 	$(MLLM) caption $(RUN) $(RUN)/pictures/*.png
 	@echo
 	@echo "Losses:       $(RUN)/loss.png"

@@ -12,11 +12,12 @@ from random import Random
 import numpy as np
 from PIL import Image
 
-from mllm.assembling import build_connector, calibrate
+from mllm.build import build_connector
 from mllm.data.items import Item
 from mllm.errors import MLLMError, near
-from mllm.images import ImageSource, source_of
+from mllm.media.images import ImageSource, source_of
 from mllm.model import Assembly
+from mllm.training.calibration import calibrate
 
 BASELINES = ("blind", "shuffled", "mean-image", "random-connector")
 USUAL = BASELINES[:2]

@@ -14,12 +14,11 @@ from lmms_eval.api.instance import GenerationResult
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 
-from mllm.checkpoint import load
+from mllm.build import load
 from mllm.errors import MLLMError
-from mllm.images import ImageSource, source_of
-from mllm.processes import processes
-from mllm.progress import progress
-from mllm.prompt import answer_text, arrange
+from mllm.media.images import ImageSource, source_of
+from mllm.processes import processes, progress
+from mllm.prompts.pieces import answer_text, arrange
 
 MANIFEST = ModelManifest(model_id="mllm", simple_class_path="mllm.eval.lmms.Mllm")
 

@@ -15,7 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from mllm.images import ImageSource
+from mllm.media.images import ImageSource
 
 THUMBNAIL_SIDE = 224  # pixels, the longer side at most
 PICTURED_ROWS = 500  # rows whose images are embedded; about 10 kB each

@@ -11,10 +11,10 @@ from mllm.eval.report import Report, report
 from mllm.eval.scoring import OWN, Helpers, Result, measure
 from mllm.eval.suite import Suite, data_hash, load_suite, read_items
 
+from mllm.config.messages import checked
+from mllm.data.files import json_lines, json_of, some
 from mllm.data.items import Item
-from mllm.data.reading import json_lines, json_of, some
 from mllm.errors import MLLMError
-from mllm.spec import checked
 from mllm.version import __version__
 
 _KEYS = ("prediction", "answer", "caption")  # what an answer may stand under
@@ -36,7 +36,7 @@ def score(
         path: JSON or lines of JSON, rows of an id (``id``, ``question_id``, ``image_id``) and an answer
             (``prediction``, ``answer``, ``caption``): our own ``predictions.jsonl``, or the official result files of
             VQA and COCO captions. Every item of the suite stands there once.
-        suite, data, limit, out, overrides: as `mllm.eval.runner.evaluate` takes them.
+        suite, data, limit, out, overrides: as `mllm.eval.evaluate.evaluate` takes them.
 
     Raises:
         MLLMError: the file is damaged; an item is missing, unknown or there twice; an answer is no text.

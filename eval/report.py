@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mllm.eval.answers.ranking import shown
 from mllm.eval.page import write_page
-from mllm.eval.ranking import shown
 from mllm.eval.scoring import Result, rows, tally
 from mllm.eval.suite import Suite
 
 from mllm.data.items import Item
 from mllm.errors import MLLMError
-from mllm.files import write
-from mllm.run import environment
+from mllm.system import write
+from mllm.training.run import environment
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from mllm.config.parts import PartSpec
 from mllm.data.items import Item
 from mllm.errors import MLLMError
+from mllm.evaluation import Score
 from mllm.registry import lookup
-from mllm.scores import Score
-from mllm.spec import PartSpec
 
 RESAMPLES = 2000
 OWN = "model"  # the condition that is evaluated; the others are what it is held against

@@ -13,12 +13,14 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field
 
+from mllm.config.data import DataSpec
+from mllm.config.messages import checked
+from mllm.config.parts import PartSpec, Spec
 from mllm.data.items import Item
-from mllm.data.loading import read
+from mllm.data.sources import read
 from mllm.errors import MLLMError, near
-from mllm.images import ImageSource
+from mllm.media.images import ImageSource
 from mllm.registry import table
-from mllm.spec import DataSpec, PartSpec, Spec, checked
 
 
 class Shots(Spec):

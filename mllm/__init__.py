@@ -11,22 +11,22 @@ from typing import TYPE_CHECKING, Any
 from mllm.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from mllm.assembling import assemble as assemble
-    from mllm.checkpoint import load as load
+    from mllm.build import assemble as assemble
+    from mllm.build import load as load
     from mllm.errors import MLLMError as MLLMError
     from mllm.evaluation import evaluate as evaluate
     from mllm.evaluation import metric as metric
     from mllm.model import Assembly as Assembly
-    from mllm.training import train as train
+    from mllm.training.train import train as train
 
 _PUBLIC = {
     "Assembly": "mllm.model",
     "MLLMError": "mllm.errors",
-    "assemble": "mllm.assembling",
+    "assemble": "mllm.build",
     "evaluate": "mllm.evaluation",
-    "load": "mllm.checkpoint",
+    "load": "mllm.saving",
     "metric": "mllm.evaluation",
-    "train": "mllm.training",
+    "train": "mllm.training.train",
 }
 __all__ = ["Assembly", "MLLMError", "__version__", "assemble", "evaluate", "load", "metric", "train"]
 

@@ -7,7 +7,7 @@ import os
 import sys
 
 from mllm.errors import MLLMError
-from mllm.memory import keep_freed_memory
+from mllm.system import keep_freed_memory
 
 
 def main() -> None:
@@ -19,7 +19,7 @@ def main() -> None:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     keep_freed_memory()
     debug = "--debug" in sys.argv
-    from mllm.cli import app
+    from mllm.cli.app import app
 
     try:
         app(args=[argument for argument in sys.argv[1:] if argument != "--debug"], prog_name="mllm")

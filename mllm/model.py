@@ -15,17 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from mllm.answering.chat import Chat
-from mllm.answering.outputs import ImagePart, Output, Text
+from mllm.answering.in_words import told
 from mllm.answering.rerank import reranked
 from mllm.answering.view import View, Views
-from mllm.answering.words import told
-from mllm.errors import MLLMError
-from mllm.hub import tensor_hash
-from mllm.lms.sight import sighted
-from mllm.objective import Inputs
-from mllm.prompt import Batch, Control, Encoded, Piece, arrange, collate, encode, images_of, without_images
+from mllm.config.parts import FROZEN, AssemblySpec
+from mllm.errors import MLLMError, near
+from mllm.hub.fingerprints import tensor_hash
+from mllm.lms.cross_attention import sighted
+from mllm.outputs import ImagePart, Output, Text
+from mllm.prompts.batch import Batch, Encoded, collate, encode
+from mllm.prompts.pieces import Control, Piece, arrange, images_of, without_images
 from mllm.registry import lookup, made, table
-from mllm.spec import FROZEN, AssemblySpec
+from mllm.slots import Inputs
 
 
 class Assembly(nn.Module):
@@ -188,7 +189,7 @@ class Assembly(nn.Module):
             features: of their images in reading order, ``(I, P, D_vis)``; None where there are none. While the encoder
                 trains, what it takes in instead.
             batch: the rows as ids.
-            objectives: see `mllm.objective.Objective`.
+            objectives: see `mllm.slots.Objective`.
         """
         if features is not None and self.sees_pixels:
             features = self.encoder(features)
@@ -210,7 +211,7 @@ class Assembly(nn.Module):
     def embed(self, visual: Tensor | None, batch: Batch) -> Any:
         """Return embeddings ``(B, T, D_lm)``: the text's own, and visual tokens ``(I, Q, D_lm)`` at their places.
 
-        Where these stand beside the sequence it is a `mllm.lms.sight.Sighted`.
+        Where these stand beside the sequence it is a `mllm.lms.cross_attention.Sighted`.
         """
         embeds = self.lm.embed(batch.ids)  # (B, T, D_lm)
         if visual is None:
@@ -287,8 +288,8 @@ class Assembly(nn.Module):
             prompts: each a list of texts (`str`) and images (PIL image, array, `pathlib.Path`, bytes); in a prompt a
                 `str` is always text.
             errors: ``return``: a prompt that cannot be read gets its `MLLMError` as its answer, the others theirs.
-            index: an `mllm.answering.index.ImageIndex`, or its file: where the model says an image's tokens, the answer
-                gets an `mllm.answering.outputs.ImagePart`. Without one, a model that has an image decoder makes the
+            index: an `mllm.scorers.index.ImageIndex`, or its file: where the model says an image's tokens, the answer
+                gets an `mllm.outputs.ImagePart`. Without one, a model that has an image decoder makes the
                 image; with both, its decision head says which.
             images: how many are looked up, or made, each time; the best is shown, and the others are its
                 ``candidates``. 0: none are shown.
@@ -296,7 +297,7 @@ class Assembly(nn.Module):
             decoding: fields of `transformers.GenerationConfig` over the recipe's own (``max_new_tokens=20``), and
                 ``seed``: a temperature, top-p or seed means sampling; each prompt draws from its own seed.
                 ``contrastive`` (`mllm.answering.contrastive.Contrastive`) and ``candidates`` (how many answers the
-                scorer chooses from) look at the image; ``words`` (`mllm.answering.words.told`) puts words in its place.
+                scorer chooses from) look at the image; ``words`` (`mllm.answering.in_words`) puts words in its place.
 
         Returns:
             One `Output` a prompt, in order. A batch gives what its members give alone.
@@ -318,7 +319,7 @@ class Assembly(nn.Module):
         if good and words is not None:
             found = told(self, good, words, decoding)
         elif good and images and (index is not None or self.draws or eager):
-            from mllm.answering.showing import shown
+            from mllm.answering.with_images import shown
 
             if count > 1:
                 raise MLLMError("Answers with images are not reranked: leave out 'candidates', or say images=0.")
@@ -343,13 +344,13 @@ class Assembly(nn.Module):
 
         Args:
             prompts: as those of `generate`; what is looked for stands at the end.
-            index: an `mllm.answering.index.ImageIndex`, or its file.
+            index: an `mllm.scorers.index.ImageIndex`, or its file.
             count: images for each prompt, the closest first.
 
         Raises:
             MLLMError: a model without a retrieval head, another model's index, or a bad prompt.
         """
-        from mllm.answering.showing import retrieve
+        from mllm.answering.with_images import retrieve
 
         _check_list(prompts)
         return retrieve(self, _raise_first([_read(self, pieces) for pieces in prompts]), index, count)
@@ -437,7 +438,7 @@ class Assembly(nn.Module):
 
     def save(self, folder: str | Path) -> Path:
         """Write the trained tensors and ``assembly.json`` to a folder; `mllm.load` reads them back."""
-        from mllm.checkpoint import save
+        from mllm.saving import save
 
         return save(self, Path(folder))
 
@@ -473,3 +474,19 @@ def _read(model: Assembly, pieces: Any) -> list[Piece] | MLLMError:
         return [piece if isinstance(piece, str | Control) else model.encoder.open(piece) for piece in pieces]
     except MLLMError as error:
         return error
+
+
+def trained_module(model: Assembly, path: str) -> nn.Module:
+    """Return the module that a stage's ``train`` names by a dotted path.
+
+    Raises:
+        MLLMError: there is no such module.
+    """
+    try:
+        module = model.get_submodule(path) if path else None
+    except AttributeError:
+        module = None
+    if module is None:
+        known = [name for name, _ in model.named_modules() if name]
+        raise MLLMError(f"A stage's 'train' names {path!r}, which is no part of the model. {near(path, known)}")
+    return module

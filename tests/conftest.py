@@ -49,8 +49,8 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def tiny_decoder(tiny_parts: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> str:
     """The folder of a tiny image decoder: conditions of 1 x 32, images of 16 pixels."""
-    from mllm.assembling import build
-    from mllm.spec import AssemblySpec, LMSpec, PartSpec
+    from mllm.build import build
+    from mllm.config.parts import AssemblySpec, LMSpec, PartSpec
 
     lm = LMSpec(type="sentences", model=tiny_parts[1])
     head = PartSpec.model_validate({"type": "pixels", "side": 16, "features": 64, "rank": 8})
@@ -68,8 +68,8 @@ def tiny_model(tiny_parts: tuple[str, str]) -> Callable[..., Any]:
 @pytest.fixture
 def need() -> Callable[..., None]:
     """Return a function that skips a test, with a reason, where installed parts that it names are missing."""
-    from mllm import parts
     from mllm.errors import MLLMError
+    from mllm.hub import embedded as parts
 
     def needed(*names: str) -> None:
         for name in names:

@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from mllm.cli import app
-from mllm.data.inspection import inspect
-from mllm.registry import BUILT_IN
+from mllm.builtin import BUILT_IN
+from mllm.cli.app import app
+from mllm.planning.data_check import inspect
 from mllm.version import __version__
 
 ROOT = Path(__file__).parent.parent
@@ -314,7 +314,7 @@ def test_scripts_can_be_run(script):
 
 @pytest.mark.installed
 def test_the_demos_pictures_are_the_same_every_time(need, tmp_path):
-    from mllm.demo import write_pictures
+    from mllm.cli.demo import write_pictures
 
     need("mllm/openmoji")
     first, second = write_pictures(tmp_path / "a"), write_pictures(tmp_path / "b")

@@ -94,10 +94,10 @@ def test_wheel_works_outside_of_the_checkout(target: Path) -> None:
 import sys
 from importlib.resources import files
 from importlib.util import find_spec
-import mllm, mllm.recipe
+import mllm, mllm.config.loading
 print(mllm.__file__)
-print(*mllm.recipe.names())
-mllm.recipe.load(mllm.recipe.names()[0])
+print(*mllm.config.loading.names())
+mllm.config.loading.load(mllm.config.loading.names()[0])
 print(*sorted(entry.name.removesuffix(".yaml") for entry in (files("mllm.eval") / "suites").iterdir()))
 print(find_spec("mllm.adapters.connectors.linear").origin)
 print([name for name in sys.modules if name.startswith("mllm") and "/checkout/" in str(sys.modules[name].__file__)])
@@ -133,7 +133,7 @@ def outside(names: Iterator[str]) -> list[str]:
 
 
 def test_core_and_tests_import_the_outer_folders_by_registry_only() -> None:
-    code = "import mllm.eval.runner, mllm.evaluation\nfrom mllm import recipes\nfrom mllm.adapters import connectors"
+    code = "import mllm.eval.evaluate, mllm.evaluation\nfrom mllm import recipes\nfrom mllm.adapters import connectors"
     assert {name.split(".")[1] for name in outside(imports(ast.parse(code)))} == {"eval", "recipes", "adapters"}
     paths = [path for folder in ("mllm", "tests") for path in files(folder) if path.suffix == ".py"]
     assert len(paths) > 30

@@ -10,12 +10,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mllm
 import mllm.objectives.caption
-import mllm.prompt
-from mllm.assembling import calibrate
+import mllm.prompts.pieces
 from mllm.errors import MLLMError
-from mllm.hub import tensor_hash
-from mllm.prompt import collate
+from mllm.hub.fingerprints import tensor_hash
+from mllm.prompts.batch import collate
 from mllm.testing import ENCODER_FAMILIES, tiny_image
+from mllm.training.calibration import calibrate
 
 A, B, C = tiny_image(1), tiny_image(2), tiny_image(3, size=(20, 50))
 PROMPTS = [
@@ -84,7 +84,7 @@ def test_embeddings_hold_text_and_visual_tokens_at_their_places(model):
 
 def test_only_the_connector_gets_a_gradient(model):
     model.requires_grad_(False).connector.requires_grad_(True)
-    rows = [[A, "x", mllm.prompt.Target(" y")]]
+    rows = [[A, "x", mllm.prompts.pieces.Target(" y")]]
     batch = collate([model.encode(row) for row in rows], model.lm.pad)
     objective = mllm.objectives.caption.Caption()
     (loss,) = model.train()(rows, model.features([A]), batch, [objective])

@@ -40,7 +40,7 @@ def test_error_is_the_one_that_is_raised() -> None:
 def test_import_costs_nothing() -> None:
     assert loaded("import mllm", *HEAVY) == []
     assert loaded("import mllm; mllm.MLLMError", *HEAVY) == []
-    assert loaded("import mllm.recipe", *HEAVY) == ["pydantic", "omegaconf"], "what is imported shows"
+    assert loaded("import mllm.config.loading", *HEAVY) == ["pydantic", "omegaconf"], "what is imported shows"
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "--help"], ["parts", "--help"]])

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from mllm import registry
+from mllm.builtin import BUILT_IN
 from mllm.errors import MLLMError
 
 GROUPS = "encoders lms connectors adapters heads image_decoders scorers objectives fits readers decoding suites metrics"
-PARTS = [(group, name) for group, parts in registry.BUILT_IN.items() for name in parts]
+PARTS = [(group, name) for group, parts in BUILT_IN.items() for name in parts]
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
 
 
 def test_groups_are_those_of_the_design() -> None:
-    assert list(registry.BUILT_IN) == GROUPS.split()
+    assert list(BUILT_IN) == GROUPS.split()
 
 
 @pytest.mark.parametrize(("group", "name"), PARTS)

@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 import torch
 from einops import repeat
+from mllm.adapters.connectors.qformer_text import Mode, Words, joint_mask
 from mllm.adapters.connectors.reduce import projection
-from mllm.adapters.connectors.words import Mode, Words, joint_mask
 from torch import Tensor, nn
 from transformers import AutoModel, Blip2QFormerConfig, Blip2QFormerModel
 
-from mllm import hub
 from mllm.errors import MLLMError
+from mllm.hub import loading as hub
 
 
 class QFormer(nn.Module):
@@ -86,8 +86,8 @@ class QFormer(nn.Module):
         """Read features and texts in one transformer; only with ``words``.
 
         Takes features ``(B, P, D_vis)``, text ids ``(B, T)``, their mask ``(B, T)`` and the mode (see
-        `mllm.adapters.connectors.words.joint_mask`), and returns the states of the queries ``(B, Q, dim)`` and of the
-        text ``(B, T, dim)``.
+        `mllm.adapters.connectors.qformer_text.joint_mask`), and returns the states of the queries ``(B, Q, dim)`` and
+        of the text ``(B, T, dim)``.
         """
         if self.words is None:
             raise AttributeError("A Q-Former reads text only with connector.words.")

@@ -27,5 +27,5 @@ class Decision(nn.Module):
         self.dropout, self.judge = nn.Dropout(dropout), nn.Linear(needed(lm_dim, "decision"), 2)
 
     def forward(self, states: Tensor) -> Tensor:
-        """Return logits ``(N, 2)``, in the order of `mllm.objectives.decision.LABELS`, of states ``(N, D_lm)``."""
+        """Return logits ``(N, 2)``, in the order of `mllm.readout.decision.LABELS`, of states ``(N, D_lm)``."""
         return self.judge(self.dropout(states.to(self.judge.weight.dtype)))

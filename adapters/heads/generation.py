@@ -84,7 +84,7 @@ class Bridge(nn.Module):
 
 
 class Affine(nn.Module):
-    """One linear map of all states together, which is fitted in closed form (`mllm.fits.conditions`).
+    """One linear map of all states together, which is fitted in closed form (`mllm.fits.affine`).
 
     Args:
         lm_dim: D_lm.

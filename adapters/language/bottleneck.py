@@ -7,7 +7,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from mllm.errors import MLLMError
-from mllm.lms.switch import Switched
+from mllm.lms.adapting import Switched, decoder_layers
 
 # What decoders call the two halves of a layer. In OPT and BART the mlp goes from one map to another.
 NAMES = {
@@ -72,16 +72,6 @@ class Bottleneck(Switched):
         if self.mode == "parallel":
             first.register_forward_pre_hook(keep, with_kwargs=True)
         last.register_forward_hook(add)
-
-
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """Return the layers of a decoder: the longest list of modules of one class."""
-    root: Any = model
-    root = root.get_decoder() if root.config.is_encoder_decoder else root
-    lists = [m for m in root.modules() if isinstance(m, nn.ModuleList) and len({type(child) for child in m}) == 1]
-    if not lists:
-        raise MLLMError("adapters: this language model has no list of layers that an adapter could be put into.")
-    return max(lists, key=len)
 
 
 def _new(dim: int, inner: int, std: float) -> nn.Sequential:

@@ -6,13 +6,12 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from mllm.adapters.language.bottleneck import decoder_layers
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from mllm.errors import MLLMError
-from mllm.lms.sight import Sight, current
-from mllm.lms.switch import Switched
+from mllm.lms.adapting import Switched, decoder_layers
+from mllm.lms.cross_attention import Sight, current
 
 
 class Gated(Switched):

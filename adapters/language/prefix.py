@@ -9,7 +9,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from mllm.errors import MLLMError
-from mllm.lms.switch import Switched
+from mllm.lms.adapting import Switched
 
 
 class PrefixTuning(Switched):

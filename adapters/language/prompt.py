@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mllm.lms.switch import Switched
+from mllm.lms.adapting import Switched
 
 
 class PromptTuning(Switched):

@@ -10,7 +10,7 @@ from operator import eq
 from pathlib import Path
 from typing import Any
 
-from mllm.eval.answering import Answering
+from mllm.eval.answers.text import Answering
 from mllm.eval.baselines import Condition
 from mllm.eval.bench.generate import THINGS, TOKENS
 from mllm.eval.bench.shapes import IMAGE_TOKEN, llava, pictures
@@ -20,9 +20,9 @@ from mllm.eval.suite import load_suite
 
 from mllm.data.items import Item, question_text
 from mllm.errors import MLLMError
-from mllm.images import ImageBytes
+from mllm.media.images import ImageBytes
 from mllm.model import Assembly
-from mllm.progress import progress as bars
+from mllm.processes import progress as bars
 
 IMAGES = 8
 EACH = (5, 6, 5, 6, 5)  # questions on an image, in turn: 5.4 on average, as in VQAv2

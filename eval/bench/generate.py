@@ -15,10 +15,10 @@ import torch
 from mllm.eval.bench.shapes import LM, image_token, llava, pictures
 from mllm.eval.bench.table import Row, paired, ratio, report
 
-from mllm.assembling import assemble
+from mllm.build import assemble
 from mllm.errors import MLLMError
 from mllm.model import Assembly
-from mllm.prompt import arrange
+from mllm.prompts.pieces import arrange
 from mllm.serve.batcher import Answer, Batcher, Job
 
 QUESTION = "Question: is there a {} in the picture or is it not there? Answer:"  # some 14 tokens

@@ -20,16 +20,18 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mllm.assembling import build_encoder, build_lm, join
-from mllm.checkpoint import restore
+from mllm.build import build_encoder, build_lm, join
+from mllm.config.messages import checked
+from mllm.config.parts import AssemblySpec
 from mllm.errors import MLLMError
-from mllm.files import write
 from mllm.model import Assembly
-from mllm.prompt import Target, collate, images_of
+from mllm.prompts.batch import collate
+from mllm.prompts.pieces import Target, images_of
 from mllm.registry import table
-from mllm.run import environment
-from mllm.spec import AssemblySpec, checked
+from mllm.saving import restore
+from mllm.system import write
 from mllm.testing import ENCODER_FAMILIES, LM_FAMILIES, tiny_image
+from mllm.training.run import environment
 
 # Small sizes; a connector that is not named here is built with its own defaults.
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -22,7 +22,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from mllm.prompt import IGNORED
+from mllm.prompts.batch import IGNORED
 
 
 class Joined(nn.Module):

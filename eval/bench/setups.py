@@ -17,13 +17,14 @@ from mllm.eval.bench.shapes import image_token
 from PIL import Image
 from torch import Tensor, nn
 
-from mllm import recipe as recipes
-from mllm.assembling import build
+from mllm.build import build
+from mllm.config import loading as recipes
 from mllm.data.items import pieces_of
-from mllm.data.loading import read
+from mllm.data.sources import read
 from mllm.errors import MLLMError
 from mllm.model import Assembly
-from mllm.prompt import IGNORED, collate, images_of
+from mllm.prompts.batch import IGNORED, collate
+from mllm.prompts.pieces import images_of
 
 WORDS = 12  # of a caption; COCO's have 11
 AGREE = 1e-4  # of the mean loss, float32

@@ -18,8 +18,8 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from mllm import parts
-from mllm.assembling import assemble
+from mllm.build import assemble
+from mllm.hub import embedded as parts
 from mllm.model import Assembly
 
 LM = "mllm/smollm2-135m"

@@ -14,8 +14,8 @@ from mllm.eval.bench.setups import batch_of, captions, ours_losses, setup, sourc
 from mllm.eval.bench.shapes import LM, pictures, save_vision
 from mllm.eval.bench.table import Row
 
-from mllm.micro import rows_at_once, split
-from mllm.prompt import Batch
+from mllm.prompts.batch import Batch
+from mllm.training.batches import rows_at_once, split
 
 BATCH = 8
 SIDE = 2048  # of the matrices whose product is the peak

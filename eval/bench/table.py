@@ -15,8 +15,8 @@ import torch
 from rich.console import Console
 from rich.table import Column, Table
 
-from mllm.files import write
-from mllm.run import environment
+from mllm.system import write
+from mllm.training.run import environment
 
 
 @dataclass(frozen=True)

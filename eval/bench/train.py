@@ -19,11 +19,12 @@ from mllm.eval.bench.share import share
 from mllm.eval.bench.table import Row, ratio, report
 from mllm.eval.bench.watched import POLL, Watched, watch
 
-from mllm import parts
-from mllm.data.loading import read
+from mllm.config.data import DataSpec
+from mllm.data.sources import read
 from mllm.errors import MLLMError, near
+from mllm.hub import embedded as parts
 from mllm.model import Assembly
-from mllm.spec import DataSpec
+from mllm.system import cache_dir
 
 PARTS = ("llava", "heavy", "target", "share")
 BATCH = 8
@@ -254,6 +255,6 @@ def _cache(folder: Path) -> dict[str, str]:
     """Return variables for an empty cache that has the embedded parts."""
     folder.mkdir()
     for name in ("parts", "wheels"):
-        if (parts.cache_dir() / name).exists():
-            os.symlink(parts.cache_dir() / name, folder / name)
+        if (cache_dir() / name).exists():
+            os.symlink(cache_dir() / name, folder / name)
     return {"MLLM_CACHE": str(folder)}

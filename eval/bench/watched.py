@@ -116,10 +116,10 @@ def _held(field: str) -> int:
 def main(kind: str, description: str, out: str) -> None:
     """Train, and write down how much memory it took above the imports."""
     if kind == "ours":
-        from mllm.memory import keep_freed_memory
+        from mllm.system import keep_freed_memory
 
         keep_freed_memory()  # as the command does
-    work: Any = import_module("mllm.training" if kind == "ours" else "mllm.eval.bench.plain").train
+    work: Any = import_module("mllm.training.train" if kind == "ours" else "mllm.eval.bench.plain").train
     imports = _held("VmRSS")
     work(description, out=out)
     _memory_of(Path(out)).write_text(json.dumps(_held("VmHWM") - imports))

@@ -1,1 +1,1 @@
-"""Metrics, each a function from predictions and references to a `mllm.scores.Score`."""
+"""Metrics, each a function from predictions and references to a `mllm.evaluation.Score`."""

@@ -15,7 +15,7 @@ import numpy as np
 from mllm.eval.metrics.checks import check
 from mllm.eval.metrics.ngrams import Ngrams, count_ngrams, words
 
-from mllm.scores import Score
+from mllm.evaluation import Score
 
 VERSION = "1"
 

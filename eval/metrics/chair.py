@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from mllm.eval.metrics.checks import check
 
-from mllm.scores import Score
+from mllm.evaluation import Score
 
 VERSION = "1"
 

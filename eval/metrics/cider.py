@@ -18,7 +18,7 @@ import numpy.typing as npt
 from mllm.eval.metrics.checks import check
 from mllm.eval.metrics.ngrams import words
 
-from mllm.scores import Score
+from mllm.evaluation import Score
 
 VERSION = "1"
 

@@ -15,7 +15,7 @@ import torch
 from mllm.eval.metrics.checks import check
 
 from mllm.errors import MLLMError
-from mllm.scores import Score
+from mllm.evaluation import Score
 
 VERSION = "1"
 

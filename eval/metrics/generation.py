@@ -12,8 +12,8 @@ import torch
 from mllm.eval.metrics.checks import check
 
 from mllm.errors import MLLMError
-from mllm.images import open_image
-from mllm.scores import Score
+from mllm.evaluation import Score
+from mllm.media.images import open_image
 
 VERSION = "1"
 

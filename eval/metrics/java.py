@@ -18,7 +18,7 @@ from mllm.eval.metrics.checks import check
 from mllm.eval.metrics.ngrams import words
 
 from mllm.errors import MLLMError
-from mllm.scores import Score
+from mllm.evaluation import Score
 
 VERSION = "pycocoevalcap-1"
 

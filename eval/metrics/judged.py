@@ -17,14 +17,14 @@ from mllm.eval.metrics.checks import check
 from PIL import Image
 from torch import Tensor
 
-from mllm.assembling import build
-from mllm.data.emoji_scenes import emoji_scenes
+from mllm.build import build
+from mllm.config.parts import AssemblySpec, EncoderSpec
+from mllm.data.emoji.scenes import emoji_scenes
+from mllm.encoders.feature_store import FeatureStore, open_store
 from mllm.errors import MLLMError
-from mllm.features import FeatureStore, open_store
-from mllm.fit import NormalEquations
-from mllm.images import ImageSource, source_of
-from mllm.scores import Score
-from mllm.spec import AssemblySpec, EncoderSpec
+from mllm.evaluation import Score
+from mllm.fits.regression import NormalEquations
+from mllm.media.images import ImageSource, source_of
 
 VERSION = "1"
 

@@ -11,7 +11,7 @@ from statistics import fmean
 from mllm.eval.metrics.checks import check
 from mllm.eval.metrics.ptb import tokenize
 
-from mllm.scores import Score
+from mllm.evaluation import Score
 
 VERSION = "1"
 

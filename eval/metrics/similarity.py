@@ -13,7 +13,7 @@ import numpy as np
 from mllm.eval.metrics.checks import check
 
 from mllm.errors import MLLMError
-from mllm.scores import Score
+from mllm.evaluation import Score
 
 VERSION = "1"
 

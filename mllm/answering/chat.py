@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from transformers import TextIteratorStreamer
 
-from mllm.answering.outputs import Output
-from mllm.answering.turns import checked_messages, message, text_part, turns
 from mllm.errors import MLLMError
-from mllm.files import write
-from mllm.images import ImageFile, source_of
-from mllm.prompt import Encoded, collate, images_of
+from mllm.media.images import ImageFile, source_of
+from mllm.outputs import Output
+from mllm.prompts.batch import Encoded, collate
+from mllm.prompts.messages import checked_messages, message, text_part, turns
+from mllm.prompts.pieces import images_of
+from mllm.system import write
 
 
 class Chat:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from mllm.prompt import Piece, collate
+from mllm.prompts.batch import collate
+from mllm.prompts.pieces import Piece
 
 
 class Contrastive(LogitsProcessor):

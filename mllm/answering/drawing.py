@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mllm.answering.outputs import ImagePart
 from mllm.errors import MLLMError
-from mllm.objectives.retrieval import HEAD, known_tokens
-from mllm.prompt import Control, Piece
+from mllm.outputs import ImagePart
+from mllm.prompts.pieces import Control, Piece
+from mllm.readout.tokens import HEAD, known_tokens
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from mllm.errors import MLLMError
-from mllm.prompt import Piece, images_of
+from mllm.prompts.pieces import Piece, images_of
 
 
 def reranked(model: Any, prompts: Sequence[Sequence[Piece]], count: int, decoding: dict[str, Any]) -> list[Any]:

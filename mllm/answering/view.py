@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from mllm.errors import MLLMError
-from mllm.prompt import IGNORED, Encoded, Piece, answer_text, trailing_text
+from mllm.prompts.batch import IGNORED, Encoded
+from mllm.prompts.pieces import Piece, answer_text, trailing_text
 
 
 class Views(Sequence["View"]):

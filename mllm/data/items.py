@@ -6,10 +6,10 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from mllm.answering.turns import rendered
-from mllm.images import ImageSource
-from mllm.prompt import Piece, Target, answer_text, arrange
-from mllm.spec import PromptSpec
+from mllm.config.parts import PromptSpec
+from mllm.media.images import ImageSource
+from mllm.prompts.messages import rendered
+from mllm.prompts.pieces import Piece, Target, answer_text, arrange
 
 SEPARATOR = "\n"  # behind an example that another one follows
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from mllm.data.reading import some
+from mllm.data.files import some
 from mllm.errors import MLLMError
 
 Member = TypeVar("Member")

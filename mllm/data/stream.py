@@ -14,13 +14,14 @@ from typing import Any
 
 from PIL import Image
 
+from mllm.config.data import Data
+from mllm.config.parts import PromptSpec
 from mllm.data.items import SEPARATOR, Item, pieces_of
 from mllm.data.lazy import Lazy
-from mllm.data.length import length_of, shortened
-from mllm.data.loading import Source, check_combinable, check_learnable
+from mllm.data.sources import Source, check_combinable, check_learnable
 from mllm.errors import MLLMError
-from mllm.prompt import Piece
-from mllm.spec import Data, PromptSpec
+from mllm.prompts.length import length_of, shortened
+from mllm.prompts.pieces import Piece
 
 TOGETHER = 4  # shards whose items are mixed: each is read from one end to the other, more or less
 _SPARE = 20  # more shots are drawn than wanted, for some may be of the item's own picture

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from transformers import AutoFeatureExtractor, AutoModel
 
-from mllm import hub
-from mllm.encoder import Encoder, layer_of
-from mllm.encoders.cut import cut, until
+from mllm.encoders.base import Encoder, layer_of
+from mllm.encoders.truncate import cut, until
 from mllm.errors import MLLMError
-from mllm.sounds import Sound, open_sound
+from mllm.hub import loading as hub
+from mllm.media.sounds import Sound, open_sound
 
 
 class AudioModel(Encoder):

@@ -9,9 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mllm.encoder import Encoder
+from mllm.encoders.base import Encoder
 from mllm.errors import MLLMError
-from mllm.images import ImageSource
+from mllm.media.images import ImageSource
 
 
 class Opened(tuple[Any, ...]):

@@ -14,10 +14,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mllm import hub
-from mllm.encoder import Encoder
+from mllm.encoders.base import Encoder
 from mllm.errors import MLLMError, near
-from mllm.images import ImageFile, ImageSource, source_of
+from mllm.hub.fingerprints import file_hash
+from mllm.media.images import ImageFile, ImageSource, source_of
 
 
 class StoredFeatures(Encoder):
@@ -61,7 +61,7 @@ class StoredFeatures(Encoder):
     @property
     def fingerprint(self) -> str:
         """Return a hash of the files: other features, another encoder."""
-        return hashlib.sha256("".join(hub.file_hash(file) for file in self._files).encode()).hexdigest()
+        return hashlib.sha256("".join(file_hash(file) for file in self._files).encode()).hexdigest()
 
     def settings(self) -> dict[str, Any]:
         """Return what, beside the files, decides the features."""

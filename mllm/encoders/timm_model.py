@@ -13,9 +13,9 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 
-from mllm.encoder import Encoder, on_paper, selected
-from mllm.encoders.cut import cut, until
-from mllm.encoders.pixels import normalised
+from mllm.encoders.base import Encoder, on_paper, selected
+from mllm.encoders.preprocess import normalised
+from mllm.encoders.truncate import cut, until
 from mllm.errors import MLLMError, near
 
 

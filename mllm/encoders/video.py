@@ -14,10 +14,10 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from mllm.encoder import Encoder
+from mllm.encoders.base import Encoder
 from mllm.errors import MLLMError
-from mllm.images import ImageSource
-from mllm.videos import Clip, open_clip
+from mllm.media.images import ImageSource
+from mllm.media.videos import Clip, open_clip
 
 
 class Video(Encoder):

@@ -19,10 +19,10 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModel
 
-from mllm import hub
-from mllm.encoder import Encoder, layer_of, selected, sizes_of
-from mllm.encoders.cut import cut, until
+from mllm.encoders.base import Encoder, layer_of, selected, sizes_of
+from mllm.encoders.truncate import cut, until
 from mllm.errors import MLLMError
+from mllm.hub import loading as hub
 
 
 class VisionModel(Encoder):

@@ -18,8 +18,10 @@ from torch import Tensor
 
 from mllm.data.items import Item
 from mllm.errors import MLLMError
-from mllm.fit import Fit, Material, NormalEquations
-from mllm.prompt import answer_text
+from mllm.fits.base import Fit, Material
+from mllm.fits.regression import NormalEquations
+from mllm.lms.vocabulary import lexicon
+from mllm.prompts.pieces import answer_text
 
 SOLVERS = ("ridge", "least-squares", "procrustes")
 
@@ -30,7 +32,7 @@ class Connector(Fit):
     Every token gets the same map. What stands before the map (pooling, or a body with random weights) stays as it is.
 
     Args:
-        solver: see `mllm.fit.NormalEquations.solve`.
+        solver: see `mllm.fits.regression.NormalEquations.solve`.
         targets: ``caption-words``; ``sentences``, which the language model has vectors of; or ``tokens``: lexical
             matching, for which no picture and no caption is needed.
         strength: of the ridge, as a share of the features' mean variance.
@@ -117,12 +119,6 @@ class _Sentences:
         texts = list(dict.fromkeys(text for item in part for text in item.answers))
         vectors = dict(zip(texts, self.lm.sentences(texts), strict=True))
         return torch.stack([torch.stack([vectors[text] for text in item.answers]).mean(0) for item in part])
-
-
-def lexicon(lm: Any) -> list[tuple[int, str]]:
-    """Return the tokens that are words or parts of words, with their strings."""
-    texts = ((token, lm.decode([token]).strip()) for token in range(len(lm.tokenizer)))
-    return [(token, text) for token, text in texts if text.isprintable() and any(map(str.isalpha, text))]
 
 
 def can_be_fitted(connector: Any) -> bool:

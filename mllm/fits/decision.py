@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mllm.fit import Material, Ridge
-from mllm.objectives.decision import HEAD, LABELS, labelled, states_at
-from mllm.prompt import images_of
+from mllm.fits.base import Material, Ridge
+from mllm.prompts.pieces import images_of
+from mllm.readout.decision import HEAD, LABELS, labelled, states_at
 
 
 class Decision(Ridge):

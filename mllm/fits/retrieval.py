@@ -8,66 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from random import Random
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from mllm.errors import MLLMError
-from mllm.fit import Fit, Material, put
-from mllm.objectives.retrieval import HEAD, known_tokens, read_texts, token_id
-from mllm.prompt import answer_text
-
-
-class Maps(NamedTuple):
-    """Linear maps of both sides into one space, and how strongly each of its directions correlates."""
-
-    x: Tensor  # (D, X)
-    x_bias: Tensor  # (D,)
-    y: Tensor  # (D, Y)
-    y_bias: Tensor  # (D,)
-    correlations: Tensor  # (D,), the strongest first
-
-
-class Correlation:
-    """Sums of pairs of rows x ``(N, X)`` and y ``(N, Y)``; float64."""
-
-    def __init__(self, x_dim: int, y_dim: int) -> None:
-        self.count, self.x_dim, self.y_dim = 0, x_dim, y_dim
-        self.sum = torch.zeros(x_dim + y_dim, dtype=torch.float64)
-        self.squares = torch.zeros(x_dim + y_dim, x_dim + y_dim, dtype=torch.float64)
-
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """Add rows of both sides."""
-        both = torch.cat([x, y], dim=1).double()
-        self.count += len(both)
-        self.sum += both.sum(0)
-        self.squares += both.T @ both
-
-    def solve(self, dim: int, strength: float) -> Maps:
-        """Return maps into the ``dim`` directions that correlate most; what is beyond either side's width is 0.
-
-        Args:
-            dim: D.
-            strength: what is added to each side's covariance, as a share of its mean variance.
-        """
-        mean, cut = self.sum / self.count, self.x_dim
-        whole = self.squares / self.count - torch.outer(mean, mean)
-        x_white, y_white = _whitening(whole[:cut, :cut], strength), _whitening(whole[cut:, cut:], strength)
-        left, found, right = torch.linalg.svd(x_white @ whole[:cut, cut:] @ y_white, full_matrices=False)
-        kept = min(dim, len(found))
-        found = found[:kept]
-        x, y = found[:, None] * (left.T[:kept] @ x_white), found[:, None] * (right[:kept] @ y_white)
-        rest = (0, 0, 0, dim - kept)
-        x, y = torch.nn.functional.pad(x, rest), torch.nn.functional.pad(y, rest)
-        return Maps(x, -x @ mean[:cut], y, -y @ mean[cut:], found)
-
-
-def _whitening(covariance: Tensor, strength: float) -> Tensor:
-    """Return the inverse square root of a covariance."""
-    penalty = strength * covariance.diagonal().mean().clamp(min=1e-12)
-    values, vectors = torch.linalg.eigh(covariance)
-    return vectors @ torch.diag((values.clamp(min=0) + penalty).rsqrt()) @ vectors.T
+from mllm.fits.base import Fit, Material
+from mllm.fits.regression import Correlation, Maps, put
+from mllm.prompts.pieces import answer_text
+from mllm.readout.states import read_texts
+from mllm.readout.tokens import HEAD, known_tokens, token_id
 
 
 class Retrieval(Fit):

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
-from mllm import hub
 from mllm.errors import MLLMError
+from mllm.hub import loading as hub
+from mllm.hub.fingerprints import fingerprint, tensor_hash
 
 _BATCH = 64
 
@@ -59,7 +60,7 @@ class SentenceEncoder(nn.Module):
     @functools.cached_property
     def fingerprint(self) -> str:
         """Return what tells these weights from others."""
-        return hub.fingerprint(self._folder) if self._init == "pretrained" else hub.tensor_hash(self.model)
+        return fingerprint(self._folder) if self._init == "pretrained" else tensor_hash(self.model)
 
     @property
     def dim(self) -> int:

@@ -101,3 +101,9 @@ def _returning(body: nn.Module, output: Any) -> Iterator[None]:
             del vars(body)["forward"]
         else:
             vars(body)["forward"] = own
+
+
+def lexicon(lm: Any) -> list[tuple[int, str]]:
+    """Return the tokens that are words or parts of words, with their strings."""
+    texts = ((token, lm.decode([token]).strip()) for token in range(len(lm.tokenizer)))
+    return [(token, text) for token, text in texts if text.isprintable() and any(map(str.isalpha, text))]

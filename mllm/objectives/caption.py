@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mllm.objective import Inputs
-from mllm.prompt import IGNORED, Batch, Piece
+from mllm.prompts.batch import IGNORED, Batch
+from mllm.prompts.pieces import Piece
+from mllm.slots import Inputs
 
 
 class Caption:

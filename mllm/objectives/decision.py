@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from mllm.errors import MLLMError
-from mllm.objective import Inputs
-from mllm.objectives.retrieval import known_tokens
-from mllm.prompt import Batch, Control, Piece, Target, collate
-
-HEAD = "decision"
-LABELS = ("retrieve", "generate")
+from mllm.prompts.batch import Batch
+from mllm.prompts.pieces import Piece
+from mllm.readout.decision import HEAD, labelled, states_at
+from mllm.slots import Inputs
 
 
 class Decision:
@@ -35,43 +31,3 @@ class Decision:
             states = states_at(inputs.model, prompts, inputs.visual)
         logits = inputs.model.heads[HEAD](states)
         return cross_entropy(logits, torch.tensor(labels, device=logits.device), reduction="sum")
-
-
-def labelled(row: Sequence[Piece]) -> tuple[list[Piece], int]:
-    """Return an example's prompt, and the place of its label.
-
-    Raises:
-        MLLMError: it does not end with one label.
-    """
-    *prompt, last = row
-    label = last.text.strip() if isinstance(last, Target) else None
-    if label not in LABELS or any(isinstance(piece, Target) for piece in prompt):
-        raise MLLMError(f"The decision is learnt from examples with one answer, of {', '.join(LABELS)}: got {label!r}.")
-    return list(prompt), LABELS.index(label)
-
-
-def states_at(model: Any, prompts: Sequence[Sequence[Piece]], visual: Tensor | None) -> Tensor:
-    """Return the states ``(N, D_lm)`` at the head's token, put behind each prompt.
-
-    Args:
-        model: the assembly.
-        prompts: interleaved.
-        visual: the visual tokens ``(I, Q, D_lm)`` of their images.
-    """
-    known_tokens(model)
-    token = Control(model.heads[HEAD].token)
-    batch = collate([model.encode([*prompt, token]) for prompt in prompts], model.lm.pad).to(model.device)
-    states: Tensor = model.lm.hidden(model.embed(visual, batch), batch.mask)[:, -1]
-    return states
-
-
-@torch.no_grad()
-def decided(model: Any, states: Tensor) -> list[str]:
-    """Return the label of each of the states ``(N, D_lm)`` at the head's token.
-
-    Raises:
-        MLLMError: the model has no such head.
-    """
-    if HEAD not in model.heads:
-        raise MLLMError("This model has no decision head. Add heads: [{type: decision}], and train it on labels.")
-    return [LABELS[place] for place in model.heads[HEAD](states).argmax(-1).tolist()]

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from mllm.errors import MLLMError
-from mllm.objective import Inputs
-from mllm.objectives.retrieval import captions, read_captions
-from mllm.prompt import Batch, Piece, images_of
+from mllm.prompts.batch import Batch
+from mllm.prompts.pieces import Piece, images_of
+from mllm.readout.states import captions, read_captions
+from mllm.slots import Inputs
 
 LIMIT = 2 * 2**30  # bytes of conditions that are kept
 

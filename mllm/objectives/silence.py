@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from mllm.errors import MLLMError
-from mllm.objective import Inputs
-from mllm.objectives.retrieval import captions, known_tokens
-from mllm.prompt import IGNORED, Batch, Control, Encoded, Piece, Target, answer_text, collate
+from mllm.prompts.batch import IGNORED, Batch, Encoded, collate
+from mllm.prompts.pieces import Control, Piece, Target, answer_text
+from mllm.readout.states import captions
+from mllm.readout.tokens import known_tokens
+from mllm.slots import Inputs
 
 
 class Silence:

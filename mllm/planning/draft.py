@@ -12,15 +12,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mllm import hub, loop
-from mllm.check import on_paper
-from mllm.features import FeatureStore
-from mllm.fit import fit_of
-from mllm.micro import rows_at_once
-from mllm.objective import objectives_of
+from mllm.build import fit_of, objectives_of
+from mllm.config.parts import PARTS
+from mllm.config.recipe import Recipe, Stage
+from mllm.encoders.feature_store import FeatureStore
+from mllm.hub import loading as hub
+from mllm.planning.paper import on_paper
 from mllm.planning.trace import Cost, Paper, cost
 from mllm.planning.workload import Rows
-from mllm.spec import PARTS, Recipe, Stage
+from mllm.training.batches import rows_at_once
+from mllm.training.setup import parameter_groups, precision, recompute, set_up
 
 Device = Literal["cpu", "gpu"]
 FEW = 4  # rows that are put on paper of a batch of many
@@ -63,8 +64,8 @@ class Draft:
         self.model.requires_grad_(False)
         self.trained: list[nn.Parameter] = []
         if stage.fit is None:
-            self.trained = [p for group in loop.parameter_groups(self.model, stage) for p in group["params"]]
-            loop.set_up(self.model, stage)
+            self.trained = [p for group in parameter_groups(self.model, stage) for p in group["params"]]
+            set_up(self.model, stage)
 
     def parts(self) -> list[PartSize]:
         """Return the sizes of the parts; adapters are not counted in what they are put into."""
@@ -104,7 +105,7 @@ class Draft:
             parameter.grad = torch.empty_like(parameter) if self.stage.optim.accumulate > 1 else None
         self.model.train()
         if self.stage.optim.checkpointing:
-            loop.recompute(self.model)
+            recompute(self.model)
 
         def forward_and_back() -> None:
             with self._autocast():
@@ -219,7 +220,7 @@ class Draft:
         return self.paper.empty(rows.images, encoder.num_patches, encoder.dim, dtype=dtype)
 
     def _autocast(self) -> Any:
-        word = loop.precision(self.stage)
+        word = precision(self.stage)
         if self.device == "gpu" and self.stage.optim.precision == "auto":
             word = "bf16"
         dtype = torch.float16 if word == "fp16" else torch.bfloat16

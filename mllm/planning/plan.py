@@ -11,13 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mllm import recipe as recipes
+from mllm.config import loading as recipes
+from mllm.config.recipe import Recipe, Stage
+from mllm.encoders.feature_store import LIMIT
 from mllm.errors import MLLMError
-from mllm.features import LIMIT
 from mllm.planning.draft import Device, Draft, PartSize
 from mllm.planning.trace import Cost
 from mllm.planning.workload import Workload, workload
-from mllm.spec import Recipe, Stage
 
 Sharding = Literal["none", "fsdp"]
 WORTH = 0.1  # of a stage's work; a cache that saves less is not recommended

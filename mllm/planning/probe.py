@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from mllm import loop
-from mllm import recipe as recipes
-from mllm.assembling import build
+from mllm.build import build, objectives_of
+from mllm.config import loading as recipes
 from mllm.errors import MLLMError
-from mllm.objective import objectives_of
 from mllm.planning.draft import Draft
 from mllm.planning.workload import workload
+from mllm.training.batches import parts
+from mllm.training.setup import parameter_groups, precision, set_up
 
 REPEATS = 3
 PICTURES = 8
@@ -34,10 +34,10 @@ def probe(recipe: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> tup
     stage = next((stage for stage in reversed(config.stages) if stage.train), None)
     if stage is None:
         raise MLLMError(f"{config.name} has no stage that trains: there is no step to time.")
-    accelerator = Accelerator(mixed_precision=loop.precision(stage))
+    accelerator = Accelerator(mixed_precision=precision(stage))
     model: Any = build(config.assembly(stage)).to(accelerator.device)
-    groups = loop.parameter_groups(model, stage)
-    loop.set_up(model, stage)
+    groups = parameter_groups(model, stage)
+    set_up(model, stage)
     load = workload(model, stage, config, processes=1, images=None, text=None)
     rows, objectives = load.typical, objectives_of(stage.objectives)
     optimizer = torch.optim.AdamW(groups)
@@ -49,7 +49,7 @@ def probe(recipe: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> tup
 
     def step() -> None:
         given = None if features is None or not rows.images else features.expand(rows.images, *features.shape[1:])
-        for part in loop.parts(model, objectives, (rows.pieces, given, batch)):
+        for part in parts(model, objectives, (rows.pieces, given, batch)):
             with accelerator.autocast():
                 losses = torch.stack(model(*part, objectives)).float()
             losses.sum().backward()

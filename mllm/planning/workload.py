@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from mllm.data.loading import Source, read_all
+from mllm.config.recipe import Recipe, Stage
+from mllm.data.sources import Source, read_all
 from mllm.data.stream import Stream
 from mllm.errors import MLLMError
-from mllm.prompt import IGNORED, Batch, Encoded, Piece, Target, collate, images_of
-from mllm.spec import Recipe, Stage
+from mllm.prompts.batch import IGNORED, Batch, Encoded, collate
+from mllm.prompts.pieces import Piece, Target, images_of
 
 SAMPLE = 2048  # examples that are looked at
 VALIDATION = 32  # rows that are validated on together

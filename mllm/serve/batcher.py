@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from mllm.answering.outputs import ImagePart, Output
-from mllm.answering.showing import shown
+from mllm.answering.with_images import shown
 from mllm.errors import MLLMError
-from mllm.prompt import Piece
+from mllm.outputs import ImagePart, Output
+from mllm.prompts.pieces import Piece
 
 
 class Full(MLLMError):

@@ -15,7 +15,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from mllm.errors import MLLMError
-from mllm.images import MAX_BYTES
+from mllm.media.images import MAX_BYTES
 
 TIMEOUT = 10.0  # seconds, of each step of a download
 

@@ -9,15 +9,17 @@ from typing import Any
 
 import pytest
 
-from mllm import recipe
+from mllm.config import loading as recipe
+from mllm.config.data import Data, DataSpec
+from mllm.config.parts import PromptSpec
 from mllm.data.items import Item, pieces_of
 from mllm.data.lazy import Lazy
-from mllm.data.loading import Source, fingerprint, read, read_all
+from mllm.data.sources import Source, fingerprint, read, read_all
 from mllm.data.stream import Stream
 from mllm.errors import MLLMError
-from mllm.images import ImageFile
-from mllm.prompt import IGNORED, Target, collate, images_of
-from mllm.spec import Data, DataSpec, PromptSpec
+from mllm.media.images import ImageFile
+from mllm.prompts.batch import IGNORED, collate
+from mllm.prompts.pieces import Target, images_of
 from mllm.testing import tiny_image
 
 

@@ -12,11 +12,12 @@ import torch
 from transformers import AutoModel
 
 import mllm
-from mllm.encoder import build
+from mllm.build import encoder_of
+from mllm.config.messages import checked
+from mllm.config.parts import EncoderSpec
 from mllm.errors import MLLMError
-from mllm.images import source_of
-from mllm.sounds import Sound, open_sound
-from mllm.spec import EncoderSpec, checked
+from mllm.media.images import source_of
+from mllm.media.sounds import Sound, open_sound
 from mllm.testing import AUDIO_FAMILIES, tiny_image, tiny_lm
 
 
@@ -29,8 +30,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {name: make(tmp_path_factory.mktemp(name)) for name, make in AUDIO_FAMILIES.items()}
 
 
-def encoder_of(model: str, **values: Any) -> Any:
-    return build(checked(EncoderSpec, {"type": "audio", "model": model, **values}), seed=0)
+def built(model: str, **values: Any) -> Any:
+    return encoder_of(checked(EncoderSpec, {"type": "audio", "model": model, **values}), seed=0)
 
 
 def test_a_file_is_read_at_one_rate_and_channel(tmp_path: Path) -> None:
@@ -64,7 +65,7 @@ def test_what_is_no_sound_is_said(tmp_path: Path) -> None:
 def test_features_are_the_models_own_and_the_tower_is_cut(
     folders: dict[str, str], family: str, layer: int | None
 ) -> None:
-    encoder = encoder_of(folders[family], seconds=1, layer=layer)
+    encoder = built(folders[family], seconds=1, layer=layer)
     sounds = [Sound(tone(440), 16000), Sound(tone(300, seconds=1.0), 16000)]
     given = encoder.preprocess(sounds)
     features = encoder(given)
@@ -83,22 +84,20 @@ def test_features_are_the_models_own_and_the_tower_is_cut(
     assert sizes[0] < sizes[1] if layer else sizes[0] <= sizes[1]
     alone = torch.cat([encoder(encoder.preprocess([sound])) for sound in sounds])
     torch.testing.assert_close(features, alone, rtol=1e-4, atol=1e-5)
-    pooled = encoder_of(folders[family], seconds=1, layer=layer, select="pooled")
+    pooled = built(folders[family], seconds=1, layer=layer, select="pooled")
     torch.testing.assert_close(pooled(given)[:, 0], features.mean(1))
     with torch.device("meta"):
-        paper = encoder_of(folders[family], seconds=1, layer=layer)
+        paper = built(folders[family], seconds=1, layer=layer)
     assert (paper.num_patches, paper.dim) == (encoder.num_patches, encoder.dim)
 
 
 def test_length_is_the_models_own_and_another_is_refused_where_it_must_be(folders: dict[str, str]) -> None:
-    assert encoder_of(folders["whisper"]).seconds == 1
-    assert (
-        encoder_of(folders["wav2vec2"], seconds=2).num_patches > encoder_of(folders["wav2vec2"], seconds=1).num_patches
-    )
+    assert built(folders["whisper"]).seconds == 1
+    assert built(folders["wav2vec2"], seconds=2).num_patches > built(folders["wav2vec2"], seconds=1).num_patches
     with pytest.raises(MLLMError, match="does not take 2 seconds of sound"):
-        encoder_of(folders["whisper"], seconds=2)
+        built(folders["whisper"], seconds=2)
     with pytest.raises(MLLMError, match=r"encoder\.layer is 7"):
-        encoder_of(folders["hubert"], layer=7)
+        built(folders["hubert"], layer=7)
 
 
 def test_a_model_answers_about_a_sound(folders: dict[str, str], tmp_path: Path) -> None:

@@ -9,17 +9,18 @@ import pytest
 import torch
 
 import mllm
-from mllm.encoder import build
+from mllm.build import encoder_of
+from mllm.config.messages import checked
+from mllm.config.parts import EncoderSpec
+from mllm.encoders.feature_store import FeatureStore, place_of
 from mllm.errors import MLLMError
-from mllm.features import FeatureStore, place_of
-from mllm.spec import EncoderSpec, checked
 from mllm.testing import ENCODER_FAMILIES, tiny_image, tiny_lm
 
 PICTURES = [tiny_image(1), tiny_image(2, (30, 60))]
 
 
-def encoder_of(**values: Any) -> Any:
-    return build(checked(EncoderSpec, values), seed=0)
+def built(**values: Any) -> Any:
+    return encoder_of(checked(EncoderSpec, values), seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +30,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def test_features_stand_side_by_side_in_the_width(folders: dict[str, str]) -> None:
     first, second = {"model": folders["clip"], "layer": -2}, {"model": folders["convnext"], "resolution": 128}
-    fused = encoder_of(fuse="width", of=[first, second])
-    alone = [encoder_of(**member) for member in (first, second)]
+    fused = built(fuse="width", of=[first, second])
+    alone = [built(**member) for member in (first, second)]
     assert (fused.num_patches, fused.dim, fused.grid) == (16, 48, (4, 4))
     expected = torch.cat([encoder(encoder.preprocess(PICTURES)) for encoder in alone], dim=2)
     opened = [fused.open(picture) for picture in PICTURES]
@@ -40,9 +41,9 @@ def test_features_stand_side_by_side_in_the_width(folders: dict[str, str]) -> No
 
 def test_features_stand_behind_one_another_in_the_sequence(folders: dict[str, str]) -> None:
     members = [{"model": folders["clip"]}, {"model": folders["vit"], "select": "pooled"}]
-    fused = encoder_of(type="fuse", fuse="sequence", of=members)
+    fused = built(type="fuse", fuse="sequence", of=members)
     assert (fused.num_patches, fused.dim, fused.grid) == (17, 24, None)
-    expected = [encoder(encoder.preprocess(PICTURES)) for encoder in (encoder_of(**member) for member in members)]
+    expected = [encoder(encoder.preprocess(PICTURES)) for encoder in (built(**member) for member in members)]
     items = [fused.open(picture) for picture in PICTURES]
     torch.testing.assert_close(fused(fused.preprocess(items)), torch.cat(expected, dim=1))
 
@@ -51,20 +52,18 @@ def test_features_stand_behind_one_another_in_the_sequence(folders: dict[str, st
 def test_what_does_not_fit_is_said(folders: dict[str, str], paper: bool) -> None:
     with torch.device("meta" if paper else "cpu"):
         with pytest.raises(MLLMError, match=r"the encoders give 16 and 4 features.*fuse=sequence"):
-            encoder_of(fuse="width", of=[{"model": folders["clip"]}, {"model": folders["swin"]}])
+            built(fuse="width", of=[{"model": folders["clip"]}, {"model": folders["swin"]}])
         with pytest.raises(MLLMError, match=r"features are 24 and 32 wide.*fuse=width"):
-            encoder_of(fuse="sequence", of=[{"model": folders["clip"]}, {"model": folders["swin"]}])
+            built(fuse="sequence", of=[{"model": folders["clip"]}, {"model": folders["swin"]}])
         with pytest.raises(MLLMError, match=r"of\.0\.model|of.0.model"):
-            encoder_of(fuse="width", of=[{"layer": 1}])
-        fused = encoder_of(
-            fuse="width", of=[{"model": folders["clip"]}, {"model": "open-clip/RN50x16"}][: 1 + paper][:1]
-        )
+            built(fuse="width", of=[{"layer": 1}])
+        fused = built(fuse="width", of=[{"model": folders["clip"]}, {"model": "open-clip/RN50x16"}][: 1 + paper][:1])
     assert fused.dim == 24
 
 
 def test_a_shape_alone_is_fused_on_paper(folders: dict[str, str]) -> None:
     with torch.device("meta"):
-        fused = encoder_of(
+        fused = built(
             fuse="width",
             of=[{"model": folders["clip"], "resolution": 96}, {"type": "open-clip", "model": "open-clip/RN50x16"}],
         )

@@ -7,17 +7,18 @@ from typing import Any
 import pytest
 import torch
 
-from mllm.encoder import build
+from mllm.build import encoder_of
+from mllm.config.messages import checked
+from mllm.config.parts import EncoderSpec
 from mllm.errors import MLLMError
-from mllm.published import configuration
-from mllm.spec import EncoderSpec, checked
+from mllm.hub.published import configuration
 from mllm.testing import tiny_image
 
 PICTURES = [tiny_image(1), tiny_image(2, (30, 60))]
 
 
-def encoder_of(**values: Any) -> Any:
-    return build(checked(EncoderSpec, {"init": "random", **values}), seed=0)
+def built(**values: Any) -> Any:
+    return encoder_of(checked(EncoderSpec, {"init": "random", **values}), seed=0)
 
 
 def size(module: torch.nn.Module) -> int:
@@ -28,7 +29,7 @@ def size(module: torch.nn.Module) -> int:
 def test_without_the_library_the_extra_is_named(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, kind.replace("-", "_"), None)
     with pytest.raises(MLLMError, match=rf"pip install 'mllm-assembly\[{kind}\]'"):
-        encoder_of(type=kind, model="x")
+        built(type=kind, model="x")
 
 
 TIMM = [  # name, patches, tokens before them, width, blocks
@@ -46,7 +47,7 @@ TIMM = [  # name, patches, tokens before them, width, blocks
 def test_timm_features_are_the_models_own(name: str, patches: int, prefix: int, dim: int) -> None:
     import timm
 
-    encoder = encoder_of(type="timm", model=f"timm/{name}")
+    encoder = built(type="timm", model=f"timm/{name}")
     assert (encoder.num_patches, encoder.dim) == (patches, dim) and encoder.grid
     pixels = encoder.preprocess(PICTURES)
     assert pixels.shape[0] == 2 and encoder.shape == tuple(pixels.shape[1:])
@@ -61,18 +62,18 @@ def test_timm_features_are_the_models_own(name: str, patches: int, prefix: int, 
     if expected.ndim == 4:
         expected = expected.flatten(1, 2) if "swin" in name else expected.flatten(2).mT
     assert torch.equal(encoder(pixels), expected[:, prefix:])
-    cut = encoder_of(type="timm", model=name, layer=-2)
+    cut = built(type="timm", model=name, layer=-2)
     assert torch.equal(cut(pixels), block.flatten(2).mT) and size(cut) < size(encoder)
-    assert torch.equal(encoder_of(type="timm", model=name, select="pooled")(pixels)[:, 0], head)
+    assert torch.equal(built(type="timm", model=name, select="pooled")(pixels)[:, 0], head)
 
 
 @pytest.mark.extras
 def test_timm_stretches_positions_and_says_what_is_wrong() -> None:
-    assert encoder_of(type="timm", model="vit_tiny_patch16_224", resolution=96).grid == (6, 6)
-    every = encoder_of(type="timm", model="vit_tiny_patch16_224", layer=-2, select="all")
+    assert built(type="timm", model="vit_tiny_patch16_224", resolution=96).grid == (6, 6)
+    every = built(type="timm", model="vit_tiny_patch16_224", layer=-2, select="all")
     assert (every.num_patches, every.grid) == (197, None)
     with torch.device("meta"):
-        assert encoder_of(type="timm", model="nf_resnet50", select="pooled").num_patches == 1
+        assert built(type="timm", model="nf_resnet50", select="pooled").num_patches == 1
     for values, message in (
         ({"model": "vit_tiny_patch16_22"}, "timm has no model.*Did you mean 'vit_tiny_patch16_224"),
         ({"model": "vit_tiny_patch16_224", "layer": 40}, "encoder.layer is 40"),
@@ -80,7 +81,7 @@ def test_timm_stretches_positions_and_says_what_is_wrong() -> None:
         ({"model": "vit_tiny_patch16_224", "init": "pretrained"}, r"could not load the weights.*encoder.weights"),
     ):
         with pytest.raises(MLLMError, match=message):
-            encoder_of(type="timm", **values)
+            built(type="timm", **values)
 
 
 @pytest.mark.extras
@@ -88,7 +89,7 @@ def test_timm_stretches_positions_and_says_what_is_wrong() -> None:
 def test_open_clip_features_are_the_towers_own(name: str, extra: int) -> None:
     import open_clip
 
-    encoder = encoder_of(type="open-clip", model=f"open-clip/{name}", layer=-2)
+    encoder = built(type="open-clip", model=f"open-clip/{name}", layer=-2)
     pixels = encoder.preprocess(PICTURES)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -99,9 +100,9 @@ def test_open_clip_features_are_the_towers_own(name: str, extra: int) -> None:
     assert torch.equal(encoder(pixels), expected["image_intermediates"][0].flatten(2).mT)
     assert size(encoder) < size(own)
     if extra:
-        every = encoder_of(type="open-clip", model=name, layer=-2, select="all")
+        every = built(type="open-clip", model=name, layer=-2, select="all")
         assert torch.equal(every(pixels)[:, 1:], encoder(pixels)) and every.num_patches == encoder.num_patches + 1
-    torch.testing.assert_close(encoder_of(type="open-clip", model=name, select="pooled")(pixels)[:, 0], vector)
+    torch.testing.assert_close(built(type="open-clip", model=name, select="pooled")(pixels)[:, 0], vector)
 
 
 @pytest.mark.extras
@@ -122,7 +123,7 @@ def test_published_shapes_are_the_real_ones(model: str, values: dict[str, Any], 
 
 @pytest.mark.extras
 def test_open_clip_says_what_is_wrong() -> None:
-    assert encoder_of(type="open-clip", model="ViT-B-32", resolution=96).grid == (3, 3)
+    assert built(type="open-clip", model="ViT-B-32", resolution=96).grid == (3, 3)
     for values, message in (
         ({"model": "RN50x17"}, "open_clip has no model 'RN50x17'. Did you mean 'RN50x16'"),
         ({"model": "RN50x16", "init": "pretrained"}, r"encoder.weights is missing.*openai"),
@@ -130,4 +131,4 @@ def test_open_clip_says_what_is_wrong() -> None:
         ({"model": "ViT-B-32", "init": "pretrained", "weights": "/no/file"}, "could not load 'ViT-B-32'"),
     ):
         with pytest.raises(MLLMError, match=message):
-            encoder_of(type="open-clip", **values)
+            built(type="open-clip", **values)

@@ -11,15 +11,16 @@ import torch
 from safetensors.torch import save_file
 
 import mllm
-from mllm.encoder import build
+from mllm.build import encoder_of
+from mllm.config.messages import checked
+from mllm.config.parts import EncoderSpec
 from mllm.errors import MLLMError
-from mllm.images import ImageFile
-from mllm.spec import EncoderSpec, checked
+from mllm.media.images import ImageFile
 from mllm.testing import tiny_encoder, tiny_image, tiny_lm
 
 
-def encoder_of(**values: Any) -> Any:
-    return build(checked(EncoderSpec, {"type": "features", **values}), seed=0)
+def built(**values: Any) -> Any:
+    return encoder_of(checked(EncoderSpec, {"type": "features", **values}), seed=0)
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("by", ["name", "stem", "path", "content"])
 def test_a_picture_is_looked_up(folder: Path, by: str) -> None:
-    encoder = encoder_of(path=f"{folder}/{by}.safetensors", by=by, root=f"{folder}/images", grid=[2, 2])
+    encoder = built(path=f"{folder}/{by}.safetensors", by=by, root=f"{folder}/images", grid=[2, 2])
     pictures = [folder / "images" / "val" / name for name in ("dog.png", "cat.png")]
     items = [encoder.open(picture) for picture in pictures]
     features = encoder(encoder.preprocess(items))
@@ -63,7 +64,7 @@ connector: {{type: linear}}
 data: {{train: {{format: table, path: {folder}/train.csv, images: {folder}/images}}}}
 stages: [{{name: align, train: {{connector: 1.0e-2}}, steps: 2, batch_size: 2}}]
 """)
-    from mllm.check import problems
+    from mllm.planning.check import problems
 
     assert problems(str(recipe)) == []
     run = mllm.train(str(recipe), out=folder / "run")
@@ -72,25 +73,25 @@ stages: [{{name: align, train: {{connector: 1.0e-2}}, steps: 2, batch_size: 2}}]
 
 
 def test_one_that_was_kept_in_the_cache_is_the_same(folder: Path, tmp_path: Path) -> None:
-    from mllm.features import FeatureStore
+    from mllm.encoders.feature_store import FeatureStore
 
     model = mllm.assemble(tiny_encoder(tmp_path / "encoder"), tiny_lm(tmp_path / "lm"))
     store = FeatureStore(model, folder=tmp_path / "kept")
     pictures = sorted((folder / "images" / "val").iterdir())
     features = store(pictures)
     store.flush()
-    encoder = encoder_of(path=str(tmp_path / "kept"), by="content")
+    encoder = built(path=str(tmp_path / "kept"), by="content")
     assert torch.equal(encoder.preprocess([encoder.open(picture) for picture in pictures]), features)
 
 
 def test_what_cannot_be_found_is_said(folder: Path) -> None:
-    encoder = encoder_of(path=f"{folder}/name.safetensors")
+    encoder = built(path=f"{folder}/name.safetensors")
     with pytest.raises(MLLMError, match=r"no features called 'cat\.jpg' .*Did you mean 'cat\.png'"):
         encoder.open(Path("cat.jpg"))
     with pytest.raises(MLLMError, match=r"in memory has no name.*encoder\.by=content"):
         encoder.open(tiny_image())
     with pytest.raises(MLLMError, match=r"outside of encoder\.root"):
-        encoder_of(path=f"{folder}/path.safetensors", by="path", root="/else").open(Path("cat.png"))
+        built(path=f"{folder}/path.safetensors", by="path", root="/else").open(Path("cat.png"))
     for values, message in (
         ({"path": f"{folder}/none"}, "there is no such file"),
         ({"path": f"{folder}/images"}, r"no \*\.safetensors in that folder"),
@@ -99,7 +100,7 @@ def test_what_cannot_be_found_is_said(folder: Path) -> None:
         ({"path": f"{folder}/name.safetensors", "grid": [3, 3]}, "has 4 features a picture"),
     ):
         with pytest.raises(MLLMError, match=message):
-            encoder_of(**values)
+            built(**values)
     save_file({"cat.png": torch.zeros(1)}, folder / "twice.safetensors")
     with pytest.raises(MLLMError, match=r"both have features called 'cat\.png'"):
-        encoder_of(path=str(folder))
+        built(path=str(folder))

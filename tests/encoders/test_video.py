@@ -12,14 +12,15 @@ import torch
 from PIL import Image
 
 import mllm
-from mllm.encoder import build
+from mllm.build import encoder_of
+from mllm.config.messages import checked
+from mllm.config.parts import EncoderSpec
 from mllm.encoders.video import merged
 from mllm.errors import MLLMError
-from mllm.images import ImageFile, source_of
+from mllm.media.images import ImageFile, source_of
+from mllm.media.videos import Clip, open_clip, places
 from mllm.registry import lookup
-from mllm.spec import EncoderSpec, checked
 from mllm.testing import tiny_encoder, tiny_image, tiny_lm
-from mllm.videos import Clip, open_clip, places
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +44,8 @@ def film(path: Path, frames: list[Image.Image]) -> Path:
     return path
 
 
-def encoder_of(of: str, **values: Any) -> Any:
-    return build(checked(EncoderSpec, {"type": "video", "of": {"model": of}, **values}), seed=0)
+def built(of: str, **values: Any) -> Any:
+    return encoder_of(checked(EncoderSpec, {"type": "video", "of": {"model": of}, **values}), seed=0)
 
 
 def greys(clip: Clip) -> list[float]:
@@ -85,10 +86,10 @@ def test_what_is_no_video_is_said(clip: Path, tmp_path: Path, monkeypatch: pytes
     ):
         with pytest.raises(MLLMError, match=message):
             open_clip(piece, 2)
-    monkeypatch.setattr("mllm.videos.MAX_FRAMES", 10)
+    monkeypatch.setattr("mllm.media.videos.MAX_FRAMES", 10)
     with pytest.raises(MLLMError, match="more than 10 frames"):
         open_clip(clip, 2)
-    monkeypatch.setattr("mllm.videos.MAX_BYTES", 10)
+    monkeypatch.setattr("mllm.media.videos.MAX_BYTES", 10)
     with pytest.raises(MLLMError, match="at most 10 are read"):
         open_clip(clip, 2)
 
@@ -97,7 +98,7 @@ def test_what_is_no_video_is_said(clip: Path, tmp_path: Path, monkeypatch: pytes
     ("pool", "patches", "grid"), [("mean", 16, (4, 4)), ("none", 48, (12, 4)), ("merge", 32, (8, 4))]
 )
 def test_frames_go_through_the_image_encoder(image_encoder: str, pool: str, patches: int, grid: Any) -> None:
-    video = encoder_of(image_encoder, frames=3, pool=pool, keep=2 if pool == "merge" else 1)
+    video = built(image_encoder, frames=3, pool=pool, keep=2 if pool == "merge" else 1)
     clips = [Clip(tuple(tiny_image(3 * n + seed) for seed in range(3))) for n in range(2)]
     assert (video.num_patches, video.grid, video.dim) == (patches, grid, 24)
     features = video(video.preprocess(clips))
@@ -142,8 +143,8 @@ def test_a_model_answers_about_a_file_and_batch_is_single(clip: Path, image_enco
 
 def test_wrong_settings_are_said_on_paper(image_encoder: str) -> None:
     with torch.device("meta"):
-        assert encoder_of(image_encoder, frames=3, pool="none").num_patches == 48
+        assert built(image_encoder, frames=3, pool="none").num_patches == 48
         with pytest.raises(MLLMError, match="pool mean, none or merge"):
-            encoder_of(image_encoder, pool="max")
+            built(image_encoder, pool="max")
         with pytest.raises(MLLMError, match=r"keeps from 1 to frames=4 of the frames \(5\)"):
-            encoder_of(image_encoder, pool="merge", keep=5)
+            built(image_encoder, pool="merge", keep=5)

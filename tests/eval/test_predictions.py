@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 import mllm
-from mllm.cli import app
+from mllm.cli.app import app
 from mllm.errors import MLLMError
 from mllm.evaluation import compare, score
 from mllm.testing import tiny_image

@@ -28,13 +28,14 @@ import uvicorn
 from fastapi import Request, Response
 
 import mllm
-from mllm.answering.index import ImageIndex
-from mllm.answering.outputs import data_url
-from mllm.answering.turns import turns
 from mllm.errors import MLLMError
-from mllm.images import source_of
-from mllm.serve.app import Limits, create_app
+from mllm.media.images import source_of
+from mllm.outputs import data_url
+from mllm.prompts.messages import turns
+from mllm.scorers.index import ImageIndex
+from mllm.serve.app import create_app
 from mllm.serve.remote import Remote, public_address
+from mllm.serve.schema import Limits
 from mllm.testing import tiny_image
 
 A, B = tiny_image(1), tiny_image(2)

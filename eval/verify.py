@@ -1,0 +1,118 @@
+"""Hold a recipe against its baselines: train it with several seeds, evaluate, pool, and write the results down.
+
+The table of recipes in the documentation is made of these files; no figure of it is typed by hand.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import OmegaConf
+
+from mllm.build import load
+from mllm.config import loading as recipes
+from mllm.errors import MLLMError
+from mllm.evaluation import evaluate, metric
+from mllm.system import write
+from mllm.training.train import train
+
+SEEDS = (0, 1, 2)
+
+
+def verify(name: str, *, out: str | Path, seeds: Sequence[int] = SEEDS, runs: str | Path = "runs/verify") -> Path:
+    """Train a recipe with several seeds, evaluate its suites, and write ``out/NAME.yaml``.
+
+    Args:
+        name: a recipe's name, or the path of one.
+        out: the folder of results.
+        seeds: one run each.
+        runs: where the runs are kept. A finished one of the same recipe is evaluated again and not trained.
+
+    Raises:
+        MLLMError: the recipe names no suites, or there is another recipe's run in the way.
+    """
+    config = recipes.load(name)
+    if not config.eval.suites:
+        raise MLLMError(f"The recipe {name} names no suites to be held against: give eval.suites.")
+    reports: dict[str, list[list[dict[str, Any]]]] = {suite: [] for suite in config.eval.suites}
+    minutes = []
+    for seed in seeds:
+        folder = _trained(name, seed, Path(runs) / f"{config.name}-{seed}")
+        minutes.append(json.loads((folder / "time.json").read_text())["minutes"])
+        model = load(folder)
+        for suite, rows in reports.items():
+            rows.append(
+                evaluate(model, suite, limit=config.eval.limit, out=folder / "eval" / suite, run=config.name).rows
+            )
+    content = {
+        "recipe": config.name,
+        "seeds": list(seeds),
+        "minutes": round(max(minutes), 1),
+        "items": {suite: len(rows[0]) for suite, rows in reports.items()},
+        "scores": {suite: pooled(rows, headline(suite)) for suite, rows in reports.items()},
+        "command": f"mllm recipes verify {name}",
+    }
+    place = Path(out) / f"{config.name}.yaml"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    write(place, lambda file: file.write_text(OmegaConf.to_yaml(OmegaConf.create(content), sort_keys=False)))
+    return place
+
+
+def pooled(runs: Sequence[Sequence[dict[str, Any]]], name: str) -> dict[str, Any]:
+    """Return a metric's mean over runs, and its gain over each baseline with a 95 % interval.
+
+    Args:
+        runs: the rows of one suite's report, run by run, over the same items in the same order.
+        name: of the metric. Its value must be the mean over items.
+
+    Items are drawn with replacement, an item's gains in all runs with it: runs do not stand in for items.
+    """
+    ids = [[row["id"] for row in rows] for rows in runs]
+    if any(found != ids[0] for found in ids):
+        raise MLLMError("Runs are pooled over the same items in the same order; these reports have others.")
+    references = [row["references"] for row in runs[0]]
+    baselines = list(runs[0][0]["baselines"])
+    score = metric(name)
+
+    def values(prediction: Any) -> Any:
+        """Return scores (runs, items) of a condition."""
+        return np.array([score([prediction(row) for row in rows], references).per_item for rows in runs])
+
+    model = values(lambda row: row["prediction"])
+    if not model.size:
+        raise MLLMError(
+            f"{name} scores all items together, and runs are pooled item by item: name another metric first."
+        )
+    found: dict[str, Any] = {"metric": name, "value": round(float(model.mean()), 4), "gains": {}}
+    for baseline in baselines:
+        other = values(lambda row, baseline=baseline: row["baselines"][baseline])
+        low, high = import_module("mllm.eval.scoring").interval((model - other).mean(0))
+        found["gains"][baseline] = {
+            "value": round(float(other.mean()), 4),
+            "gain": round(float((model - other).mean()), 4),
+            "low": round(low, 4),
+            "high": round(high, 4),
+        }
+    return found
+
+
+def headline(suite: str) -> str:
+    """Return a suite's first metric, by which recipes are compared."""
+    return str(import_module("mllm.eval.suite").load_suite(suite).metrics[0])
+
+
+def _trained(name: str, seed: int, folder: Path) -> Path:
+    """Return a run of the recipe with this seed: the one that is there, or a new one."""
+    wanted = recipes.dump(recipes.load(name, {"seed": seed}))
+    written = folder / "recipe.yaml"
+    if (folder / "model").is_dir() and written.read_text() == wanted:
+        return folder
+    if (folder / "model").is_dir():
+        raise MLLMError(f"{folder} is a run of another recipe or version. Move it away, or give another --runs folder.")
+    train(name, {"seed": seed}, out=folder)
+    return folder

@@ -1,0 +1,237 @@
+"""The parts of a specification, built and joined: widths wired, trained parts drawn, adapters put into their places."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mllm.config.messages import checked
+from mllm.config.parts import AssemblySpec, FitSpec, ObjectiveSpec, PartSpec
+from mllm.encoders.base import Encoder, on_paper
+from mllm.errors import MLLMError
+from mllm.fits.base import Fit
+from mllm.hub import published
+from mllm.lms.new_tokens import NewTokens
+from mllm.model import Assembly, trained_module
+from mllm.registry import lookup, made
+from mllm.saving import find_folder, read_about, restore
+from mllm.slots import Objective
+from mllm.system import give_back
+
+
+def assemble(
+    encoder: str | dict[str, Any],
+    lm: str | dict[str, Any],
+    connector: str | dict[str, Any] = "linear",
+    *,
+    adapters: Sequence[dict[str, Any]] = (),
+    seed: int = 0,
+    **settings: Any,
+) -> Assembly:
+    """Join a frozen encoder and a frozen language model by a connector with new weights.
+
+    Args:
+        encoder: an installed part, hub id or folder; or the recipe's mapping.
+        lm: likewise.
+        connector: a registry name; or the recipe's mapping with its arguments.
+        adapters: the recipe's mappings: ``[{"type": "lora", "r": 16}]``.
+        seed: of all weights drawn here.
+        settings: the recipe's ``heads``, ``tokens``, ``decoder``, ``scorer``, ``prompt`` and ``decoding``.
+
+    Raises:
+        MLLMError: an unknown part or argument, or parts that do not fit.
+    """
+    spec = checked(
+        AssemblySpec,
+        {
+            "encoder": {"model": encoder} if isinstance(encoder, str) else encoder,
+            "lm": {"model": lm} if isinstance(lm, str) else lm,
+            "connector": {"type": connector} if isinstance(connector, str) else connector,
+            "adapters": list(adapters),
+            "seed": seed,
+            **settings,
+        },
+    )
+    return build(spec)
+
+
+def build(spec: AssemblySpec) -> Assembly:
+    """Build the parts that a specification names, wire their widths, and draw the trained parts' weights."""
+    check_condition(spec)
+    encoder = build_encoder(spec)
+    give_back()  # what it was tried out with
+    return join(spec, encoder=encoder, lm=build_lm(spec))
+
+
+def join(spec: AssemblySpec, *, encoder: Any, lm: Any) -> Assembly:
+    """Bridge a built encoder and a built language model by new trained parts, some of them inside the latter."""
+    check_condition(spec)
+    widths = {"lm_dim": lm.dim if lm is not None else None, "vis_dim": encoder.dim if encoder is not None else None}
+    connector = None
+    if spec.connector is not None:
+        if encoder is None:
+            raise MLLMError(f"The connector {spec.connector.type} reads an encoder's features: give encoder.")
+        connector = build_connector(spec, encoder=encoder, lm_dim=widths["lm_dim"])
+    model = Assembly(
+        encoder=encoder,
+        connector=connector,
+        lm=lm,
+        adapters=build_adapters(spec, lm=lm),
+        tokens=build_tokens(spec, lm=lm),
+        heads={part.type: _drawn(spec, "head", part, **widths) for part in spec.heads},
+        decoder=None if spec.decoder is None else _drawn(spec, "image_decoder", spec.decoder),
+        spec=spec,
+    )
+    for path in spec.trained:
+        trained_module(model, path)
+    return model
+
+
+def _drawn(spec: AssemblySpec, kind: str, part: PartSpec, *inside: Any, **options: Any) -> Any:
+    """Build a part that draws weights; they depend on the specification's seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(spec.seed)
+        label = f"{kind.replace('_', ' ')} {part.type}"
+        return made(lookup(f"{kind}s", part.type), label, *inside, **options, **part.options())
+
+
+def build_encoder(spec: AssemblySpec) -> Any:
+    """Build the encoder alone; None where there is none."""
+    return None if spec.encoder is None else encoder_of(spec.encoder, seed=spec.seed)
+
+
+def build_lm(spec: AssemblySpec) -> Any:
+    """Build the language model alone; None where there is none."""
+    if spec.lm is None:
+        return None
+    options = spec.lm.model_dump(exclude={"type"})
+    return made(lookup("lms", spec.lm.type), f"language model {spec.lm.model}", **options, seed=spec.seed)
+
+
+def build_connector(spec: AssemblySpec, *, encoder: Any, lm_dim: int | None) -> nn.Module:
+    """Build a connector between widths; ``lm_dim`` None: without the map to a language model's width."""
+    assert spec.connector is not None
+    widths = {"vis_dim": encoder.dim, "lm_dim": lm_dim, "num_patches": encoder.num_patches, "grid": encoder.grid}
+    connector: nn.Module = _drawn(spec, "connector", spec.connector, **widths)
+    return connector
+
+
+def build_tokens(spec: AssemblySpec, *, lm: Any) -> NewTokens | None:
+    """Put new tokens beside a language model's tables, and tell its tokenizer."""
+    if not spec.tokens:
+        return None
+    if lm is None:
+        raise MLLMError("tokens: new tokens are a language model's, and the recipe names none. Give lm.")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(spec.seed)
+        tokens = NewTokens(lm.model, spec.tokens)
+    lm.new_tokens = tokens.ids()
+    return tokens
+
+
+def build_adapters(spec: AssemblySpec, *, lm: Any) -> list[nn.Module]:
+    """Put new adapters into a language model; their random weights depend on the specification's seed alone."""
+    if spec.adapters and lm is None:
+        raise MLLMError("adapters: they stand inside a language model, and the recipe names none. Give lm.")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(spec.seed)
+        adapters = [
+            made(lookup("adapters", part.type), f"adapter {part.type}", lm.model, **part.options())
+            for part in spec.adapters
+        ]
+    _check_sight(spec, adapters)
+    for adapter in adapters:
+        if hasattr(adapter, "num_positions"):  # it comes before the sequence, not into a layer
+            lm.lead(adapter)
+        if hasattr(adapter, "places"):  # it looks beside the sequence
+            lm.look()
+    return adapters
+
+
+def _check_sight(spec: AssemblySpec, adapters: Sequence[nn.Module]) -> None:
+    """Refuse adapters that do not go with one that looks beside the sequence."""
+    looking = [part.type for part, adapter in zip(spec.adapters, adapters, strict=True) if hasattr(adapter, "places")]
+    leading = [part.type for part, a in zip(spec.adapters, adapters, strict=True) if hasattr(a, "num_positions")]
+    if len(looking) > 1:
+        raise MLLMError(f"adapters: {' and '.join(looking)} both decide where images stand. Leave one out.")
+    if looking and leading:
+        raise MLLMError(
+            f"adapters: {leading[0]} puts positions before the sequence, of which {looking[0]} does not know what they "
+            "look at. Leave one out."
+        )
+    if looking and spec.connector is None:
+        raise MLLMError(f"adapters: {looking[0]} looks at a connector's visual tokens, and there is none. Give both.")
+
+
+def load(folder: str | Path) -> Assembly:
+    """Load a run or a saved model.
+
+    Raises:
+        MLLMError: no model there, one of another format, other frozen parts than it was trained on, or tensors that
+            are missing, unknown or damaged.
+    """
+    path = find_folder(Path(folder))
+    model = build(read_about(path).spec)
+    restore(model, path)
+    return model
+
+
+def encoder_of(spec: Any, *, seed: int) -> Encoder | nn.Module:
+    """Build the encoder that an `mllm.config.parts.EncoderSpec` describes, and those inside it first.
+
+    Raises:
+        MLLMError: an unknown type or argument, or a model that cannot be loaded.
+    """
+    known = (published.configuration(spec.model) if spec.model else None) or {}
+    if on_paper() and known.pop("model_type", None) == "shape":
+        return published.Shape(**known)
+    options = spec.options()
+    if spec.of is not None:
+        options["of"] = [encoder_of(member, seed=seed) for member in spec.of]
+    else:
+        options["seed"] = seed
+    return made(lookup("encoders", spec.type), f"encoder {spec.model or spec.type}", **options)
+
+
+def objectives_of(specs: Sequence[ObjectiveSpec]) -> list[Objective]:
+    """Return objectives made with their options.
+
+    Raises:
+        MLLMError: an unknown one, or options that it does not take.
+    """
+    return [made(lookup("objectives", spec.type), f"objective {spec.type}", **spec.options()) for spec in specs]
+
+
+def check_condition(spec: AssemblySpec) -> None:
+    """Hold the head that makes conditions against the image decoder, by their shapes; nothing is loaded.
+
+    Raises:
+        MLLMError: the shapes differ, or the decoder is not there.
+    """
+    if spec.decoder is None:
+        return
+    label = f"image decoder {spec.decoder.type}"
+    wanted = made(lookup("image_decoders", spec.decoder.type).shape, label, **spec.decoder.options())
+    for part in spec.heads:
+        with torch.device("meta"):
+            head = made(lookup("heads", part.type), f"head {part.type}", lm_dim=8, vis_dim=8, **part.options())
+        found = getattr(head, "condition", wanted)
+        if found != wanted:
+            raise MLLMError(
+                f"The head {part.type} makes conditions of {found[0]} x {found[1]}, and the image decoder takes "
+                f"{wanted[0]} x {wanted[1]}. Set the head's length and width to that, or take another decoder."
+            )
+
+
+def fit_of(spec: FitSpec) -> Fit:
+    """Return a part's closed form with its options.
+
+    Raises:
+        MLLMError: a part that has none, or options that it does not take.
+    """
+    fit: Fit = made(lookup("fits", spec.part.removeprefix("heads.")), f"fit of {spec.part}", **spec.options())
+    return fit

@@ -1,0 +1,157 @@
+"""The parts of a model, and how they are fitted and trained: their keys, types and defaults."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+PARTS = ("encoder", "lm", "connector", "adapters", "heads", "tokens", "decoder")
+
+
+FROZEN = ("encoder", "lm", "decoder")  # unless a stage's 'train' names them, or something inside them
+
+
+class Spec(BaseModel):
+    """A mapping of the recipe whose keys are all known."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class PartSpec(BaseModel):
+    """A part by its registry name; every other key is an argument of the part."""
+
+    model_config = ConfigDict(extra="allow")
+    type: str
+
+    def options(self) -> dict[str, Any]:
+        """Return the arguments of the part."""
+        return dict(self.__pydantic_extra__ or {})
+
+
+def listed(value: Any) -> Any:
+    """One source is short for a list of one, and none for an empty list."""
+    return [] if value is None else [value] if isinstance(value, Mapping) else value
+
+
+class EncoderSpec(PartSpec):
+    """The frozen encoder: which model, and what is taken from it. Every other key is an argument of its type."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+    type: str = "transformers"
+    fuse: Literal["width", "sequence"] | None = None  # how those in 'of' are joined
+    of: Annotated[list[EncoderSpec] | None, BeforeValidator(lambda value: listed(value) or None)] = None
+    model: str | None = Field(default=None, min_length=1, validate_default=True)
+    layer: int | None = None  # index into the hidden states; null: the model's own output
+    select: Literal["patches", "pooled", "all"] = "patches"
+    resolution: int | None = Field(default=None, ge=1)  # pixels; null: the image processor's
+    init: Literal["pretrained", "random"] = "pretrained"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fused(cls, values: Any) -> Any:
+        return {"type": "fuse", **values} if isinstance(values, dict) and values.get("fuse") else values
+
+    @field_validator("model")
+    @classmethod
+    def _some_model(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is None and not info.data.get("of") and info.data.get("type") == "transformers":
+            raise ValueError("give an installed part, a folder or a hub id")
+        return value
+
+    @property
+    def label(self) -> str:
+        """Return what it is called in tables: its model, or those of the encoders inside it."""
+        return self.model or " + ".join(member.label for member in self.of or ()) or self.type
+
+    def options(self) -> dict[str, Any]:
+        """Return the arguments of the encoder that are not left at their defaults; those in ``of`` are built first."""
+        return self.model_dump(exclude={"type", "of"}, exclude_defaults=True)
+
+
+class LMSpec(Spec):
+    """The frozen language model."""
+
+    type: str = "transformers"
+    model: str = Field(min_length=1)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantize: Literal["8bit", "4bit"] | None = None
+    init: Literal["pretrained", "random"] = "pretrained"
+
+
+class PromptSpec(Spec):
+    """The words around images and questions."""
+
+    template: str = "{images}{prompt}"  # the order of the images and the words below; null: this one
+    caption: str = "A picture of"
+    question: str = "Question: {question} Answer:"
+    chat: Literal["plain", "own"] = "plain"  # a turn in these words, or in the language model's own chat template
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_template(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("template", "") is None:
+            return {key: value for key, value in values.items() if key != "template"}
+        return values
+
+    @model_validator(mode="after")
+    def _fields(self) -> PromptSpec:
+        if not re.fullmatch(r"[^{}]*\{images\}[^{}]*\{prompt\}", self.template):
+            raise ValueError("the template holds {images} once, and ends with {prompt}")
+        if self.question.count("{question}") != 1:
+            raise ValueError("the question prompt holds {question} once")
+        return self
+
+    @field_validator("question")
+    @classmethod
+    def _has_a_place(cls, value: str) -> str:
+        """Braces elsewhere would fail, or do something, only when the first question is put."""
+        if value.count("{question}") != 1 or set(value.replace("{question}", "")) & set("{}"):
+            raise ValueError("expected {question} once, and no other braces")
+        return value
+
+
+class InitSpec(Spec):
+    """Trained parts taken from another run."""
+
+    model_config = ConfigDict(populate_by_name=True)
+    source: str | None = Field(default=None, alias="from")  # a run, or a saved model
+    parts: list[str] = []  # paths in it (connector, connector.qformer, heads.retrieval); none: all that it trained
+
+
+class FitSpec(Spec):
+    """A closed-form fit of one part: no gradient. What is left out is as its kind, in ``fits/``, has it."""
+
+    part: str = "connector"  # or a head's path, heads.NAME
+    solver: Literal["ridge", "least-squares", "procrustes", "correlation"] | None = None
+    targets: Literal["caption-words", "tokens", "sentences"] | None = None  # tokens: their own strings, no data
+    strength: float | None = Field(default=None, gt=0)  # of the ridge, as a share of the features' mean variance
+
+    def options(self) -> dict[str, Any]:
+        """Return what is given, other than the part."""
+        return self.model_dump(exclude={"part"}, exclude_none=True)
+
+
+class ObjectiveSpec(PartSpec):
+    """A loss by its registry name, and its weight in the stage's sum."""
+
+    weight: float = 1.0
+
+
+class AssemblySpec(Spec):
+    """What a model is built from: the part of a recipe that is saved with the trained tensors."""
+
+    encoder: EncoderSpec | None = None
+    lm: LMSpec | None = None
+    connector: PartSpec | None = None
+    adapters: list[PartSpec] = []
+    heads: list[PartSpec] = []
+    tokens: list[str] = []
+    decoder: PartSpec | None = None
+    scorer: PartSpec | None = None
+    prompt: PromptSpec = PromptSpec()
+    decoding: dict[str, Any] = {"max_new_tokens": 20}
+    trained: list[str] = []  # paths of what has been trained inside parts that are frozen otherwise
+    seed: int = 0

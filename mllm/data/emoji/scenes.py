@@ -1,0 +1,188 @@
+"""`mllm/emoji-scenes`: captions of, and questions about, scenes that are made from a seed and drawn.
+
+About a tenth of the kinds of object, and a tenth of the pairs of the others, are held out by a fixed rule, so that
+naming what was never seen and putting together what was never seen together can be measured apart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from functools import cache
+from itertools import combinations, count, islice
+from random import Random
+
+from mllm.data.emoji.image import BACKGROUNDS, SIDE, Kind, Scene, Thing, kinds
+from mllm.data.emoji.text import article, captions, groups, noun, phrase, questions
+from mllm.data.items import Item
+from mllm.errors import MLLMError, near
+
+SPLITS = ("train", "val", "combinations", "kinds")
+TASKS = ("captions", "questions", "both", "name", "objects", "draw", "source")
+MAX_KINDS = 3
+SIZES = {1: (96, 156), 2: (60, 104), 3: (52, 84), 4: (48, 76)}  # of an object in pixels, by number of objects
+STILL = (SIDE // 2, SIDE // 2, 180)  # x, y and size of the object of a still scene
+MARGIN = 4  # pixels between objects, and to the picture's edge
+TILT = 30  # degrees either way
+TONE = 8  # how far each of red, green, blue may be from the background's own colour, of 255
+
+
+def emoji_scenes(
+    *,
+    split: str,
+    task: str = "captions",
+    size: int = 2000,
+    seed: int = 0,
+    max_objects: int = 4,
+    still: bool = False,
+) -> list[Item]:
+    """Return ``size`` items; item i depends on everything but ``size``.
+
+    Args:
+        split: "train"; "val", new scenes of the same kinds; "combinations", scenes with a pair of kinds that "train"
+            never shows together; "kinds", scenes of kinds that "train" never shows.
+        task: "captions" (kind "single" or "multi": one object or several), "questions" (up to three a scene, following
+            each other; kind is the question's type), "both", "name": one object, captioned "a red apple", the
+            captions of all the split's kinds being the choices; "objects": several objects, the answers name them;
+            "draw": one object, the question is a caption with the background, and the answer what a picture of it is to
+            show; or "source": the same question without the picture, and where a picture comes from: "retrieve" of the
+            half of the kinds that an index is taken to hold, by a fixed rule, "generate" of the others.
+        size: number of items.
+        seed: other seeds give other scenes of the same split.
+        max_objects: most objects in a scene, 1 to 4. About half of the scenes hold one ("combinations": none).
+        still: scenes hold one object, upright and in the middle, always as large: but for a tone of the background they
+            are what a caption says.
+
+    Raises:
+        MLLMError: an unknown split or task, or a number out of range.
+    """
+    _check(split, task, size, max_objects)
+    if still and (task == "objects" or split == "combinations"):
+        raise MLLMError(f"emoji-scenes has no still scenes of several objects ({task!r}, {split!r}). Leave out still.")
+    alone = still or task in ("name", "draw", "source")
+    return list(islice(_items(split, task, seed, 1 if alone else max_objects, still), size))
+
+
+def names(split: str) -> list[str]:
+    """Return the names of the kinds that scenes of ``split`` are made of: the known ones, or for "kinds" the others.
+
+    Raises:
+        MLLMError: an unknown split.
+    """
+    _check(split, "captions", 0, 2)
+    return [kind.name for kind in _pool(split)]
+
+
+def indexed(kind: Kind) -> bool:
+    """Say whether pictures of a kind are among those that an index is taken to hold: about half of the kinds are."""
+    return hashlib.sha256(f"index {kind.code:X}".encode()).digest()[0] % 2 == 0
+
+
+def _check(split: str, task: str, size: int, max_objects: int) -> None:
+    if split not in SPLITS:
+        raise MLLMError(f"emoji-scenes has no split {split!r}. {near(split, SPLITS)}")
+    if task not in TASKS:
+        raise MLLMError(f"emoji-scenes has no task {task!r}. {near(task, TASKS)}")
+    if size < 0:
+        raise MLLMError(f"emoji-scenes cannot have size {size}: expected 0 or more. Set size to the number of items.")
+    if max_objects not in SIZES:
+        raise MLLMError(f"emoji-scenes cannot have max_objects {max_objects}: expected 1 to {max(SIZES)}. Choose one.")
+    if split == "combinations" and (task in ("name", "draw", "source") or max_objects == 1):
+        raise MLLMError(
+            f"emoji-scenes has no scenes of one object in split 'combinations' (task {task!r}, max_objects "
+            f"{max_objects}): expected at least two. Choose split 'val', or another task and max_objects from 2."
+        )
+
+
+def _items(split: str, task: str, seed: int, max_objects: int, still: bool) -> Iterator[Item]:
+    for index in count():
+        random = Random(f"{split}/{seed}/{index}")
+        scene = _scene(split, max_objects, random, still)
+        name = f"emoji-scenes/{split}/{seed}/{index}{'/still' if still else ''}"
+        if task == "name":
+            yield Item(name, (scene,), (phrase(scene.things),), kind="single", choices=_choices(split))
+        if task in ("draw", "source"):
+            wanted = f"{phrase(scene.things)} on {article(scene.background)} {scene.background} background"
+            if task == "draw":
+                yield Item(name, (scene,), (phrase(scene.things),), wanted, kind="single")
+            else:
+                answer = "retrieve" if indexed(scene.things[0].kind) else "generate"
+                yield Item(name, (), (answer,), wanted, kind=answer)
+        if task == "objects" and len(scene.things) > 1:
+            yield Item(name, (scene,), tuple(noun(group) for group in groups(scene)), kind="multi")
+        if task in ("captions", "both"):
+            kind = "single" if len(scene.things) == 1 else "multi"
+            yield Item(name, (scene,), captions(scene, Random(name)), kind=kind)
+        if task in ("questions", "both"):
+            for number, asked in enumerate(questions(scene, _pool(split), Random(f"{name}?"))):
+                yield Item(f"{name}/{number}", (scene,), (asked.answer,), asked.text, asked.type)
+
+
+def _scene(split: str, max_objects: int, random: Random, still: bool) -> Scene:
+    """Draw scenes by lot until one belongs to the split."""
+    while True:
+        several = split == "combinations" or random.random() < 0.5
+        num_things = random.randint(2, max_objects) if several and max_objects > 1 else 1
+        chosen = random.sample(_pool(split), min(num_things, random.randint(1, MAX_KINDS)))
+        background = random.choice(list(BACKGROUNDS))
+        red, green, blue = (min(255, level + random.randint(-TONE, TONE)) for level in BACKGROUNDS[background])
+        things = (Thing(chosen[0], *STILL, 0),) if still else _things(chosen, num_things, random)
+        scene = Scene(background, (red, green, blue), things)
+        if _belongs(scene, split, chosen):
+            return scene
+
+
+def _belongs(scene: Scene, split: str, chosen: list[Kind]) -> bool:
+    if split == "kinds":
+        return True
+    new_pair = any(_held_out(*pair) for pair in combinations(chosen, 2))
+    if split == "combinations":
+        return new_pair
+    is_val = _tenth(scene.specification())  # so no scene is in both, whatever the seeds
+    return not new_pair and is_val == (split == "val")
+
+
+def _things(chosen: list[Kind], num_things: int, random: Random) -> tuple[Thing, ...]:
+    """Place each kind at least once, in order from one side to the other: that makes most relations clear ones."""
+    extra = random.choices(chosen, k=num_things - len(chosen))
+    order = [kind for kind in chosen for _ in range(1 + extra.count(kind))]
+    places = _places(num_things, random)
+    axis = random.choice((0, 1))
+    places.sort(key=lambda place: place[axis])
+    return tuple(
+        Thing(kind, x, y, size, random.randint(-TILT, TILT)) for kind, (x, y, size) in zip(order, places, strict=True)
+    )
+
+
+def _places(num_things: int, random: Random) -> list[tuple[int, int, int]]:
+    """Return squares (x, y, size) inside the picture that do not touch."""
+    while True:
+        places: list[tuple[int, int, int]] = []
+        for _ in range(60):
+            size = random.randint(*SIZES[num_things])
+            near_edge = size // 2 + MARGIN
+            x, y = random.randint(near_edge, SIDE - near_edge), random.randint(near_edge, SIDE - near_edge)
+            if all(max(abs(x - u), abs(y - v)) >= (size + other) / 2 + MARGIN for u, v, other in places):
+                places.append((x, y, size))
+            if len(places) == num_things:
+                return places
+
+
+@cache
+def _choices(split: str) -> tuple[str, ...]:
+    return tuple(f"{article(name)} {name}" for name in names(split))
+
+
+@cache
+def _pool(split: str) -> tuple[Kind, ...]:
+    return tuple(kind for kind in kinds() if _held_out(kind) == (split == "kinds"))
+
+
+def _held_out(*some: Kind) -> bool:
+    """Say whether a kind, or a pair of kinds, is kept out of "train". Other rows of the table play no part in it."""
+    return _tenth(" ".join(f"{kind.code:X}" for kind in sorted(some, key=lambda kind: kind.code)))
+
+
+def _tenth(text: str) -> bool:
+    """Say yes to about one text in ten, always the same ones."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4]) % 10 == 0

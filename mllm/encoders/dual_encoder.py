@@ -1,0 +1,146 @@
+"""The image side of a dual encoder as an encoder: one vector a picture, in the space that texts are in too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import AutoModel, AutoProcessor, BatchEncoding
+
+from mllm.encoders.base import Encoder
+from mllm.errors import MLLMError
+from mllm.hub import loading as hub
+from mllm.hub.fingerprints import fingerprint
+from mllm.media.images import open_image
+
+
+class JointSpace(Encoder):
+    """A dual encoder of `transformers` (CLIP, SigLIP, ...), behind its projection.
+
+    Args:
+        model: an installed part, a hub id or a folder.
+        seed: not used.
+
+    Raises:
+        MLLMError: the model has no image or no text tower.
+    """
+
+    grid = None
+    num_patches = 1
+
+    def __init__(self, *, model: str, seed: int = 0) -> None:
+        super().__init__()
+        self._folder = hub.resolve(model, group="scorers")
+        self.pair = DualEncoder(model=model)
+        if self.pair.ready:
+            blank = self.preprocess([Image.new("RGB", (64, 64))])
+        else:  # only its configuration is here
+            side = self.pair.model.config.vision_config.image_size
+            blank = torch.zeros(1, 3, side, side)
+        self.shape = tuple(blank.shape[1:])
+        self.dim = int(self(blank.to(self.pair.model.device)).shape[-1])
+
+    @property
+    def fingerprint(self) -> str:
+        """Return what tells these weights from others."""
+        return fingerprint(self._folder)
+
+    def settings(self) -> dict[str, Any]:
+        """Return what, beside the weights, decides the features."""
+        return {"processor": self.pair.image_settings()}
+
+    def preprocess(self, items: Sequence[Image.Image]) -> Tensor:
+        """Return pixels ``(B, 3, H, W)`` of RGB images, as the model's own image processor makes them."""
+        with torch.device("cpu"):
+            return self.pair.pixels(items)
+
+    @torch.no_grad()
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Return features ``(B, 1, D_vis)`` of length 1."""
+        return nn.functional.normalize(self.pair.image_vectors(pixels), dim=-1)[:, None]
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Return vectors ``(N, D_vis)`` of length 1, in the same space."""
+        return self.pair.embed_texts(texts)
+
+
+_BATCH = 64
+
+
+class DualEncoder(nn.Module):
+    """A frozen pair of towers that `transformers` loads with its Auto classes.
+
+    Args:
+        model: a hub id or a folder.
+
+    Raises:
+        MLLMError: the model has no image or no text tower.
+    """
+
+    def __init__(self, *, model: str) -> None:
+        super().__init__()
+        folder = hub.resolve(model, group="scorers")
+        self._processor = hub.load_processor(AutoProcessor, folder)
+        self.model = hub.load_model(AutoModel, folder).requires_grad_(False).eval()
+        if not hasattr(self.model, "get_image_features") or not hasattr(self.model, "get_text_features"):
+            raise MLLMError(f"The scorer {model} has no image and text towers; expected a dual encoder such as CLIP.")
+
+    def image_text(self, images: Sequence[Any], texts: Sequence[str]) -> Tensor:
+        """Return the cosine similarities ``(I, N)`` of images and texts."""
+        return self.embed_images(images) @ self.embed_texts(texts).T
+
+    def embed_images(self, images: Sequence[Any]) -> Tensor:
+        """Return vectors ``(I, D)`` of length 1."""
+        return self._embed(images, self._images)
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Return vectors ``(N, D)`` of length 1; a text that is too long is cut."""
+        return self._embed(texts, self._texts)
+
+    @torch.no_grad()
+    def _embed(self, inputs: Sequence[Any], encode: Callable[[Sequence[Any]], Any]) -> Tensor:
+        batches = [inputs[start : start + _BATCH] for start in range(0, len(inputs), _BATCH)]
+        return torch.cat([nn.functional.normalize(_vectors(encode(batch)), dim=-1) for batch in batches])
+
+    @property
+    def ready(self) -> bool:
+        """Whether pictures and texts can be read: not where only a published model's sizes are here."""
+        return self._processor is not None
+
+    def pixels(self, images: Sequence[Any]) -> Tensor:
+        """Return pixels ``(I, 3, H, W)`` of opened pictures."""
+        return self._processor(images=list(images), return_tensors="pt")["pixel_values"]
+
+    def image_vectors(self, pixels: Tensor) -> Tensor:
+        """Return vectors ``(I, D)`` of any length."""
+        return _vectors(self.model.get_image_features(pixel_values=pixels.to(self.model.device)))
+
+    def image_settings(self) -> dict[str, Any]:
+        """Return what, beside the weights, decides the vectors of pictures."""
+        settings: dict[str, Any] = self._processor.image_processor.to_dict()
+        return settings
+
+    def _images(self, images: Sequence[Any]) -> Any:
+        return self.image_vectors(self.pixels([open_image(image) for image in images]))
+
+    def _texts(self, texts: Sequence[str]) -> Any:
+        # Padded to the full length, as these models are trained: SigLIP masks nothing, and reads the padding too.
+        longest = min(
+            self._processor.tokenizer.model_max_length, self.model.config.get_text_config().max_position_embeddings
+        )
+        words = self._processor(
+            text=list(texts), return_tensors="pt", padding="max_length", truncation=True, max_length=longest
+        )
+        return self.model.get_text_features(**_on(words, self.model))
+
+
+def _vectors(found: Any) -> Tensor:
+    """Return ``(N, D)``; newer versions of transformers return an output object."""
+    return found if isinstance(found, Tensor) else found.pooler_output
+
+
+def _on(inputs: BatchEncoding, model: Any) -> dict[str, Any]:
+    return {name: value.to(model.device) for name, value in inputs.items()}

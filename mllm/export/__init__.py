@@ -1,0 +1,1 @@
+"""Write an assembly as a stock class of transformers, and prove it equal."""

@@ -1,0 +1,126 @@
+"""Regressions from sums over rows that stream by, in float64."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class NormalEquations:
+    """Sums of a linear regression with intercept, Y ~ X W + b, added to in pieces; float64."""
+
+    def __init__(self, x_dim: int, y_dim: int) -> None:
+        self.count, self.x_dim, self.y_dim = 0, x_dim, y_dim
+        self.x, self.y = torch.zeros(x_dim, dtype=torch.float64), torch.zeros(y_dim, dtype=torch.float64)
+        self.xx = torch.zeros(x_dim, x_dim, dtype=torch.float64)
+        self.xy = torch.zeros(x_dim, y_dim, dtype=torch.float64)
+        self.yy = torch.zeros(y_dim, dtype=torch.float64)  # of its diagonal only the sums are needed
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Add rows x ``(N, X)`` and y ``(N, Y)``."""
+        x, y = x.double(), y.double()
+        self.count += len(x)
+        self.x += x.sum(0)
+        self.y += y.sum(0)
+        self.xx += x.T @ x
+        self.xy += x.T @ y
+        self.yy += y.square().sum(0)
+
+    def solve(self, solver: str, strength: float) -> tuple[Tensor, Tensor]:
+        """Return weights ``(X, Y)`` and intercept ``(Y,)``.
+
+        Args:
+            solver: ``ridge``; ``least-squares`` (of least norm, where there are fewer rows than columns); or
+                ``procrustes``, the best orthogonal map between the standardised sides (SITTA, arXiv:2307.05591).
+            strength: of the ridge's penalty, as a share of the mean variance of X.
+        """
+        x, y = self.x / self.count, self.y / self.count
+        covariance = self.xx / self.count - torch.outer(x, x)
+        cross = self.xy / self.count - torch.outer(x, y)
+        if solver == "procrustes":
+            weights = _procrustes(cross, covariance.diagonal(), self.yy / self.count - y.square())
+        elif solver == "least-squares":
+            weights = torch.linalg.pinv(covariance, rtol=1e-10, hermitian=True) @ cross
+        else:
+            weights = _ridge(covariance, cross, strength)
+        return weights, y - x @ weights
+
+    def explained(self, weights: Tensor) -> float:
+        """Return the share of Y's variance that ``X weights`` and an intercept explain on these rows."""
+        x, y = self.x / self.count, self.y / self.count
+        total = (self.yy / self.count - y.square()).sum()
+        covariance = self.xx / self.count - torch.outer(x, x)
+        cross = self.xy / self.count - torch.outer(x, y)
+        left = total - 2 * (weights * cross).sum() + (weights * (covariance @ weights)).sum()
+        return float(1 - left / total.clamp(min=1e-12))
+
+
+def _ridge(covariance: Tensor, cross: Tensor, strength: float) -> Tensor:
+    penalty = strength * covariance.diagonal().mean().clamp(min=1e-12)
+    return torch.linalg.solve(covariance + penalty * torch.eye(len(covariance), dtype=torch.float64), cross)
+
+
+def _procrustes(cross: Tensor, x_variance: Tensor, y_variance: Tensor) -> Tensor:
+    """Return D_x^-1/2 U V^T D_y^1/2, where U S V^T is the correlation of the two sides."""
+    x_spread, y_spread = (variance.clamp(min=1e-12).sqrt() for variance in (x_variance, y_variance))
+    left, _, right = torch.linalg.svd(cross / x_spread[:, None] / y_spread, full_matrices=False)
+    return left @ right / x_spread[:, None] * y_spread
+
+
+def put(project: nn.Linear, weights: Tensor, intercept: Tensor) -> None:
+    """Set a linear map to weights ``(X, Y)`` and intercept ``(Y,)``."""
+    project.weight.copy_(weights.T)
+    project.bias.copy_(intercept)
+
+
+class Maps(NamedTuple):
+    """Linear maps of both sides into one space, and how strongly each of its directions correlates."""
+
+    x: Tensor  # (D, X)
+    x_bias: Tensor  # (D,)
+    y: Tensor  # (D, Y)
+    y_bias: Tensor  # (D,)
+    correlations: Tensor  # (D,), the strongest first
+
+
+class Correlation:
+    """Sums of pairs of rows x ``(N, X)`` and y ``(N, Y)``; float64."""
+
+    def __init__(self, x_dim: int, y_dim: int) -> None:
+        self.count, self.x_dim, self.y_dim = 0, x_dim, y_dim
+        self.sum = torch.zeros(x_dim + y_dim, dtype=torch.float64)
+        self.squares = torch.zeros(x_dim + y_dim, x_dim + y_dim, dtype=torch.float64)
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Add rows of both sides."""
+        both = torch.cat([x, y], dim=1).double()
+        self.count += len(both)
+        self.sum += both.sum(0)
+        self.squares += both.T @ both
+
+    def solve(self, dim: int, strength: float) -> Maps:
+        """Return maps into the ``dim`` directions that correlate most; what is beyond either side's width is 0.
+
+        Args:
+            dim: D.
+            strength: what is added to each side's covariance, as a share of its mean variance.
+        """
+        mean, cut = self.sum / self.count, self.x_dim
+        whole = self.squares / self.count - torch.outer(mean, mean)
+        x_white, y_white = _whitening(whole[:cut, :cut], strength), _whitening(whole[cut:, cut:], strength)
+        left, found, right = torch.linalg.svd(x_white @ whole[:cut, cut:] @ y_white, full_matrices=False)
+        kept = min(dim, len(found))
+        found = found[:kept]
+        x, y = found[:, None] * (left.T[:kept] @ x_white), found[:, None] * (right[:kept] @ y_white)
+        rest = (0, 0, 0, dim - kept)
+        x, y = torch.nn.functional.pad(x, rest), torch.nn.functional.pad(y, rest)
+        return Maps(x, -x @ mean[:cut], y, -y @ mean[cut:], found)
+
+
+def _whitening(covariance: Tensor, strength: float) -> Tensor:
+    """Return the inverse square root of a covariance."""
+    penalty = strength * covariance.diagonal().mean().clamp(min=1e-12)
+    values, vectors = torch.linalg.eigh(covariance)
+    return vectors @ torch.diag((values.clamp(min=0) + penalty).rsqrt()) @ vectors.T

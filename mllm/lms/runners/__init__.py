@@ -1,0 +1,1 @@
+"""The ways a language model is run."""

@@ -1,0 +1,1 @@
+"""Open images, videos and sounds, within limits."""

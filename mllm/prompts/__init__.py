@@ -1,0 +1,1 @@
+"""Turn interleaved text and images into token ids."""

@@ -1,0 +1,59 @@
+"""How many positions an example takes, and how one that takes too many is shortened: never inside an image."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from typing import Any
+
+from mllm.errors import MLLMError
+from mllm.prompts.batch import IGNORED, encode
+from mllm.prompts.pieces import Piece, Target
+
+
+def length_of(pieces: Sequence[Piece], lm: Any, num_visual: int) -> int:
+    """Return the positions of an example, its images' included."""
+    return len(encode(pieces, lm=lm, num_visual=num_visual).ids)
+
+
+def shortened(pieces: list[Piece], limit: int, lm: Any, num_visual: int, *, cut: bool) -> list[Piece]:
+    """Return an example of at most ``limit`` positions.
+
+    Args:
+        pieces: the example.
+        limit: positions.
+        lm: whose tokens are counted.
+        num_visual: Q, the visual tokens of an image.
+        cut: take text away at the end, between words, and where that is not enough whole images. What was cut has no
+            end that is learnt.
+
+    Raises:
+        MLLMError: it is longer and is not to be cut, or nothing to learn would be left.
+    """
+    length = length_of(pieces, lm, num_visual)
+    if length <= limit:
+        return pieces
+    if not cut:
+        raise MLLMError(f"{length} positions, and data.max_length is {limit}: data.truncate=text would cut its text.")
+    kept = list(pieces)
+    while kept and length_of(kept, lm, num_visual) > limit:
+        last = kept.pop()
+        if isinstance(last, str | Target):
+            kept += _head(kept, last, limit, lm, num_visual)
+    while kept and not isinstance(kept[-1], Target):  # nothing behind the last target teaches anything
+        kept.pop()
+    if all(label == IGNORED for label in encode(kept, lm=lm, num_visual=num_visual).labels):
+        raise MLLMError(f"{length} positions, and nothing to learn within data.max_length={limit}.")
+    return kept
+
+
+def _head(before: list[Piece], last: str | Target, limit: int, lm: Any, num_visual: int) -> list[Piece]:
+    """Return as much of the last text as fits behind what stands before it: a piece, or none."""
+    text = last if isinstance(last, str) else last.text
+
+    def piece(size: int) -> Piece:
+        return text[:size] if isinstance(last, str) else Target(text[:size], ends=False)
+
+    size = bisect.bisect_right(range(1, len(text)), limit, key=lambda n: length_of([*before, piece(n)], lm, num_visual))
+    words = max((place for place in range(1, size + 1) if text[place].isspace()), default=size)
+    return [piece(words)] if words else []

@@ -1,0 +1,1 @@
+"""Put images and texts into one space: the kinds of scorer."""

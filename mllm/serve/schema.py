@@ -1,0 +1,112 @@
+"""The protocol: requests, limits, errors and answers, in OpenAI's schema."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field
+
+from mllm.errors import MLLMError
+from mllm.outputs import data_url
+from mllm.serve.batcher import Answer
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the server lets in."""
+
+    body: int = 32 * 2**20  # bytes of a request
+    images: int = 8  # of a request
+    max_new_tokens: int = 512  # of an answer
+    batch: int = 16  # requests that are decoded together
+    waiting: int = 64  # requests that may wait
+    hosts: Collection[str] = ()  # that pictures may be downloaded from
+    folders: Collection[Path] = ()  # that pictures may be read from
+    token: str | None = None  # a bearer token that every request to /v1 must carry
+
+
+class StreamOptions(BaseModel):
+    """OpenAI's ``stream_options``."""
+
+    include_usage: bool = False
+
+
+class Completion(BaseModel):
+    """A request, in OpenAI's schema; fields of it that are not listed are ignored."""
+
+    model_config = ConfigDict(extra="ignore")
+    messages: list[dict[str, Any]] = Field(min_length=1)
+    model: str = ""
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    n: Literal[1] = 1
+
+    def decoding(self, limit: int) -> dict[str, Any]:
+        """Return the settings of our own decoding."""
+        tokens = self.max_completion_tokens or self.max_tokens
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop
+        given = {
+            "max_new_tokens": tokens and min(tokens, limit),
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "seed": self.seed,
+            "stop_strings": [stop for stop in stops or [] if stop] or None,
+        }
+        return {key: value for key, value in given.items() if value is not None}
+
+
+class Refused(Exception):
+    """A request that is not answered, with its HTTP status."""
+
+    def __init__(self, status: int, message: str, code: str) -> None:
+        super().__init__(message)
+        self.status, self.code = status, code
+
+
+def images_of_answer(answer: Answer) -> dict[str, Any]:
+    """Return the part of a message that shows an answer's images, if there are any."""
+    found = [
+        {"type": "image_url", "image_url": {"url": data_url(image)}, "at": at, "score": image.score}
+        for at, image in answer.images
+    ]
+    return {"images": found} if found else {}
+
+
+def server_sent_event(body: dict[str, Any]) -> str:
+    """Return a server-sent event that carries a JSON body."""
+    return f"data: {json.dumps(body)}\n\n"
+
+
+def refusal(error: Exception) -> Refused:
+    """Return the refusal that an error becomes: 400 where the request is wrong, 500 where the model failed."""
+    if isinstance(error, MLLMError):
+        return Refused(400, str(error), "invalid_request")
+    return Refused(500, f"The model failed: {type(error).__name__}.", "failed")
+
+
+def usage_of(answer: Answer) -> dict[str, int]:
+    """Return OpenAI's ``usage`` of an answer."""
+    total = answer.prompt_tokens + answer.completion_tokens
+    return {
+        "prompt_tokens": answer.prompt_tokens,
+        "completion_tokens": answer.completion_tokens,
+        "total_tokens": total,
+    }
+
+
+def error_response(status: int, message: str, code: str) -> JSONResponse:
+    """Return an error in OpenAI\'s schema."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    headers = {"Retry-After": "1"} if status == 429 else None
+    return JSONResponse({"error": {"message": message, "type": kind, "code": code}}, status, headers=headers)

@@ -1,0 +1,1 @@
+"""Train a recipe: stages, the loop, checkpoints and the run."""

@@ -1,0 +1,27 @@
+"""Scale a new connector's output to the language model's embeddings."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mllm.model import Assembly
+
+
+@torch.no_grad()
+def calibrate(model: Assembly, features: Tensor) -> None:
+    """Scale a new connector's last map so that its output has the spread of the language model's embeddings.
+
+    A start far from that scale does not learn at usual learning rates. Args: features ``(I, P, D_vis)`` of real images.
+    """
+    last = next((getattr(model.connector, name, None) for name in ("norm", "project") if _scales(model, name)), None)
+    if last is None:
+        return
+    spread = float(model.connector(features).float().std())
+    for parameter in last.parameters():
+        parameter.mul_(model.lm.embedding_scale() / max(spread, 1e-12))
+
+
+def _scales(model: Assembly, name: str) -> bool:
+    """Whether the connector has a module of this name with weights: its last one, by convention."""
+    return any(True for _ in getattr(model.connector, name, torch.nn.Identity()).parameters())

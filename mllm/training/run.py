@@ -1,0 +1,155 @@
+"""The run: the folder that training writes and everything else reads.
+
+``recipe.yaml`` (resolved), ``environment.json`` (versions, commit), ``log.jsonl`` (losses), ``loss.png``, ``time.json``
+(minutes), ``frozen.json`` (hashes of what did not train, before and after), ``model/`` (see `mllm.saving`),
+``eval/``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import platform
+import subprocess
+from collections.abc import Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mllm.errors import MLLMError
+from mllm.processes import processes
+from mllm.system import write
+from mllm.training.checkpoint import changes
+from mllm.training.plots import loss_plot
+
+PACKAGES = ("mllm-assembly", "torch", "transformers", "accelerate", "peft")
+
+
+class Run:
+    """One training run's folder; of several processes the main one writes it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.writes = path, processes().is_main_process
+
+    @classmethod
+    def create(cls, path: Path, recipe: str) -> Run:
+        """Make the folder of a new run and write the resolved recipe (YAML text) and the environment there.
+
+        Raises:
+            MLLMError: there is a run already (nothing is overwritten), or the folder cannot be made.
+        """
+        run = cls(path)
+        if not run.writes:
+            return run
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            if any(path.iterdir()):
+                raise MLLMError(f"{path} is not empty. Give another folder with --out, or remove it.")
+            write(path / "recipe.yaml", lambda file: file.write_text(recipe))
+            about = {**environment(), "processes": str(processes().num_processes)}
+            write(path / "environment.json", lambda file: file.write_text(json.dumps(about, indent=2) + "\n"))
+        except OSError as error:
+            raise MLLMError(f"The run folder {path} cannot be written: {error.strerror or error}.") from None
+        return run
+
+    @classmethod
+    def reopen(cls, path: Path, recipe: str, *, accept: bool) -> Run:
+        """Return a run that did not end, to go on with it.
+
+        Args:
+            path: its folder.
+            recipe: the resolved recipe (YAML text) it is to go on with.
+            accept: go on although the recipe changed since; the new one is written down.
+
+        Raises:
+            MLLMError: there is no run, it has ended, or the recipe changed: every change is listed.
+        """
+        written = path / "recipe.yaml"
+        if not written.is_file():
+            raise MLLMError(f"There is no run in {path}: expected recipe.yaml there.")
+        if (path / "model" / "assembly.json").is_file():
+            raise MLLMError(f"The run {path} has ended: there is nothing to resume. `mllm eval {path}` evaluates it.")
+        found = changes(yaml.safe_load(written.read_text()), yaml.safe_load(recipe))
+        if found and not accept:
+            listed = "".join(f"\n  {change}" for change in found)
+            raise MLLMError(f"The recipe changed since {path} was started; --accept-changes goes on with it:{listed}")
+        run = cls(path)
+        if accept and run.writes:
+            (path / "data.json").unlink(missing_ok=True)  # the data may have changed as well
+        processes().wait_for_everyone()  # all have read it
+        if run.writes:
+            write(written, lambda file: file.write_text(recipe))
+        return run
+
+    def rewind(self, done: Sequence[str], stage: str, step: int) -> None:
+        """Take out of the log what came after a checkpoint: it will be done, and logged, again."""
+        path = self.path / "log.jsonl"
+        if not self.writes or not path.is_file():
+            return
+        kept = []
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(ValueError):  # a line cut short by a kill
+                row = json.loads(line)
+                own = row["stage"] == stage and ("skipped" in row or 0 < row.get("step", 0) <= step)
+                if row["stage"] in done or own:
+                    kept.append(line + "\n")
+        with self._written(path.name):
+            write(path, lambda file: file.write_text("".join(kept)))
+
+    def log(self, **row: Any) -> None:
+        """Append one row to the log."""
+        if not self.writes:
+            return
+        with self._written("log.jsonl"), (self.path / "log.jsonl").open("a") as stream:
+            stream.write(json.dumps(row) + "\n")
+
+    def record(self, name: str, content: Any) -> None:
+        """Write a JSON file of the run, whole or not at all."""
+        if not self.writes:
+            return
+        with self._written(name):
+            write(self.path / name, lambda file: file.write_text(json.dumps(content, indent=2) + "\n"))
+
+    def plot(self) -> Path:
+        """Draw ``loss.png`` from the log."""
+        out = self.path / "loss.png"
+        if self.writes and (self.path / "log.jsonl").is_file():
+            with self._written(out.name):
+                write(out, lambda file: loss_plot(self.path / "log.jsonl", file))
+        return out
+
+    @contextlib.contextmanager
+    def _written(self, name: str) -> Iterator[None]:
+        """Explain why a file of the run cannot be written."""
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or error
+            raise MLLMError(f"{self.path / name} cannot be written: {reason}. Free some room.") from None
+
+
+def free_folder(name: str) -> Path:
+    """Return ``runs/NAME``, or the first of ``runs/NAME-2``, ``-3``, ... that is not taken."""
+    paths = (Path("runs") / (name if number == 1 else f"{name}-{number}") for number in range(1, 10_000))
+    return next(path for path in paths if not path.exists())
+
+
+def environment() -> dict[str, str]:
+    """Return the versions that a result depends on, and the commit of the working directory."""
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "absent"
+    return {**found, "commit": _commit()}
+
+
+def _commit() -> str:
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return done.stdout.strip() or "unknown"

@@ -1,0 +1,106 @@
+"""From a recipe to a run: its stages in order, each by gradient (`loop`) or in closed form (`mllm.fits`).
+
+Notable: the model may differ from stage to stage; what was trained goes along. What a stage does not name is hashed
+before and after.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list, set_seed
+
+from mllm.build import build
+from mllm.config import loading as recipes
+from mllm.config.recipe import Recipe
+from mllm.errors import MLLMError
+from mllm.model import Assembly
+from mllm.processes import processes
+from mllm.saving import save
+from mllm.training.checkpoint import NAME as CHECKPOINT
+from mllm.training.checkpoint import State, random_states, set_random_states
+from mllm.training.run import Run, free_folder
+from mllm.training.stages import carried, run_stage, sets_connector
+from mllm.transfer import take
+
+
+def train(
+    recipe: str,
+    overrides: Mapping[str, Any] | Sequence[str] = (),
+    *,
+    out: str | Path | None = None,
+    resume: str | Path | None = None,
+    accept_changes: bool = False,
+) -> Run:
+    """Train a recipe and return its run.
+
+    Args:
+        recipe: a recipe's name, or a path to a YAML file.
+        overrides: dotted, ``{"connector.type": "mlp"}`` or ``["connector.type=mlp"]``.
+        out: the run's folder; None: ``runs/NAME``, or the first free ``runs/NAME-2``, ...
+        resume: a run that was interrupted, to go on with from its last checkpoint.
+        accept_changes: go on although the recipe is not the one the run was started with.
+
+    Raises:
+        MLLMError: a recipe, part or data set that is wrong; nothing is trained then. Or a run that cannot be resumed.
+    """
+    config = recipes.load(recipe, overrides)
+    if not config.stages:
+        raise MLLMError(f"The recipe {config.name} has no stages, so there is nothing to train.")
+    started = time.monotonic()
+    processes()  # first: they agree on a folder before anything is trained
+    set_seed(config.seed)
+    if resume:
+        run = Run.reopen(Path(resume), recipes.dump(config), accept=accept_changes)
+        model, state = _taken_up(run, config)
+    else:
+        model, state = build(config.assembly(config.stages[0])), State()  # first: what does not fit leaves no folder
+        run = Run.create(_folder(out, config.name), recipes.dump(config))
+    try:
+        for index in range(state.stage, len(config.stages)):
+            stage = config.stages[index]
+            if index and not state.step:
+                model = carried(model, config.assembly(stage), run)
+            if stage.init.source and not state.step:
+                take(model, Path(stage.init.source), stage.init.parts)
+            model = run_stage(run, model, stage, config, state)
+            state = State(index + 1, tensors={**_trained(model), **random_states()}, frozen=state.frozen)
+            state.write(run.path)
+    finally:
+        run.plot()
+    run.record("frozen.json", state.frozen)
+    run.record("time.json", {"minutes": (time.monotonic() - started) / 60})  # since it was last taken up
+    if run.writes:
+        save(model, run.path / "model")
+        (run.path / CHECKPOINT).unlink(missing_ok=True)
+    processes().wait_for_everyone()
+    return run
+
+
+def _folder(out: str | Path | None, name: str) -> Path:
+    """Return the new run's folder: the same in all processes."""
+    return Path(broadcast_object_list([str(out or free_folder(name))])[0])
+
+
+def _taken_up(run: Run, config: Recipe) -> tuple[Assembly, State]:
+    """Return the model and the state of a run's last checkpoint, and put the random states and the log back to it."""
+    state = State.read(run.path) or State()
+    names = [stage.name for stage in config.stages]
+    run.rewind(names[: state.stage], names[state.stage] if state.stage < len(names) else "", state.step)
+    at = state.stage if state.step or not state.stage else state.stage - 1  # a stage's end is the end of its own model
+    model = build(config.assembly(config.stages[at]))
+    if state.tensors:
+        trained = {name.removeprefix("model."): t for name, t in state.tensors.items() if name.startswith("model.")}
+        if trained.keys() != model.trained_state().keys():
+            raise MLLMError(f"The checkpoint of {run.path} is of another model: the recipe's parts changed.")
+        model.load_state_dict(trained, strict=False)
+        model.calibrated = any(map(sets_connector, config.stages[: at + 1]))
+        set_random_states(state.tensors)
+    return model, state
+
+
+def _trained(model: Assembly) -> dict[str, Any]:
+    return {f"model.{name}": tensor for name, tensor in model.trained_state().items()}

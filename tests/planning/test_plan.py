@@ -1,0 +1,247 @@
+"""`mllm plan`: counts and FLOPs are those of the real model, memory those of its tensors, and nothing is loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from mllm.build import build, objectives_of
+from mllm.cli.plan import run
+from mllm.config import loading as recipe
+from mllm.errors import MLLMError
+from mllm.planning.advice import bytes_of, fitting
+from mllm.planning.draft import Draft
+from mllm.planning.plan import Setting, plan, plan_stage
+from mllm.planning.trace import Paper, cost
+from mllm.planning.workload import workload
+from mllm.testing import tiny_image
+from mllm.training import setup
+
+
+@pytest.fixture
+def file(tmp_path: Path, tiny_parts: tuple[str, str]) -> str:
+    for name in ("a", "b", "c"):
+        tiny_image(ord(name)).save(tmp_path / f"{name}.png")
+    rows = "a.png,noise\nb.png,a good deal more of it\nc.png,none\n"
+    (tmp_path / "train.csv").write_text(f"image,caption\n{rows}")
+    path = tmp_path / "small.yaml"
+    path.write_text(f"""
+name: small
+encoder: {{model: {tiny_parts[0]}}}
+lm: {{model: {tiny_parts[1]}}}
+connector: {{type: mlp, tokens: 4}}
+adapters: [{{type: bottleneck, reduction: 4}}]
+data: {{train: {{format: table, path: {tmp_path}/train.csv}}}}
+stages:
+  - {{name: align, train: {{connector: 1.0e-3}}, steps: 6, batch_size: 4}}
+  - {{name: tune, train: {{connector: 1.0e-3, adapters: 1.0e-3}}, steps: 2, batch_size: 4}}
+""")
+    return str(path)
+
+
+@pytest.fixture
+def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def loaded(*_: Any, **__: Any) -> None:
+        raise AssertionError("a weight was loaded")
+
+    monkeypatch.setattr("safetensors.safe_open", loaded)
+    monkeypatch.setattr("transformers.modeling_utils.safe_open", loaded)
+
+
+def real(file: str, stage: int, overrides: list[str] | None = None) -> tuple[Any, Any, Any]:
+    """Return the loaded model of a stage, the stage, and its batches."""
+    config = recipe.load(file, overrides or [])
+    own = config.stages[stage]
+    model: Any = build(config.assembly(own))
+    setup.parameter_groups(model, own)
+    return model, own, workload(model, own, config, processes=1, images=None, text=None)
+
+
+def test_parameters_are_those_of_the_model(file: str, nothing_is_loaded: None) -> None:
+    planned = plan(file).stages
+    assert [stage.name for stage in planned] == ["align", "tune"]
+    sizes = {part.name: part for part in planned[1].parts}
+    assert sizes["encoder"].trained == sizes["lm"].trained == 0
+    assert sizes["connector"].trained == sizes["connector"].parameters
+    assert sizes["adapters"].trained == sizes["adapters"].parameters > 0
+    assert {part.trained for part in planned[0].parts if part.name == "adapters"} == {0}
+
+
+def test_sizes_and_states_are_those_of_the_loaded_model(file: str) -> None:
+    model, stage, _ = real(file, 1)
+    planned = plan(file).stages[1]
+    inside = sum(p.numel() for p in model.adapters.parameters())
+    whole = {part.name: part.parameters for part in planned.parts}
+    assert whole["lm"] == sum(p.numel() for p in model.lm.parameters())
+    assert (whole["adapters"], whole["encoder"]) == (inside, sum(p.numel() for p in model.encoder.parameters()))
+    optimizer = torch.optim.AdamW(setup.parameter_groups(model, stage))
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    states = [t for state in optimizer.state.values() for t in state.values() if t.dim()]
+    assert planned.memory.optimizer == sum(t.nbytes for t in states)
+    assert planned.memory.gradients == sum(p.grad.nbytes for p in trained if p.grad is not None)
+    length = model.connector.num_tokens + len(model.lm.tokenize(stage.prompt.question)) + 20
+    cache, _ = model.lm.prefill(torch.randn(1, length, model.lm.dim), torch.ones(1, length, dtype=torch.long))
+    assert planned.kv_bytes == sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_flops_are_those_that_torch_counts_on_real_tensors(file: str, stage: int) -> None:
+    model, own, load = real(file, stage)
+    rows, objectives = load.typical, objectives_of(own.objectives)
+    features = torch.randn(rows.images, model.encoder.num_patches, model.encoder.dim)
+    model.train()
+    torch.stack(model(rows.pieces, features, rows.batch, objectives))  # what is tried once is tried now
+    with FlopCounterMode(display=False) as counter:
+        torch.stack(model(rows.pieces, features, rows.batch, objectives)).sum().backward()
+    with FlopCounterMode(display=False) as encoder, torch.no_grad():
+        model.encoder(torch.zeros(1, *model.encoder.shape))
+    planned = plan(file).stages[stage].flops
+    # The counter does not know the attention of CPUs, which ours does: 4 forward, 10 backward, for each pair of
+    # positions and channel.
+    pairs = rows.batch.ids.numel() * rows.batch.ids.shape[1] * 32 * 2  # two layers of width 32
+    assert planned.connector + planned.lm == counter.get_total_flops() + 14 * pairs
+    vit = 2 * 4 * 17**2 * 24  # two layers, 16 patches and CLS, width 24
+    assert planned.encoder == encoder.get_total_flops() + vit
+
+
+def test_flops_follow_from_the_shapes_of_a_linear_connector(file: str) -> None:
+    planned = plan(file, ["connector={type: linear, tokens: 4}", "adapters=[]", "stages.1.train=[connector]"]).stages[0]
+    forward = 2 * 4 * 4 * 24 * 32  # four pictures, four tokens each, from width 24 to 32
+    assert planned.flops.connector == 2 * forward  # and the weight's gradient; features need none
+    whole = planned.flops.encoder * planned.pictures + 6 * (planned.flops.connector + planned.flops.lm)
+    assert planned.flops.total == whole and planned.pictures == 3
+
+
+def test_a_computation_on_paper_peaks_where_its_tensors_do() -> None:
+    paper = Paper()
+    model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.Tanh(), torch.nn.Linear(256, 8))
+    paper.put(model)
+    given = paper.empty(100, 64)
+    with torch.no_grad():
+        found = cost(lambda: model(given))
+    assert found.flops == 2 * 100 * (64 * 256 + 256 * 8)
+    assert found.peak == 4 * 100 * 2 * 256  # before and behind the tanh
+    kept = cost(lambda: model(given).sum().backward())
+    assert kept.flops == 2 * 100 * (2 * 64 * 256 + 3 * 256 * 8)  # the first map's input needs no gradient
+    assert kept.peak > found.peak
+
+
+def test_a_closed_form_takes_its_sums(file: str) -> None:
+    planned = plan(file, ["stages=[{name: fit, fit: {part: connector}}]"]).stages[0]
+    assert planned.memory.gradients == planned.memory.activations == planned.flops.lm == 0
+    assert planned.flops.total == 3 * planned.flops.encoder
+
+
+def test_recomputing_keeps_less_and_computes_more(file: str) -> None:
+    plain, again = (plan(file, [f"optim.checkpointing={value}"], Setting("gpu")).stages[0] for value in (False, True))
+    assert again.memory.activations < plain.memory.activations
+    assert again.flops.lm > plain.flops.lm
+
+
+def test_processes_divide_what_they_are_told_to(file: str) -> None:
+    alone = plan(file).stages[1]
+    ddp, fsdp = (plan(file, (), Setting("cpu", 2, how)).stages[1] for how in ("none", "fsdp"))
+    assert [s.rows for s in (alone, ddp)] == [4, 2]
+    assert ddp.memory.gradients == 2 * alone.memory.gradients  # the buckets
+    config = recipe.load(file)
+    lm = build(config.assembly(config.stages[1])).lm
+    layers = sum(p.numel() * p.element_size() for layer in lm.layers for p in layer.parameters())
+    assert ddp.memory.weights == alone.memory.weights and fsdp.memory.weights == alone.memory.weights - layers // 2
+    assert ddp.memory.optimizer == fsdp.memory.optimizer == alone.memory.optimizer
+    with pytest.raises(MLLMError, match="batch_size is 4, and 8 processes"):
+        plan(file, (), Setting(processes=8))
+
+
+def test_the_cache_is_judged_by_what_it_saves(file: str) -> None:
+    once = plan(file, ["stages.0.steps=1", "stages.0.batch_size=2"]).stages[0].cache
+    assert not once.recommended and "comes up once" in once.reason
+    often = plan(file).stages[0]
+    assert often.cache.bytes == 3 * 16 * 24 * 4
+    work = 24 * often.flops.encoder + 6 * (often.flops.connector + often.flops.lm)
+    assert often.cache.saves == pytest.approx(21 * often.flops.encoder / work)
+    assert often.cache.recommended == (often.cache.saves >= 0.1)
+    off = plan(file, ["cache='off'"]).stages[0]
+    assert off.flops.total - often.flops.total == 21 * often.flops.encoder and off.memory.features == 0
+
+
+def test_time_follows_from_the_flops(file: str) -> None:
+    planned = plan(file, (), Setting(processes=2, flops=1e9, utilisation=0.5)).stages[0]
+    assert planned.seconds == pytest.approx(planned.flops.total / 1e9)
+    assert plan(file).stages[0].seconds is None
+
+
+def test_what_is_not_here_is_assumed_and_said(file: str, tmp_path: Path) -> None:
+    (tmp_path / "train.csv").unlink()
+    planned = plan(file, (), Setting(text=40, images=5)).stages[0]
+    assert (planned.positions, planned.pictures, planned.examples) == (44, 5, 24)
+    assert "40 tokens of text" in planned.assumed and "not on this machine" in planned.assumed
+
+
+PUBLISHED = {  # from the papers and model cards
+    "encoder": 303_507_456 - 12_598_272,  # CLIP ViT-L/14 at 336 px without its last layer and norm, which are not used
+    "lm": 6_738_415_616,
+    "connector": 20_979_712,
+}
+
+
+def test_a_published_recipe_is_planned_offline(nothing_is_loaded: None) -> None:
+    config = recipe.load("llava", ["adapters=[]", "lm.dtype=bfloat16"])
+    setting = Setting("gpu", processes=8, text=40)
+    draft = Draft(config.stages[0], config, "gpu")
+    planned = plan_stage(draft, config, setting)
+    assert {part.name: part.parameters for part in planned.parts} == PUBLISHED
+    assert planned.tokens_per_image == 576
+    # Two FLOPs for each weight and position forward, and as many for the gradient towards the connector.
+    body = PUBLISHED["lm"] - 2 * 32_000 * 4096
+    products = 4 * body * 256 * (576 + 40)
+    assert planned.flops.lm == pytest.approx(products, rel=0.06)  # and attention, and the vocabulary at targets
+    assert planned.cache.saves_later == pytest.approx(0.02, abs=0.005) and not planned.cache.recommended
+    assert planned.memory.weights == 2 * PUBLISHED["lm"] + 4 * (PUBLISHED["encoder"] + PUBLISHED["connector"])
+
+
+def test_what_does_not_fit_is_told_what_would(file: str) -> None:
+    config = recipe.load(file, ["stages.0.batch_size=32"])
+    stage, setting = config.stages[0], Setting("gpu")
+    whole = plan_stage(Draft(stage, config, "gpu"), config, setting).memory.peak
+    assert fitting(stage, config, setting, whole) == []
+    smaller = fitting(stage, config, setting, whole - 50_000)
+    assert smaller is not None and smaller[0].startswith("stages.0.batch_size=")
+    changed = recipe.load(file, ["stages.0.batch_size=32", *smaller])
+    own = changed.stages[0]
+    assert own.batch_size * own.optim.accumulate == 32
+    assert plan_stage(Draft(own, changed, "gpu"), changed, setting).memory.peak <= whole - 50_000
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("24GiB", 24 * 2**30), ("24G", 24 * 2**30), ("1.5 gb", 1_500_000_000), ("7", 7)]
+)
+def test_sizes_are_read(text: str, size: int) -> None:
+    assert bytes_of(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "1.2.3G", "-4G", "24 apples"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(MLLMError, match="expected a number and a unit"):
+        bytes_of(text)
+
+
+def test_the_command_prints_a_table_or_json(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"device": "cpu", "processes": 1, "sharding": "none", "flops": 1e9, "utilisation": 0.5}
+    one = ["adapters=[]", "stages=[{name: align, train: [connector], steps: 2, batch_size: 1}]"]
+    run(file, one, {**options, "images": None, "text": None}, memory="1KiB", probe=False, as_json=False)
+    shown = capsys.readouterr().out
+    assert "small on 1 CPU" in shown and "align: does not fit into 1 KiB" in shown
+    run(file, one, {**options, "images": None, "text": None}, memory=None, probe=True, as_json=True)
+    told = json.loads(capsys.readouterr().out)
+    assert told["setting"]["utilisation"] == 1.0 and told["stages"][0]["seconds"] > 0
+    for name, value in (("device", "tpu"), ("sharding", "zero9")):
+        with pytest.raises(MLLMError, match=f"--{name} {value}"):
+            run(file, one, {**options, name: value}, memory=None, probe=False, as_json=False)

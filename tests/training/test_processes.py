@@ -1,0 +1,112 @@
+"""Two processes train what one does, each with the whole model or with a part of the frozen weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import mllm
+from mllm.testing import tiny_image
+from mllm.training.checkpoint import NAME
+
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m", "mllm", "train"]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory, tiny_parts) -> str:
+    """Two stages on messages of which a third has no picture."""
+    folder = tmp_path_factory.mktemp("processes")
+    lines = []
+    for index in range(16):
+        tiny_image(index).save(folder / f"{index}.png")
+        seen = index % 3 > 0
+        question = {"role": "user", "content": ("<image>" if seen else "") + "What is it?"}
+        answer = {"role": "assistant", "content": "red green blue white"[index % 4 :]}
+        lines.append(json.dumps({"messages": [question, answer], "images": [f"{index}.png"] if seen else []}))
+    (folder / "messages.jsonl").write_text("\n".join(lines))
+    source = f"{{format: messages, path: {folder}/messages.jsonl, images: {folder}}}"
+    path = folder / "recipe.yaml"
+    path.write_text(f"""
+name: processes
+encoder: {{model: {tiny_parts[0]}}}
+lm: {{model: {tiny_parts[1]}}}
+connector: {{type: linear, tokens: 4}}
+data: {{train: {source}, val: {source}}}
+optim: {{schedule: constant, warmup: 0}}
+stages:
+  - {{name: align, train: {{connector: 1e-2}}, steps: 5, batch_size: 4}}
+  - {{name: tune, adapters: [{{type: lora, r: 2}}], train: {{adapters: 1e-3, connector: 1e-3}}, steps: 8,
+     batch_size: 4, checkpoint_every: 1}}
+""")
+    return str(path)
+
+
+def launch(arguments: list[str], fsdp: bool) -> subprocess.Popen[str]:
+    """Start two processes on the CPU."""
+    settings = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_FSDP": str(fsdp).lower()}
+    return subprocess.Popen(
+        [*LAUNCH, *arguments],
+        env={**os.environ, **settings},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+
+
+def finished(process: subprocess.Popen[str]) -> None:
+    _, said = process.communicate()
+    assert process.returncode == 0, said
+
+
+def log(path: Path, key: str) -> list[Any]:
+    rows = [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
+    return [row[key] for row in rows if key in row]
+
+
+@pytest.fixture(scope="module")
+def two(request, recipe, tmp_path_factory) -> tuple[Path, bool]:
+    """Return a run of two processes, and whether they shared the frozen weights."""
+    folder = tmp_path_factory.mktemp("two") / "run"
+    finished(launch([recipe, "--out", str(folder)], request.param))
+    return folder, request.param
+
+
+@pytest.mark.parametrize("two", [False, True], ids=["ddp", "fsdp"], indirect=True)
+@pytest.mark.timeout(200)
+def test_two_processes_train_as_one_does(two, recipe, tmp_path):
+    """The same global batches: equal losses, one run, and no process that waits for a picture it has not got."""
+    path, fsdp = two
+    mllm.train(recipe, out=tmp_path / "one")
+    ran = [json.loads((place / "environment.json").read_text())["processes"] for place in (path, tmp_path / "one")]
+    assert ran == ["2", "1"]  # else nothing is shown
+    assert log(path, "divided_layers") == ([2, 2] if fsdp else [])
+    for key in ("loss", "val_loss"):
+        assert log(path, key) == pytest.approx(log(tmp_path / "one", key), rel=1e-4)
+    trained = [mllm.load(place).trained_state() for place in (path, tmp_path / "one")]
+    torch.testing.assert_close(*trained, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("two", [True], ids=["fsdp"], indirect=True)
+@pytest.mark.timeout(200)
+def test_killed_and_resumed_they_are_the_run_they_would_have_been(two, recipe, tmp_path):
+    whole, fsdp = two
+    folder = tmp_path / "killed"
+    process = launch([recipe, "--out", str(folder)], fsdp)
+    until = time.monotonic() + 100
+    while not (folder / NAME).is_file() or len(log(folder, "loss")) < 8:
+        assert time.monotonic() < until and process.poll() is None, process.communicate()
+        time.sleep(0.005)
+    subprocess.run(["pkill", "-KILL", "-P", str(process.pid)], check=True)  # the two, without notice
+    process.kill()
+    process.communicate()
+    assert not (folder / "model").exists()
+    finished(launch([recipe, "--resume", str(folder)], fsdp))
+    assert log(folder, "loss") == log(whole, "loss")
