@@ -50,10 +50,10 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
 def tiny_decoder(tiny_parts: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> str:
     """The folder of a tiny image decoder: conditions of 1 x 32, images of 16 pixels."""
     from mllm.build import build
-    from mllm.config.parts import AssemblySpec, LMSpec, PartSpec
+    from mllm.config.parts import AssemblySpec, HeadSpec, LMSpec
 
     lm = LMSpec(type="sentences", model=tiny_parts[1])
-    head = PartSpec.model_validate({"type": "pixels", "side": 16, "features": 64, "rank": 8})
+    head = HeadSpec.model_validate({"type": "pixels", "side": 16, "features": 64, "rank": 8})
     return str(build(AssemblySpec(lm=lm, heads=[head])).save(tmp_path_factory.mktemp("tiny-decoder")))
 
 

@@ -13,9 +13,10 @@ from mllm.data.items import Item
 from mllm.errors import MLLMError
 from mllm.processes import progress
 from mllm.prompts.pieces import answer_text
-from mllm.readout.decision import HEAD, LABELS, decided, states_at
+from mllm.readout.decision import decide, states_at
+from mllm.slots import DECISIONS, DecisionHead
 
-BASELINES = {"draw": ("shuffled",), "decide": LABELS}  # another item's picture; always the same
+BASELINES = {"draw": ("shuffled",), "decide": DECISIONS}  # another item's picture; always the same
 
 
 def drawings(
@@ -46,13 +47,12 @@ def decisions(
     model: Assembly, items: Sequence[Item], baselines: Sequence[str], batch_size: int
 ) -> dict[str, list[str]]:
     """Return a model's decisions about what items say; a baseline always decides the same."""
-    if HEAD not in model.heads:
-        raise MLLMError("This suite asks a decision head, and the model has none. Add heads: [{type: decision}].")
+    model.find(DecisionHead)
     own: list[str] = []
     with progress() as bar:
         task = bar.add_task(OWN, total=None, note="")
         for start in bar.track(range(0, len(items), batch_size), task_id=task):
-            own += decided(model, states_at(model, _prompts(model, items[start : start + batch_size]), None))
+            own += decide(model, states_at(model, _prompts(model, items[start : start + batch_size]), None))
     return {OWN: own, **{name: [name] * len(items) for name in baselines}}
 
 

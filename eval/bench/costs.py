@@ -73,7 +73,7 @@ def shape_of(model: Any, made: Setup) -> Shape:
         body=own,
         vocabulary=table.numel(),
         attention=config.num_hidden_layers * config.hidden_size,
-        visual=model.places,
+        visual=model.tokens_per_image,
         positions=made.positions,
         targets=made.targets,
     )

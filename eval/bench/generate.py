@@ -79,7 +79,7 @@ def bound(model: Assembly, each: int, question: int) -> float:
     tower = sum(p.numel() for p in model.encoder.parameters()) * (model.connector.num_tokens + 1)
     body = sum(p.numel() for p in model.lm.parameters())
     rest = body * (question + TOKENS - 1)
-    prefix = tower + body * model.places
+    prefix = tower + body * model.tokens_per_image
     return each * (prefix + rest) / (prefix + each * rest)
 
 
@@ -163,7 +163,7 @@ def _theirs(model: Assembly, stock: Any, asked: Sequence[tuple[torch.Tensor, str
 
 def _inputs(model: Assembly, asked: Sequence[tuple[torch.Tensor, str]]) -> dict[str, torch.Tensor]:
     """Return the alternative's batch: an image's places, then the question, padded on the left."""
-    places = [image_token(model)] * model.places
+    places = [image_token(model)] * model.tokens_per_image
     rows = [[*places, *model.lm.tokenize(text)] for _, text in asked]
     width = max(map(len, rows))
     ids = torch.tensor([[model.lm.eos] * (width - len(row)) + row for row in rows])

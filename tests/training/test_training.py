@@ -19,7 +19,7 @@ from mllm.data.items import Item
 from mllm.encoders.feature_store import FeatureStore
 from mllm.errors import MLLMError
 from mllm.fits.base import Material
-from mllm.fits.connector import Connector
+from mllm.fits.connector import ConnectorFit
 from mllm.fits.regression import NormalEquations
 from mllm.media.images import source_of
 from mllm.testing import tiny_image
@@ -198,7 +198,7 @@ def test_the_closed_form_start_points_features_at_their_words(tiny_parts):
     items = [
         Item(str(index), (source_of(picture),), (list(COLOURS)[index % 4],)) for index, picture in enumerate(pictures)
     ]
-    explained = Connector(strength=0.001)(model, Material(items[:16], model.features))
+    explained = ConnectorFit(strength=0.001)(model, Material(items[:16], model.features))
     assert 0.5 < explained <= 1
     predicted = model.connector(model.features(pictures[16:])).mean(1)
     targets = torch.stack(

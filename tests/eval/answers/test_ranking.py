@@ -12,7 +12,7 @@ from mllm.encoders.dual_encoder import DualEncoder
 from mllm.errors import MLLMError
 from mllm.media.images import source_of
 from mllm.registry import lookup
-from mllm.scorers.retrieval import Finder
+from mllm.scorers.retrieval import RetrievalScorer
 from mllm.testing import tiny_image
 
 PARTS = {"heads": [{"type": "retrieval", "dim": 6}], "tokens": ["[RET]"]}
@@ -30,7 +30,7 @@ def model(tiny_model):
 
 
 def test_a_model_with_the_head_is_its_own_scorer(model):
-    assert isinstance(model.scorer, Finder)
+    assert isinstance(model.scorer, RetrievalScorer)
     head, token = model.heads["retrieval"], model.lm.new_tokens["[RET]"]
     vectors = model.scorer.embed_texts(TEXTS)
     for text, vector in zip(TEXTS, vectors, strict=True):
