@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from importlib import import_module
 from typing import Any
 
@@ -324,22 +321,13 @@ def test_retrieval_ranks_by_the_scorer(model, tiny_clip, tmp_path, find):
         mllm.evaluate(model, f"coco-{find}-retrieval", tmp_path, baselines=["blind"])
 
 
-def test_several_processes_leave_the_files_of_one(model, captions, tmp_path):
+def test_several_processes_leave_the_files_of_one(model, captions, start, tmp_path):
     model.save(tmp_path / "model")
-    command = ["-m", "mllm", "eval", str(tmp_path / "model"), "batch_size=2", "--suite", "coco-captions"]
-    command += ["--data", str(captions), "--baselines", "all", "--out"]
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]  # two, whatever accelerate finds
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    for name, start in (("one", []), ("two", launch)):
-        done = subprocess.run(
-            [sys.executable, *start, *command, str(tmp_path / name)],
-            env=environment if start else None,
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stdout.count("Report: ") == 1  # two that know nothing of each other would say it twice
+    command = ["eval", tmp_path / "model", "batch_size=2", "--suite", "coco-captions"]
+    command += ["--data", captions, "--baselines", "all", "--out"]
+    for count, name in ((1, "one"), (2, "two")):
+        output = start(*command, tmp_path / name, count=count).finish()
+        assert output.count("Report: ") == 1  # two that know nothing of each other would say it twice
     for name in ("summary.json", "predictions.jsonl", "report.html"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     assert not list((tmp_path / "two").glob("*.partial.jsonl"))

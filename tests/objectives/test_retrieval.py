@@ -156,7 +156,7 @@ def one_process(rank, world, place, values, found):
 @pytest.mark.timeout(120)
 def test_processes_together_compute_what_one_does(tmp_path):
     values = torch.randn(2, 5, 4)
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
     found = context.Queue()
     own = [context.Process(target=one_process, args=(r, 2, tmp_path / "meet", values, found)) for r in range(2)]
     for process in own:
