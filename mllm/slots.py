@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -67,3 +67,21 @@ class ImageDecoder(Protocol):
 
     def draw(self, conditions: Tensor, seeds: Sequence[int]) -> list[Any]:
         """Return a PIL image for each of the conditions ``(N, L, W)``, drawn with its seed."""
+
+
+@runtime_checkable
+class MatchesPairs(Protocol):
+    """A scorer that also reads an image and a text together, and so reranks the first candidates of a ranking."""
+
+    rerank: int  # how many of the first candidates it reads pair by pair
+
+    def matches(self, images: Sequence[Any], texts: Sequence[str]) -> Tensor:
+        """Return the log-odds ``(N,)`` that each of N images and the text at the same index belong together."""
+
+
+@runtime_checkable
+class ReadsPrompts(Protocol):
+    """A scorer that also embeds interleaved prompts of texts and images."""
+
+    def embed_prompts(self, prompts: Sequence[Sequence[Piece]]) -> Tensor:
+        """Return vectors ``(N, D)`` of length 1 of N prompts."""

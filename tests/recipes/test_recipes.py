@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mllm.eval import verify
+from mllm.eval import results
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -134,7 +134,7 @@ def test_a_recipes_trained_weights_are_those_that_are_told(name: str, need: Call
     config = recipe.load(name)
     models = [part.model for part in (config.encoder, config.lm) if part and part.model]
     need(*[model for model in models if model.startswith("mllm/")])
-    assert [f"{weights:,}" for weights in verify.trained_weights(name)] == re.findall(r"[\d,]*\d", verify.size(name))
+    assert [f"{weights:,}" for weights in results.trained_weights(name)] == re.findall(r"[\d,]*\d", results.size(name))
 
 
 @pytest.mark.parametrize("name", recipe.names())
