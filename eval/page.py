@@ -34,7 +34,7 @@ def write_page(
         summary: ``suite``, ``run``, ``n``, ``settings`` and ``versions`` (name to value), ``baselines`` (names),
             ``metrics``, and ``kinds`` (kind to ``n`` and each metric's value by its name). A metric has ``name``,
             ``version``, ``better`` (``higher`` or ``lower``), ``value``, its 95 % interval ``low`` and ``high``, and
-            ``baselines`` (name to ``value``, ``gain``, and the gain's own ``low`` and ``high``).
+            ``baselines`` (name to ``value``, ``gain``, and the gain's ``low`` and ``high``).
         rows: the items in their original order: ``id``, ``kind``, ``question`` (or None), ``references``,
             ``prediction``, ``baselines`` (name to its answer) and ``scores`` (metric to the item's score).
         images: a row's id to its images; rows that are missing here are text only.

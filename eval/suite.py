@@ -156,9 +156,9 @@ def data_hash(items: Sequence[Item]) -> str:
             groups[id(group)] = hashlib.sha256(json.dumps(content).encode()).hexdigest()
         return groups[id(group)]
 
-    whole = hashlib.sha256()
+    digests = hashlib.sha256()
     for item in items:
         row = [item.id, digest(item.images), item.question, item.answers, digest(item.choices)]
         row += [digest(item.document)] if item.document else []
-        whole.update(json.dumps(row).encode())
-    return whole.hexdigest()
+        digests.update(json.dumps(row).encode())
+    return digests.hexdigest()

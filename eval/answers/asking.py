@@ -37,7 +37,7 @@ class Query:
     before: tuple[Piece, ...] = ()
 
 
-Group = tuple[list[Piece], dict[str, Query]]  # a prompt that is encoded once, and the queries by the text behind it
+Group = tuple[list[Piece], dict[str, Query]]  # a prompt that is encoded once, and its queries by the text that follows
 Reply = Any  # a generated text, or the log-likelihood of each choice: what the journal can write as JSON
 
 
@@ -48,7 +48,7 @@ class Asking:
 
     Args:
         context: the evaluation.
-        queries: returns the queries of an item, put as a model's prompts are, with the examples before it.
+        queries: returns an item's queries in a model's prompt format, given the examples before it.
         reply: returns the replies to a batch of groups, in the order of their queries, from the views of their prompts.
         grouped: whether queries on the same images share one prompt, and their texts follow it.
     """

@@ -44,7 +44,7 @@ class _Table(NamedTuple):
 
     caption: Ints  # (rows,)
     ngram: Ints  # (rows,)
-    count: Ints  # (rows,): of the n-gram in the caption
+    counts: Ints  # (rows,): of the n-gram in the caption
 
 
 def _score(predictions: Sequence[str], references: Sequence[Sequence[str]], guarded: bool) -> Score:
@@ -82,8 +82,8 @@ def _tables(captions: Sequence[list[str]]) -> Iterator[_Table]:
             longer = ngram[inside] * len(vocabulary) + ids[start + n - 1]
             ngram = np.unique(longer, return_inverse=True)[1]
         size = ngram.max(initial=0) + 1
-        key, count = np.unique(owner[start] * size + ngram, return_counts=True)
-        yield _Table(key // size, key % size, count)
+        key, counts = np.unique(owner[start] * size + ngram, return_counts=True)
+        yield _Table(key // size, key % size, counts)
 
 
 def _cosines(table: _Table, item: Ints, clip: bool) -> Floats:
@@ -96,7 +96,7 @@ def _cosines(table: _Table, item: Ints, clip: bool) -> Floats:
     item_ngram = np.sort(key[first:])
     item_ngram = item_ngram[np.diff(item_ngram, prepend=-1) > 0]  # numpy's unique hashes here, which is far slower
     frequency = np.bincount(item_ngram % size, minlength=size)
-    weight = table.count * np.log(num_items / np.maximum(frequency, 1))[table.ngram]
+    weight = table.counts * np.log(num_items / np.maximum(frequency, 1))[table.ngram]
     norm = np.sqrt(np.bincount(table.caption, weight**2, minlength=num_items + len(item)))
 
     predicted, answer = weight[:first], weight[first:]

@@ -113,7 +113,7 @@ def test_bleu_and_f1_of_some_items_are_those_items_alone() -> None:
     for name in ("caption/bleu-2", "caption/cider-d", "caption/rouge-l"):
         whole = mllm.metric(name)(captions, references)
         assert whole.of([0, 1, 2]) == pytest.approx(whole.value)
-        some = mllm.metric(name)(*([values[i] for i in (0, 2, 0)] for values in (captions, references)))
+        some = mllm.metric(name)([captions[i] for i in (0, 2, 0)], [references[i] for i in (0, 2, 0)])
         assert whole.of([0, 2, 0]) == pytest.approx(some.value)
     f1 = mllm.metric("pope/f1")(["yes", "no", "yes"], [["yes"], ["yes"], ["no"]])
     assert f1.value == pytest.approx(0.5) and f1.of([0, 1]) == pytest.approx(2 / 3)
