@@ -13,11 +13,11 @@ import numpy as np
 from mllm.eval.scoring import MODEL
 from PIL import Image
 
+from mllm.assembly import Assembly
 from mllm.build import build_connector
 from mllm.data.items import Item
 from mllm.errors import MLLMError
 from mllm.media.images import source_of
-from mllm.model import Assembly
 from mllm.training.calibration import calibrate
 
 USUAL = ("blind", "shuffled")  # evaluated by default
@@ -108,7 +108,12 @@ def untrained(model: Assembly, items: Sequence[Item]) -> Assembly:
     spec = model.spec.model_copy(update={"seed": model.spec.seed + 1})
     connector = build_connector(spec, encoder=model.encoder, lm_dim=model.lm.dim).to(model.device)
     other = Assembly(
-        encoder=model.encoder, connector=connector, lm=model.lm, adapters=list(model.adapters), spec=model.spec
+        encoder=model.encoder,
+        connector=connector,
+        lm=model.lm,
+        adapters=list(model.adapters),
+        spec=model.spec,
+        open_scorer=model.open_scorer,
     )
     images = [image for item in items for image in item.images][:16]
     if images:

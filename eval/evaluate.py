@@ -19,11 +19,11 @@ from mllm.eval.scoring import Helpers, Result, measure
 from mllm.eval.shots import with_shots
 from mllm.eval.suite import Suite, data_hash, load_suite, read_items, read_shots
 
+from mllm.assembly import Assembly
 from mllm.config.parts import FROZEN
 from mllm.data.items import Item
 from mllm.errors import MLLMError
 from mllm.evaluation import Report
-from mllm.model import Assembly
 from mllm.processes import processes
 from mllm.registry import lookup
 from mllm.version import __version__

@@ -60,11 +60,12 @@ def conditions(names: Sequence[str], folder: str | Path | None = None) -> str:
 def _condition(content: dict[str, Any]) -> str:
     lines = [
         f"- `{content['command']}`: seeds {', '.join(map(str, content['seeds']))}; "
-        f"{max(content['items'].values())} items a suite; {content['minutes']} minutes to train one."
+        f"{max(content['items'].values())} items per suite; training takes up to "
+        f"{content['minutes']} minutes per seed."
     ]
     for suite, score in content["scores"].items():
         lines += [
-            f"  - {suite}, baseline `{name}`: {gain['value']:.3f}; gain {gain['low']:+.3f} to {gain['high']:+.3f}."
+            f"    - {suite}, baseline `{name}`: {gain['value']:.3f}; gain {gain['low']:+.3f} to {gain['high']:+.3f}."
             for name, gain in score["gains"].items()
             if name not in COLUMNS
         ]

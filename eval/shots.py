@@ -9,10 +9,10 @@ from random import Random
 import torch
 from mllm.eval.suite import Shots
 
+from mllm.assembly import Assembly
 from mllm.data.items import Item
 from mllm.errors import MLLMError
 from mllm.media.images import ImageSource
-from mllm.model import Assembly
 
 _SPARE = 100  # more than `count` are drawn, because some may have the item's own image
 _BATCH = 32

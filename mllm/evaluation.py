@@ -16,8 +16,8 @@ from mllm.errors import MLLMError, near
 from mllm.registry import lookup
 
 if TYPE_CHECKING:
+    from mllm.assembly import Assembly
     from mllm.data.items import Item
-    from mllm.model import Assembly
 
 BENCHES = {"train": "train", "generate": "generate", "eval": "evaluate", "matrix": "matrix"}  # name -> module
 

@@ -18,11 +18,11 @@ from mllm.eval.baselines import conditions
 from rich.progress import Progress
 
 from mllm.answering.view import Views
+from mllm.assembly import Assembly
 from mllm.config.parts import PromptSpec
 from mllm.data.items import Item, before
 from mllm.errors import MLLMError
 from mllm.media.images import ImageSource
-from mllm.model import Assembly
 from mllm.processes import processes, progress
 from mllm.prompts.pieces import Piece, arrange
 

@@ -17,9 +17,9 @@ from mllm.eval.scoring import Helpers
 from mllm.eval.suite import Suite
 from torch import Tensor
 
+from mllm.assembly import Assembly
 from mllm.data.items import Item
 from mllm.media.images import ImageSource
-from mllm.model import Assembly
 
 
 @dataclass(frozen=True)

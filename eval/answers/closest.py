@@ -9,10 +9,10 @@ from mllm.eval.answers.base import Context, Scorer
 from mllm.eval.answers.choices import chosen
 from mllm.eval.scoring import MODEL
 
+from mllm.assembly import Assembly
 from mllm.data.items import Item
 from mllm.errors import MLLMError
 from mllm.media.images import ImageSource
-from mllm.model import Assembly
 
 
 class Closest:

@@ -8,10 +8,10 @@ from mllm.eval.answers.base import Context
 from mllm.eval.baselines import derangement
 from mllm.eval.scoring import MODEL
 
+from mllm.assembly import Assembly
 from mllm.data.items import Item
 from mllm.errors import MLLMError
 from mllm.media.images import ImageSource
-from mllm.model import Assembly
 from mllm.processes import progress
 from mllm.prompts.pieces import answer_text
 

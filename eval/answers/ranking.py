@@ -16,10 +16,10 @@ import torch
 from mllm.eval.answers.base import Context, Scorer
 from mllm.eval.scoring import MODEL
 
+from mllm.assembly import Assembly
 from mllm.data.items import Item
 from mllm.errors import MLLMError
 from mllm.media.images import ImageSource
-from mllm.model import Assembly
 from mllm.slots import MatchesPairs, ReadsPrompts
 
 LONGEST = 100  # candidates in a ranking; the others are left out

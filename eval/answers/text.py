@@ -10,10 +10,10 @@ from mllm.eval.answers.base import Context
 from mllm.eval.baselines import offered
 
 from mllm.answering.view import Views
+from mllm.assembly import Assembly
 from mllm.config.parts import PromptSpec
 from mllm.data.items import Item, question_text
 from mllm.media.images import ImageSource
-from mllm.model import Assembly
 from mllm.prompts.pieces import Piece
 
 

@@ -18,10 +18,10 @@ from mllm.eval.bench.table import Row, paired, ratio, report
 from mllm.eval.scoring import MODEL
 from mllm.eval.suite import load_suite
 
+from mllm.assembly import Assembly
 from mllm.data.items import Item, question_text
 from mllm.errors import MLLMError
 from mllm.media.images import ImageBytes
-from mllm.model import Assembly
 
 IMAGES = 8
 EACH = (5, 6, 5, 6, 5)  # questions on an image, in turn: 5.4 on average, as in VQAv2

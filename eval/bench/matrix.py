@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import tempfile
+import textwrap
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -19,11 +20,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from mllm.assembly import Assembly
 from mllm.build import build_encoder, build_lm, join
 from mllm.config.messages import checked
 from mllm.config.parts import AssemblySpec
 from mllm.errors import MLLMError
-from mllm.model import Assembly
 from mllm.prompts.batch import collate
 from mllm.prompts.pieces import Target, images_of
 from mllm.registry import table
@@ -266,7 +267,7 @@ def page(triples: Sequence[Triple]) -> str:
         minutes=sum(triple.seconds for triple in triples) / 60,
         versions=", ".join(f"{name} {value}" for name, value in _versions().items()),
         connector_names=", ".join(f"`{name}`" for name in connectors),
-        encoder_names=", ".join(f"{index} {name}" for index, name in enumerate(encoders, 1)) + ".",
+        encoder_names=textwrap.fill(", ".join(f"{index} {name}" for index, name in enumerate(encoders, 1)) + ".", 118),
         table="\n".join([head, *rows]),
         reasons="\n".join(_reasons(triples)) or "Nothing: all combinations work.",
     )

@@ -16,7 +16,7 @@ from mllm.config.recipe import Stage
 from mllm.data.sources import Source, read_all
 from mllm.encoders.feature_store import FeatureStore
 from mllm.errors import MLLMError
-from mllm.model import Assembly
+from mllm.model import Model
 from mllm.prompts.batch import Batch, collate
 from mllm.prompts.pieces import Piece, images_of
 from mllm.slots import Objective
@@ -59,7 +59,7 @@ def split(rows: Sequence[list[Piece]], features: Tensor | None, batch: Batch, *,
 Micro = tuple[Sequence[list[Piece]], Tensor | None, Batch | None]  # rows, features, ids
 
 
-def inputs(model: Assembly, rows: Sequence[list[Piece]], store: FeatureStore, *, pack: int | None = None) -> Micro:
+def inputs(model: Model, rows: Sequence[list[Piece]], store: FeatureStore, *, pack: int | None = None) -> Micro:
     """Return examples with their features ``(I, P, D_vis)``, or pixels while the encoder trains, and their ids.
 
     ``pack``: positions of a row that several examples share.
@@ -75,7 +75,7 @@ def inputs(model: Assembly, rows: Sequence[list[Piece]], store: FeatureStore, *,
     return rows, store(images).to(model.device), batch
 
 
-def parts(model: Assembly, objectives: Sequence[Objective], micro: Micro) -> Sequence[Micro]:
+def parts(model: Model, objectives: Sequence[Objective], micro: Micro) -> Sequence[Micro]:
     """Return what goes through the model at once: on a CPU few rows, if objectives look at each by itself.
 
     Processes that share the weights pass through them together, so they go by whole batches.

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mllm.model import Assembly
+from mllm.model import Model
 
 
 @torch.no_grad()
-def calibrate(model: Assembly, features: Tensor) -> None:
+def calibrate(model: Model, features: Tensor) -> None:
     """Scale a new connector's last map so that its output has the spread of the language model's embeddings.
 
     A start far from that scale does not learn at usual learning rates. Args: features ``(I, P, D_vis)`` of real images.
@@ -22,6 +22,6 @@ def calibrate(model: Assembly, features: Tensor) -> None:
         parameter.mul_(model.lm.embedding_scale() / max(spread, 1e-12))
 
 
-def _scales(model: Assembly, name: str) -> bool:
+def _scales(model: Model, name: str) -> bool:
     """Whether the connector has a module of this name with weights: its last one, by convention."""
     return any(True for _ in getattr(model.connector, name, torch.nn.Identity()).parameters())

@@ -23,7 +23,7 @@ from mllm.data.sources import fingerprint, read_all
 from mllm.data.stream import Stream
 from mllm.encoders.feature_store import FeatureStore
 from mllm.errors import MLLMError
-from mllm.model import Assembly
+from mllm.model import Model
 from mllm.processes import progress
 from mllm.prompts.pieces import Piece, images_of
 from mllm.training.batches import Micro, data, inputs, parts
@@ -50,9 +50,7 @@ class Loop:
         state: where training stands.
     """
 
-    def __init__(
-        self, run: Run, model: Assembly, stage: Stage, config: Recipe, store: FeatureStore, state: State
-    ) -> None:
+    def __init__(self, run: Run, model: Model, stage: Stage, config: Recipe, store: FeatureStore, state: State) -> None:
         assert stage.steps is not None
         self.run, self.model, self.stage, self.config, self.store, self.state = run, model, stage, config, store, state
         self.accelerator = accelerator_for(stage, run.path)

@@ -13,11 +13,11 @@ from torch import nn
 
 from mllm.config.recipe import Stage
 from mllm.errors import MLLMError
-from mllm.model import Assembly, trained_module
+from mllm.model import Model, trained_module
 from mllm.training.sharding import asked
 
 
-def parameter_groups(model: Assembly, stage: Stage) -> list[dict[str, Any]]:
+def parameter_groups(model: Model, stage: Stage) -> list[dict[str, Any]]:
     """Return the optimizer's groups: each part (or path inside one) that trains, with its learning rate.
 
     A parameter belongs to the longest path that names it; an adapter's, wherever it stands, to ``adapters``.
@@ -69,7 +69,7 @@ def accelerator_for(stage: Stage, folder: Path) -> Accelerator:
     return accelerator
 
 
-def set_up(model: Assembly, stage: Stage) -> None:
+def set_up(model: Model, stage: Stage) -> None:
     """Turn on what saves memory or time in the language model, which stays in evaluation mode."""
     if model.lm is None:
         return
@@ -81,7 +81,7 @@ def set_up(model: Assembly, stage: Stage) -> None:
         model.lm.model.compile()
 
 
-def recompute(model: Assembly) -> None:
+def recompute(model: Model) -> None:
     """Let the language model's layers recompute their activations, which they do in training mode only.
 
     What is inside the layers, dropout above all, stays in evaluation mode.

@@ -15,7 +15,7 @@ from mllm.encoders.feature_store import FeatureStore, open_store
 from mllm.errors import MLLMError
 from mllm.fits.base import Material
 from mllm.media.images import open_image
-from mllm.model import Assembly
+from mllm.model import Model
 from mllm.processes import progress
 from mllm.system import give_back
 from mllm.training.batches import data
@@ -25,7 +25,7 @@ from mllm.training.run import Run
 from mllm.training.sharding import divided
 
 
-def carried(model: Assembly, spec: AssemblySpec, run: Run | None = None) -> Assembly:
+def carried(model: Model, spec: AssemblySpec, run: Run | None = None) -> Model:
     """Return the model of the next stage: what was trained goes along by name, what is new starts anew.
 
     Args:
@@ -61,7 +61,7 @@ def carried(model: Assembly, spec: AssemblySpec, run: Run | None = None) -> Asse
     return new
 
 
-def run_stage(run: Run, model: Assembly, stage: Stage, config: Recipe, state: State) -> Assembly:
+def run_stage(run: Run, model: Model, stage: Stage, config: Recipe, state: State) -> Model:
     """Fit or train one stage, and record that what it does not train hashes the same afterwards."""
     give_back()  # what loading and the stage before left
     store = open_store(model, "off" if _encoder_trains(stage) else stage.cache)
@@ -88,13 +88,13 @@ def _encoder_trains(stage: Stage) -> bool:
     return any(path.split(".")[0] == "encoder" for path in stage.train)
 
 
-def _hashes(model: Assembly, trained: Sequence[str]) -> dict[str, str]:
+def _hashes(model: Model, trained: Sequence[str]) -> dict[str, str]:
     """Return the hash of every part that has tensors a stage does not train."""
     parts = [name for name in PARTS if name not in trained and getattr(model, name) is not None]
     return {name: model.frozen_hash(name, trained) for name in parts if getattr(model, name).state_dict()}
 
 
-def _fit(run: Run, model: Assembly, stage: Stage, config: Recipe, store: FeatureStore) -> None:
+def _fit(run: Run, model: Model, stage: Stage, config: Recipe, store: FeatureStore) -> None:
     assert stage.fit is not None
     fit = fit_of(stage.fit)
     with progress() as bar:
@@ -106,7 +106,7 @@ def _fit(run: Run, model: Assembly, stage: Stage, config: Recipe, store: Feature
     model.calibrated = model.calibrated or stage.fit.part == "connector"
 
 
-def _material(run: Run, model: Assembly, stage: Stage, config: Recipe, store: FeatureStore) -> Material:
+def _material(run: Run, model: Model, stage: Stage, config: Recipe, store: FeatureStore) -> Material:
     """Return what a stage's part is fitted on."""
     assert stage.fit is not None
     if stage.fit.targets == "tokens":  # their own strings: no data is needed, none need be given

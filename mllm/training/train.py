@@ -17,7 +17,7 @@ from mllm.build import build
 from mllm.config import loading as recipes
 from mllm.config.recipe import Recipe
 from mllm.errors import MLLMError
-from mllm.model import Assembly
+from mllm.model import Model
 from mllm.processes import processes
 from mllm.saving import save
 from mllm.training.checkpoint import NAME as CHECKPOINT
@@ -85,7 +85,7 @@ def _folder(out: str | Path | None, name: str) -> Path:
     return Path(broadcast_object_list([str(out or free_folder(name))])[0])
 
 
-def _taken_up(run: Run, config: Recipe) -> tuple[Assembly, State]:
+def _taken_up(run: Run, config: Recipe) -> tuple[Model, State]:
     """Return the model and the state of a run's last checkpoint, and put the random states and the log back to it."""
     state = State.read(run.path) or State()
     names = [stage.name for stage in config.stages]
@@ -102,5 +102,5 @@ def _taken_up(run: Run, config: Recipe) -> tuple[Assembly, State]:
     return model, state
 
 
-def _trained(model: Assembly) -> dict[str, Any]:
+def _trained(model: Model) -> dict[str, Any]:
     return {f"model.{name}": tensor for name, tensor in model.trained_state().items()}

@@ -48,8 +48,8 @@ def test_baselines_without_a_column_have_a_line(tmp_path: Path) -> None:
     content = {"command": "c", "seeds": [0, 1], "minutes": 2.0, "items": {"decide": 9}, "scores": scores}
     (tmp_path / "r.yaml").write_text(json.dumps(content))
     assert results.conditions(["r", "unknown"], tmp_path) == (
-        "- `c`: seeds 0, 1; 9 items a suite; 2.0 minutes to train one.\n"
-        "  - decide, baseline `always`: 0.500; gain +0.200 to +0.300.\n"
+        "- `c`: seeds 0, 1; 9 items per suite; training takes up to 2.0 minutes per seed.\n"
+        "    - decide, baseline `always`: 0.500; gain +0.200 to +0.300.\n"
     )
 
 

@@ -130,7 +130,7 @@ def test_a_write_that_fails_leaves_the_former_checkpoint(tmp_path, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mllm.files.os.replace", full)
+    monkeypatch.setattr("mllm.system.os.replace", full)
     with pytest.raises(MLLMError, match="No space left"):
         State(1, 6, {"model.x": torch.zeros(2)}).write(tmp_path)
     monkeypatch.undo()
