@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from mllm.build import with_runs
 from mllm.config.parts import PartSpec
 from mllm.data.items import Item
 from mllm.errors import MLLMError
 from mllm.evaluation import Score
-from mllm.registry import lookup
+from mllm.registry import lookup, made
 
 RESAMPLES = 2000
 MODEL = "model"  # the condition that is evaluated; the others are what it is compared with
@@ -47,7 +48,8 @@ class Helpers:
     def scorer(self) -> Any:
         """The suite's scorer, or else the evaluated model's own."""
         if self._scorer is not None:
-            return lookup("scorers", self._scorer.type)(**self._scorer.options())
+            cls = lookup("scorers", self._scorer.type)
+            return made(cls, f"scorer {self._scorer.type}", **with_runs(cls, self._scorer.options()))
         if self._default is not None:
             return self._default()
         raise MLLMError("This suite needs a scorer: set scorer={type: dual-encoder, model: ...} (CLIP, ...).")

@@ -7,6 +7,7 @@ from importlib import import_module
 import pytest
 import torch
 
+from mllm.config.parts import PartSpec
 from mllm.data.items import Item
 from mllm.encoders.dual_encoder import DualEncoder
 from mllm.errors import MLLMError
@@ -44,6 +45,12 @@ def test_a_model_with_the_head_is_its_own_scorer(model):
     torch.testing.assert_close(model.scorer.embed_images(IMAGES), head.of_features(model.features(IMAGES)))
     cosines = model.scorer.image_text(IMAGES, TEXTS)
     assert cosines.shape == (5, 5) and cosines.abs().max() <= 1 + 1e-5
+
+
+def test_a_suites_scorer_can_be_a_run(model, tmp_path):
+    spec = PartSpec.model_validate({"type": "retrieval", "model": str(model.save(tmp_path / "run"))})
+    scorer = import_module("mllm.eval.scoring").Helpers(spec).scorer
+    torch.testing.assert_close(scorer.embed_texts(TEXTS), model.scorer.embed_texts(TEXTS))
 
 
 def test_captions_images_and_prompts_are_queries(model):
