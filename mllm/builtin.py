@@ -107,6 +107,16 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "saved-dataset": "mllm.data.readers.tables:saved_dataset",
     },
     "decoding": {"contrastive": "mllm.answering.contrastive:Contrastive"},
+    "answers": {
+        "generate": "mllm.eval.answers.text:Generate",
+        "choose": "mllm.eval.answers.choices:Choose",
+        "order": "mllm.eval.answers.choices:Order",
+        "match": "mllm.eval.answers.choices:Match",
+        "closest": "mllm.eval.answers.closest:Closest",
+        "rank": "mllm.eval.answers.ranking:Rank",
+        "draw": "mllm.eval.answers.drawing:Draw",
+        "decide": "mllm.eval.answers.decisions:Decide",
+    },
     "suites": {},
     "metrics": {
         "caption/mentioned": "mllm.eval.metrics.mentioned:mentioned",

@@ -350,6 +350,24 @@ class Scorer(Protocol):
         """Return vectors ``(N, D)`` of length 1."""
 
 
+@runtime_checkable
+class MatchesPairs(Protocol):
+    """A scorer that also reads an image and a text together, and so reranks the first candidates of a ranking."""
+
+    rerank: int  # how many of the first candidates it reads pair by pair
+
+    def matches(self, images: Sequence[Any], texts: Sequence[str]) -> Tensor:
+        """Return the log-odds ``(N,)`` that each of N images and the text at the same index belong together."""
+
+
+@runtime_checkable
+class ReadsPrompts(Protocol):
+    """A scorer that also embeds interleaved prompts of texts and images."""
+
+    def embed_prompts(self, prompts: Sequence[Sequence[Piece]]) -> Tensor:
+        """Return vectors ``(N, D)`` of length 1 of N prompts."""
+
+
 class Inputs:
     """A batch as objectives see it.
 

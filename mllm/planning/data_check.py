@@ -6,7 +6,6 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from mllm.data.items import Item, pieces_of
 from mllm.data.sources import Source, read
 from mllm.data.stream import Stream
 from mllm.errors import MLLMError
+from mllm.evaluation import suite_items
 from mllm.media.images import ImageSource
 from mllm.planning.paper import on_paper
 from mllm.prompts.batch import IGNORED, encode
@@ -173,8 +173,7 @@ def _together(source: Source, stage: Stage, model: Any) -> list[int]:
 
 
 def _suite(name: str, data: str | Path | None, limit: int | None, track: Track) -> Found:
-    suites = import_module("mllm.eval.suite")
-    items = suites.read_items(suites.load_suite(name), data)[:limit]
+    items = suite_items(name, data)[:limit]
     opened: dict[ImageSource, str] = {}
     for item in track(items):
         _opened(item, opened)

@@ -83,9 +83,9 @@ def reference() -> tuple[list[str], list[list[str]], dict[int, list[str]], dict[
 
 
 def test_tokens_equal_java_on_fresh_captions(reference: Any) -> None:
-    predictions, references, said, answers = reference
+    predictions, references, tokens, answers = reference
     captions = [*predictions, *(caption for group in references for caption in group)]
-    expected = [tokens for group in (*said.values(), *answers.values()) for tokens in group]
+    expected = [line for group in (*tokens.values(), *answers.values()) for line in group]
     assert len(captions) > 10_000
     assert [tokenize(caption) for caption in captions] == expected
 
@@ -95,11 +95,11 @@ def test_scores_equal_the_reference_evaluation(reference: Any) -> None:
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
 
-    predictions, references, said, answers = reference
-    values, per_item = Bleu(4).compute_score(answers, said, verbose=0)
+    predictions, references, tokens, answers = reference
+    values, per_item = Bleu(4).compute_score(answers, tokens, verbose=0)
     expected = {f"caption/bleu-{n + 1}": (values[n], per_item[n]) for n in range(4)}
-    expected["caption/rouge-l"] = Rouge().compute_score(answers, said)
-    expected["caption/cider-d"] = Cider().compute_score(answers, said)
+    expected["caption/rouge-l"] = Rouge().compute_score(answers, tokens)
+    expected["caption/cider-d"] = Cider().compute_score(answers, tokens)
     for name, (value, items) in expected.items():
         score = lookup("metrics", name)(predictions, references)
         assert value > 0.01
