@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,16 @@ def tiny_model(tiny_parts: tuple[str, str]) -> Callable[..., Any]:
     import mllm
 
     return lambda connector="linear", **options: mllm.assemble(*tiny_parts, connector, **options)
+
+
+@pytest.fixture
+def fresh_accelerator() -> Iterator[None]:
+    """Let accelerate choose device and precision anew inside this test, as in a process of its own."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture
