@@ -17,7 +17,7 @@ RUN := $(firstword $(filter-out $(wildcard runs/demo*),runs/demo $(addprefix run
 STARTED := $(shell date +%s)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint parts test-extras clean
+.PHONY: help demo test lint parts test-extras test-gpu clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -54,6 +54,10 @@ parts: $(STAMP) ## download and convert the embedded models and data, once
 # timm, open_clip, lmms-eval and the metrics of generated pictures need torchvision, and so another torch than constraints.txt has: a second environment.
 test-extras: .venv-extras/.installed ## run the tests that need torchvision, in an environment of their own
 	.venv-extras/bin/python -m pytest -m extras
+
+# Without a network and without .venv: scripts/test-gpu says how.
+test-gpu: ## run the tests that need a CUDA device, with figures of speed and memory
+	scripts/test-gpu
 
 clean: ## remove the environments and what tools left behind; runs/ stays
 	rm -rf .venv .venv-extras build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -236,8 +236,7 @@ def test_the_server_puts_an_image_of_a_system_message_into_the_prompt(model_of, 
     image = {"type": "image_url", "image_url": {"url": data_url(IMAGE)}}
 
     def prompt_tokens(*parts: Any) -> int:
-        status, body = serve(model).post({"messages": [system(list(parts)), user("what?")], "max_tokens": 2})
-        assert status == 200, body
+        _, body = serve(model).post({"messages": [system(list(parts)), user("what?")], "max_tokens": 2})
         return int(json.loads(body)["usage"]["prompt_tokens"])
 
     assert prompt_tokens(logo, image) >= prompt_tokens(logo) + model.encode([IMAGE]).visual.count(True)

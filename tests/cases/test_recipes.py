@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-import mllm
 from mllm.errors import MLLMError
+from mllm.recipe import load
 
 
 @pytest.mark.parametrize(
@@ -34,4 +34,4 @@ def test_the_cache_is_switched_as_the_documentation_says(tiny_parts, tmp_path, w
         f"name: r\nencoder: {{model: {tiny_parts[0]}}}\nlm: {{model: {tiny_parts[1]}}}\n"
         f"connector: {{type: linear}}\n{in_recipe}\nstages: []\n"
     )
-    assert mllm.recipe.load(str(tmp_path / "recipe.yaml"), overrides).cache == read
+    assert load(str(tmp_path / "recipe.yaml"), overrides).cache == read
