@@ -21,8 +21,8 @@ from mllm.processes import processes
 
 def state(layer: Any) -> str:
     """Return the name of a layer's state: SHARDED or UNSHARDED, as torch's FSDP2 calls it."""
-    own = layer._get_fsdp_state()
-    groups = getattr(own, "_fsdp_param_groups", None) or [own._fsdp_param_group]
+    fsdp = layer._get_fsdp_state()
+    groups = getattr(fsdp, "_fsdp_param_groups", None) or [fsdp._fsdp_param_group]
     return str(groups[0]._sharded_state.name)
 
 
