@@ -1,6 +1,9 @@
-"""The built-in parts: a line each, group by group, exact name to ``"module:attribute"``."""
+"""List the built-in parts, one a line, group by group: exact name to ``"module:attribute"``."""
 
 from __future__ import annotations
+
+RENAMED: dict[str, dict[str, str]] = {"objectives": {"silence": "token-suppression"}}
+"""Former names of built-in parts, by group: old name to new. They still load, with a warning (`mllm.registry`)."""
 
 BUILT_IN: dict[str, dict[str, str]] = {
     "encoders": {
@@ -31,15 +34,15 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "gated": "mllm.adapters.language.gated:Gated",
     },
     "heads": {
-        "contrast": "mllm.adapters.heads.pairs:Contrast",
-        "match": "mllm.adapters.heads.pairs:Match",
-        "retrieval": "mllm.adapters.heads.retrieval:Retrieval",
+        "contrast": "mllm.adapters.heads.pairs:ContrastMaps",
+        "match": "mllm.adapters.heads.pairs:MatchClassifier",
+        "retrieval": "mllm.adapters.heads.retrieval:RetrievalMaps",
         "generation": "mllm.adapters.heads.generation:Generation",
         "affine": "mllm.adapters.heads.generation:Affine",
         "bridge": "mllm.adapters.heads.generation:Bridge",
         "aligner": "mllm.adapters.heads.generation:Aligner",
         "pixels": "mllm.adapters.heads.pixels:Pixels",
-        "decision": "mllm.adapters.heads.decision:Decision",
+        "decision": "mllm.adapters.heads.decision:DecisionClassifier",
     },
     "image_decoders": {
         "diffusers": "mllm.decoders.diffusion:DiffusionPipeline",
@@ -53,17 +56,17 @@ BUILT_IN: dict[str, dict[str, str]] = {
     },
     "objectives": {
         "caption": "mllm.objectives.caption:Caption",
-        "contrastive": "mllm.objectives.contrastive:Contrastive",
+        "contrastive": "mllm.objectives.contrastive:SentenceContrastive",
         "patch-contrastive": "mllm.objectives.contrastive:PatchContrastive",
         "itc": "mllm.objectives.qformer:ImageTextContrast",
         "itm": "mllm.objectives.qformer:ImageTextMatching",
         "itg": "mllm.objectives.qformer:ImageTextGeneration",
         "retrieval": "mllm.objectives.retrieval:RetrievalContrast",
         "token-prediction": "mllm.objectives.retrieval:TokenPrediction",
-        "silence": "mllm.objectives.silence:Silence",
+        "token-suppression": "mllm.objectives.token_suppression:TokenSuppression",
         "distillation": "mllm.objectives.distillation:Distillation",
         "score-distillation": "mllm.objectives.distillation:ScoreDistillation",
-        "decision": "mllm.objectives.decision:Decision",
+        "decision": "mllm.objectives.decision:DecisionLoss",
     },
     "fits": {
         "connector": "mllm.fits.connector:ConnectorFit",

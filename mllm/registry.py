@@ -1,18 +1,20 @@
 """Find a part by its exact name: one table of built-in parts, joined by other packages' entry points.
 
-Values are lazy ``"module:attribute"`` strings, so listing names imports nothing. A package adds parts of its own with
-entry points in the same groups (``mllm.connectors``, ...), and they are found by the same lookup.
+Values are lazy ``"module:attribute"`` strings, so listing names imports nothing. A package adds parts with entry points
+in the same groups (``mllm.connectors``, ...), and the same lookup finds them. A built-in part that was renamed is still
+found by its former name (`mllm.builtin.RENAMED`), with one warning.
 """
 
 from __future__ import annotations
 
 import inspect
+import warnings
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
 
-from mllm.builtin import BUILT_IN
+from mllm.builtin import BUILT_IN, RENAMED
 from mllm.errors import MLLMError, near
 
 
@@ -20,18 +22,37 @@ from mllm.errors import MLLMError, near
 def table(group: str) -> dict[str, str]:
     """Return name -> ``"module:attribute"`` of one group, entry points of installed packages included.
 
+    Former names of renamed parts are not listed, and no package may use one.
+
     Raises:
-        MLLMError: two packages claim one name.
+        MLLMError: two packages register one name.
     """
-    found = dict(BUILT_IN[group])
+    targets = dict(BUILT_IN[group])
+    former = {old: targets[new] for old, new in RENAMED.get(group, {}).items()}
     for point in entry_points(group=f"mllm.{group}"):
-        if found.get(point.name, point.value) != point.value:
+        other = former.get(point.name) or targets.get(point.name, point.value)
+        if point.name in former or other != point.value:
             raise MLLMError(
-                f"Two parts are called {point.name!r} in mllm.{group}: {found[point.name]} and {point.value}. "
+                f"Two parts are called {point.name!r} in mllm.{group}: {other} and {point.value}. "
                 "Uninstall one of the packages, or rename its entry point."
             )
-        found[point.name] = point.value
-    return found
+        targets[point.name] = point.value
+    return targets
+
+
+@cache
+def current_name(group: str, name: str) -> str:
+    """Return the name that a part has now; a former name warns, once per process."""
+    if name not in RENAMED.get(group, {}):
+        return name
+    current = RENAMED[group][name]
+    warnings.warn(
+        f"The part {name!r} of mllm.{group} is now called {current!r}; the former name will be removed. Write "
+        f"{current!r} instead.",
+        FutureWarning,
+        stacklevel=3,
+    )
+    return current
 
 
 def lookup(group: str, name: str) -> Any:
@@ -40,26 +61,26 @@ def lookup(group: str, name: str) -> Any:
     Raises:
         MLLMError: no part has that name (the near matches are listed), or another package's part cannot be imported.
     """
-    known = table(group)
-    if name not in known:
-        raise MLLMError(f"No part called {name!r} in mllm.{group}. {near(name, known)}")
-    module, _, attribute = known[name].partition(":")
+    targets, name = table(group), current_name(group, name)
+    if name not in targets:
+        raise MLLMError(f"No part called {name!r} in mllm.{group}. {near(name, targets)}")
+    module, _, attribute = targets[name].partition(":")
     try:
         return getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        if known[name] == BUILT_IN[group].get(name):
+        if targets[name] == BUILT_IN[group].get(name):
             raise
         raise MLLMError(
-            f"The part {name!r} of mllm.{group} is {known[name]} of another package, and cannot be imported: "
-            f"{error}. Mend or uninstall that package."
+            f"The part {name!r} of mllm.{group} is {targets[name]} of another package, and cannot be imported: "
+            f"{error}. Repair or uninstall that package."
         ) from error
 
 
 def made(cls: Any, label: str, *inside: Any, **options: Any) -> Any:
-    """Build a part; an argument it does not take is the user's error.
+    """Return an instance of a part's class; an argument that it does not take is the user's error.
 
     Raises:
-        MLLMError: an argument that is not known (the near matches are listed), or one that is missing.
+        MLLMError: an unknown argument (the near matches are listed), or a missing one.
     """
     signature = inspect.signature(cls)
     try:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mllm import registry
-from mllm.builtin import BUILT_IN
+from mllm.builtin import BUILT_IN, RENAMED
 from mllm.errors import MLLMError
 
 GROUPS = "encoders lms connectors adapters heads image_decoders scorers objectives fits readers decoding "
@@ -72,6 +72,21 @@ def test_one_name_for_two_parts_raises(install: Callable[[str, str], None], name
     install("two", f"[mllm.connectors]\n{name} = other_parts:Other\n")
     with pytest.raises(MLLMError, match=rf"Two parts are called '{name}' in mllm.connectors: .*other_parts:Other"):
         registry.lookup("connectors", "linear")
+
+
+@pytest.mark.parametrize("target", ["other_parts:Other", BUILT_IN["objectives"]["token-suppression"]])
+def test_a_former_name_cannot_be_registered(install: Callable[[str, str], None], target: str) -> None:
+    install("one", f"[mllm.objectives]\nsilence = {target}\n")
+    with pytest.raises(MLLMError, match=rf"Two parts are called 'silence' in mllm.objectives: .* and {target}"):
+        registry.lookup("objectives", "caption")
+
+
+@pytest.mark.parametrize(("group", "old"), [(group, old) for group, names in RENAMED.items() for old in names])
+def test_a_former_name_is_not_listed(group: str, old: str) -> None:
+    assert old not in registry.table(group) and RENAMED[group][old] in registry.table(group)
+    with pytest.raises(MLLMError) as error:
+        registry.lookup(group, f"{old}s")
+    assert repr(old) not in str(error.value)
 
 
 def test_one_part_listed_twice_is_one_part(install: Callable[[str, str], None]) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from mllm.slots import DECISIONS, ImageTokenHead
 
 
-class Decision(ImageTokenHead):
+class DecisionClassifier(ImageTokenHead):
     """A linear classifier on the state at the first token of an image (GILL, arXiv:2305.17216).
 
     Args:

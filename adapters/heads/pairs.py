@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mllm.slots import Head
 
 
-class Contrast(Head):
+class ContrastMaps(Head):
     """Two maps into one space, and a temperature that is learnt.
 
     Args:
@@ -51,7 +51,7 @@ class Contrast(Head):
         return nn.functional.normalize(self.text(states), dim=-1)
 
 
-class Match(Head):
+class MatchClassifier(Head):
     """Logits of no and yes, averaged over the queries.
 
     Args:

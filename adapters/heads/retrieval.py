@@ -12,7 +12,7 @@ from mllm.errors import MLLMError
 from mllm.slots import ImageTokenHead
 
 
-class Retrieval(ImageTokenHead):
+class RetrievalMaps(ImageTokenHead):
     """Two linear maps into a shared space, and how sharply its cosines are read (arXiv:2301.13823).
 
     Args:

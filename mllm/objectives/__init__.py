@@ -1,1 +1,1 @@
-"""The kinds of objective, each found by its name in the registry; what every one is: `mllm.slots`."""
+"""Compute training losses: the built-in objectives. The contract is `mllm.slots.Objective`."""

@@ -1,4 +1,4 @@
-"""Train on captions and answers: the language model's own loss."""
+"""Train on captions and answers: the language modeling loss."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mllm.slots import Inputs, LanguageModel
 
 
 class Caption:
-    """The negative log-likelihood of the target tokens: captions, answers, what an assistant says."""
+    """The negative log-likelihood of the target tokens: captions, answers, an assistant's turns."""
 
     needs = (LanguageModel,)
     per_example = True

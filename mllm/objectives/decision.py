@@ -1,4 +1,4 @@
-"""Whether to look an image up or to make it: learnt from labels, asked of prompts (GILL, arXiv:2305.17216)."""
+"""Learn from labeled prompts whether to retrieve or to generate an image (GILL, arXiv:2305.17216)."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from mllm.readout.decision import labelled, states_at
 from mllm.slots import DecisionHead, Inputs, LanguageModel
 
 
-class Decision:
-    """The negative log-likelihood of an example's label, its target, at the token put behind what stands before it."""
+class DecisionLoss:
+    """The cross-entropy of the decision head on each example's label, at the head's token after the prompt."""
 
     needs = (LanguageModel, DecisionHead)
     per_example = False

@@ -1,4 +1,4 @@
-"""Learning to make images: a head's condition against what a decoder's own text encoder says, or by its own loss."""
+"""Learn to generate images: match the condition of the decoder's text encoder, or minimize the denoising loss."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from mllm.prompts.pieces import Piece, images_of
 from mllm.readout.states import captions, read_captions
 from mllm.slots import ConditionHead, Denoises, ImageDecoder, Inputs, LanguageModel, RestoresStates
 
-LIMIT = 2 * 2**30  # bytes of conditions that are kept
+LIMIT = 2 * 2**30  # bytes of cached conditions
 
 
 class Distillation:
-    """The distance of a head's condition from the frozen text encoder's output for the caption.
+    """The distance between a head's condition and the frozen text encoder's output for the caption.
 
-    No image is looked at. What the text encoder says is computed once for a caption.
+    No image is used. The text encoder's output is computed once for each caption, and cached.
 
     Args:
         distance: ``norm``, the mean over the condition's L vectors of their Euclidean distance (GILL,
-            arXiv:2305.17216); or ``squared``, the mean square (Kosmos-G, arXiv:2310.02992). A head that restores the
-            language model's states from the condition is held against those by the same distance.
+            arXiv:2305.17216); or ``squared``, the mean squared error (Kosmos-G, arXiv:2310.02992). For a head that
+            also reconstructs the language model's states from the condition, their distance is added.
     """
 
     needs = (LanguageModel, ConditionHead, ImageDecoder)
@@ -33,7 +33,7 @@ class Distillation:
 
     def __init__(self, *, distance: Literal["norm", "squared"] = "norm") -> None:
         self.distance = distance
-        self._known: dict[str, Tensor] = {}
+        self._cache: dict[str, Tensor] = {}
 
     def count(self, rows: Sequence[Sequence[Piece]], batch: Batch | None) -> int:
         """Return the number of captions."""
@@ -50,27 +50,27 @@ class Distillation:
         return loss.sum()
 
     def _distance(self, one: Tensor, other: Tensor) -> Tensor:
-        """Return the distance ``(N,)`` of ``(N, L, W)`` and the same."""
+        """Return the distance ``(N,)`` between two tensors ``(N, L, W)``."""
         difference = one.float() - other.to(one.device).float()
         return difference.norm(dim=-1).mean(-1) if self.distance == "norm" else difference.square().mean((-1, -2))
 
     @torch.no_grad()
     def _targets(self, decoder: ImageDecoder, texts: list[str]) -> Tensor:
-        """Return the text encoder's output ``(N, L, W)``, that of new texts computed and, up to a limit, kept."""
-        new = [text for text in dict.fromkeys(texts) if text not in self._known]
+        """Return the text encoder's output ``(N, L, W)``; it is computed for new texts, and cached up to a limit."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._cache]
         computed = dict(zip(new, decoder.encode(new), strict=True)) if new else {}
-        known = {**computed, **{text: self._known[text] for text in texts if text in self._known}}
+        conditions = {**computed, **{text: self._cache[text] for text in texts if text in self._cache}}
         for text, condition in computed.items():
-            if (len(self._known) + 1) * condition.numel() * condition.element_size() <= LIMIT:
-                self._known[text] = condition.clone()
-        return torch.stack([known[text] for text in texts])
+            if (len(self._cache) + 1) * condition.numel() * condition.element_size() <= LIMIT:
+                self._cache[text] = condition.clone()
+        return torch.stack([conditions[text] for text in texts])
 
 
 class ScoreDistillation:
-    """An image decoder's own loss on images, under the condition that a head makes of their captions.
+    """An image decoder's denoising loss on images, conditioned on the head's output for their captions.
 
-    The decoder is frozen, and the gradient passes through it (Kosmos-G, arXiv:2310.02992, its third stage): what the
-    head has to say is what helps to take noise off the image, whatever a text encoder would say.
+    The decoder is frozen, and the gradient passes through it to the head (Kosmos-G, arXiv:2310.02992, third stage):
+    the head learns the condition that denoises the image best, whatever a text encoder would output.
     """
 
     needs = (LanguageModel, ConditionHead, Denoises)
@@ -78,7 +78,7 @@ class ScoreDistillation:
 
     def count(self, rows: Sequence[Sequence[Piece]], batch: Batch | None) -> int:
         """Return the number of captions that have an image before them."""
-        return sum(place is not None for place, _ in captions(rows))
+        return sum(image is not None for image, _ in captions(rows))
 
     def __call__(self, inputs: Inputs) -> Tensor:
         """Return the sum over captions."""
@@ -86,7 +86,7 @@ class ScoreDistillation:
         images = [image for row in inputs.rows for image in images_of(row)]
         pairs = [(row, images[index]) for row, index in enumerate(captions_read.images) if index is not None]
         if not pairs:
-            raise MLLMError("No example of a batch has a caption behind an image, which the condition is learned from.")
+            raise MLLMError("No example of a batch has a caption after an image, which the condition is learned from.")
         rows = [row for row, _ in pairs]
         head = inputs.model.find(ConditionHead)
         conditions = head(captions_read.states[rows], captions_read.embeddings[rows])

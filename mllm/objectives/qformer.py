@@ -1,7 +1,7 @@
-"""Objectives on pairs of a picture and its caption: which belong together, and what is said without a language model.
+"""Train a Q-Former on image-caption pairs: contrast, matching and caption generation (BLIP-2, arXiv:2301.12597).
 
-Notable: the other pairs of the batch are what a pair is told from, so a batch is never split; with several processes
-each looks at its own share. Every pair counts the same.
+The negatives of a pair are the other pairs of the batch, so a batch is never split; with several processes, they are
+those of the same process. Every pair has the same weight.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from mllm.errors import MLLMError
-from mllm.objectives.contrastive import ImageTextPairs, both_ways, captions_of
+from mllm.objectives.contrastive import ImageTextPairs, captions_of, symmetric_infonce
 from mllm.slots import ContrastHead, Inputs, MatchHead, ReadsText
 
 
 class ImageTextContrast(ImageTextPairs):
-    """InfoNCE, both ways, between a picture's queries and a caption read without the picture (BLIP-2's ITC).
+    """Symmetric InfoNCE between an image's queries and a caption read without the image (BLIP-2's ITC).
 
     Args:
-        smoothing: of the labels.
+        smoothing: label smoothing.
     """
 
     needs = (ReadsText, ContrastHead)
@@ -31,28 +31,31 @@ class ImageTextContrast(ImageTextPairs):
 
     def __call__(self, inputs: Inputs) -> Tensor:
         """Return the sum over pairs."""
-        return both_ways(similarities(inputs), self.smoothing)
+        return symmetric_infonce(similarities(inputs), self.smoothing)
 
 
 class ImageTextMatching(ImageTextPairs):
-    """Whether a picture and a caption belong together (BLIP-2's ITM).
+    """The cross-entropy of whether an image and a caption match (BLIP-2's ITM).
 
-    Each pair stands beside two that do not match: its picture with another caption and its caption with another
-    picture, drawn from the batch, the more likely the more alike the contrast finds them.
+    Each pair comes with two hard negatives: its image with another caption and its caption with another image of the
+    batch, sampled by the softmax of the contrastive similarities.
     """
 
     needs = (ReadsText, ContrastHead, MatchHead)
 
     def __call__(self, inputs: Inputs) -> Tensor:
-        """Return the sum over pairs, of each the mean over the three."""
+        """Return the sum over pairs of the mean over the pair and its two negatives."""
         ids, mask = tokens_of(inputs)
-        alike, features = similarities(inputs).detach(), inputs.features
+        scores, features = similarities(inputs).detach(), inputs.features
         assert features is not None
-        if len(alike) < 2:
-            raise MLLMError("The objective itm draws other captions from the batch: set batch_size to 2 or more.")
-        caption, picture = drawn(alike), drawn(alike.T)  # for each picture, for each caption
+        if len(scores) < 2:
+            raise MLLMError(
+                "The objective itm got a batch of one pair: it samples negatives from the batch. Set batch_size to 2 "
+                "or more."
+            )
+        caption, image = sample_negatives(scores), sample_negatives(scores.T)  # one for each image, for each caption
         queries, _ = inputs.model.connector.joint(
-            torch.cat([features, features, features[picture]]),
+            torch.cat([features, features, features[image]]),
             torch.cat([ids, ids[caption], ids]),
             torch.cat([mask, mask[caption], mask]),
             "matching",
@@ -62,23 +65,23 @@ class ImageTextMatching(ImageTextPairs):
 
 
 class ImageTextGeneration(ImageTextPairs):
-    """A caption's words, each from the picture and those before it, guessed by the connector (BLIP-2's ITG)."""
+    """The language modeling loss of a caption given the image, computed by the connector alone (BLIP-2's ITG)."""
 
     needs = (ReadsText,)
 
     def __call__(self, inputs: Inputs) -> Tensor:
-        """Return the sum over captions of their words' mean negative log-likelihood."""
+        """Return the sum over captions of the mean negative log-likelihood of their tokens."""
         connector, (ids, mask) = inputs.model.connector, tokens_of(inputs)
-        told = ids.clone()
-        told[:, 0] = connector.words.start
-        _, states = connector.joint(inputs.features, told, mask, "generation")
+        input_ids = ids.clone()
+        input_ids[:, 0] = connector.words.start
+        _, states = connector.joint(inputs.features, input_ids, mask, "generation")
         logits = connector.words.logits(states[:, :-1]).float()
         losses = cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none") * mask[:, 1:]  # (B, T - 1)
         return (losses.sum(1) / mask[:, 1:].sum(1).clamp(min=1)).sum()
 
 
 def tokens_of(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Return the captions' ids ``(B, T)`` by the connector's own tokenizer, and their mask."""
+    """Return the captions' ids ``(B, T)`` from the connector's own tokenizer, and their mask."""
     if "tokens" not in inputs.shared:
         inputs.shared["tokens"] = inputs.model.connector.words.tokenize(captions_of(inputs.rows))
     ids, mask = inputs.shared["tokens"]
@@ -86,18 +89,18 @@ def tokens_of(inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 
 def similarities(inputs: Inputs) -> Tensor:
-    """Return how alike the contrast finds the pictures and captions of a batch, over its temperature ``(B, B)``."""
+    """Return the contrast head's similarities of a batch's images and captions, over its temperature ``(B, B)``."""
     if "similarities" not in inputs.shared:
         head, (ids, mask) = inputs.model.find(ContrastHead), tokens_of(inputs)
         queries, text = inputs.model.connector.joint(inputs.features, ids, mask, "contrastive")
         inputs.shared["similarities"] = (head.of_queries(queries) @ head.of_texts(text[:, 0]).T).amax(1).float() / cast(
             Any, head
         ).temperature
-    found: Tensor = inputs.shared["similarities"]
-    return found
+    scores: Tensor = inputs.shared["similarities"]
+    return scores
 
 
-def drawn(logits: Tensor) -> Tensor:
-    """Return for each row of ``(B, B)`` another column, drawn by the softmax of the row."""
-    weights = logits.softmax(1) + 1e-4  # so that there is always one to be drawn
+def sample_negatives(logits: Tensor) -> Tensor:
+    """Return for each row of ``(B, B)`` the index of another column, sampled by the softmax of the row."""
+    weights = logits.softmax(1) + 1e-4  # so that another column always has a probability above 0
     return torch.multinomial(weights.fill_diagonal_(0), 1)[:, 0]

@@ -1,7 +1,7 @@
-"""Learning to find images: a caption's state at a head's token, against images (FROMAGe, arXiv:2301.13823).
+"""Learn to retrieve images: contrast the state at a head's token after a caption with images (FROMAGe).
 
-Notable: a caption is read as text alone, behind the recipe's caption prompt, with the tokens behind it that stand for
-an image. All objectives on captions look at the same pass.
+The paper is arXiv:2301.13823. A caption is read as text alone: the recipe's caption prompt, the caption, and the tokens
+that stand for an image. All objectives on captions share one forward pass.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from mllm.slots import Encoder, ImageTokenHead, Inputs, LanguageModel, Retrieval
 
 
 class RetrievalContrast:
-    """InfoNCE between captions and images, the mean of both directions; negatives come from all processes."""
+    """Symmetric InfoNCE between captions and images; negatives come from all processes."""
 
     needs = (LanguageModel, Encoder, RetrievalHead)
     per_example = False
 
     def count(self, rows: Sequence[Sequence[Piece]], batch: Batch | None) -> int:
         """Return the number of captions that have an image before them."""
-        return sum(place is not None for place, _ in captions(rows))
+        return sum(image is not None for image, _ in captions(rows))
 
     def __call__(self, inputs: Inputs) -> Tensor:
         """Return the sum over captions."""
@@ -37,7 +37,7 @@ class RetrievalContrast:
         captions_read = read_captions(inputs)
         pairs = [(row, index) for row, index in enumerate(captions_read.images) if index is not None]
         if not pairs or inputs.features is None:
-            raise MLLMError("No example of a batch has a caption behind an image, which the head learns from.")
+            raise MLLMError("No example of a batch has a caption after an image, which the head learns from.")
         rows, indices = map(list, zip(*pairs, strict=True))
         texts = head.of_states(captions_read.states[rows, captions_read.tokens.index(head.tokens[0])])  # (N, D)
         images = head.of_features(inputs.features[indices])  # (N, D)
@@ -45,17 +45,17 @@ class RetrievalContrast:
         if inputs.model.training and distributed.is_initialized():
             every_text, start = gathered(texts)
             every_image, start = gathered(images)
-        right = torch.arange(start, start + len(texts), device=texts.device)
-        sharp = cast(Any, head).scale.exp()
-        to_images = cross_entropy(sharp * texts @ every_image.T, right, reduction="sum")
-        to_texts = cross_entropy(sharp * images @ every_text.T, right, reduction="sum")
+        targets = torch.arange(start, start + len(texts), device=texts.device)
+        scale = cast(Any, head).scale.exp()
+        to_images = cross_entropy(scale * texts @ every_image.T, targets, reduction="sum")
+        to_texts = cross_entropy(scale * images @ every_text.T, targets, reduction="sum")
         return (to_images + to_texts) / 2
 
 
 class TokenPrediction:
-    """The negative log-likelihood, behind a caption, of the first token of an image: when to show one.
+    """The negative log-likelihood of an image's first token after a caption: the model learns when to show an image.
 
-    The tokens behind the first always follow it, so nothing is learnt of them (GILL, arXiv:2305.17216).
+    The other tokens of an image always follow the first, so their prediction is not trained (GILL, arXiv:2305.17216).
     """
 
     needs = (LanguageModel, ImageTokenHead)

@@ -13,7 +13,7 @@ import mllm
 from mllm.errors import MLLMError
 from mllm.fits import decision as fits
 from mllm.fits.base import Material
-from mllm.objectives.decision import Decision
+from mllm.objectives.decision import DecisionLoss
 from mllm.outputs import ImagePart, Text
 from mllm.prompts.pieces import Target
 from mllm.readout.decision import decide, states_at
@@ -119,7 +119,7 @@ def test_the_decision_is_learnt_from_labels_alone(model):
     model.heads.requires_grad_(True)
     model.tokens.requires_grad_(False), model.lm.requires_grad_(False), model.connector.requires_grad_(False)
     rows, features, batch = inputs(model, rows, model.features)
-    loss = Decision()(Inputs(model, rows, features, batch))
+    loss = DecisionLoss()(Inputs(model, rows, features, batch))
     states = torch.stack([condition(model, row[:-1])[1] for row in rows])
     logits = model.heads["decision"].judge(states)
     torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1]), reduction="sum"))
@@ -129,7 +129,7 @@ def test_the_decision_is_learnt_from_labels_alone(model):
         "heads.decision.judge.bias",
     ]
     with pytest.raises(MLLMError, match="one answer, of retrieve, generate: got 'yes'"):
-        Decision()(Inputs(model, [["a cat", Target(" yes")]], None, None))
+        DecisionLoss()(Inputs(model, [["a cat", Target(" yes")]], None, None))
 
 
 def test_the_decision_in_closed_form_is_sklearns_ridge_of_states_to_labels(model):

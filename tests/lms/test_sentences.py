@@ -13,7 +13,7 @@ import mllm
 from mllm.data.items import Item
 from mllm.errors import MLLMError
 from mllm.media.images import source_of
-from mllm.objectives.contrastive import Contrastive
+from mllm.objectives.contrastive import SentenceContrastive
 from mllm.planning.check import problems
 from mllm.prompts.pieces import Target
 from mllm.registry import lookup
@@ -90,19 +90,19 @@ def test_it_makes_no_text_and_says_so(model):
 def test_the_loss_is_cross_entropy_both_ways_and_equal_texts_are_no_rivals(model):
     features = model.features([tiny_image(seed) for seed in range(3)])
     rows = [[tiny_image(seed), Target(text)] for seed, text in enumerate(TEXTS)]
-    found = Contrastive(temperature=0.1)(Inputs(model, rows, features, None))
+    found = SentenceContrastive(temperature=0.1)(Inputs(model, rows, features, None))
     seen = torch.nn.functional.normalize(model.connector(features)[:, 0], dim=-1)
     odds = (seen @ model.lm.sentences(TEXTS).T / 0.1).double().exp()
     diagonal = odds.diagonal()
     expected = -((diagonal / odds.sum(1)).log() + (diagonal / odds.sum(0)).log()).sum() / 2
     assert float(found) == pytest.approx(float(expected), rel=1e-5)
     twins = [[tiny_image(), Target("a dog")]] * 2
-    same = Contrastive()(Inputs(model, twins, features[:1].expand(2, -1, -1), None))
+    same = SentenceContrastive()(Inputs(model, twins, features[:1].expand(2, -1, -1), None))
     assert float(same) == pytest.approx(2 * float(torch.tensor(2.0).log()), rel=1e-5)  # no better than by lot
-    with pytest.raises(MLLMError, match="1 pictures and 0 texts"):
-        Contrastive()(Inputs(model, [[tiny_image(), "no target"]], features[:1], None))
+    with pytest.raises(MLLMError, match="1 images and 0 target texts"):
+        SentenceContrastive()(Inputs(model, [[tiny_image(), "no target"]], features[:1], None))
     with pytest.raises(MLLMError, match="temperature"):
-        Contrastive(temperature=0.0)
+        SentenceContrastive(temperature=0.0)
 
 
 def test_a_run_is_a_scorer_that_finds_what_it_was_fitted_to(recipe, tiny_model, tmp_path):

@@ -35,7 +35,7 @@ def inputs_of(model, rows=ROWS):
 
 
 def states(model, text):
-    """The state at [RET] behind a text, and the logits before it, computed alone."""
+    """Return the state at [RET] after a text, and the logits before it, computed for this text alone."""
     ids = torch.tensor([[*model.lm.tokenize("A picture of" + text), model.lm.new_tokens["[RET]"]]])
     output = model.lm.model(inputs_embeds=model.lm.embed(ids), output_hidden_states=True)
     return output.hidden_states[-1][0, -1], output.logits[0, -2]
@@ -47,18 +47,18 @@ def test_captions_go_with_the_image_before_them():
 
 def test_losses_are_the_papers_formulas(tiny_model):
     model = tiny_model(**PARTS)
-    head, given = model.heads["retrieval"], inputs_of(model)
+    head, batch = model.heads["retrieval"], inputs_of(model)
     assert head.scale.exp().item() == pytest.approx(1 / 0.07)
-    unseen, *alone = [states(model, text) for text in (" at all", " a cat", " a dog", " two red birds")]
+    no_image, *alone = [states(model, text) for text in (" at all", " a cat", " a dog", " two red birds")]
     texts = torch.stack([state @ head.text.weight.T + head.text.bias for state, _ in alone])
-    images = torch.stack([f.mean(0) @ head.image.weight.T + head.image.bias for f in given.features])
+    images = torch.stack([f.mean(0) @ head.image.weight.T + head.image.bias for f in batch.features])
     table = cosine_similarity(texts[:, None], images[None], dim=-1) / 0.07
     expected = -(log_softmax(table, 1).diagonal().sum() + log_softmax(table, 0).diagonal().sum()) / 2
-    torch.testing.assert_close(RetrievalContrast()(given), expected, atol=1e-4, rtol=1e-4)
-    wanted = -sum(log_softmax(logits, -1)[model.lm.new_tokens["[RET]"]] for _, logits in [unseen, *alone])
-    torch.testing.assert_close(TokenPrediction()(given), wanted, atol=1e-4, rtol=1e-4)
-    assert RetrievalContrast().count(ROWS, given.batch) == 3
-    assert TokenPrediction().count(ROWS, given.batch) == 4  # it looks at no image
+    torch.testing.assert_close(RetrievalContrast()(batch), expected, atol=1e-4, rtol=1e-4)
+    nll = -sum(log_softmax(logits, -1)[model.lm.new_tokens["[RET]"]] for _, logits in [no_image, *alone])
+    torch.testing.assert_close(TokenPrediction()(batch), nll, atol=1e-4, rtol=1e-4)
+    assert RetrievalContrast().count(ROWS, batch.batch) == 3
+    assert TokenPrediction().count(ROWS, batch.batch) == 4  # it uses no image
 
 
 def test_the_head_and_the_new_row_train_and_nothing_else(tiny_model):
@@ -66,16 +66,16 @@ def test_the_head_and_the_new_row_train_and_nothing_else(tiny_model):
     train = {"heads": 0.1, "tokens": 0.1}
     stage = check({"name": "x", "stages": [{"name": "s", "train": train, "steps": 1}]}, "x").stages[0]
     groups = parameter_groups(model, stage)
-    given = inputs_of(model)
-    (RetrievalContrast()(given) + TokenPrediction()(given)).backward()
+    batch = inputs_of(model)
+    (RetrievalContrast()(batch) + TokenPrediction()(batch)).backward()
     assert all(p.grad.abs().sum() > 0 for group in groups for p in group["params"])
     assert all(p.grad is None for n, p in model.named_parameters() if n.split(".")[0] not in train)
 
 
 def gradients(model):
-    given = inputs_of(model)
+    batch = inputs_of(model)
     model.zero_grad()
-    loss = RetrievalContrast()(given) + TokenPrediction()(given)
+    loss = RetrievalContrast()(batch) + TokenPrediction()(batch)
     loss.backward()
     trained = [(name, p.grad) for part in ("heads", "tokens") for name, p in getattr(model, part).named_parameters()]
     return loss.detach(), {name: gradient.clone() for name, gradient in trained}
@@ -84,21 +84,21 @@ def gradients(model):
 def test_where_nothing_before_the_token_trains_no_gradient_is_kept_for_it(tiny_model, monkeypatch):
     model = tiny_model(**PARTS).requires_grad_(False)
     model.heads.requires_grad_(True), model.tokens.requires_grad_(True)
-    seen, prefill = [], model.lm.prefill
+    shapes, prefill = [], model.lm.prefill
 
     def counted(embeds, mask):
-        seen.append(embeds.shape)
+        shapes.append(embeds.shape)
         return prefill(embeds, mask)
 
     monkeypatch.setattr(model.lm, "prefill", counted)
-    monkeypatch.setattr("mllm.readout.states.TOGETHER", 2)  # captions of about one length are read together
+    monkeypatch.setattr("mllm.readout.states.TOGETHER", 2)  # captions of similar length share a batch
     assert not model.lm_trains
     loss, short = gradients(model)
-    assert [shape[:2] for shape in seen] == [(4, len("A picture of two red birds") - 1)]
+    assert [shape[:2] for shape in shapes] == [(4, len("A picture of two red birds") - 1)]
     model.lm.model.requires_grad_(True)  # now the whole caption's gradient is wanted
     assert model.lm_trains
     again, full = gradients(model)
-    assert len(seen) == 1 and model.lm.model.get_input_embeddings().weight.grad.abs().sum() > 0
+    assert len(shapes) == 1 and model.lm.model.get_input_embeddings().weight.grad.abs().sum() > 0
     torch.testing.assert_close(loss, again)
     torch.testing.assert_close(short, full)
 
@@ -126,10 +126,10 @@ def test_a_head_brings_its_own_token(tiny_model):
     assert [*tiny_model(heads=PARTS["heads"], tokens=["[IMG]"]).lm.new_tokens] == ["[IMG]", "[RET]"]
 
 
-def test_what_does_not_fit_is_said(tiny_model):
+def test_unfit_data_and_models_are_refused(tiny_model):
     with pytest.raises(MLLMError, match="no head that shows images"):
         TokenPrediction()(inputs_of(tiny_model(tokens=["[IMG]"])))
-    with pytest.raises(MLLMError, match="No example of a batch has a caption behind an image"):
+    with pytest.raises(MLLMError, match="No example of a batch has a caption after an image"):
         RetrievalContrast()(inputs_of(tiny_model(**PARTS), [["no image", Target(" at all")]]))
     with pytest.raises(MLLMError, match="No example of a batch has a caption, which"):
         TokenPrediction()(inputs_of(tiny_model(**PARTS), [[tiny_image(0), "no target"]]))
@@ -139,17 +139,17 @@ def test_what_does_not_fit_is_said(tiny_model):
         join(AssemblySpec(heads=[HeadSpec(type="retrieval")]), encoder=None, lm=None)
 
 
-def one_process(rank, world, place, values, found):
-    distributed.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=world)
-    own = [slice(0, 2), slice(2, 5)][rank]  # of two processes, one has more
-    texts, images = (value[own].clone().requires_grad_() for value in values)
+def one_process(rank, world, file, values, results):
+    distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
+    rows = [slice(0, 2), slice(2, 5)][rank]  # of two processes, one has more
+    texts, images = (value[rows].clone().requires_grad_() for value in values)
     every_text, start = gathered(normalize(texts, dim=-1))
     every_image, _ = gathered(normalize(images, dim=-1))
-    right = torch.arange(start, start + len(texts))
-    loss = torch.nn.functional.cross_entropy(normalize(texts, dim=-1) @ every_image.T, right, reduction="sum")
-    loss = loss + torch.nn.functional.cross_entropy(normalize(images, dim=-1) @ every_text.T, right, reduction="sum")
+    targets = torch.arange(start, start + len(texts))
+    loss = torch.nn.functional.cross_entropy(normalize(texts, dim=-1) @ every_image.T, targets, reduction="sum")
+    loss = loss + torch.nn.functional.cross_entropy(normalize(images, dim=-1) @ every_text.T, targets, reduction="sum")
     loss.backward()
-    found.put((rank, loss.item(), texts.grad.tolist(), images.grad.tolist()))
+    results.put((rank, loss.item(), texts.grad.tolist(), images.grad.tolist()))
     distributed.destroy_process_group()
 
 
@@ -157,17 +157,17 @@ def one_process(rank, world, place, values, found):
 def test_processes_together_compute_what_one_does(tmp_path):
     values = torch.randn(2, 5, 4)
     context = multiprocessing.get_context("forkserver")
-    found = context.Queue()
-    own = [context.Process(target=one_process, args=(r, 2, tmp_path / "meet", values, found)) for r in range(2)]
-    for process in own:
-        process.start()
-    got = sorted(found.get(timeout=100) for _ in own)
-    for process in own:
-        process.join()
+    queue = context.Queue()
+    workers = [context.Process(target=one_process, args=(r, 2, tmp_path / "meet", values, queue)) for r in range(2)]
+    for worker in workers:
+        worker.start()
+    results = sorted(queue.get(timeout=100) for _ in workers)
+    for worker in workers:
+        worker.join()
     texts, images = (value.clone().requires_grad_() for value in values)
     table = normalize(texts, dim=-1) @ normalize(images, dim=-1).T
     whole = -(log_softmax(table, 1).diagonal().sum() + log_softmax(table, 0).diagonal().sum())
     whole.backward()
-    assert sum(loss for _, loss, *_ in got) == pytest.approx(whole.item(), rel=1e-5)
-    torch.testing.assert_close(torch.tensor([row for _, _, rows, _ in got for row in rows]), texts.grad)
-    torch.testing.assert_close(torch.tensor([row for *_, rows in got for row in rows]), images.grad)
+    assert sum(loss for _, loss, *_ in results) == pytest.approx(whole.item(), rel=1e-5)
+    torch.testing.assert_close(torch.tensor([row for _, _, rows, _ in results for row in rows]), texts.grad)
+    torch.testing.assert_close(torch.tensor([row for *_, rows in results for row in rows]), images.grad)
