@@ -16,7 +16,7 @@ from mllm.config.parts import AssemblySpec, ObjectiveSpec, PartSpec
 from mllm.config.recipe import Stage
 from mllm.encoders.base import Shape, on_meta
 from mllm.errors import MLLMError
-from mllm.fits.base import Fit
+from mllm.fits.base import ClosedForm
 from mllm.hub import published
 from mllm.lms.new_tokens import NewTokens
 from mllm.model import Model, trained_module
@@ -243,7 +243,7 @@ def check_condition(spec: AssemblySpec) -> None:
             )
 
 
-def fit_of(stage: Stage) -> Fit:
+def fit_of(stage: Stage) -> ClosedForm:
     """Return the closed form that a stage names, with its options; it is found by the type of its part.
 
     Raises:
@@ -253,7 +253,7 @@ def fit_of(stage: Stage) -> Fit:
     path = stage.fit.part
     types = {"connector": "connector", **{f"heads.{head.name}": head.type for head in stage.heads}}
     name = types.get(path, path.removeprefix("heads."))
-    fit: Fit = made(lookup("fits", name), f"fit of {path}", part=path, **stage.fit.options())
+    fit: ClosedForm = made(lookup("fits", name), f"fit of {path}", part=path, **stage.fit.options())
     return fit
 
 

@@ -410,7 +410,7 @@ class Objective(Protocol):
 
 
 class Fit(Protocol):
-    """A closed form of one part, found by the part's registry name; `mllm.fits.base.Fit` is the class to inherit."""
+    """A closed form of one part, found by the part's registry name; `mllm.fits.base.ClosedForm` is the base class."""
 
     def problems(self, model: Model) -> list[str]:
         """Return what the model lacks, and what to give; called on the meta device, too."""

@@ -23,7 +23,7 @@ def build_index(
 
     paths = find_pictures(images)
     ImageIndex.build(load(run), paths).save(out)
-    typer.echo(f"{out}: {len(paths)} pictures.")
+    typer.echo(f"{out}: {len(paths)} images.")
 
 
 def find_images(

@@ -1,1 +1,1 @@
-"""Image decoders: frozen; a condition to an image, in the place of the text that it was made for."""
+"""Generate images with frozen decoders, from a condition in place of their text encoder's output."""

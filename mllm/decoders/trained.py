@@ -1,4 +1,4 @@
-"""A small image decoder that was trained here: a run that makes pictures of sentences' vectors."""
+"""Generate images with a small decoder that this package trained: a run with a head that decodes sentence vectors."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from mllm.slots import ImageHead
 
 
 class RunDecoder(nn.Module):
-    """The model of such a run (``mllm train emoji-decoder``); a condition is one sentence vector ``(1, D)``.
+    """A decoder of sentence vectors (``mllm train emoji-decoder``); the condition is one vector ``(1, D)``.
 
     Args:
-        model: the model; in a recipe, its run.
+        model: the model; in a recipe, the path of its run.
 
     Attributes:
         condition: ``(1, D)``.
 
     Raises:
-        MLLMError: no model there, or one that makes no pictures of sentences.
+        MLLMError: the model does not decode sentence vectors to images.
     """
 
     def __init__(self, *, model: Model) -> None:
@@ -40,20 +40,20 @@ class RunDecoder(nn.Module):
         """Return ``(1, D)``, from the run's files.
 
         Raises:
-            MLLMError: no model there, or one that makes no pictures of sentences.
+            MLLMError: there is no model, or one that does not decode sentence vectors to images.
         """
         spec, _, tensors = trained_on(Path(model))
-        first = tensors.get("heads.pixels.frequencies")
-        if first is None or spec.lm is None or spec.lm.type != "sentences":
+        frequencies = tensors.get("heads.pixels.frequencies")
+        if frequencies is None or spec.lm is None or spec.lm.type != "sentences":
             raise MLLMError(
-                f"The image decoder {model} makes no pictures of sentences: expected a run with the head pixels and "
-                "lm.type=sentences, such as one of the recipe emoji-decoder."
+                f"The image decoder {model} does not generate images from sentences: expected a run with the head "
+                "pixels and lm.type=sentences. Train one with: mllm train emoji-decoder."
             )
-        return 1, int(first.shape[0])
+        return 1, int(frequencies.shape[0])
 
     @property
     def label(self) -> str:
-        """Return what it is called in an answer."""
+        """Return the decoder's name in an answer."""
         return self.model.source
 
     @torch.no_grad()
@@ -64,7 +64,7 @@ class RunDecoder(nn.Module):
 
     @torch.no_grad()
     def draw(self, conditions: Tensor, seeds: Sequence[int]) -> list[Any]:
-        """Return a PIL image for each of the conditions ``(N, 1, D)``, drawn with its seed."""
+        """Return a PIL image for each of the conditions ``(N, 1, D)``, sampled with its seed."""
         pixels = self.model.find(ImageHead)(conditions[:, 0].float(), list(seeds))
         rows = (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         return [Image.fromarray(np.ascontiguousarray(row)) for row in rows]

@@ -1,1 +1,1 @@
-"""The kinds of closed form, each found by the part it fits; what every one is: `mllm.fits.base`."""
+"""Fit parts in closed form, without a gradient. Each class is found by the type of the part that it fits."""

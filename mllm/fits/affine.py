@@ -1,4 +1,4 @@
-"""Fit the head `affine` in closed form: from states behind captions to the conditions of the decoder's text encoder."""
+"""Fit the head `affine` in closed form: from states after captions to the conditions of the decoder's text encoder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mllm.slots import ImageDecoder, LanguageModel
 
 
 class AffineFit(Ridge):
-    """Fits the head's map. Each caption counts once; no image is opened."""
+    """A ridge regression of the head's linear map. Each distinct caption is one row; no image is opened."""
 
     needs = (LanguageModel, ImageDecoder)
 
@@ -25,6 +25,6 @@ class AffineFit(Ridge):
         """Yield captions' states ``(N, r D_lm)`` and the text encoder's output ``(N, L W)``."""
         texts = list(dict.fromkeys(text.strip() for item in data.captioned for text in item.answers))
         for start in data.track(range(0, len(texts), self.chunk)):
-            part = texts[start : start + self.chunk]
-            states, _, _ = read_texts(model, [answer_text(text) for text in part])
-            yield states.flatten(1).float(), model.find(ImageDecoder).encode(part).flatten(1).float()
+            chunk = texts[start : start + self.chunk]
+            states, _, _ = read_texts(model, [answer_text(text) for text in chunk])
+            yield states.flatten(1).float(), model.find(ImageDecoder).encode(chunk).flatten(1).float()

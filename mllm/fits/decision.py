@@ -1,7 +1,7 @@
-"""Whether to look an image up or to make it, in closed form: a ridge from states to labels.
+"""Fit the head `decision` in closed form: a ridge regression from states to one-hot labels.
 
-Fisher's discriminant with a penalty. What all states share is most of their length, and slows the gradient down; here
-it is taken off as their mean.
+This is Fisher's linear discriminant with a penalty. The states' mean is most of their norm, which slows gradient
+descent; here it is subtracted.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from mllm.fits.base import Material, Ridge
 from mllm.model import Model
 from mllm.prompts.pieces import images_of
-from mllm.readout.decision import labelled, states_at
+from mllm.readout.decision import labeled_prompt, states_at
 from mllm.slots import DECISIONS, DecisionHead, LanguageModel
 
 
 class DecisionFit(Ridge):
-    """Sets the head's map. Examples of about one length are read together."""
+    """A ridge regression of the head's linear map. Prompts of similar length share a batch."""
 
     needs = (LanguageModel, DecisionHead)
 
@@ -27,16 +27,16 @@ class DecisionFit(Ridge):
         super().__init__(part=part, strength=strength, chunk=chunk)
 
     def project(self, model: Model) -> nn.Linear:
-        """Return the head's map."""
+        """Return the head's linear map."""
         project: nn.Linear = self.part(model).judge
         return project
 
     def rows(self, model: Model, data: Material) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield states ``(N, D_lm)`` at the head's token, and labels ``(N, 2)``, one of a row's being 1."""
-        known = [labelled(row) for row in data.examples()]
-        known.sort(key=lambda example: sum(len(piece) for piece in example[0] if isinstance(piece, str)))
-        for start in data.track(range(0, len(known), self.chunk)):
-            prompts, labels = zip(*known[start : start + self.chunk], strict=True)
+        """Yield states ``(N, D_lm)`` at the head's token, and one-hot labels ``(N, 2)``."""
+        examples = [labeled_prompt(row) for row in data.examples()]
+        examples.sort(key=lambda example: sum(len(piece) for piece in example[0] if isinstance(piece, str)))
+        for start in data.track(range(0, len(examples), self.chunk)):
+            prompts, labels = zip(*examples[start : start + self.chunk], strict=True)
             images = [image for prompt in prompts for image in images_of(prompt)]
             states = states_at(model, prompts, model.connector(model.features(images)) if images else None)
             yield states.float(), torch.eye(len(DECISIONS))[list(labels)]

@@ -1,4 +1,4 @@
-"""A small image decoder in closed form: pictures out of the vectors of what is said of them, without a gradient."""
+"""Fit the head `pixels` in closed form: a small image decoder, from the vectors of captions to images."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from mllm.fits.base import Material, Ridge
 from mllm.model import Model
 from mllm.slots import SentenceModel
 
-ITERATIONS = 2  # of the components' randomised search
+ITERATIONS = 2  # power iterations of the randomized SVD
 
 
 class PixelsFit(Ridge):
-    """Sets the head's components to the pictures' main ones, and its map from captions to those.
+    """Principal components of the images, and a ridge regression from captions to the images' coordinates.
 
-    Every caption of a picture is a row of the regression. Components that there are too few pictures for are 0.
+    Every caption of an image is a row of the regression. With fewer images than components, the rest are 0.
     """
 
     needs = (SentenceModel,)
@@ -31,38 +31,40 @@ class PixelsFit(Ridge):
         super().__init__(part=part, strength=strength, chunk=chunk)
 
     def rows(self, model: Model, data: Material) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield what the map is applied to, of captions' vectors, and their pictures' places among the components."""
+        """Yield the Fourier features of captions' vectors, and their images' coordinates in the components."""
         head = self.part(model)
         items = data.readable([item for item in data.captioned if item.images])
-        places = _places(head, items)
-        known = _vectors(model.lm, items)
+        coordinates = _fit_components(head, items)
+        vectors_of = _vectors(model.lm, items)
         for start in data.track(range(0, len(items), self.chunk)):
-            numbers = range(start, min(start + self.chunk, len(items)))
-            said = [(number, text) for number in numbers for text in items[number].answers]
-            vectors = torch.stack([known[text] for _, text in said])
-            yield head.body(vectors, torch.randn_like(vectors)), places[[number for number, _ in said]]
+            indices = range(start, min(start + self.chunk, len(items)))
+            captions = [(index, text) for index in indices for text in items[index].answers]
+            vectors = torch.stack([vectors_of[text] for _, text in captions])
+            yield head.body(vectors, torch.randn_like(vectors)), coordinates[[index for index, _ in captions]]
 
 
-def _places(head: Any, items: Sequence[Item]) -> Tensor:
-    """Set the head's components, and return the pictures' places ``(N, features)`` among them."""
+def _fit_components(head: Any, items: Sequence[Item]) -> Tensor:
+    """Set the head's principal components, and return the images' coordinates ``(N, rank)``."""
     if len(items) < 2:
-        raise MLLMError("stages.fit of heads.pixels needs at least two pictures with captions.")
-    pictures = torch.stack([_pixels(item, head.side) for item in items]).float() / 255  # (N, 3 S S)
-    mean, features = pictures.mean(0), head.project.out_features
-    _, _, found = torch.svd_lowrank(pictures - mean, q=min(features, len(items) - 1), niter=ITERATIONS)
-    components = pad(found, (0, features - found.shape[1]))  # (3 S S, features)
+        raise MLLMError(
+            f"stages.fit of heads.pixels got {len(items)} images with captions: expected at least two. Add more data."
+        )
+    images = torch.stack([_pixels(item, head.side) for item in items]).float() / 255  # (N, 3 S S)
+    mean, rank = images.mean(0), head.project.out_features
+    _, _, principal = torch.svd_lowrank(images - mean, q=min(rank, len(items) - 1), niter=ITERATIONS)
+    components = pad(principal, (0, rank - principal.shape[1]))  # (3 S S, rank)
     head.components.weight.copy_(components)
     head.components.bias.copy_(mean)
-    return (pictures - mean) @ components
+    return (images - mean) @ components
 
 
-def _vectors(lm: Any, items: Sequence[Item]) -> dict[str, Tensor]:
+def _vectors(lm: SentenceModel, items: Sequence[Item]) -> dict[str, Tensor]:
     """Return the vector ``(D,)`` of each caption, computed once."""
     texts = list(dict.fromkeys(text for item in items for text in item.answers))
     return dict(zip(texts, lm.sentences(texts).float(), strict=True))
 
 
 def _pixels(item: Item, side: int) -> Tensor:
-    """Return an item's picture ``(3 S S,)`` of uint8."""
-    small = item.images[0].open().convert("RGB").resize((side, side))
-    return torch.from_numpy(np.asarray(small).copy()).permute(2, 0, 1).flatten()
+    """Return an item's first image as ``(3 S S,)`` of uint8."""
+    resized = item.images[0].open().convert("RGB").resize((side, side))
+    return torch.from_numpy(np.asarray(resized).copy()).permute(2, 0, 1).flatten()

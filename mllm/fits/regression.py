@@ -1,4 +1,4 @@
-"""Regressions from sums over rows that stream by, in float64."""
+"""Solve linear regressions and canonical correlations from sums over streamed rows, in float64."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 
 class NormalEquations:
-    """Sums of a linear regression with intercept, Y ~ X W + b, added to in pieces; float64."""
+    """The sums of a linear regression with intercept, Y ~ X W + b, accumulated chunk by chunk; float64."""
 
     def __init__(self, x_dim: int, y_dim: int) -> None:
         self.count, self.x_dim, self.y_dim = 0, x_dim, y_dim
         self.x, self.y = torch.zeros(x_dim, dtype=torch.float64), torch.zeros(y_dim, dtype=torch.float64)
         self.xx = torch.zeros(x_dim, x_dim, dtype=torch.float64)
         self.xy = torch.zeros(x_dim, y_dim, dtype=torch.float64)
-        self.yy = torch.zeros(y_dim, dtype=torch.float64)  # of its diagonal only the sums are needed
+        self.yy = torch.zeros(y_dim, dtype=torch.float64)  # only the diagonal is needed
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Add rows x ``(N, X)`` and y ``(N, Y)``."""
@@ -32,9 +32,9 @@ class NormalEquations:
         """Return weights ``(X, Y)`` and intercept ``(Y,)``.
 
         Args:
-            solver: ``ridge``; ``least-squares`` (of least norm, where there are fewer rows than columns); or
-                ``procrustes``, the best orthogonal map between the standardised sides (SITTA, arXiv:2307.05591).
-            strength: of the ridge's penalty, as a share of the mean variance of X.
+            solver: ``ridge``; ``least-squares`` (minimum norm, where there are fewer rows than columns); or
+                ``procrustes``, the best orthogonal map between the standardized sides (SITTA, arXiv:2307.05591).
+            strength: of the ridge penalty, as a fraction of the mean variance of X.
         """
         x, y = self.x / self.count, self.y / self.count
         covariance = self.xx / self.count - torch.outer(x, x)
@@ -48,13 +48,13 @@ class NormalEquations:
         return weights, y - x @ weights
 
     def explained(self, weights: Tensor) -> float:
-        """Return the share of Y's variance that ``X weights`` and an intercept explain on these rows."""
+        """Return R^2: the share of Y's variance that ``X weights`` and an intercept explain on these rows."""
         x, y = self.x / self.count, self.y / self.count
         total = (self.yy / self.count - y.square()).sum()
         covariance = self.xx / self.count - torch.outer(x, x)
         cross = self.xy / self.count - torch.outer(x, y)
-        left = total - 2 * (weights * cross).sum() + (weights * (covariance @ weights)).sum()
-        return float(1 - left / total.clamp(min=1e-12))
+        residual = total - 2 * (weights * cross).sum() + (weights * (covariance @ weights)).sum()
+        return float(1 - residual / total.clamp(min=1e-12))
 
 
 def _ridge(covariance: Tensor, cross: Tensor, strength: float) -> Tensor:
@@ -69,24 +69,24 @@ def _procrustes(cross: Tensor, x_variance: Tensor, y_variance: Tensor) -> Tensor
     return left @ right / x_spread[:, None] * y_spread
 
 
-def put(project: nn.Linear, weights: Tensor, intercept: Tensor) -> None:
+def set_linear(project: nn.Linear, weights: Tensor, intercept: Tensor) -> None:
     """Set a linear map to weights ``(X, Y)`` and intercept ``(Y,)``."""
     project.weight.copy_(weights.T)
     project.bias.copy_(intercept)
 
 
 class Maps(NamedTuple):
-    """Linear maps of both sides into one space, and how strongly each of its directions correlates."""
+    """Linear maps of both sides into one space, and the canonical correlation of each direction."""
 
     x: Tensor  # (D, X)
     x_bias: Tensor  # (D,)
     y: Tensor  # (D, Y)
     y_bias: Tensor  # (D,)
-    correlations: Tensor  # (D,), the strongest first
+    correlations: Tensor  # (D,), in descending order
 
 
 class Correlation:
-    """Sums of pairs of rows x ``(N, X)`` and y ``(N, Y)``; float64."""
+    """The sums of a canonical correlation analysis of rows x ``(N, X)`` and y ``(N, Y)``; float64."""
 
     def __init__(self, x_dim: int, y_dim: int) -> None:
         self.count, self.x_dim, self.y_dim = 0, x_dim, y_dim
@@ -101,22 +101,23 @@ class Correlation:
         self.squares += both.T @ both
 
     def solve(self, dim: int, strength: float) -> Maps:
-        """Return maps into the ``dim`` directions that correlate most; what is beyond either side's width is 0.
+        """Return maps onto the ``dim`` directions of highest correlation, scaled by it, and padded with zeros to D.
 
         Args:
             dim: D.
-            strength: what is added to each side's covariance, as a share of its mean variance.
+            strength: regularization: added to each side's covariance, as a fraction of its mean variance.
         """
-        mean, cut = self.sum / self.count, self.x_dim
-        whole = self.squares / self.count - torch.outer(mean, mean)
-        x_white, y_white = _whitening(whole[:cut, :cut], strength), _whitening(whole[cut:, cut:], strength)
-        left, found, right = torch.linalg.svd(x_white @ whole[:cut, cut:] @ y_white, full_matrices=False)
-        kept = min(dim, len(found))
-        found = found[:kept]
-        x, y = found[:, None] * (left.T[:kept] @ x_white), found[:, None] * (right[:kept] @ y_white)
-        rest = (0, 0, 0, dim - kept)
-        x, y = torch.nn.functional.pad(x, rest), torch.nn.functional.pad(y, rest)
-        return Maps(x, -x @ mean[:cut], y, -y @ mean[cut:], found)
+        mean, split = self.sum / self.count, self.x_dim
+        joint = self.squares / self.count - torch.outer(mean, mean)
+        x_white, y_white = _whitening(joint[:split, :split], strength), _whitening(joint[split:, split:], strength)
+        left, correlations, right = torch.linalg.svd(x_white @ joint[:split, split:] @ y_white, full_matrices=False)
+        rank = min(dim, len(correlations))
+        correlations = correlations[:rank]
+        x = correlations[:, None] * (left.T[:rank] @ x_white)
+        y = correlations[:, None] * (right[:rank] @ y_white)
+        padding = (0, 0, 0, dim - rank)
+        x, y = torch.nn.functional.pad(x, padding), torch.nn.functional.pad(y, padding)
+        return Maps(x, -x @ mean[:split], y, -y @ mean[split:], correlations)
 
 
 def _whitening(covariance: Tensor, strength: float) -> Tensor:

@@ -1,7 +1,6 @@
-"""The closed-form start of a retrieval head: what captions' states and pictures' features have in common.
+"""Fit a retrieval head in closed form: canonical correlation analysis of captions' states and image features.
 
-Canonical correlations, scaled by how strong they are, as in Gong et al. (arXiv:1212.4522, eq. 6 with p = 1). The sums
-are accumulated as the rows stream by, so memory does not grow with them.
+The directions are scaled by their correlations, as in Gong et al. (arXiv:1212.4522, eq. 6 with p = 1).
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ from typing import Literal
 from torch import Tensor
 
 from mllm.errors import MLLMError
-from mllm.fits.base import Fit, Material
-from mllm.fits.regression import Correlation, Maps, put
+from mllm.fits.base import ClosedForm, Material
+from mllm.fits.regression import Correlation, Maps, set_linear
 from mllm.model import Model
 from mllm.prompts.pieces import answer_text
 from mllm.readout.states import read_texts
@@ -22,13 +21,16 @@ from mllm.readout.tokens import image_tokens
 from mllm.slots import Encoder, LanguageModel, RetrievalHead
 
 
-class RetrievalFit(Fit):
-    """Sets the head's two maps; its scale stays. Of each picture's captions one is drawn.
+class RetrievalFit(ClosedForm):
+    """Canonical correlation analysis for the head's two maps; one caption of each image is chosen at random.
+
+    The head's ``scale`` does not change.
 
     Args:
+        part: the head's path.
         solver: ``correlation``; there is no other.
         strength: see `Correlation.solve`.
-        chunk: pictures at once.
+        chunk: images that are computed at once.
 
     Raises:
         MLLMError: another solver.
@@ -40,27 +42,27 @@ class RetrievalFit(Fit):
     def __init__(self, *, part: str, solver: Literal["correlation"], strength: float = 0.01, chunk: int = 64) -> None:
         super().__init__(part=part, strength=strength, chunk=chunk)
         if solver != "correlation":
-            raise MLLMError(f"stages.fit of heads.retrieval has solver {solver!r}: expected correlation.")
+            raise MLLMError(f"stages.fit of heads.retrieval has solver {solver!r}: expected correlation. Set that.")
 
     def sums(self, model: Model) -> Correlation:
-        """Return the sums, empty."""
+        """Return empty sums."""
         head = self.part(model)
         return Correlation(head.text.in_features, head.image.in_features)
 
     def rows(self, model: Model, data: Material) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield captions' states ``(N, D_lm)`` at the head's token, and pictures' mean features ``(N, D_vis)``."""
-        which = image_tokens(model).index(self.part(model).tokens[0])
-        for part, seen in data.seen(self.chunk):
-            texts = [answer_text(Random(f"{data.seed}/{item.id}").choice(item.answers)) for item in part]
-            yield read_texts(model, texts)[0][:, which], seen.float().mean(1)
+        """Yield captions' states ``(N, D_lm)`` at the head's token, and images' mean features ``(N, D_vis)``."""
+        position = image_tokens(model).index(self.part(model).tokens[0])
+        for items, features in data.with_features(self.chunk):
+            texts = [answer_text(Random(f"{data.seed}/{item.id}").choice(item.answers)) for item in items]
+            yield read_texts(model, texts)[0][:, position], features.float().mean(1)
 
     def solve(self, model: Model, sums: Correlation) -> Maps:
         """Return the maps."""
         return sums.solve(self.part(model).dim, self.strength)
 
-    def put(self, model: Model, sums: Correlation, solution: Maps) -> float:
-        """Set the maps, and return the mean of the correlations, as they are scaled."""
+    def apply(self, model: Model, sums: Correlation, solution: Maps) -> float:
+        """Set the two linear maps, and return the mean of the canonical correlations."""
         head = self.part(model)
-        put(head.text, solution.x.T, solution.x_bias)
-        put(head.image, solution.y.T, solution.y_bias)
+        set_linear(head.text, solution.x.T, solution.x_bias)
+        set_linear(head.image, solution.y.T, solution.y_bias)
         return float(solution.correlations.mean())

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from mllm.prompts.batch import Batch
 from mllm.prompts.pieces import Piece
-from mllm.readout.decision import labelled, states_at
+from mllm.readout.decision import labeled_prompt, states_at
 from mllm.slots import DecisionHead, Inputs, LanguageModel
 
 
@@ -26,7 +26,7 @@ class DecisionLoss:
 
     def __call__(self, inputs: Inputs) -> Tensor:
         """Return the sum over examples."""
-        prompts, labels = zip(*map(labelled, inputs.rows), strict=True)
+        prompts, labels = zip(*map(labeled_prompt, inputs.rows), strict=True)
         trains = inputs.model.lm_trains or any(p.requires_grad for p in inputs.model.tokens.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
             states = states_at(inputs.model, prompts, inputs.visual)

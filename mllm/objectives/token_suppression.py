@@ -95,7 +95,7 @@ def generated_texts(model: Model, starts: Sequence[Encoded], length: int, seeds:
         seeds: one for each start, to sample with; none: greedy decoding.
     """
     batch = collate(starts, model.lm.pad).to(model.device)
-    limit = {"max_new_tokens": length}
+    limit: dict[str, float] = {"max_new_tokens": length}
     decodings = [{**limit, "temperature": 1.0, "seed": seed} for seed in seeds] or [limit] * len(starts)
     with model.adapters_off():
         continuations = model.lm.generate(batch.mask, decodings, input_ids=batch.ids)

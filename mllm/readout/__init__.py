@@ -1,1 +1,1 @@
-"""The language model's states at a head's tokens."""
+"""Read the language model's states at a head's tokens."""

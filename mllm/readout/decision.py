@@ -1,4 +1,4 @@
-"""Decide between retrieving and generating an image, by the language model's state at the decision head's token."""
+"""Decide whether to retrieve or to generate an image, by the language model's state at the decision head's token."""
 
 from __future__ import annotations
 
@@ -14,27 +14,28 @@ from mllm.prompts.pieces import Control, Piece, Target
 from mllm.slots import DECISIONS, DecisionHead
 
 
-def labelled(row: Sequence[Piece]) -> tuple[list[Piece], int]:
-    """Return an example's prompt, and the index of its label.
+def labeled_prompt(row: Sequence[Piece]) -> tuple[list[Piece], int]:
+    """Return an example's prompt and the index of its label.
 
     Raises:
-        MLLMError: it does not end with one label.
+        MLLMError: the example does not end with one label.
     """
     *prompt, last = row
     label = last.text.strip() if isinstance(last, Target) else None
     if label not in DECISIONS or any(isinstance(piece, Target) for piece in prompt):
         raise MLLMError(
-            f"The decision is learned from examples with one answer, of {', '.join(DECISIONS)}: got {label!r}."
+            f"The decision is learned from examples with one answer, of {', '.join(DECISIONS)}: got {label!r}. Check "
+            "the stage's data."
         )
     return list(prompt), DECISIONS.index(label)
 
 
 def states_at(model: Model, prompts: Sequence[Sequence[Piece]], visual: Tensor | None) -> Tensor:
-    """Return the states ``(N, D_lm)`` at the decision head's token, put behind each prompt.
+    """Return the states ``(N, D_lm)`` at the decision head's token, appended to each prompt.
 
     Args:
-        model: with a decision head.
-        prompts: interleaved.
+        model: a model with a decision head.
+        prompts: interleaved prompts.
         visual: the visual tokens ``(I, Q, D_lm)`` of their images.
     """
     token = Control(model.find(DecisionHead).tokens[0])
@@ -45,7 +46,7 @@ def states_at(model: Model, prompts: Sequence[Sequence[Piece]], visual: Tensor |
 
 @torch.no_grad()
 def decide(model: Model, states: Tensor) -> list[str]:
-    """Return the decision on each of the states ``(N, D_lm)`` at the head's token.
+    """Return the decision head's prediction for each of the states ``(N, D_lm)`` at its token.
 
     Raises:
         MLLMError: the model has no decision head.

@@ -1,4 +1,4 @@
-"""Read captions: the language model's states at the tokens that stand for an image, behind each caption."""
+"""Read captions: compute the language model's states at the tokens that stand for an image, after each caption."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from mllm.prompts.pieces import Control, Piece, Target
 from mllm.readout.tokens import image_tokens
 from mllm.slots import Inputs
 
-TOGETHER = 16  # captions that a CPU reads at once
+TOGETHER = 16  # captions of a batch on a CPU
 
 
 class CaptionStates(NamedTuple):
-    """The language model's output on captions, each with an image's r tokens behind it."""
+    """The language model's output on captions, each followed by an image's r tokens."""
 
     texts: list[str]
-    images: list[int | None]  # index of each caption's image among the batch's; None: it has none
+    images: list[int | None]  # index of each caption's image in the batch; None: it has none
     tokens: tuple[str, ...]
     states: Tensor  # (N, r, D_lm) at the tokens
     embeddings: Tensor  # (N, r, D_lm) of the tokens
-    logits: Tensor  # (N, V) of what follows the caption
+    logits: Tensor  # (N, V) of the token after the caption
 
 
 def captions(rows: Sequence[Sequence[Piece]]) -> list[tuple[int | None, str]]:
-    """Return every target: the index, among all rows' images, of the last one before it in its row, and the text."""
+    """Return every target's text with the index, in the batch, of the last image before it in its row, or None."""
     targets: list[tuple[int | None, str]] = []
     images = 0
     for pieces in rows:
@@ -44,42 +44,44 @@ def captions(rows: Sequence[Sequence[Piece]]) -> list[tuple[int | None, str]]:
 
 
 def read_captions(inputs: Inputs) -> CaptionStates:
-    """Return the language model's states behind a batch's captions; they are computed once for all objectives.
+    """Return the language model's states after a batch's captions; they are computed once for all objectives.
 
     Raises:
-        MLLMError: there is no caption, or no head that shows images.
+        MLLMError: the batch has no caption, or the model no head that shows images.
     """
     if "captions" not in inputs.shared:
         tokens, targets = image_tokens(inputs.model), captions(inputs.rows)
         if not targets:
-            raise MLLMError("No example of a batch has a caption, which a head that shows images learns from.")
+            raise MLLMError(
+                "No example of a batch has a caption, which a head that shows images learns from. Check the data."
+            )
         images, texts = map(list, zip(*targets, strict=True))
         inputs.shared["captions"] = CaptionStates(texts, images, tokens, *read_texts(inputs.model, texts))
     return inputs.shared["captions"]
 
 
 def read_texts(model: Model, texts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return states and embeddings ``(N, r, D_lm)`` of an image's tokens behind captions, and logits ``(N, V)`` before.
+    """Return states and embeddings ``(N, r, D_lm)`` of an image's tokens after captions, and logits ``(N, V)`` before.
 
-    On a CPU, where padding costs as much as words, captions of about one length are read together; but where a gradient
-    is wanted at the last tokens alone, all are: for few positions, or many, the weights are gone through once.
+    On a CPU, where padding tokens cost as much as others, captions of similar length share a batch. Where a gradient is
+    needed at the last tokens alone, all captions are one batch: the weights are then read once, for few positions.
     """
     tokens = image_tokens(model)
-    count, behind = len(tokens), Control("".join(tokens))
-    rows = [encode([model.spec.prompt.caption + text, behind], lm=model.lm, num_visual=0) for text in texts]
-    at_the_end = torch.is_grad_enabled() and not model.lm_trains
-    together = TOGETHER if model.device.type == "cpu" and not at_the_end else len(rows)
+    count, suffix = len(tokens), Control("".join(tokens))
+    rows = [encode([model.spec.prompt.caption + text, suffix], lm=model.lm, num_visual=0) for text in texts]
+    only_last = torch.is_grad_enabled() and not model.lm_trains  # a gradient is needed at the last tokens alone
+    batch_size = TOGETHER if model.device.type == "cpu" and not only_last else len(rows)
     order = sorted(range(len(rows)), key=lambda row: len(rows[row].ids))
     chunks = []
-    for start in range(0, len(rows), together):
-        batch = collate([rows[row] for row in order[start : start + together]], model.lm.pad).to(model.device)
+    for start in range(0, len(rows), batch_size):
+        batch = collate([rows[row] for row in order[start : start + batch_size]], model.lm.pad).to(model.device)
         length = batch.ids.shape[1]
         last = torch.arange(length - count - 1, length, device=model.device)
-        # A gradient is wanted at the tokens and, for the first one's score, before them.
-        fixed = length - count - 1 if at_the_end else 0
+        # A gradient is needed at the tokens and, for the first one's logit, at the position before them.
+        fixed = length - count - 1 if only_last else 0
         embeds = model.lm.embed(batch.ids)
         states, logits = model.lm.read(embeds, batch.mask, last, fixed, said=1)
         chunks.append((states[:, 1:], embeds[:, -count:], logits[:, 0]))
-    back = torch.tensor(order, device=model.device).argsort()
-    states, embeddings, logits = (torch.cat(each)[back] for each in zip(*chunks, strict=True))
+    inverse = torch.tensor(order, device=model.device).argsort()
+    states, embeddings, logits = (torch.cat(each)[inverse] for each in zip(*chunks, strict=True))
     return states, embeddings, logits

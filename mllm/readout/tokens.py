@@ -1,4 +1,4 @@
-"""Name the new tokens that heads read, and those that stand for an image in an answer."""
+"""List the new tokens whose states heads read, and those that stand for an image in an answer."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from mllm.slots import ConditionHead, Head, ImageDecoder, ImageTokenHead
 
 
 def every_token(tokens: Sequence[str], heads: Iterable[Head]) -> list[str]:
-    """Return the recipe's tokens and those that heads read, each once."""
+    """Return the recipe's tokens and the heads' tokens, each once."""
     return list(dict.fromkeys([*tokens, *(token for head in heads for token in head.tokens)]))
 
 
 def image_tokens(model: Model) -> tuple[str, ...]:
-    """Return the tokens that stand for an image, in order: all that a head which shows images reads.
+    """Return the tokens that stand for an image, in order: those of the head with the most.
 
     Raises:
         MLLMError: no head shows images, or two of them read different tokens.
@@ -33,7 +33,8 @@ def image_tokens(model: Model) -> tuple[str, ...]:
     for path, head in heads.items():
         if not {*head.tokens} <= {*tokens}:
             raise MLLMError(
-                f"The head {path} reads {head.tokens[0]!r}, and an image's tokens are {[*tokens]}: set its token."
+                f"The head {path} reads {head.tokens[0]!r}, and an image's tokens are {[*tokens]}. Set the head's "
+                "token to one of them."
             )
     return tokens
 
@@ -44,7 +45,7 @@ def can_draw(model: Model) -> bool:
 
 
 def heads_on_meta(specs: Sequence[HeadSpec]) -> Mapping[str, Head]:
-    """Return heads by name on the meta device, to see what they can do before anything is loaded."""
+    """Return heads by name on the meta device, to check their contracts before anything is loaded."""
     with torch.device("meta"):
         return {
             spec.name: made(lookup("heads", spec.type), f"head {spec.type}", lm_dim=8, vis_dim=8, **spec.options())

@@ -1,1 +1,1 @@
-"""Put images and texts into one space: the kinds of scorer."""
+"""Embed images and texts in one space, and score their similarity."""

@@ -1,4 +1,4 @@
-"""A scorer that was trained here: a run that aligned an encoder's pictures with sentences."""
+"""Score images and texts with a trained run that aligned an image encoder with a sentence encoder."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _BATCH = 64
 
 
 class AlignedScorer(nn.Module):
-    """The model of such a run (``mllm train emoji-scorer``), both sides of it in the space of its sentences.
+    """A scorer that compares the connector's mean visual token with sentence vectors (``mllm train emoji-scorer``).
 
     Args:
-        model: the model; in a recipe, its run.
+        model: the model; in a recipe, the path of its run.
 
     Raises:
-        MLLMError: no model there, or one that has no encoder, connector or sentences.
+        MLLMError: the model has no connector, or no sentence encoder.
     """
 
     def __init__(self, *, model: Model) -> None:
@@ -30,8 +30,8 @@ class AlignedScorer(nn.Module):
         self.model = model
         if not model.has(Connector, SentenceModel):
             raise MLLMError(
-                "The scorer's model does not put images and sentences into one space: expected a run whose lm.type "
-                "is sentences, such as one of the recipe emoji-scorer."
+                "The scorer's model does not embed images and sentences in one space: expected a run with a connector "
+                "and lm.type=sentences. Train one with: mllm train emoji-scorer."
             )
 
     def image_text(self, images: Sequence[Any], texts: Sequence[str]) -> Tensor:
@@ -42,11 +42,11 @@ class AlignedScorer(nn.Module):
     def embed_images(self, images: Sequence[Any]) -> Tensor:
         """Return vectors ``(I, D)`` of length 1."""
         chunks = [images[start : start + _BATCH] for start in range(0, len(images), _BATCH)]
-        seen = [self.model.connector(self.model.features(chunk)).float().mean(1) for chunk in chunks]
-        return nn.functional.normalize(torch.cat(seen), dim=-1)
+        vectors = [self.model.connector(self.model.features(chunk)).float().mean(1) for chunk in chunks]
+        return nn.functional.normalize(torch.cat(vectors), dim=-1)
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Return vectors ``(N, D)`` of length 1; a text that is too long is cut."""
+        """Return vectors ``(N, D)`` of length 1; a text that is too long is truncated."""
         vectors: Tensor = self.model.lm.sentences(texts).float()
         return vectors

@@ -1,7 +1,7 @@
-"""An index of images that a model's retrieval head searches: their vectors, in one file of safetensors.
+"""Build, save and search an index of images: the vectors of a model's retrieval head, in one safetensors file.
 
-Notable: the file knows whose vectors it holds (a hash of the head, the encoder and how it is set up), so it is refused
-for another model from files alone, before a weight of that model is loaded. The search is exact, by faiss or torch.
+The file contains a hash of the model (head, encoder and encoder settings), so an index of another model is refused
+before any weight of the model is loaded. The search is exact, by faiss or torch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mllm.model import Model
 from mllm.outputs import ImagePart
 from mllm.readout.tokens import heads_on_meta
 from mllm.saving import trained_on
-from mllm.scorers.retrieval import CHUNK, of_images
+from mllm.scorers.retrieval import CHUNK, embed_images
 from mllm.slots import RetrievalHead
 from mllm.system import write
 
@@ -32,20 +32,20 @@ FORMAT = "mllm-index-1"
 
 
 class ImageIndex:
-    """Images and their vectors.
+    """The paths and vectors of images.
 
     Args:
         vectors: ``(N, D)``, of length 1.
-        paths: of the images.
-        model: the hash of the model that made the vectors.
+        paths: the images' files.
+        model: the hash of the model that computed the vectors.
 
     Raises:
-        MLLMError: no image.
+        MLLMError: there is no image.
     """
 
     def __init__(self, vectors: Tensor, paths: Sequence[str], model: str) -> None:
         if not paths:
-            raise MLLMError("The index is empty: expected at least one image. Build it on a folder of pictures.")
+            raise MLLMError("The index is empty: expected at least one image. Build it from a folder of images.")
         self.vectors, self.paths, self.model = vectors, list(paths), model
 
     def __len__(self) -> int:
@@ -53,30 +53,30 @@ class ImageIndex:
 
     @classmethod
     def build(cls, model: Model, paths: Sequence[Path]) -> ImageIndex:
-        """Return the index of picture files, made with a model's encoder and retrieval head.
+        """Return the index of image files, computed with a model's encoder and retrieval head.
 
         Raises:
-            MLLMError: no picture, one that cannot be read, or a model without the head.
+            MLLMError: there is no image, one cannot be read, or the model has no retrieval head.
         """
         model.find(RetrievalHead)
-        parts = [paths[start : start + CHUNK] for start in range(0, len(paths), CHUNK)]
-        vectors = [of_images(model, [ImageFile(path) for path in part]) for part in parts]
-        places = [str(path.resolve()) for path in paths]
-        return cls(torch.cat(vectors) if vectors else torch.empty(0, 0), places, hash_of(model))
+        chunks = [paths[start : start + CHUNK] for start in range(0, len(paths), CHUNK)]
+        vectors = [embed_images(model, [ImageFile(path) for path in chunk]) for chunk in chunks]
+        absolute = [str(path.resolve()) for path in paths]
+        return cls(torch.cat(vectors) if vectors else torch.empty(0, 0), absolute, hash_of(model))
 
     @classmethod
     def load(cls, path: str | Path) -> ImageIndex:
         """Read an index.
 
         Raises:
-            MLLMError: there is no index, or it is empty.
+            MLLMError: the file is no index, cannot be read, or is empty.
         """
         try:
             with safe_open(path, framework="pt") as file:
-                about = file.metadata() or {}
-                if about.get("format") != FORMAT:
-                    raise MLLMError(f"{path} is no image index. Build one: mllm index build IMAGES OUT --run RUN.")
-                return cls(file.get_tensor("vectors"), json.loads(about["paths"]), about["model"])
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise MLLMError(f"{path} is not an image index. Build one: mllm index build IMAGES OUT --run RUN.")
+                return cls(file.get_tensor("vectors"), json.loads(metadata["paths"]), metadata["model"])
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise MLLMError(f"The index {path} cannot be read: {error}. Build it again.") from None
 
@@ -86,49 +86,49 @@ class ImageIndex:
         Raises:
             MLLMError: the file cannot be written.
         """
-        about = {"format": FORMAT, "paths": json.dumps(self.paths), "model": self.model}
+        metadata = {"format": FORMAT, "paths": json.dumps(self.paths), "model": self.model}
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            write(Path(path), lambda file: save_file({"vectors": self.vectors.contiguous()}, file, about))
+            write(Path(path), lambda file: save_file({"vectors": self.vectors.contiguous()}, file, metadata))
         except (OSError, SafetensorError) as error:
-            raise MLLMError(f"The index could not be written to {path}: {error}. Give another place.") from error
+            raise MLLMError(f"The index could not be written to {path}: {error}. Give another path.") from error
 
     def check(self, model: str) -> None:
-        """Hold the index against the hash of a model.
+        """Compare the index's model hash with that of a model.
 
         Raises:
-            MLLMError: another model made the vectors.
+            MLLMError: another model computed the vectors.
         """
         if self.model != model:
             raise MLLMError(
-                f"The index was built with another model: it has {self.model[:16]}..., and this model is "
-                f"{model[:16]}.... Build it again with this one: mllm index build IMAGES OUT --run RUN."
+                f"The index was built with another model: its hash is {self.model[:16]}..., and this model's is "
+                f"{model[:16]}.... Build it again with this model: mllm index build IMAGES OUT --run RUN."
             )
 
     def search(self, queries: Tensor, count: int = 1) -> list[list[ImagePart]]:
-        """Return for each of the queries ``(N, D)``, of length 1, its closest images by cosine, the closest first.
+        """Return the closest images by cosine for each of the queries ``(N, D)`` of length 1, in descending order.
 
         Raises:
             MLLMError: a count below 1.
         """
         if count < 1:
-            raise MLLMError(f"{count} images are asked for: expected 1 or more.")
-        scores, places = self._closest(queries.float().cpu().contiguous(), min(count, len(self)))
+            raise MLLMError(f"{count} images were requested: expected 1 or more. Raise the count.")
+        scores, indices = self._closest(queries.float().cpu().contiguous(), min(count, len(self)))
         return [
-            [self._part(place, score) for place, score in zip(*row, strict=True)]
-            for row in zip(places.tolist(), scores.tolist(), strict=True)
+            [self._part(index, score) for index, score in zip(*row, strict=True)]
+            for row in zip(indices.tolist(), scores.tolist(), strict=True)
         ]
 
     def _closest(self, queries: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Return the highest cosines ``(N, count)`` of queries and their places: by faiss, where it is installed."""
+        """Return the highest cosines ``(N, count)`` and the images' indices; by faiss, where it is installed."""
         if self._faiss is None:
             return (queries @ self.vectors.T).topk(count, dim=-1)
-        scores, places = self._faiss.search(queries.numpy(), count)
-        return torch.from_numpy(scores), torch.from_numpy(places)
+        scores, indices = self._faiss.search(queries.numpy(), count)
+        return torch.from_numpy(scores), torch.from_numpy(indices)
 
     @functools.cached_property
     def _faiss(self) -> Any:
-        """Return the vectors as faiss searches them: all of them, exactly (extra ``retrieval``)."""
+        """Return a flat (exact) faiss index of the vectors; None where faiss (extra ``retrieval``) is missing."""
         try:
             import faiss
         except ImportError:
@@ -137,35 +137,35 @@ class ImageIndex:
         index.add(self.vectors.float().contiguous().numpy())
         return index
 
-    def _part(self, place: int, score: float) -> ImagePart:
-        path = self.paths[place]
-        return ImagePart(ImageFile(Path(path)), id=str(place), score=score, source=path)
+    def _part(self, index: int, score: float) -> ImagePart:
+        path = self.paths[index]
+        return ImagePart(ImageFile(Path(path)), id=str(index), score=score, source=path)
 
 
 def opened(index: str | Path | ImageIndex, run: str | Path | None = None) -> ImageIndex:
-    """Return an index; one for a run is held against it first, and nothing of the run is loaded.
+    """Return a loaded index; with a run, after comparing their hashes, for which no model is built.
 
     Raises:
-        MLLMError: it cannot be read, is empty, or is another model's.
+        MLLMError: the index cannot be read, is empty, or was built with another model.
     """
-    found = index if isinstance(index, ImageIndex) else ImageIndex.load(index)
+    loaded = index if isinstance(index, ImageIndex) else ImageIndex.load(index)
     if run is not None:
         spec, fingerprints, tensors = trained_on(Path(run))
         heads = heads_on_meta(spec.heads).items()
         paths = [f"heads.{name}" for name, head in heads if isinstance(head, RetrievalHead)]
-        found.check(_hash(tensors, paths, fingerprints.get("encoder", ""), spec.encoder))
-    return found
+        loaded.check(_hash(tensors, paths, fingerprints.get("encoder", ""), spec.encoder))
+    return loaded
 
 
 def hash_of(model: Model) -> str:
-    """Return what tells a model that made vectors of images from others."""
+    """Return a hash of everything that determines a model's image vectors."""
     paths = list(model.all(RetrievalHead))
     return _hash(model.trained_state(), paths, str(model.encoder.fingerprint), model.spec.encoder)
 
 
 def _hash(tensors: Mapping[str, Tensor], heads: Sequence[str], fingerprint: str, encoder: Any) -> str:
-    whole = hashlib.sha256(f"{fingerprint} {encoder.model_dump_json() if encoder else ''}".encode())
+    digest = hashlib.sha256(f"{fingerprint} {encoder.model_dump_json() if encoder else ''}".encode())
     for name, tensor in sorted(tensors.items()):
         if name.startswith((*(f"{path}." for path in heads), "encoder.")):
-            whole.update(name.encode() + tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return whole.hexdigest()
+            digest.update(name.encode() + tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

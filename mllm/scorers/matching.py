@@ -1,7 +1,7 @@
-"""A connector that reads pictures beside texts as what compares: alike by its contrast, and matched pair by pair.
+"""Score images and texts with a Q-Former that reads both: rank by contrast, rerank by matching.
 
-As BLIP-2 finds images and texts (arXiv:2301.12597): contrast looks at each once, so it goes through all candidates, and
-matching, which reads both at once, puts the first of them in order.
+This is BLIP-2's retrieval (arXiv:2301.12597): the contrast encodes each image and each text once, so it ranks all
+candidates; matching reads every pair jointly, so it reranks the first ones only.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from mllm.errors import MLLMError
 from mllm.model import Model
 from mllm.slots import ContrastHead, MatchHead, ReadsText
 
-CHUNK = 32  # pictures, texts or pairs that are read at once
+CHUNK = 32  # images, texts or pairs of a batch
 
 
 class MatchingScorer(nn.Module):
-    """A scorer made of a connector that reads texts and the heads ``contrast`` and ``match``.
+    """A scorer with a connector that reads texts and the heads ``contrast`` and ``match``.
 
     Args:
-        model: the model; in a recipe, its run.
-        rerank: of the candidates that the contrast finds closest, how many are put in order by matching.
+        model: the model; in a recipe, the path of its run.
+        rerank: how many of the closest candidates by contrast are reranked by matching.
 
     Raises:
-        MLLMError: no model there, or one without these.
+        MLLMError: the model lacks one of these parts.
     """
 
     def __init__(self, *, model: Model, rerank: int = 128) -> None:
@@ -44,33 +44,35 @@ class MatchingScorer(nn.Module):
         self._features = FeatureStore(self.model)
 
     def image_text(self, images: Sequence[Any], texts: Sequence[str]) -> Tensor:
-        """Return the similarities ``(I, N)`` of images and texts: that of the query which is most like the text."""
+        """Return the similarities ``(I, N)`` of images and texts: the maximum over the image's queries."""
         return (self.embed_images(images) @ self.embed_texts(texts).T).amax(1)
 
     @torch.no_grad()
     def embed_images(self, images: Sequence[Any]) -> Tensor:
         """Return vectors ``(I, Q, D)`` of length 1, one for each query."""
         contrast, connector = self._contrast, self._connector
-        return torch.cat([contrast.of_queries(connector.body(self._features(some))).cpu() for some in _chunks(images)])
+        states = (connector.body(self._features(chunk)) for chunk in _chunks(images))
+        return torch.cat([contrast.of_queries(queries).cpu() for queries in states])
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Return vectors ``(N, D)`` of length 1."""
         contrast, connector = self._contrast, self._connector
-        read = [connector.read(*connector.words.tokenize(some))[:, 0] for some in _chunks(texts)]
-        return torch.cat([contrast.of_texts(states).cpu() for states in read])
+        states = (connector.read(*connector.words.tokenize(chunk))[:, 0] for chunk in _chunks(texts))
+        return torch.cat([contrast.of_texts(first).cpu() for first in states])
 
     @torch.no_grad()
     def matches(self, images: Sequence[Any], texts: Sequence[str]) -> Tensor:
-        """Return the log-odds ``(N,)`` that each picture and the text at its side belong together."""
+        """Return the log-odds ``(N,)`` that each image matches the text at the same index."""
         connector, match = self._connector, self.model.find(MatchHead).match
-        found = []
-        for some, own in zip(_chunks(images), _chunks(texts), strict=True):
-            queries, _ = connector.joint(self._features(some), *connector.words.tokenize(own), "matching")
-            found.append(match(queries).float().cpu())
-        no, yes = torch.cat(found).T
+        logits = []
+        for some_images, some_texts in zip(_chunks(images), _chunks(texts), strict=True):
+            ids, mask = connector.words.tokenize(some_texts)
+            queries, _ = connector.joint(self._features(some_images), ids, mask, "matching")
+            logits.append(match(queries).float().cpu())
+        no, yes = torch.cat(logits).T
         return yes - no
 
 
-def _chunks(things: Sequence[Any]) -> list[Sequence[Any]]:
-    return [things[start : start + CHUNK] for start in range(0, len(things), CHUNK)]
+def _chunks(inputs: Sequence[Any]) -> list[Sequence[Any]]:
+    return [inputs[start : start + CHUNK] for start in range(0, len(inputs), CHUNK)]

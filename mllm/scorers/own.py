@@ -1,4 +1,4 @@
-"""Find the scorer that a model is by itself: images and sentences in one space, a retrieval head, or matching."""
+"""Use a model as its own scorer: by its sentence space, its retrieval head, or its matching heads."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ def own_scorer(model: Model) -> Scorer:
     """Return the model as its own scorer.
 
     Raises:
-        MLLMError: it has no parts that compare images with texts.
+        MLLMError: the model has no parts that compare images with texts.
     """
     for name, kinds in OWN.items():
         if model.has(*kinds):
             scorer: Scorer = lookup("scorers", name)(model=model)
             return scorer
     raise MLLMError(
-        "This needs a scorer: set scorer={'type': 'dual-encoder', 'model': ...} (CLIP, ...), "
-        "{'type': 'aligned', 'model': RUN} with a run of emoji-scorer, or {'type': 'retrieval', 'model': RUN} "
-        "with one of a retrieval head (of contrast and matching: 'matching')."
+        "This model has no scorer: expected a scorer in the recipe, or parts that compare images with texts. Set "
+        "scorer={'type': 'dual-encoder', 'model': ...} (CLIP, ...), {'type': 'aligned', 'model': RUN} with a run of "
+        "emoji-scorer, {'type': 'retrieval', 'model': RUN} with a run that has a retrieval head, or {'type': "
+        "'matching', 'model': RUN} with a run that has the heads contrast and match."
     )

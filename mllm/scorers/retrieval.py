@@ -1,4 +1,4 @@
-"""A model's retrieval head as what compares: pictures, captions and interleaved prompts in its shared space."""
+"""Score images, captions and interleaved prompts in the shared space of a model's retrieval head."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from mllm.prompts.pieces import Control, Piece, answer_text, images_of
 from mllm.readout.tokens import image_tokens
 from mllm.slots import RetrievalHead
 
-CHUNK = 32  # pictures, or prompts of about one length, that are read at once
+CHUNK = 32  # images, or prompts of similar length, of a batch
 
 
 class RetrievalScorer(nn.Module):
-    """A scorer made of a retrieval head (`mllm.registry`: scorers).
+    """A scorer with a model's retrieval head.
 
     Args:
-        model: the model; in a recipe, its run.
+        model: the model; in a recipe, the path of its run.
 
     Raises:
-        MLLMError: no model there, or one without the head.
+        MLLMError: the model has no retrieval head.
     """
 
     def __init__(self, *, model: Model) -> None:
@@ -38,41 +38,41 @@ class RetrievalScorer(nn.Module):
 
     def embed_images(self, images: Sequence[Any]) -> Tensor:
         """Return vectors ``(I, D)`` of length 1."""
-        return _by_chunks([source_of(image) for image in images], lambda some: of_images(self.model, some))
+        return _by_chunks([source_of(image) for image in images], lambda chunk: embed_images(self.model, chunk))
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Return vectors ``(N, D)`` of length 1 of captions, put as the head learnt them."""
-        before = self.model.spec.prompt.caption
-        return self.embed_prompts([[before + answer_text(text)] for text in texts])
+        """Return vectors ``(N, D)`` of length 1 of captions, each after the recipe's caption prompt."""
+        prefix = self.model.spec.prompt.caption
+        return self.embed_prompts([[prefix + answer_text(text)] for text in texts])
 
     def embed_prompts(self, prompts: Sequence[Sequence[Piece]]) -> Tensor:
-        """Return vectors ``(N, D)`` of length 1 of interleaved prompts, as they stand."""
-        order = sorted(range(len(prompts)), key=lambda place: _length(prompts[place]))
-        found = _by_chunks([prompts[place] for place in order], lambda some: of_prompts(self.model, some))
-        return found[torch.tensor(order).argsort()]
+        """Return vectors ``(N, D)`` of length 1 of interleaved prompts, without a template."""
+        order = sorted(range(len(prompts)), key=lambda index: _length(prompts[index]))
+        vectors = _by_chunks([prompts[index] for index in order], lambda chunk: of_prompts(self.model, chunk))
+        return vectors[torch.tensor(order).argsort()]
 
 
 @torch.no_grad()
-def of_images(model: Model, images: Sequence[Any]) -> Tensor:
-    """Return what the head makes of pictures, ``(I, D)``."""
+def embed_images(model: Model, images: Sequence[Any]) -> Tensor:
+    """Return the retrieval head's vectors ``(I, D)`` of images."""
     vectors: Tensor = model.find(RetrievalHead).of_features(model.features(images))
     return vectors.float().cpu()
 
 
 @torch.no_grad()
 def of_prompts(model: Model, prompts: Sequence[Sequence[Piece]]) -> Tensor:
-    """Return what the head makes of its token behind each prompt, ``(N, D)``."""
+    """Return the retrieval head's vectors ``(N, D)`` of prompts: of the state at its token, appended to each."""
     head, tokens = model.find(RetrievalHead), image_tokens(model)
-    behind = Control("".join(tokens[: tokens.index(head.tokens[0]) + 1]))  # of several tokens the head reads one
-    embeds, batch = model.prepare([[*prompt, behind] for prompt in prompts])
+    suffix = Control("".join(tokens[: tokens.index(head.tokens[0]) + 1]))  # the head reads one of several tokens
+    embeds, batch = model.prepare([[*prompt, suffix] for prompt in prompts])
     vectors: Tensor = head.of_states(model.lm.hidden(embeds, batch.mask)[:, -1])
     return vectors.float().cpu()
 
 
-def _by_chunks(things: Sequence[Any], embed: Callable[[Sequence[Any]], Tensor]) -> Tensor:
-    return torch.cat([embed(things[start : start + CHUNK]) for start in range(0, len(things), CHUNK)])
+def _by_chunks(inputs: Sequence[Any], embed: Callable[[Sequence[Any]], Tensor]) -> Tensor:
+    return torch.cat([embed(inputs[start : start + CHUNK]) for start in range(0, len(inputs), CHUNK)])
 
 
 def _length(prompt: Sequence[Piece]) -> tuple[int, int]:
-    """Return the number of a prompt's pictures, and of its characters."""
+    """Return the number of a prompt's images, and of its characters."""
     return len(images_of(prompt)), sum(len(piece) for piece in prompt if isinstance(piece, str))

@@ -1,4 +1,4 @@
-"""Image decoders: what they draw of a condition is what they draw of the text; a small one is fitted here."""
+"""Image decoders: a text's condition gives the image of the text; a small decoder is fitted in closed form."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CAPTIONS = {"a red wall": (220, 30, 30), "a green wall": (30, 200, 40), "a blue 
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
-    """A tiny Stable Diffusion with random weights, and the folder it is saved in."""
+    """Return a tiny Stable Diffusion with random weights, and the folder that it is saved in."""
     diffusers = pytest.importorskip("diffusers")
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -60,7 +60,7 @@ def pipeline(tmp_path_factory):
         cross_attention_dim=16,
         attention_head_dim=4,
     )
-    made = diffusers.StableDiffusionPipeline(
+    stable_diffusion = diffusers.StableDiffusionPipeline(
         vae=diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, sample_size=8),
         text_encoder=CLIPTextModel(text),
         tokenizer=CLIPTokenizer({word: i for i, word in enumerate(words)}, [], model_max_length=8),
@@ -70,29 +70,29 @@ def pipeline(tmp_path_factory):
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    made.set_progress_bar_config(disable=True)
+    stable_diffusion.set_progress_bar_config(disable=True)
     folder = tmp_path_factory.mktemp("pipeline")
-    made.save_pretrained(folder)
-    return made, str(folder)
+    stable_diffusion.save_pretrained(folder)
+    return stable_diffusion, str(folder)
 
 
-def test_a_pipeline_draws_of_a_condition_what_it_draws_of_the_text(pipeline):
+def test_a_pipeline_makes_the_same_image_of_a_condition_and_of_its_text(pipeline):
     whole, folder = pipeline
     decoder = DiffusionPipeline(model=folder, steps=3, guidance=4.0)
     assert decoder.condition == DiffusionPipeline.shape(model=folder) == (8, 16)
-    assert [name for name, part in decoder._texts.components.items() if isinstance(part, torch.nn.Module)] == [
-        "text_encoder"  # the rest is loaded when it is needed
+    assert [name for name, part in decoder._text_pipeline.components.items() if isinstance(part, torch.nn.Module)] == [
+        "text_encoder"  # the other modules are loaded when they are needed
     ]
     texts, seeds = ["a cat", "a dog"], [3, 4]
     conditions = decoder.encode(texts)
     torch.testing.assert_close(conditions, whole.encode_prompt(texts, "cpu", 1, False)[0])
-    got = decoder.draw(conditions, seeds)
-    draws = [torch.Generator().manual_seed(seed) for seed in seeds]
-    expected = whole(texts, num_inference_steps=3, guidance_scale=4.0, generator=draws).images
-    for one, other in zip(got, expected, strict=True):
-        assert np.array_equal(np.asarray(one), np.asarray(other))
-    (again,) = decoder.draw(conditions[1:], [4])
-    assert np.array_equal(np.asarray(again), np.asarray(got[1]))  # a batch gives what its members give alone
+    images = decoder.draw(conditions, seeds)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    expected = whole(texts, num_inference_steps=3, guidance_scale=4.0, generator=generators).images
+    for image, other in zip(images, expected, strict=True):
+        assert np.array_equal(np.asarray(image), np.asarray(other))
+    (alone,) = decoder.draw(conditions[1:], [4])
+    assert np.array_equal(np.asarray(alone), np.asarray(images[1]))  # batched and single results are equal
     assert decoder.fingerprint == DiffusionPipeline(model=folder).fingerprint
 
 
@@ -120,49 +120,51 @@ def of_pipeline(tiny_model, folder):
     return tiny_model(heads=[HEAD], tokens=tokens, decoder={"type": "diffusers", "model": folder, "steps": 2})
 
 
-def given(model):
+def inputs_of(model):
     rows, features, batch = inputs(model, ROWS, model.features)
     return Inputs(model, rows, features, batch)
 
 
-@pytest.mark.parametrize("foretold", ["epsilon", "v_prediction"])
-def test_a_condition_is_scored_by_the_pipelines_own_loss(pipeline, foretold, tmp_path):
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_a_condition_is_scored_by_the_pipelines_own_loss(pipeline, prediction, tmp_path):
     whole, folder = pipeline
     shutil.copytree(folder, tmp_path / "other")
     config = json.loads((tmp_path / "other/scheduler/scheduler_config.json").read_text())
-    (tmp_path / "other/scheduler/scheduler_config.json").write_text(json.dumps({**config, "prediction_type": foretold}))
+    (tmp_path / "other/scheduler/scheduler_config.json").write_text(
+        json.dumps({**config, "prediction_type": prediction})
+    )
     decoder = DiffusionPipeline(model=str(tmp_path / "other"))
-    conditions, pictures = torch.randn(2, 8, 16), [tiny_image(0), tiny_image(1)]
+    conditions, images = torch.randn(2, 8, 16), [tiny_image(0), tiny_image(1)]
     torch.manual_seed(5)
-    got = decoder.denoise(pictures, conditions)
+    loss = decoder.denoise(images, conditions)
     torch.manual_seed(5)
     with torch.no_grad():
         pixels = [
-            np.asarray(image.resize((8, 8), Image.Resampling.LANCZOS), np.float32) / 127.5 - 1 for image in pictures
+            np.asarray(image.resize((8, 8), Image.Resampling.LANCZOS), np.float32) / 127.5 - 1 for image in images
         ]
         stacked = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
         latents = whole.vae.encode(stacked).latent_dist.sample() * whole.vae.config.scaling_factor
         noise = torch.randn_like(latents)
         steps = torch.randint(1000, (2,))
-        said = whole.unet(whole.scheduler.add_noise(latents, noise, steps), steps, conditions).sample
-        wanted = noise if foretold == "epsilon" else whole.scheduler.get_velocity(latents, noise, steps)
-    torch.testing.assert_close(got, ((said - wanted) ** 2).mean((1, 2, 3)))
+        predicted = whole.unet(whole.scheduler.add_noise(latents, noise, steps), steps, conditions).sample
+        target = noise if prediction == "epsilon" else whole.scheduler.get_velocity(latents, noise, steps)
+    torch.testing.assert_close(loss, ((predicted - target) ** 2).mean((1, 2, 3)))
     (tmp_path / "other/scheduler/scheduler_config.json").write_text(json.dumps({**config, "prediction_type": "sample"}))
-    with pytest.raises(MLLMError, match="foretells 'sample'; a condition is learnt through one that foretells"):
-        DiffusionPipeline(model=str(tmp_path / "other")).denoise(pictures, conditions)
+    with pytest.raises(MLLMError, match="has a U-Net that predicts 'sample': score distillation needs"):
+        DiffusionPipeline(model=str(tmp_path / "other")).denoise(images, conditions)
 
 
 def test_a_head_learns_through_the_frozen_pipeline(pipeline, tiny_model):
     model = of_pipeline(tiny_model, pipeline[1])
     stage = check({"name": "x", "stages": [{"name": "s", "train": {"heads": 0.01}, "steps": 1}]}, "x").stages[0]
     groups, objective = parameter_groups(model, stage), ScoreDistillation()
-    parts = [part for part in model.decoder._whole.components.values() if isinstance(part, torch.nn.Module)]
+    parts = [part for part in model.decoder._full_pipeline.components.values() if isinstance(part, torch.nn.Module)]
     assert len(parts) == 3  # vae, unet, text encoder
     before = [tensor_hash(part) for part in (*parts, model.lm, model.encoder, model.connector)]
     optimizer, losses = torch.optim.Adam(groups), []
     for _ in range(6):
         torch.manual_seed(0)  # the same noise
-        loss = objective(given(model))
+        loss = objective(inputs_of(model))
         optimizer.zero_grad()
         loss.backward()
         losses.append(float(loss.detach()))
@@ -173,12 +175,12 @@ def test_a_head_learns_through_the_frozen_pipeline(pipeline, tiny_model):
     assert all(p.grad is None for p in [*frozen, *(p for part in parts for p in part.parameters())])
     assert before == [tensor_hash(part) for part in (*parts, model.lm, model.encoder, model.connector)]
     assert objective.count(ROWS, None) == 2
-    said = read_captions(given(model))
+    captions = read_captions(inputs_of(model))
     torch.manual_seed(0)
-    conditions = model.find(ConditionHead)(said.states[[0, 2]], said.embeddings[[0, 2]])
+    conditions = model.find(ConditionHead)(captions.states[[0, 2]], captions.embeddings[[0, 2]])
     expected = model.decoder.denoise([tiny_image(0), tiny_image(1)], conditions).sum()
     torch.manual_seed(0)
-    torch.testing.assert_close(objective(given(model)), expected)
+    torch.testing.assert_close(objective(inputs_of(model)), expected)
 
 
 def test_a_recipe_trains_through_a_pipeline(pipeline, tiny_parts, tmp_path):
@@ -203,15 +205,15 @@ def test_a_recipe_trains_through_a_pipeline(pipeline, tiny_parts, tmp_path):
     assert mllm.load(run.path).draw([["a cat"]])[0].image.size == (8, 8)
 
 
-def test_score_distillation_is_refused_where_nothing_takes_noise_off(tiny_model, tiny_decoder, pipeline):
-    made = {"heads": [{**HEAD, "length": 1, "width": 32}], "tokens": ["[IMG0]", "[IMG1]"]}
-    wanted = {"name": "s", "train": ["heads"], "steps": 1, "objectives": [{"type": "score-distillation"}]}
-    (stage,) = check({"name": "x", "stages": [wanted]}, "x").stages
-    (found,) = unmet(tiny_model(**made, decoder={"type": "trained", "model": tiny_decoder}), stage)
-    assert "needs an image decoder with a denoising loss" in found
+def test_score_distillation_is_refused_without_a_denoising_loss(tiny_model, tiny_decoder, pipeline):
+    parts = {"heads": [{**HEAD, "length": 1, "width": 32}], "tokens": ["[IMG0]", "[IMG1]"]}
+    values = {"name": "s", "train": ["heads"], "steps": 1, "objectives": [{"type": "score-distillation"}]}
+    (stage,) = check({"name": "x", "stages": [values]}, "x").stages
+    (problem,) = unmet(tiny_model(**parts, decoder={"type": "trained", "model": tiny_decoder}), stage)
+    assert "needs an image decoder with a denoising loss" in problem
     model = of_pipeline(tiny_model, pipeline[1])
     assert unmet(model, stage) == []
-    with pytest.raises(MLLMError, match="No example of a batch has a caption behind an image"):
+    with pytest.raises(MLLMError, match="No example of a batch has a caption after an image"):
         ScoreDistillation()(Inputs(model, ROWS[1:2], None, None))
 
 
@@ -227,7 +229,7 @@ def test_a_pipeline_that_does_not_fit_is_refused(pipeline, tmp_path):
 
 @pytest.fixture(scope="module")
 def walls(tmp_path_factory, tiny_parts):
-    """A run of the recipe emoji-decoder on pictures of one colour each."""
+    """Return a run of the recipe emoji-decoder on images of one color each."""
     folder = tmp_path_factory.mktemp("walls")
     rows = [{"image": f"{number}.png", "caption": caption} for number, caption in enumerate(CAPTIONS)]
     for row in rows:
@@ -237,7 +239,7 @@ def walls(tmp_path_factory, tiny_parts):
         "lm.model": tiny_parts[1],
         "heads.0.side": 16,
         "heads.0.features": 64,
-        "heads.0.noise": 0.01,  # the vectors of random weights are much alike
+        "heads.0.noise": 0.01,  # random weights give similar vectors
         "heads.0.sharpness": 5.0,
         "data.train": {"format": "table", "path": str(folder / "captions.json"), "images": str(folder)},
         "stages.0.fit.strength": 1e-6,
@@ -245,7 +247,7 @@ def walls(tmp_path_factory, tiny_parts):
     return str(mllm.train("emoji-decoder", overrides, out=folder / "run").path)
 
 
-def test_a_decoder_that_was_fitted_here_draws_what_it_is_told(walls):
+def test_a_fitted_decoder_makes_the_image_of_each_caption(walls):
     decoder = RunDecoder(model=load(walls))
     conditions = decoder.encode(list(CAPTIONS))
     assert decoder.condition == RunDecoder.shape(model=walls) == tuple(conditions.shape[1:])
@@ -259,10 +261,10 @@ def test_a_decoder_that_was_fitted_here_draws_what_it_is_told(walls):
     assert not np.array_equal(np.asarray(other), np.asarray(images[1]))
 
 
-def test_what_is_fitted_to_pictures_is_checked(tiny_parts):
+def test_a_fit_of_the_pixels_head_is_checked(tiny_parts):
     fit = {"part": "heads.pixels"}
-    (found,) = problems("emoji-decoder", {"lm.model": tiny_parts[1], "stages.0.fit.targets": "sentences"})
-    assert "fit of heads.pixels does not take" in found and "targets" in found
+    (problem,) = problems("emoji-decoder", {"lm.model": tiny_parts[1], "stages.0.fit.targets": "sentences"})
+    assert "fit of heads.pixels does not take" in problem and "targets" in problem
     several = problems("limber-cpu", {"encoder.model": tiny_parts[0], "lm.model": tiny_parts[1], "stages.0.fit": fit})
     assert several == [
         "Stage fit fits heads.pixels, which the model does not have.",
@@ -273,7 +275,7 @@ def test_what_is_fitted_to_pictures_is_checked(tiny_parts):
     assert "fits heads.pixels, which the model does not have" in absent
 
 
-def test_a_run_that_draws_nothing_is_no_decoder(tiny_model, tmp_path):
+def test_a_run_without_the_pixels_head_is_no_decoder(tiny_model, tmp_path):
     tiny_model().save(tmp_path)
-    with pytest.raises(MLLMError, match="makes no pictures of sentences"):
+    with pytest.raises(MLLMError, match="does not generate images from sentences"):
         RunDecoder.shape(model=str(tmp_path))

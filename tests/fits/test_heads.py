@@ -1,4 +1,4 @@
-"""The closed-form start of the retrieval head is the canonical correlations of its two sides."""
+"""The closed-form fit of the retrieval head is a canonical correlation analysis of its two sides."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PARTS: dict[str, Any] = {"heads": [{"type": "retrieval", "dim": 6}], "tokens": [
 
 
 def pairs():
-    """Two sides of 200 rows that have three directions in common, some noise in them."""
+    """Return two sides of 200 rows that share three directions, with noise."""
     draw = torch.Generator().manual_seed(0)
     common = torch.randn(200, 3, generator=draw, dtype=torch.float64)
     mixed = [common @ torch.randn(3, width, generator=draw, dtype=torch.float64) for width in (8, 5)]
@@ -36,31 +36,31 @@ def test_correlations_are_the_cosines_between_the_two_sides_spaces():
     for start in range(0, 200, 64):
         sums.add(x[start : start + 64], y[start : start + 64])
     maps = sums.solve(7, 1e-9)
-    bases = [torch.linalg.qr(side - side.mean(0))[0] for side in (x, y)]  # Bjorck and Golub's own way
+    bases = [torch.linalg.qr(side - side.mean(0))[0] for side in (x, y)]  # Bjorck and Golub's algorithm
     expected = torch.linalg.svdvals(bases[0].T @ bases[1])
     torch.testing.assert_close(maps.correlations, expected, atol=1e-6, rtol=1e-6)
-    seen, told = x @ maps.x.T + maps.x_bias, y @ maps.y.T + maps.y_bias
-    assert seen.shape == told.shape == (200, 7) and not seen[:, 5:].any()  # y has five directions
-    torch.testing.assert_close((seen.T @ seen / 200).diagonal()[:5], expected**2, atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close((seen.T @ told / 200).diagonal()[:5], expected**3, atol=1e-6, rtol=1e-6)
+    a, b = x @ maps.x.T + maps.x_bias, y @ maps.y.T + maps.y_bias
+    assert a.shape == b.shape == (200, 7) and not a[:, 5:].any()  # y has five directions
+    torch.testing.assert_close((a.T @ a / 200).diagonal()[:5], expected**2, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close((a.T @ b / 200).diagonal()[:5], expected**3, atol=1e-6, rtol=1e-6)
 
 
 @torch.no_grad()
-def test_a_fitted_head_finds_what_it_was_fitted_on(tiny_model):
+def test_a_fitted_head_retrieves_the_images_it_was_fitted_on(tiny_model):
     model = tiny_model(**PARTS)
     items = [Item(str(n), (source_of(tiny_image(n)),), (f"thing {n * n}",)) for n in range(12)]
-    asked = Item("asked", items[0].images, ("yes",), question="Is it?")
+    question = Item("question", items[0].images, ("yes",), question="Is it?")
     frozen = {name: tensor.clone() for name, tensor in model.trained_state().items() if not name.startswith("heads.")}
     fit = RetrievalFit(part="heads.retrieval", solver="correlation", strength=1e-3, chunk=5)
-    found = fit(model, Material([*items, asked], model.features))
-    assert 0 < found <= 1
+    correlation = fit(model, Material([*items, question], model.features))
+    assert 0 < correlation <= 1
     head = model.heads["retrieval"]
     texts = head.of_states(read_texts(model, [f" {item.answers[0]}" for item in items])[0][:, 0])
     images = head.of_features(model.features([item.images[0] for item in items]))
     assert ((texts @ images.T).argmax(1) == torch.arange(12)).float().mean() > 0.7  # at random 1 in 12
     assert all(torch.equal(tensor, model.trained_state()[name]) for name, tensor in frozen.items())
     with pytest.raises(MLLMError, match="only questions"):
-        fit(model, Material([asked], model.features))
+        fit(model, Material([question], model.features))
 
 
 def test_it_is_a_stage(tiny_parts, tiny_model, tmp_path):
@@ -81,7 +81,7 @@ def test_it_is_a_stage(tiny_parts, tiny_model, tmp_path):
     before, after = tiny_model(**PARTS).trained_state(), mllm.load(run.path).trained_state()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {f"heads.retrieval.{side}.{kind}" for side in ("text", "image") for kind in ("weight", "bias")}
-    assert problems(str(recipe), {"tokens": []}) == []  # a head brings its own
+    assert problems(str(recipe), {"tokens": []}) == []  # the head's token is added by itself
     (wrong,) = problems(str(recipe), {"stages.0.fit.solver": "ridge"})
     assert "heads.retrieval has solver 'ridge': expected correlation" in wrong
     (wrong,) = problems(str(recipe), {"stages.0.fit.targets": "sentences"})

@@ -1,4 +1,4 @@
-"""Lexical matching: the connector fitted on the tokens' own strings, without a picture."""
+"""Lexical matching: the connector is fitted on the tokens' strings, without images."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def model(tiny_clip, tiny_parts):
 
 
 def test_the_encoder_is_the_scorers_image_side(model, tiny_clip):
-    pictures = [tiny_image(seed) for seed in range(3)]
+    images = [tiny_image(seed) for seed in range(3)]
     scorer = DualEncoder(model=tiny_clip)
-    torch.testing.assert_close(model.features(pictures)[:, 0], scorer.embed_images(pictures))
+    torch.testing.assert_close(model.features(images)[:, 0], scorer.embed_images(images))
     torch.testing.assert_close(model.encoder.embed_texts(["a cat"]), scorer.embed_texts(["a cat"]))
     assert (model.encoder.num_patches, model.encoder.dim, model.encoder.grid) == (1, 12, None)
 
@@ -40,8 +40,8 @@ def test_it_is_least_squares_from_strings_to_embeddings(model):
     solution = torch.linalg.lstsq(torch.cat([x, torch.ones(len(x), 1).double()], dim=1), y).solution
     predicted = model.connector(x.float()[:, None])[:, 0].double()
     torch.testing.assert_close(predicted, x @ solution[:-1] + solution[-1], atol=1e-3, rtol=1e-3)
-    left = (predicted - y).square().sum() / (y - y.mean(0)).square().sum()
-    assert explained == pytest.approx(1 - float(left), abs=1e-3)
+    residual = (predicted - y).square().sum() / (y - y.mean(0)).square().sum()
+    assert explained == pytest.approx(1 - float(residual), abs=1e-3)
 
 
 @pytest.mark.parametrize("solver", ["ridge", "procrustes"])
@@ -56,8 +56,8 @@ def test_it_is_a_stage_that_needs_no_data(tiny_clip, tiny_parts, tmp_path, solve
     model = mllm.load(run.path)
     assert model.connector.project.weight.abs().max() > 0
     assert str(model.generate([[tiny_image(), "A"]], max_new_tokens=2)[0]) is not None
-    found = problems(str(recipe), {"encoder.type": "transformers"})
-    assert any("encoder.type=dual-encoder" in problem for problem in found)
+    messages = problems(str(recipe), {"encoder.type": "transformers"})
+    assert any("encoder.type=dual-encoder" in message for message in messages)
 
 
 def test_a_retrieval_heads_solver_is_refused():

@@ -211,7 +211,7 @@ def test_a_fit_needs_a_linear_connector(file: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(registry.table("connectors"), "bent", f"{__name__}:Bent")
     monkeypatch.setitem(sys.modules, __name__, type("Module", (), {"Bent": Bent}))
     assert problems(str(file), ["connector={type: bent}"]) == [
-        "Stage fit fits the connector, which does not end in a linear map: take another type."
+        "Stage fit fits the connector, which does not end in a linear map: use another connector type."
     ]
 
 

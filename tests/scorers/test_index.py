@@ -1,4 +1,4 @@
-"""An index is searched exactly, knows its model, and what is found stands in the answer."""
+"""The index: exact search, the hash of its model, and retrieved images in answers."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ PARTS = {"heads": [{"type": "retrieval", "dim": 6}], "tokens": ["[RET]"]}
 
 @pytest.fixture
 def paths(tmp_path):
-    found = [tmp_path / "photos" / f"{number}.png" for number in range(5)]
-    found[0].parent.mkdir()
-    for number, path in enumerate(found):
+    files = [tmp_path / "photos" / f"{number}.png" for number in range(5)]
+    files[0].parent.mkdir()
+    for number, path in enumerate(files):
         tiny_image(number).save(path)
-    return found
+    return files
 
 
 def test_the_closest_images_are_found(tiny_model, paths, tmp_path):
@@ -32,21 +32,21 @@ def test_the_closest_images_are_found(tiny_model, paths, tmp_path):
     ImageIndex.build(model, paths).save(tmp_path / "photos.index")
     index = ImageIndex.load(tmp_path / "photos.index")
     prompts = [["A cat"], [tiny_image(7), "and", tiny_image(8), "a longer text"]]
-    got = model.retrieve(prompts, index, 3)
+    results = model.retrieve(prompts, index, 3)
     head, token = model.heads["retrieval"], model.lm.new_tokens["[RET]"]
-    for prompt, own in zip(prompts, got, strict=True):
+    for prompt, images in zip(prompts, results, strict=True):
         embeds, _ = model.prepare([prompt])
         embeds = torch.cat([embeds, model.lm.embed(torch.tensor([[token]]))], 1)
         state = model.lm.hidden(embeds, torch.ones(embeds.shape[:2], dtype=torch.long))[0, -1]
-        told = head.text(state)
-        close = [torch.cosine_similarity(told, head.image(model.features([path])[0].mean(0)), dim=0) for path in paths]
-        order = torch.stack(close).argsort(descending=True)[:3].tolist()
-        assert [part.source for part in own] == [str(paths[place]) for place in order]
-        assert [part.score for part in own] == pytest.approx([close[place].item() for place in order], abs=1e-4)
-        assert own[0].image.open().size == (40, 32)
+        vectors = [head.image(model.features([path])[0].mean(0)) for path in paths]
+        cosines = torch.stack([torch.cosine_similarity(head.text(state), vector, dim=0) for vector in vectors])
+        order = cosines.argsort(descending=True)[:3].tolist()
+        assert [part.source for part in images] == [str(paths[index]) for index in order]
+        assert [part.score for part in images] == pytest.approx(cosines[order].tolist(), abs=1e-4)
+        assert images[0].image.open().size == (40, 32)
 
 
-def test_where_the_model_says_the_token_an_image_stands(tiny_model, paths):
+def test_an_answer_has_an_image_where_the_model_generates_the_token(tiny_model, paths):
     model = tiny_model(**PARTS)
     index = ImageIndex.build(model, paths)
     prompts = [["A cat"], [tiny_image(7), "a longer text"]]
@@ -56,7 +56,7 @@ def test_where_the_model_says_the_token_an_image_stands(tiny_model, paths):
     often = model.generate(prompts, index=index, eager=1e4, images=2, max_new_tokens=5)
     for prompt, answer in zip(prompts, often, strict=True):
         assert len(answer.images) >= 2 and str(answer) == "".join(part for part in answer if isinstance(part, Text))
-        (same,) = model.retrieve([prompt], index, 2)  # the first thing it says is the token
+        (same,) = model.retrieve([prompt], index, 2)  # the first generated token is the head's
         assert isinstance(answer[0], ImagePart) and answer[0].source == same[0].source
         assert answer[0].score == pytest.approx(same[0].score, abs=1e-4)
         assert [part.source for part in answer[0].candidates] == [same[1].source]
@@ -87,12 +87,12 @@ def test_an_index_of_another_model_and_an_empty_one_are_refused(tiny_model, path
 
 def test_the_commands_build_and_find(tiny_model, paths, tmp_path):
     tiny_model(**PARTS).save(tmp_path / "run")
-    place, run = str(tmp_path / "photos.index"), ["--run", str(tmp_path / "run")]
-    built = CliRunner().invoke(app, ["index", "build", str(paths[0].parent), place, *run], catch_exceptions=False)
-    assert built.output.endswith("photos.index: 5 pictures.\n")
-    found = CliRunner().invoke(app, ["index", "find", place, "A cat", "--count", "2", *run], catch_exceptions=False)
-    (same,) = mllm.load(tmp_path / "run").retrieve([["A cat"]], place, 2)
-    assert [line.split()[-1] for line in found.output.splitlines()] == [part.source for part in same]
+    file, run = str(tmp_path / "photos.index"), ["--run", str(tmp_path / "run")]
+    built = CliRunner().invoke(app, ["index", "build", str(paths[0].parent), file, *run], catch_exceptions=False)
+    assert built.output.endswith("photos.index: 5 images.\n")
+    printed = CliRunner().invoke(app, ["index", "find", file, "A cat", "--count", "2", *run], catch_exceptions=False)
+    (same,) = mllm.load(tmp_path / "run").retrieve([["A cat"]], file, 2)
+    assert [line.split()[-1] for line in printed.output.splitlines()] == [part.source for part in same]
 
 
 def test_faiss_finds_what_torch_finds(monkeypatch):
