@@ -1,4 +1,4 @@
-"""Everything that is trained: connectors, adapters in the language model, heads."""
+"""Train these modules: connectors, adapters inside the language model, and heads."""
 
 if __name__ != "mllm.adapters":
     raise ImportError("This folder is installed as mllm.adapters: import it by that name (pip install -e .).")

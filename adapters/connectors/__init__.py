@@ -1,1 +1,1 @@
-"""Connectors: features of the encoder to visual tokens of the language model."""
+"""Map the encoder's features to visual tokens of the language model: the connectors."""

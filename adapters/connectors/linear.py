@@ -1,4 +1,4 @@
-"""One linear map: per patch, per cell, or from one pooled vector to k tokens (Frozen, LiMBeR, FROMAGe)."""
+"""Map features by one linear layer: per patch, per cell, or from one pooled vector to k tokens (LiMBeR, FROMAGe)."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ class Linear(Connector):
         lm_dim: D_lm.
         num_patches: P.
         grid: rows and columns of the patches, or None.
-        tokens: Q. None: one token a patch. A square number smaller than P: the grid is averaged to that many cells
-            first. With a single feature vector (P = 1): the map gives all Q tokens at once.
-        shuffle: s x s neighbours are put side by side first (pixel shuffle).
-        norm: a LayerNorm after the map (MAGMA).
-        dropout: after the map (LiMBeR: 0.1).
+        tokens: Q. None: one token per patch. A square number smaller than P: the grid is average-pooled to that many
+            cells first. With a single feature vector (P = 1): the layer outputs all Q tokens at once.
+        shuffle: s x s neighboring patches are concatenated first (pixel shuffle).
+        norm: add a LayerNorm after the layer (MAGMA).
+        dropout: after the layer (LiMBeR: 0.1).
 
     Attributes:
         num_tokens: Q.
-        project: the linear map to the language model's width.
+        project: the linear layer to the language model's width.
 
     Raises:
-        MLLMError: the patches cannot be reduced so.
+        MLLMError: there is no language model, or the patches cannot be reduced to so many tokens.
     """
 
     def __init__(
@@ -46,9 +46,11 @@ class Linear(Connector):
     ) -> None:
         super().__init__()
         if lm_dim is None:
-            raise MLLMError("The connector linear is a map to a language model's width: give lm.")
+            raise MLLMError(
+                "The connector linear needs a language model's width, and there is no lm. Add one: lm: {model: ...}."
+            )
         self.body = Reduce(vis_dim=vis_dim, num_patches=num_patches, grid=grid, tokens=tokens, shuffle=shuffle)
-        self.expand = (tokens or 1) if num_patches == 1 else 1  # tokens that one feature vector gives
+        self.expand = (tokens or 1) if num_patches == 1 else 1  # tokens per feature vector
         self.num_tokens = self.expand * self.body.num_tokens
         self.project = nn.Linear(self.body.dim, self.expand * lm_dim)
         self.norm = nn.LayerNorm(lm_dim) if norm else nn.Identity()

@@ -1,4 +1,4 @@
-"""A small transformer that reads features into learned vectors (MAPL, arXiv:2210.07179; ClipCap, arXiv:2111.09734)."""
+"""Map features to learned queries by a small transformer (MAPL, arXiv:2210.07179; ClipCap, arXiv:2111.09734)."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from mllm.slots import Connector
 
 
 class Mapper(Connector):
-    """Features ``(B, P, D_vis)`` to Q visual tokens: learned vectors behind the features, through a transformer.
+    """Features ``(B, P, D_vis)`` to Q visual tokens: learned queries after the features in a transformer encoder.
 
     Args:
         vis_dim: D_vis.
-        lm_dim: D_lm; None: there is no language model, and no map to it.
+        lm_dim: D_lm; None: there is no language model, and no projection to it.
         num_patches: P.
-        grid: not used: a sequence will do.
-        tokens: Q, the learned vectors.
-        dim: width inside (MAPL: 256).
-        layers: of the encoder, which is pre-norm with ReLU.
-        heads: of its attention.
-        ffn: width of its feed-forward layers.
-        expand: vectors that each feature becomes first (ClipCap: 10, from one pooled vector).
-        dropout: inside.
+        grid: not used.
+        tokens: Q, the number of learned queries.
+        dim: hidden size (MAPL: 256).
+        layers: transformer layers, pre-norm with ReLU.
+        heads: attention heads.
+        ffn: width of the feed-forward layers.
+        expand: vectors that each feature is expanded to first (ClipCap: 10, from one pooled vector).
+        dropout: in the transformer.
 
     Attributes:
         num_tokens: Q.
-        project: the linear map to the language model's width.
+        project: the linear layer to the language model's width.
     """
 
     def __init__(
@@ -55,11 +55,11 @@ class Mapper(Connector):
         self.project = projection(dim, lm_dim)
 
     def body(self, features: Tensor) -> Tensor:
-        """Return the learned vectors after reading the features: ``(B, Q, dim)``."""
-        entered = rearrange(self.enter(features), "b p (k d) -> b (p k) d", k=self.expand)
+        """Return the transformer's outputs ``(B, Q, dim)`` at the queries."""
+        inputs = rearrange(self.enter(features), "b p (k d) -> b (p k) d", k=self.expand)
         queries = repeat(self.queries, "q d -> b q d", b=len(features))
-        read: Tensor = self.encoder(torch.cat([entered, queries], dim=1))
-        return read[:, -self.num_tokens :]
+        states: Tensor = self.encoder(torch.cat([inputs, queries], dim=1))
+        return states[:, -self.num_tokens :]
 
     def forward(self, features: Tensor) -> Tensor:
         """Return visual tokens ``(B, Q, D_lm)`` of features ``(B, P, D_vis)``."""

@@ -1,4 +1,4 @@
-"""A multi-layer perceptron on every patch (LLaVA-1.5, arXiv:2310.03744: two layers with GELU)."""
+"""Map every patch by a multi-layer perceptron (LLaVA-1.5, arXiv:2310.03744: two layers with GELU)."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from mllm.slots import Connector
 
 
 class MLP(Connector):
-    """Features ``(B, P, D_vis)`` to visual tokens ``(B, Q, D_lm)``, each patch or cell on its own.
+    """Features ``(B, P, D_vis)`` to visual tokens ``(B, Q, D_lm)``, each patch or cell independently.
 
     Args:
         vis_dim: D_vis.
         lm_dim: D_lm.
         num_patches: P.
         grid: rows and columns of the patches, or None.
-        depth: linear layers.
+        depth: number of linear layers.
         hidden: width between them; None: D_lm.
-        tokens: a square number: the grid is averaged to that many cells first.
-        shuffle: s x s neighbours are put side by side first (pixel shuffle).
-        norm: a LayerNorm after every linear layer (Yi-VL).
+        tokens: a square number: the grid is average-pooled to that many cells first.
+        shuffle: s x s neighboring patches are concatenated first (pixel shuffle).
+        norm: add a LayerNorm after every linear layer (Yi-VL).
 
     Attributes:
         num_tokens: Q.
@@ -31,7 +31,7 @@ class MLP(Connector):
         project: the last linear layer.
 
     Raises:
-        MLLMError: the patches cannot be reduced so.
+        MLLMError: there is no language model, or the patches cannot be reduced to so many tokens.
     """
 
     def __init__(
@@ -49,7 +49,9 @@ class MLP(Connector):
     ) -> None:
         super().__init__()
         if lm_dim is None:
-            raise MLLMError("The connector mlp is a map to a language model's width: give lm.")
+            raise MLLMError(
+                "The connector mlp needs a language model's width, and there is no lm. Add one: lm: {model: ...}."
+            )
         reduce = Reduce(vis_dim=vis_dim, num_patches=num_patches, grid=grid, tokens=tokens, shuffle=shuffle)
         widths = [reduce.dim, *[hidden or lm_dim] * (depth - 1)]
         layers: list[nn.Module] = [reduce]

@@ -1,4 +1,4 @@
-"""The querying transformer of BLIP-2 (arXiv:2301.12597): learned queries that read the features by cross-attention."""
+"""Map features to learned queries by cross-attention: BLIP-2's Q-Former (arXiv:2301.12597)."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ class QFormer(Connector):
 
     Args:
         vis_dim: D_vis.
-        lm_dim: D_lm; None: there is no language model, and no map to it.
+        lm_dim: D_lm; None: there is no language model, and no projection to it.
         num_patches: P.
-        grid: not used: a sequence will do.
-        tokens: Q, the queries.
-        dim: width inside.
-        layers: blocks; every second one attends to the features, from the first on.
-        heads: of the attention.
+        grid: not used.
+        tokens: Q, the number of queries.
+        dim: hidden size.
+        layers: number of blocks; the first, third, ... cross-attend to the features.
+        heads: attention heads.
         ffn: width of the feed-forward layers; None: 4 x dim.
-        init: a part, folder or hub id of a BERT whose blocks it starts from, of the same ``dim``, ``layers``, ``heads``
+        init: a part, folder or hub id of a BERT that initializes the blocks, of the same ``dim``, ``layers``, ``heads``
             and ``ffn``; None: random weights.
-        norm: a LayerNorm on the features first; false where the encoder's output is normalised already.
+        norm: add a LayerNorm on the features; false where the encoder's output is normalized already.
         words: a part, folder or hub id of a tokenizer: the transformer reads text too (`joint`); None: images only.
-        causal: a query sees only itself and those before it (SEED's tokenizer, arXiv:2307.08041).
-        dropout: inside.
+        causal: a query attends only to itself and earlier queries (SEED's tokenizer, arXiv:2307.08041).
+        dropout: in the transformer.
 
     Attributes:
         num_tokens: Q.
-        project: the linear map to the language model's width.
+        project: the linear layer to the language model's width.
 
     Raises:
-        MLLMError: ``init`` is no BERT of these sizes.
+        MLLMError: ``init`` is not a BERT of these sizes.
     """
 
     def __init__(
@@ -81,20 +81,20 @@ class QFormer(Connector):
         self.queries = nn.Parameter(torch.empty(1, tokens, dim).normal_(std=config.initializer_range))
         self.qformer = Blip2QFormerModel(config)
         if init is not None:
-            _start_from_bert(self.qformer, words_, hub.resolve(init, group="lms"))
+            _init_from_bert(self.qformer, words_, hub.resolve(init, group="lms"))
         self.project = projection(dim, lm_dim)
 
     def body(self, features: Tensor) -> Tensor:
-        """Return the queries after reading the features: ``(B, Q, dim)``."""
+        """Return the queries' states ``(B, Q, dim)`` after cross-attention to the features."""
         queries = repeat(self.queries, "1 q d -> b q d", b=len(features))
         mask = None
         if self.causal:
             size = (len(features), 1, self.num_tokens, self.num_tokens)
             mask = torch.ones(size, dtype=torch.bool, device=features.device).tril()
-        read: Tensor = self.qformer(
+        states: Tensor = self.qformer(
             query_embeds=queries, attention_mask=mask, encoder_hidden_states=self.norm_features(features)
         ).last_hidden_state
-        return read
+        return states
 
     def forward(self, features: Tensor) -> Tensor:
         """Return visual tokens ``(B, Q, D_lm)`` of features ``(B, P, D_vis)``."""
@@ -113,7 +113,7 @@ class TextQFormer(QFormer):
             features: ``(B, P, D_vis)``.
             text_ids: ``(B, T)``.
             mask: of the texts, ``(B, T)``.
-            mode: who attends to whom, see `mllm.adapters.connectors.qformer_text.joint_mask`.
+            mode: the attention mask, see `mllm.adapters.connectors.qformer_text.joint_mask`.
 
         Returns:
             The states of the queries ``(B, Q, dim)`` and of the text ``(B, T, dim)``.
@@ -128,7 +128,7 @@ class TextQFormer(QFormer):
         return states[:, : self.num_tokens], states[:, self.num_tokens :]
 
     def read(self, text_ids: Tensor, mask: Tensor) -> Tensor:
-        """Return the states ``(B, T, dim)`` of texts ``(B, T)`` by themselves."""
+        """Return the states ``(B, T, dim)`` of texts ``(B, T)``, without queries and features."""
         states: Tensor = self.qformer(
             query_embeds=self.words.table(input_ids=text_ids), query_length=0, attention_mask=mask
         ).last_hidden_state
@@ -136,21 +136,23 @@ class TextQFormer(QFormer):
 
 
 def qformer(*, words: str | None = None, **options: Any) -> QFormer:
-    """Build a Q-Former; with ``words``, one that reads texts. The arguments are those of `QFormer`."""
+    """Return a `QFormer`; with ``words``, a `TextQFormer`. The arguments are those of `QFormer`."""
     return QFormer(**options) if words is None else TextQFormer(words=words, **options)
 
 
 qformer.__signature__ = inspect.signature(QFormer)  # type: ignore[attr-defined]
 
 
-def _start_from_bert(qformer: nn.Module, words: Words | None, init: str) -> None:
-    """Copy a BERT's blocks, and its words; cross-attention, which it has not, keeps its random weights."""
+def _init_from_bert(qformer: nn.Module, words: Words | None, init: str) -> None:
+    """Copy a BERT's blocks and embeddings; the cross-attention, which BERT lacks, keeps its random weights."""
     try:
         if hub.load_config(init).model_type != "bert":
-            raise MLLMError(f"connector.init is {init!r}, which is no BERT.")
+            raise MLLMError(f"connector.init is {init!r}: expected a BERT. Give the id or folder of one.")
         bert = hub.load_model(AutoModel, init, add_pooling_layer=False).state_dict()
     except OSError as error:
-        raise MLLMError(f"connector.init: {init!r} could not be loaded: {error}") from None
+        raise MLLMError(
+            f"connector.init: {init!r} could not be loaded: {error}. Give the id or folder of a BERT."
+        ) from None
     renamed = {}
     for name, tensor in bert.items():
         name = name.replace("attention.self.", "attention.attention.").replace("embeddings.LayerNorm", "layernorm")
@@ -158,34 +160,35 @@ def _start_from_bert(qformer: nn.Module, words: Words | None, init: str) -> None
         for part in ("intermediate", "output"):
             if f".{part}.dense" in name or f".{part}.LayerNorm" in name:
                 renamed[_query_side(name, part)] = tensor
-    own = qformer.state_dict()
-    fitting = {name: tensor for name, tensor in renamed.items() if name in own}
-    missing = [name for name in own if name not in fitting and "crossattention" not in name]
-    wrong = [name for name, tensor in fitting.items() if own[name].shape != tensor.shape]
+    expected = qformer.state_dict()
+    shared = {name: tensor for name, tensor in renamed.items() if name in expected}
+    missing = [name for name in expected if name not in shared and "crossattention" not in name]
+    wrong = [name for name, tensor in shared.items() if expected[name].shape != tensor.shape]
     if missing or wrong:
         raise MLLMError(
-            f"connector.init: {init!r} does not fit the Q-Former: {', '.join((missing + wrong)[:4])}, ... "
-            "Set connector.dim, layers, heads and ffn to the BERT's."
+            f"connector.init: {init!r} does not fit the Q-Former: missing or of another shape are "
+            f"{', '.join((missing + wrong)[:4])}, ... Set connector.dim, layers, heads and ffn to the BERT's."
         )
-    qformer.load_state_dict(fitting, strict=False)
+    qformer.load_state_dict(shared, strict=False)
     if words is not None:
         _words_from_bert(words, bert, init)
 
 
 @torch.no_grad()
 def _words_from_bert(words: Words, bert: dict[str, Tensor], init: str) -> None:
-    """Copy a BERT's table of words and its positions; the start token, which it has not, stays random."""
+    """Copy a BERT's word and position embeddings; the start token, which BERT lacks, keeps its random weights."""
     if len(bert["embeddings.word_embeddings.weight"]) != words.start:
         raise MLLMError(
-            f"connector.words has {words.start} words, and the BERT of connector.init, {init!r}, another number. "
-            "Set connector.words to that BERT too."
+            f"connector.words has a vocabulary of {words.start} tokens, and the BERT of connector.init, {init!r}, one "
+            f"of {len(bert['embeddings.word_embeddings.weight'])}. Set connector.words to that BERT too."
         )
-    for name in ("word_embeddings", "position_embeddings"):
-        own, there = getattr(words.table, name).weight, bert[f"embeddings.{name}.weight"]
-        own[: len(there)] = there[: len(own)]
+    table = words.table
+    for name, module in (("word", table.word_embeddings), ("position", table.position_embeddings)):
+        target, source = module.weight, bert[f"embeddings.{name}_embeddings.weight"]
+        target[: len(source)] = source[: len(target)]
 
 
 def _query_side(name: str, part: str) -> str:
-    """Return where the queries' own feed-forward layer has what the text's has at ``name``."""
+    """Return the name, in the queries' feed-forward layer, of a tensor of the text's feed-forward layer."""
     head, _, tail = name.rpartition(f".{part}.")
     return name if head.endswith("attention") else f"{head}.{part}_query.{tail}"

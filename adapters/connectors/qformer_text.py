@@ -1,4 +1,4 @@
-"""The text side of a Q-Former: words beside the queries, in one transformer, under three masks (arXiv:2301.12597)."""
+"""Read text in a Q-Former: token embeddings, a tied output layer, and BLIP-2's three masks (arXiv:2301.12597)."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ Mode = Literal["contrastive", "matching", "generation"]
 
 
 class Words(nn.Module):
-    """A tokenizer, a table of words and positions, and what guesses a word from a state.
+    """A tokenizer, word and position embeddings, and an output layer whose weights are tied to the embeddings.
 
     Args:
         tokenizer: a folder or hub id.
-        config: the Q-Former's; its vocabulary is set to the tokenizer's and one more.
+        config: the Q-Former's configuration; its vocabulary is set to the tokenizer's plus the start token.
 
     Attributes:
-        start: the id that a text starts with when it is generated; no text holds it.
+        start: the id of the start token of generation, which no text contains.
+        table: the embeddings.
     """
 
     def __init__(self, tokenizer: str, config: Any) -> None:
         super().__init__()
         self.tokenizer = hub.load_processor(AutoTokenizer, tokenizer)
-        if self.tokenizer is None:  # only its configuration is here
-            known = hub.load_config(tokenizer)
-            self.start, padding = known.vocab_size, known.pad_token_id
+        if self.tokenizer is None:  # only its configuration is on this machine
+            bert = hub.load_config(tokenizer)
+            self.start, padding = bert.vocab_size, bert.pad_token_id
         else:
             self.start, padding = len(self.tokenizer), self.tokenizer.pad_token_id
         config.vocab_size, config.pad_token_id = self.start + 1, padding
@@ -41,32 +42,32 @@ class Words(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def tokenize(self, texts: Sequence[str], longest: int = 32) -> tuple[Tensor, Tensor]:
-        """Return ids ``(B, T)``, padded behind, and their mask; a text that is longer is cut."""
-        found = self.tokenizer(list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt")
+        """Return ids ``(B, T)``, padded on the right, and their mask; a longer text is truncated."""
+        encoded = self.tokenizer(list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt")
         device = self.bias.device
-        return found["input_ids"].to(device), found["attention_mask"].to(device)
+        return encoded["input_ids"].to(device), encoded["attention_mask"].to(device)
 
     def logits(self, states: Tensor) -> Tensor:
-        """Return logits ``(B, T, V)`` of words from states ``(B, T, dim)``, by the table itself."""
+        """Return logits ``(B, T, V)`` of states ``(B, T, dim)``, by the tied output layer."""
         return nn.functional.linear(states, self.table.word_embeddings.weight, self.bias)
 
 
 def joint_mask(queries: int, mask: Tensor, mode: Mode) -> Tensor:
-    """Return who sees whom among queries and text: ``(B, 1, Q + T, Q + T)``, True where a row sees a column.
+    """Return the attention mask ``(B, 1, Q + T, Q + T)`` of queries and text: True where a row attends to a column.
 
     Args:
         queries: Q.
-        mask: ``(B, T)`` of the text, 1 where there is a word.
-        mode: ``contrastive``: queries and text do not see each other; ``matching``: all see all; ``generation``: words
-            see the queries and the words before them, queries see queries only.
+        mask: ``(B, T)`` of the text, 1 at its tokens and 0 at padding.
+        mode: ``contrastive``: queries and text do not attend to each other; ``matching``: full attention;
+            ``generation``: the text attends to the queries and causally to itself, queries attend to queries only.
     """
     size = queries + mask.shape[1]
-    sees = torch.ones(size, size, dtype=torch.bool, device=mask.device)
+    attends = torch.ones(size, size, dtype=torch.bool, device=mask.device)
     if mode != "matching":
-        sees[:queries, queries:] = False
+        attends[:queries, queries:] = False
     if mode == "contrastive":
-        sees[queries:, :queries] = False
+        attends[queries:, :queries] = False
     if mode == "generation":
-        sees[queries:, queries:] = sees[queries:, queries:].tril()
-    there = torch.cat([mask.new_ones(len(mask), queries), mask], dim=1).bool()
-    return (sees & there[:, None, :])[:, None]
+        attends[queries:, queries:] = attends[queries:, queries:].tril()
+    not_padding = torch.cat([mask.new_ones(len(mask), queries), mask], dim=1).bool()
+    return (attends & not_padding[:, None, :])[:, None]

@@ -1,4 +1,4 @@
-"""What stands before and behind a connector: fewer patches, and the map to the language model's width."""
+"""Reduce the number of patches before a connector, and project to the language model's width after it."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from mllm.errors import MLLMError
 
 
 class Reduce(nn.Module):
-    """Features ``(B, P, D_vis)`` to fewer ``(B, Q, dim)``; without options, as they are.
+    """Features ``(B, P, D_vis)`` to fewer ``(B, Q, dim)``; without options, unchanged.
 
     Args:
         vis_dim: D_vis.
         num_patches: P.
         grid: rows and columns of the patches, or None.
-        tokens: a square number smaller than P: the grid is averaged to that many cells.
-        shuffle: a side s: s x s neighbours become one vector s*s times as wide (space to depth, as in Idefics3,
-            arXiv:2408.12637). It comes first.
+        tokens: a square number smaller than P: the grid is average-pooled to that many cells.
+        shuffle: a side s: s x s neighboring patches are concatenated to one vector (space to depth, as in Idefics3,
+            arXiv:2408.12637), before the pooling.
 
     Attributes:
-        dim: the width that comes out.
+        dim: the output width.
         num_tokens: Q.
 
     Raises:
-        MLLMError: the patches form no grid that can be reduced so.
+        MLLMError: the patches form no grid, or one that cannot be reduced to so many tokens.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Reduce(nn.Module):
 
 
 def projection(dim: int, lm_dim: int | None) -> nn.Module:
-    """Return the last linear map of a connector; without a language model there is none."""
+    """Return the last linear layer of a connector; the identity without a language model."""
     return nn.Identity() if lm_dim is None else nn.Linear(dim, lm_dim)
 
 
@@ -68,19 +68,19 @@ def _shuffled(side: int, num_patches: int, grid: tuple[int, int] | None) -> tupl
     """Return the grid after a pixel shuffle."""
     if grid is None or side < 1 or grid[0] % side or grid[1] % side:
         where = f"a grid of {grid[0]} x {grid[1]} patches" if grid else f"{num_patches} features that form no grid"
-        raise MLLMError(f"connector.shuffle is {side}, and {where} cannot be divided by it. Change or leave it out.")
+        raise MLLMError(f"connector.shuffle is {side}, and {where} cannot be divided by it. Change or remove it.")
     return grid[0] // side, grid[1] // side
 
 
 def _cells(tokens: int, num_patches: int, grid: tuple[int, int] | None) -> tuple[int, int] | None:
-    """Return the rows and columns the grid is averaged to, or None where nothing is averaged."""
+    """Return the rows and columns that the grid is pooled to, or None without pooling."""
     if num_patches in (1, tokens):
         return None
     side = round(tokens**0.5)
     if side * side != tokens or tokens > num_patches or grid is None:
         where = f"a grid of {grid[0]} x {grid[1]} patches" if grid else f"{num_patches} features that form no grid"
         raise MLLMError(
-            f"connector.tokens is {tokens}, but {where} can be averaged only to a smaller square number "
-            "(1, 4, 9, 16, ...). Change connector.tokens, or leave it out for one token a patch."
+            f"connector.tokens is {tokens}, but {where} can be pooled only to a smaller square number "
+            "(1, 4, 9, 16, ...). Change connector.tokens, or remove it for one token per patch."
         )
     return side, side

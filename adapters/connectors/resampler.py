@@ -1,4 +1,4 @@
-"""A perceiver resampler: latents that attend to the features and to themselves (Flamingo, arXiv:2204.14198)."""
+"""Map features to learned latents by a perceiver resampler (Flamingo, arXiv:2204.14198)."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ class Resampler(Connector):
 
     Args:
         vis_dim: D_vis.
-        lm_dim: D_lm; None: there is no language model, and no map to it.
+        lm_dim: D_lm; None: there is no language model, and no projection to it.
         num_patches: P.
-        grid: not used: a sequence will do.
-        tokens: Q, the latents.
-        depth: layers.
-        heads: of the attention.
+        grid: not used.
+        tokens: Q, the number of latents.
+        depth: number of layers.
+        heads: attention heads.
         head_dim: width of a head; None: D_vis / heads.
-        kv_heads: heads of keys and values; None: as many as ``heads``.
+        kv_heads: key-value heads; None: as many as ``heads``.
 
     Attributes:
         num_tokens: Q.
-        project: the linear map to the language model's width.
+        project: the linear layer to the language model's width.
     """
 
     def __init__(
@@ -54,11 +54,11 @@ class Resampler(Connector):
             num_key_value_heads=kv_heads or heads,
         )
         self.resampler = Idefics2PerceiverResampler(config)
-        nn.init.normal_(self.resampler.latents, std=0.02)  # latents that start equal would stay equal
+        nn.init.normal_(self.resampler.latents, std=0.02)  # equal latents would stay equal in training
         self.project = projection(vis_dim, lm_dim)
 
     def body(self, features: Tensor) -> Tensor:
-        """Return the latents after reading the features: ``(B, Q, D_vis)``."""
+        """Return the latents' states ``(B, Q, D_vis)`` after attention to the features."""
         mask = torch.ones(features.shape[:2], dtype=torch.long, device=features.device)
         latents: Tensor = self.resampler(features, mask)
         return latents

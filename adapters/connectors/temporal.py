@@ -1,4 +1,4 @@
-"""A transformer over a video's frames, place by place, before any other connector (SimVLG's temporal attention)."""
+"""Apply temporal attention over a video's frames, patch by patch, before another connector (SimVLG)."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from mllm.slots import Connector
 
 
 class Temporal(Connector):
-    """Features of T frames ``(B, T * P, D_vis)`` to those of one picture ``(B, P, D_vis)``, and on by a connector.
+    """Features of T frames ``(B, T * P, D_vis)`` to those of one image ``(B, P, D_vis)``, then to another connector.
 
-    What the frames of a place learn of one another is added to their mean. The encoder leaves the frames apart:
-    ``{type: video, pool: none}``. As in SimVLG (arXiv:2310.03291) attention is over time alone, 256 wide, by 8 heads.
+    The attention's output is added to the mean over the frames. The encoder must not pool the frames:
+    ``{type: video, pool: none}``. As in SimVLG (arXiv:2310.03291), attention is over time alone, with width 256 and 8
+    heads.
 
     Args:
         vis_dim: D_vis.
         lm_dim: D_lm.
         num_patches: T * P.
-        grid: the frames' grids, one below the other, or None.
+        grid: the frames' grids, stacked vertically, or None.
         frames: T.
-        layers: of the transformer, which is pre-norm.
-        dim: width inside.
-        heads: of the attention.
-        then: the connector behind it, and its arguments.
+        layers: transformer layers, pre-norm.
+        dim: hidden size.
+        heads: attention heads.
+        then: the next connector's ``type`` and arguments; None: linear.
 
     Attributes:
         num_tokens: Q.
-        project: the last linear map of the connector behind it.
 
     Raises:
-        MLLMError: the features are not those of so many frames.
+        MLLMError: the number of features is not a multiple of the number of frames.
     """
 
     def __init__(
@@ -54,8 +54,8 @@ class Temporal(Connector):
         super().__init__()
         if frames < 1 or num_patches % frames or (grid and grid[0] % frames):
             raise MLLMError(
-                f"connector.frames is {frames}, and the encoder's {num_patches} features are not those of so many "
-                "frames. Set it to encoder.frames, and encoder.pool=none."
+                f"connector.frames is {frames}, and the encoder's {num_patches} features cannot be divided into so "
+                "many frames. Set it to encoder.frames, and set encoder.pool=none."
             )
         self.frames = frames
         self.enter, self.leave = nn.Linear(vis_dim, dim), nn.Linear(dim, vis_dim)
@@ -70,25 +70,25 @@ class Temporal(Connector):
         self.num_tokens = self.then.num_tokens
 
     def linear(self) -> nn.Linear | None:
-        """Return the linear map of the connector behind."""
+        """Return the linear layer that ends the next connector; None: it has none."""
         linear: nn.Linear | None = self.then.linear()
         return linear
 
     def output(self) -> nn.Module | None:
-        """Return the last module of the connector behind."""
+        """Return the last module with weights of the next connector."""
         last: nn.Module | None = self.then.output()
         return last
 
     def body(self, features: Tensor) -> Tensor:
-        """Return what that linear map is applied to."""
+        """Return the inputs of the next connector's linear layer."""
         inner: Tensor = self.then.body(self.pooled(features))
         return inner
 
     def pooled(self, features: Tensor) -> Tensor:
-        """Return features of one picture ``(B, P, D_vis)``."""
+        """Return features ``(B, P, D_vis)`` pooled over the frames."""
         rows = rearrange(features, "b (t p) d -> (b p) t d", t=self.frames)
-        learnt = self.leave(self.layers(self.enter(rows) + self.times))  # ((B P), T, D_vis)
-        return rearrange((rows + learnt).mean(1), "(b p) d -> b p d", b=len(features))
+        attended = self.leave(self.layers(self.enter(rows) + self.times))  # ((B P), T, D_vis)
+        return rearrange((rows + attended).mean(1), "(b p) d -> b p d", b=len(features))
 
     def forward(self, features: Tensor) -> Tensor:
         """Return visual tokens ``(B, Q, D_lm)`` of features ``(B, T * P, D_vis)``."""

@@ -1,4 +1,4 @@
-"""A transformer that merges similar tokens layer by layer (SimVLG, arXiv:2310.03291; ToMe, arXiv:2210.09461)."""
+"""Merge similar tokens in every layer of a transformer (SimVLG, arXiv:2310.03291; ToMe, arXiv:2210.09461)."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from mllm.slots import Connector
 
 
 class TokenMerge(Connector):
-    """Features ``(B, P, D_vis)`` to ``P - layers * merge`` visual tokens: each layer joins the most similar tokens.
+    """Features ``(B, P, D_vis)`` to ``P - layers * merge`` visual tokens: each layer merges the most similar tokens.
 
     Args:
         vis_dim: D_vis.
-        lm_dim: D_lm; None: there is no language model, and no map to it.
+        lm_dim: D_lm; None: there is no language model, and no projection to it.
         num_patches: P.
-        grid: not used: a sequence will do.
-        merge: r, tokens that every layer joins to others (SimVLG: 19, so 257 become 29).
+        grid: not used.
+        merge: r, the tokens that every layer merges into others (SimVLG: 19, so 257 become 29).
         layers: BERT blocks.
-        dim: width inside.
-        heads: of the attention.
-        init: a folder or hub id of a BERT whose blocks it starts from; None: random weights.
-        dropout: inside.
+        dim: hidden size.
+        heads: attention heads.
+        init: a folder or hub id of a BERT that initializes the blocks; None: random weights.
+        dropout: in the blocks.
 
     Attributes:
         num_tokens: Q.
-        project: the linear map to the language model's width.
+        project: the linear layer to the language model's width.
 
     Raises:
-        MLLMError: a layer would have to join more than half of its tokens.
+        MLLMError: a layer would have to merge more than half of its tokens, or ``init`` does not fit.
     """
 
     def __init__(
@@ -52,11 +52,11 @@ class TokenMerge(Connector):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        left = num_patches - (layers - 1) * merge  # tokens that reach the last layer
-        if merge < 0 or left // 2 < merge:
+        last = num_patches - (layers - 1) * merge  # tokens that reach the last layer
+        if merge < 0 or last // 2 < merge:
             raise MLLMError(
-                f"connector.merge is {merge}: {layers} layers would have to join more than half of their tokens, from "
-                f"{num_patches} features on. Set connector.merge or connector.layers lower."
+                f"connector.merge is {merge}: one of the {layers} layers would have to merge more than half of its "
+                f"tokens, starting from {num_patches} features. Lower connector.merge or connector.layers."
             )
         self.num_tokens, self.merge, self.heads = num_patches - layers * merge, merge, heads
         self.enter = nn.Linear(vis_dim, dim)
@@ -80,16 +80,15 @@ class TokenMerge(Connector):
 
 
 def merged(tokens: Tensor, sizes: Tensor, keys: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """Join the ``number`` most similar pairs of tokens by bipartite soft matching (ToMe, section 3).
+    """Merge the ``number`` most similar pairs of tokens by bipartite soft matching (ToMe, section 3).
 
-    Every second token may be joined to its most similar one among the others; a joined token is the mean of its
-    patches.
+    Every even token may be merged into the most similar odd one; a merged token is the mean of its patches.
 
     Args:
         tokens: ``(B, N, D)``.
         sizes: ``(B, N, 1)``, patches in each token.
         keys: ``(B, N, K)``, compared by cosine.
-        number: tokens fewer afterwards, at most N // 2.
+        number: how many tokens are removed, at most N // 2.
 
     Returns:
         Tokens ``(B, N - number, D)`` and their sizes.
@@ -97,19 +96,20 @@ def merged(tokens: Tensor, sizes: Tensor, keys: Tensor, number: int) -> tuple[Te
     if number == 0:
         return tokens, sizes
     keys = nn.functional.normalize(keys, dim=-1)
-    similar, target = (keys[:, ::2] @ keys[:, 1::2].mT).max(-1)  # (B, N_even): the best partner of each
+    similar, target = (keys[:, ::2] @ keys[:, 1::2].mT).max(-1)  # (B, N_even): the most similar odd token of each
     order = similar.argsort(dim=-1, descending=True, stable=True)
-    joined, kept = order[:, :number], order[:, number:].sort(dim=-1).values
+    removed, remaining = order[:, :number], order[:, number:].sort(dim=-1).values
     weighted = torch.cat([tokens * sizes, sizes], dim=-1)  # sums and counts, added up together
     even, odd = weighted[:, ::2], weighted[:, 1::2]
-    place = target.gather(1, joined).unsqueeze(-1).expand(-1, -1, even.shape[-1])
-    odd = odd.scatter_add(1, place, _take(even, joined))
-    whole = torch.cat([_take(even, kept), odd], dim=1)
-    return whole[..., :-1] / whole[..., -1:], whole[..., -1:]
+    index = target.gather(1, removed).unsqueeze(-1).expand(-1, -1, even.shape[-1])
+    odd = odd.scatter_add(1, index, _select(even, removed))
+    sums = torch.cat([_select(even, remaining), odd], dim=1)
+    return sums[..., :-1] / sums[..., -1:], sums[..., -1:]
 
 
-def _take(tokens: Tensor, places: Tensor) -> Tensor:
-    return tokens.gather(1, places.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+def _select(tokens: Tensor, indices: Tensor) -> Tensor:
+    """Return the tokens ``(B, K, D)`` at indices ``(B, K)``."""
+    return tokens.gather(1, indices.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
 
 
 def _blocks(*, layers: int, dim: int, heads: int, init: str | None, dropout: float) -> nn.ModuleList:
@@ -117,16 +117,22 @@ def _blocks(*, layers: int, dim: int, heads: int, init: str | None, dropout: flo
         try:
             bert = BertModel.from_pretrained(init, add_pooling_layer=False, num_hidden_layers=layers)
         except (OSError, ValueError) as error:
-            raise MLLMError(f"connector.init: {init!r} could not be loaded: {error}") from None
-        if (bert.config.hidden_size, bert.config.num_attention_heads) != (dim, heads):
-            raise MLLMError(f"connector.init: {init!r} has width {bert.config.hidden_size}. Set connector.dim to it.")
+            raise MLLMError(
+                f"connector.init: {init!r} could not be loaded: {error}. Give the id or folder of a BERT."
+            ) from None
+        shape = (bert.config.hidden_size, bert.config.num_attention_heads)
+        if shape != (dim, heads):
+            raise MLLMError(
+                f"connector.init: {init!r} has hidden size {shape[0]} and {shape[1]} heads, and the connector {dim} "
+                f"and {heads}. Set connector.dim and connector.heads to the BERT's."
+            )
     else:
         config = BertConfig(
             hidden_size=dim,
             num_hidden_layers=layers,
             num_attention_heads=heads,
             intermediate_size=4 * dim,
-            vocab_size=1,  # its words are not used
+            vocab_size=1,  # the word embeddings are not used
             hidden_dropout_prob=dropout,
             attention_probs_dropout_prob=dropout,
         )

@@ -1,1 +1,1 @@
-"""Heads: trained modules that make something other than text of states, a file each."""
+"""Turn the language model's states into something other than text: the heads."""

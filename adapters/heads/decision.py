@@ -1,4 +1,4 @@
-"""Whether an image that is to be shown is looked up or made."""
+"""Decide whether an image of an answer is retrieved or generated."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class DecisionClassifier(ImageTokenHead):
     Args:
         lm_dim: D_lm.
         vis_dim: not used.
-        token: that the state is read at.
-        dropout: of the state, in training.
+        token: the token whose state is read.
+        dropout: on the state.
 
     Raises:
-        MLLMError: no language model.
+        MLLMError: there is no language model.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
-"""Heads that make an image decoder's condition of the states at new tokens: four kinds, one slot.
+"""Compute an image decoder's condition from the states at new tokens: four heads.
 
-Each reads the states and input embeddings ``(N, r, D_lm)`` at its r tokens and returns ``(N, L, W)``, what the decoder
+Each reads the states and input embeddings ``(N, r, D_lm)`` at its r tokens and returns ``(N, L, W)``, which the decoder
 takes in place of its text encoder's output.
 """
 
@@ -19,19 +19,19 @@ class Generation(ImageTokenHead):
     Args:
         lm_dim: D_lm.
         vis_dim: not used.
-        tokens: r; they are called ``[IMG0]``, ``[IMG1]``, ...
+        tokens: r; their names are ``[IMG0]``, ``[IMG1]``, ...
         length: L of the condition.
         width: W of the condition.
-        dim: width inside.
+        dim: hidden size.
         layers: of the transformer's encoder, and of its decoder.
-        heads: of its attention.
+        heads: attention heads.
 
     Attributes:
         tokens: the names of the tokens.
         condition: ``(L, W)``.
 
     Raises:
-        MLLMError: no language model.
+        MLLMError: there is no language model.
     """
 
     def __init__(
@@ -55,17 +55,17 @@ class Generation(ImageTokenHead):
 
     def forward(self, states: Tensor, embeddings: Tensor) -> Tensor:
         """Return conditions ``(N, L, W)`` of last states and input embeddings ``(N, r, D_lm)``."""
-        entered = self.enter((states + embeddings).to(self.queries.dtype))
-        return self.leave(self.transformer(entered, self.queries.expand(len(states), -1, -1)))
+        inputs = self.enter((states + embeddings).to(self.queries.dtype))
+        return self.leave(self.transformer(inputs, self.queries.expand(len(states), -1, -1)))
 
 
 class Bridge(ImageTokenHead):
-    """A linear map without bias and a LayerNorm, token by token, as VisCPM-Paint has them (arXiv:2308.12038).
+    """A linear layer without bias and a LayerNorm, token by token, as in VisCPM-Paint (arXiv:2308.12038).
 
     Args:
         lm_dim: D_lm.
         vis_dim: not used.
-        tokens: r, which is the condition's length, too.
+        tokens: r, which is also the condition's length.
         width: W of the condition.
 
     Attributes:
@@ -80,12 +80,12 @@ class Bridge(ImageTokenHead):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, states: Tensor, embeddings: Tensor) -> Tensor:
-        """Return conditions ``(N, r, W)`` of last states ``(N, r, D_lm)``; the embeddings are not looked at."""
+        """Return conditions ``(N, r, W)`` of last states ``(N, r, D_lm)``; the embeddings are not used."""
         return self.norm(self.map(states.to(self.map.weight.dtype)))
 
 
 class Affine(ImageTokenHead):
-    """One linear map of all states together, which is fitted in closed form (`mllm.fits.affine`).
+    """One linear layer on the concatenated states, which is fitted in closed form (`mllm.fits.affine`).
 
     Args:
         lm_dim: D_lm.
@@ -107,22 +107,22 @@ class Affine(ImageTokenHead):
         self.project = nn.Linear(tokens * needed(lm_dim, "affine"), length * width)
 
     def forward(self, states: Tensor, embeddings: Tensor) -> Tensor:
-        """Return conditions ``(N, L, W)`` of last states ``(N, r, D_lm)``; the embeddings are not looked at."""
+        """Return conditions ``(N, L, W)`` of last states ``(N, r, D_lm)``; the embeddings are not used."""
         flat: Tensor = self.project(states.flatten(1).to(self.project.weight.dtype))
         return flat.unflatten(1, self.condition)
 
 
 class Aligner(ImageTokenHead):
-    """A transformer into the condition's space, and one back, which trains alone (AlignerNet, arXiv:2310.02992).
+    """A transformer to the condition's space, and one back, used in training only (AlignerNet, arXiv:2310.02992).
 
     Args:
         lm_dim: D_lm.
         vis_dim: not used.
         tokens: r.
         length: L of the condition.
-        width: W of the condition, and inside.
+        width: W of the condition, also the hidden size.
         layers: of each transformer's encoder, and of its decoder.
-        heads: of its attention.
+        heads: attention heads.
 
     Attributes:
         tokens: the names of the tokens.
@@ -149,24 +149,24 @@ class Aligner(ImageTokenHead):
         self.leave = nn.Linear(width, lm_dim)
 
     def forward(self, states: Tensor, embeddings: Tensor) -> Tensor:
-        """Return conditions ``(N, L, W)`` of last states ``(N, r, D_lm)``; the embeddings are not looked at."""
-        entered = self.enter(states.to(self.queries.dtype))
-        found: Tensor = self.there(entered, self.queries.expand(len(states), -1, -1))
-        return found
+        """Return conditions ``(N, L, W)`` of last states ``(N, r, D_lm)``; the embeddings are not used."""
+        inputs = self.enter(states.to(self.queries.dtype))
+        conditions: Tensor = self.there(inputs, self.queries.expand(len(states), -1, -1))
+        return conditions
 
     def restore(self, conditions: Tensor) -> Tensor:
-        """Return states ``(N, r, D_lm)`` as conditions tell them: the objective holds them against the true ones."""
+        """Return states ``(N, r, D_lm)`` reconstructed from conditions; the objective compares both."""
         return self.leave(self.back(conditions, self.back_queries.expand(len(conditions), -1, -1)))
 
 
 def names(count: int) -> tuple[str, ...]:
-    """Return the names of so many tokens.
+    """Return the names of an image's tokens.
 
     Raises:
-        MLLMError: fewer than one.
+        MLLMError: a count below 1.
     """
     if count < 1:
-        raise MLLMError(f"A head that makes images has tokens: {count}: expected at least one.")
+        raise MLLMError(f"A head that makes images has tokens: {count}: expected at least one. Raise it.")
     return tuple(f"[IMG{number}]" for number in range(count))
 
 
@@ -177,12 +177,14 @@ def needed(lm_dim: int | None, head: str) -> int:
         MLLMError: there is no language model.
     """
     if lm_dim is None:
-        raise MLLMError(f"The head {head} reads a language model's states, and the recipe names none. Give lm.")
+        raise MLLMError(
+            f"The head {head} reads a language model's states, and the recipe has none. Add one: lm: {{model: ...}}."
+        )
     return lm_dim
 
 
 def transformer(dim: int, layers: int, heads: int) -> nn.Transformer:
-    """Return torch's own, pre-norm and without dropout."""
+    """Return `torch.nn.Transformer`, pre-norm and without dropout."""
     layer = nn.TransformerEncoderLayer(dim, heads, 4 * dim, 0.0, batch_first=True, norm_first=True)
     encoder = nn.TransformerEncoder(layer, layers, nn.LayerNorm(dim), enable_nested_tensor=False)
     sizes = {"num_encoder_layers": layers, "num_decoder_layers": layers, "dim_feedforward": 4 * dim, "dropout": 0.0}

@@ -1,7 +1,4 @@
-"""What a transformer that reads pictures and texts says of pairs: how alike they are, and whether they match.
-
-As in BLIP-2's first stage (arXiv:2301.12597).
-"""
+"""Compare images with texts by a Q-Former's states: BLIP-2's contrast and matching heads (arXiv:2301.12597)."""
 
 from __future__ import annotations
 
@@ -12,12 +9,12 @@ from mllm.slots import Head
 
 
 class ContrastMaps(Head):
-    """Two maps into one space, and a temperature that is learnt.
+    """Two linear layers into one space, and a learned temperature.
 
     Args:
         inside: width of the states.
-        dim: of the space.
-        temperature: where it starts.
+        dim: width of the space.
+        temperature: its initial value.
         vis_dim: not used.
         lm_dim: not used.
     """
@@ -36,14 +33,11 @@ class ContrastMaps(Head):
         self.temperature = nn.Parameter(torch.tensor(temperature))
 
     def forward(self, queries: Tensor, text: Tensor) -> Tensor:
-        """Return similarities ``(I, N)`` of pictures' states ``(I, Q, D)`` and texts' ``(N, D)``.
-
-        A picture is as like a text as that of its queries which is most like it.
-        """
+        """Return similarities ``(I, N)``, the maximum over queries, of states ``(I, Q, D)`` and ``(N, D)``."""
         return (self.of_queries(queries) @ self.of_texts(text).T).amax(1)
 
     def of_queries(self, states: Tensor) -> Tensor:
-        """Return vectors ``(I, Q, dim)`` of length 1 of pictures' states ``(I, Q, D)``."""
+        """Return vectors ``(I, Q, dim)`` of length 1 of images' states ``(I, Q, D)``."""
         return nn.functional.normalize(self.vision(states), dim=-1)
 
     def of_texts(self, states: Tensor) -> Tensor:
@@ -52,7 +46,7 @@ class ContrastMaps(Head):
 
 
 class MatchClassifier(Head):
-    """Logits of no and yes, averaged over the queries.
+    """A linear classifier of whether an image and a text match; its logits are averaged over the queries.
 
     Args:
         inside: width of the states.

@@ -1,4 +1,4 @@
-"""A small image decoder that is fitted here, in closed form: one vector to an image."""
+"""Generate a small image from one vector, by a head that is fitted in closed form."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from mllm.slots import Head
 
 
 class Pixels(Head):
-    """Random Fourier features of a vector, and a linear map from them to the main components of pictures.
+    """Random Fourier features of a vector, and a linear layer from them to principal components of images.
 
-    A linear map of these features is a kernel machine with a Gaussian kernel (Rahimi and Recht 2007).
+    A linear model of these features is a kernel machine with a Gaussian kernel (Rahimi and Recht 2007).
 
     Args:
         lm_dim: width D of the vectors.
         vis_dim: not used.
-        side: pixels.
+        side: height and width of the image in pixels.
         features: number of Fourier features.
-        rank: components; the fit takes no more than there are pictures.
-        sharpness: of the kernel: vectors of length 1 that are further apart than 1 / sharpness are told apart.
-        noise: length of what is added to vectors: in the fit, so that vectors which are a little off are understood; in
-            use, by a seed, so that one vector gives several images.
+        rank: number of principal components; the fit uses at most one fewer than there are images.
+        sharpness: the inverse length scale of the kernel: normalized vectors further apart than 1 / sharpness differ.
+        noise: norm of the Gaussian noise on the vectors: in the fit, for robustness to small deviations; when
+            generating, by a seed, so that one vector gives several images.
 
     Raises:
-        MLLMError: no width.
+        MLLMError: there is no sentence encoder.
     """
 
     frequencies: Tensor
@@ -47,21 +47,24 @@ class Pixels(Head):
     ) -> None:
         super().__init__()
         if lm_dim is None:
-            raise MLLMError("The head pixels draws vectors of sentences, and the recipe names no lm.")
+            raise MLLMError(
+                "The head pixels decodes vectors of sentences, and the recipe has no lm. Add one: lm: {type: "
+                "sentences, model: mllm/minilm}."
+            )
         self.dim, self.side, self.noise = lm_dim, side, noise
         self.register_buffer("frequencies", sharpness * torch.randn(lm_dim, features))
         self.register_buffer("phases", 2 * math.pi * torch.rand(features))
         self.project, self.components = nn.Linear(features, rank), nn.Linear(rank, 3 * side * side)
 
     def body(self, vectors: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Return features ``(N, F)`` of vectors ``(N, D)``; ``noise``: a normal draw of their shape, to be added."""
+        """Return features ``(N, F)`` of vectors ``(N, D)``; ``noise``: a standard normal sample of their shape."""
         vectors = nn.functional.normalize(vectors, dim=-1)
         if noise is not None:
             vectors = vectors + self.noise * noise / math.sqrt(self.dim)
         return (vectors @ self.frequencies + self.phases).cos()
 
     def forward(self, vectors: Tensor, seeds: list[int]) -> Tensor:
-        """Return images ``(N, 3, S, S)`` between 0 and 1 of vectors ``(N, D)``, each disturbed by its seed."""
-        draws = [torch.randn(self.dim, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        flat: Tensor = self.components(self.project(self.body(vectors, torch.stack(draws).to(vectors))))
+        """Return images ``(N, 3, S, S)`` between 0 and 1 of vectors ``(N, D)``, with noise from each one's seed."""
+        noise = [torch.randn(self.dim, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        flat: Tensor = self.components(self.project(self.body(vectors, torch.stack(noise).to(vectors))))
         return rearrange(flat.clamp(0, 1), "n (c h w) -> n c h w", c=3, h=self.side)

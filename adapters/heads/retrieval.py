@@ -1,4 +1,4 @@
-"""A retrieval head (FROMAGe): the state at a new token and an image's feature, brought into one space."""
+"""Map the state at a new token and an image's features into one space, to retrieve images (FROMAGe)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mllm.slots import ImageTokenHead
 
 
 class RetrievalMaps(ImageTokenHead):
-    """Two linear maps into a shared space, and how sharply its cosines are read (arXiv:2301.13823).
+    """Two linear layers into a shared space, and a learned scale of the cosines (arXiv:2301.13823).
 
     Args:
         lm_dim: D_lm.
@@ -22,16 +22,18 @@ class RetrievalMaps(ImageTokenHead):
         token: the new token that stands for an image.
 
     Attributes:
-        scale: logarithm of what cosines are multiplied by before the softmax; trained, from ln(1/0.07).
+        scale: the logarithm of the factor on the cosines before the softmax; trained, starting at ln(1/0.07).
 
     Raises:
-        MLLMError: no language model, or no encoder.
+        MLLMError: there is no language model, or no encoder.
     """
 
     def __init__(self, *, lm_dim: int | None, vis_dim: int | None, dim: int = 256, token: str = "[RET]") -> None:
         super().__init__()
         if lm_dim is None or vis_dim is None:
-            raise MLLMError("The head retrieval joins a language model and an encoder: give lm and encoder.")
+            raise MLLMError(
+                "The head retrieval needs a language model and an encoder, and one is missing: give lm and encoder."
+            )
         self.dim, self.tokens = dim, (token,)
         self.text, self.image = nn.Linear(lm_dim, dim), nn.Linear(vis_dim, dim)
         self.scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
@@ -41,5 +43,5 @@ class RetrievalMaps(ImageTokenHead):
         return normalize(self.text(states.to(self.text.weight.dtype)), dim=-1)
 
     def of_features(self, features: Tensor) -> Tensor:
-        """Return vectors ``(I, D)`` of length 1 of features ``(I, P, D_vis)``: of their mean over patches."""
+        """Return vectors ``(I, D)`` of length 1 of the mean over patches of features ``(I, P, D_vis)``."""
         return normalize(self.image(features.to(self.image.weight.dtype).mean(1)), dim=-1)

@@ -1,1 +1,1 @@
-"""Adapters: trained modules inside the frozen language model, a file each."""
+"""Adapt the frozen language model by trained modules inside it: the adapters."""

@@ -1,4 +1,4 @@
-"""Bottleneck adapters (arXiv:1902.00751), as MAGMA puts them into a decoder (arXiv:2112.05253)."""
+"""Add bottleneck adapters (arXiv:1902.00751) to a decoder's layers, as in MAGMA (arXiv:2112.05253)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from mllm.errors import MLLMError
 from mllm.lms.adapting import Switched, decoder_layers
 
-# What decoders call the two halves of a layer. In OPT and BART the mlp goes from one map to another.
+# The names that decoders give to the two sublayers. In OPT and BART the mlp is the modules from fc1 to fc2.
 NAMES = {
     "mlp": ("mlp", "ffn", "feed_forward", "block_sparse_moe", "fc1 fc2"),
     "attention": ("self_attn", "attn", "attention", "self_attention"),
@@ -17,18 +17,18 @@ NAMES = {
 
 
 class Bottleneck(Switched):
-    """Add ``x + s * up(relu(down(x)))`` behind halves of every layer of a language model.
+    """Add ``x + s * up(relu(down(x)))`` after sublayers of every layer of a language model.
 
     Args:
-        model: a language model of `transformers`; it is hooked, not changed.
+        model: a language model of `transformers`; it gets hooks, and its modules do not change.
         after: ``mlp``, ``attention``, or both.
-        reduction: the width inside is the hidden size over this.
-        mode: what the adapter reads: ``serial``, the half's output; ``parallel``, its input.
+        reduction: the hidden size divided by the bottleneck's width.
+        mode: the adapter's input: ``serial``, the sublayer's output; ``parallel``, the sublayer's input.
         scale: s.
-        std: of the weights at the start, so small that the model starts as it was.
+        std: of the initial weights, so small that the model starts almost unchanged.
 
     Raises:
-        MLLMError: the layers have no such half.
+        MLLMError: the layers have no such sublayer.
     """
 
     def __init__(
@@ -43,50 +43,53 @@ class Bottleneck(Switched):
     ) -> None:
         super().__init__()
         if mode not in ("serial", "parallel"):
-            raise MLLMError(f"adapters: mode is {mode!r}; expected 'serial' or 'parallel'.")
+            raise MLLMError(f"adapters: mode is {mode!r}; expected 'serial' or 'parallel'. Set one of them.")
         self.mode, self.scale = mode, scale
         dim = int(model.config.get_text_config().hidden_size)
         weight = model.get_input_embeddings().weight
         self.layers = nn.ModuleList()
         for layer in decoder_layers(model):
-            for half in after or ["mlp"]:
-                adapter = _new(dim, max(1, dim // reduction), std).to(weight.device)
+            for sublayer in after or ["mlp"]:
+                adapter = _bottleneck(dim, max(1, dim // reduction), std).to(weight.device)
                 self.layers.append(adapter)
-                self._put(adapter, *_find(layer, half))
+                self._hook(adapter, *_find(layer, sublayer))
 
-    def _put(self, adapter: nn.Sequential, first: nn.Module, last: nn.Module) -> None:
-        """Hook an adapter onto a half that goes from one module to another, mostly the same."""
-        read: list[Tensor] = []
+    def _hook(self, adapter: nn.Sequential, first: nn.Module, last: nn.Module) -> None:
+        """Hook an adapter onto a sublayer, from its first to its last module (mostly the same module)."""
+        inputs: list[Tensor] = []
 
-        def keep(module: nn.Module, args: Any, kwargs: Any) -> None:
-            read[:] = [args[0] if args else kwargs["hidden_states"]]
+        def store_input(module: nn.Module, args: Any, kwargs: Any) -> None:
+            inputs[:] = [args[0] if args else kwargs["hidden_states"]]
 
         def add(module: nn.Module, args: Any, output: Any) -> Any:
             if not self.on:
                 return output
-            made: Tensor = output[0] if isinstance(output, tuple) else output
-            seen = made if self.mode == "serial" else read.pop()
-            whole = made + self.scale * adapter(seen.to(next(adapter.parameters()).dtype)).to(made.dtype)
-            return (whole, *output[1:]) if isinstance(output, tuple) else whole
+            hidden: Tensor = output[0] if isinstance(output, tuple) else output
+            x = hidden if self.mode == "serial" else inputs.pop()
+            adapted = hidden + self.scale * adapter(x.to(next(adapter.parameters()).dtype)).to(hidden.dtype)
+            return (adapted, *output[1:]) if isinstance(output, tuple) else adapted
 
         if self.mode == "parallel":
-            first.register_forward_pre_hook(keep, with_kwargs=True)
+            first.register_forward_pre_hook(store_input, with_kwargs=True)
         last.register_forward_hook(add)
 
 
-def _new(dim: int, inner: int, std: float) -> nn.Sequential:
-    adapter = nn.Sequential(nn.Linear(dim, inner), nn.ReLU(), nn.Linear(inner, dim))
+def _bottleneck(dim: int, width: int, std: float) -> nn.Sequential:
+    adapter = nn.Sequential(nn.Linear(dim, width), nn.ReLU(), nn.Linear(width, dim))
     for name, parameter in adapter.named_parameters():
         nn.init.normal_(parameter, std=std) if name.endswith("weight") else nn.init.zeros_(parameter)
     return adapter
 
 
-def _find(layer: nn.Module, half: str) -> tuple[nn.Module, nn.Module]:
-    """Return the first and the last module of a half."""
-    if half not in NAMES:
-        raise MLLMError(f"adapters: after names {half!r}; expected {' or '.join(NAMES)}.")
-    for names in NAMES[half]:
+def _find(layer: nn.Module, sublayer: str) -> tuple[nn.Module, nn.Module]:
+    """Return the first and the last module of a sublayer."""
+    if sublayer not in NAMES:
+        raise MLLMError(f"adapters: after names {sublayer!r}; expected {' or '.join(NAMES)}. Set one of them.")
+    for names in NAMES[sublayer]:
         first, _, last = names.partition(" ")
         if hasattr(layer, first):
             return getattr(layer, first), getattr(layer, last or first)
-    raise MLLMError(f"adapters: a layer of this language model has no {half} among {', '.join(NAMES[half])}.")
+    raise MLLMError(
+        f"adapters: a layer of this language model has no {sublayer} with a known name ({', '.join(NAMES[sublayer])}). "
+        "Use another adapter, such as lora."
+    )

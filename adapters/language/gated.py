@@ -1,4 +1,4 @@
-"""Gated cross-attention to images (Flamingo, arXiv:2204.14198, section 2.2): the language model looks aside."""
+"""Add gated cross-attention to images to a language model (Flamingo, arXiv:2204.14198, section 2.2)."""
 
 from __future__ import annotations
 
@@ -15,33 +15,37 @@ from mllm.lms.cross_attention import Sight, current
 
 
 class Gated(Switched):
-    """Put a block that looks at images before every n-th layer of a decoder.
+    """Insert a gated cross-attention block before every n-th layer of a decoder.
 
-    An image takes one place in the sequence, a mark that is learnt; the connector's visual tokens stand beside it. A
-    position looks at the last image before it, and where there is none nothing changes, to the bit.
+    An image is one token of the sequence, with a learned embedding (``mark``); the connector's visual tokens are not
+    part of the sequence. A position attends to the last image before it; where there is none, its state is bit for bit
+    unchanged.
 
     Args:
-        model: a decoder of `transformers`; it is hooked, not changed.
+        model: a decoder of `transformers`; it gets hooks, and its modules do not change.
         every: n; the first block is before the first layer.
-        heads: of the cross-attention.
-        head_dim: their width.
-        ff: the feed-forward's width over the hidden size.
+        heads: cross-attention heads.
+        head_dim: width of a head.
+        ff: the feed-forward layer's width, as a multiple of the hidden size.
 
     Raises:
-        MLLMError: an encoder-decoder model, or one whose layers are not found.
+        MLLMError: an option below 1, an encoder-decoder model, or one whose layers are not found.
     """
 
     def __init__(self, model: Any, *, every: int = 4, heads: int = 8, head_dim: int = 64, ff: int = 4) -> None:
         super().__init__()
         if min(every, heads, head_dim, ff) < 1:
-            raise MLLMError("adapters: gated takes every, heads, head_dim and ff from 1 on.")
+            raise MLLMError(
+                f"adapters: gated has every {every}, heads {heads}, head_dim {head_dim}, ff {ff}: expected 1 or more "
+                "of each. Raise the one below 1."
+            )
         if model.config.is_encoder_decoder:
             raise MLLMError(
-                "adapters: gated puts images beside a decoder's sequence, and this is an encoder-decoder model. Take "
+                "adapters: gated needs a decoder-only language model, and this is an encoder-decoder model. Use "
                 "another language model, or another adapter."
             )
         table = model.get_input_embeddings()
-        with torch.no_grad():  # the mark starts as a token of the vocabulary
+        with torch.no_grad():  # the mark starts as the embedding of a random token
             mark = table(torch.randint(0, table.weight.shape[0], (1,)).to(table.weight.device))[0].float()
         self.mark = nn.Parameter(mark.clone())  # (D_lm,)
         dim = int(model.config.get_text_config().hidden_size)
@@ -49,17 +53,17 @@ class Gated(Switched):
         for layer in list(decoder_layers(model))[::every]:
             block = Block(dim, len(mark), heads=heads, head_dim=head_dim, ff=ff).to(table.weight.device)
             self.blocks.append(block)
-            self._put(block, layer)
+            self._hook(block, layer)
 
     @property
     def tokens_per_image(self) -> int:
-        """Return how many tokens of the sequence an image takes; 0 while the adapter is off: the connector's number."""
+        """Return the tokens of the sequence per image; 0 while the adapter is off: the connector's number."""
         return int(self.on)
 
-    def _put(self, block: Block, layer: nn.Module) -> None:
+    def _hook(self, block: Block, layer: nn.Module) -> None:
         """Hook a block before a layer."""
 
-        def look(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        def attend_first(module: nn.Module, args: Any, kwargs: Any) -> Any:
             sight = current()
             if sight is None or not self.on:
                 return None
@@ -67,18 +71,18 @@ class Gated(Switched):
                 return (block(args[0], sight), *args[1:]), kwargs
             return args, {**kwargs, "hidden_states": block(kwargs["hidden_states"], sight)}
 
-        layer.register_forward_pre_hook(look, with_kwargs=True)
+        layer.register_forward_pre_hook(attend_first, with_kwargs=True)
 
 
 class Block(nn.Module):
-    """Cross-attention and a feed-forward, each behind a gate that starts closed: ``x + tanh(gate) * f(x)``.
+    """Cross-attention and a feed-forward layer, each with a gate that starts at 0: ``x + tanh(gate) * f(x)``.
 
     Args:
         dim: the hidden size.
         visual_dim: D_lm, the width of visual tokens.
-        heads: of the attention.
-        head_dim: their width.
-        ff: the feed-forward's width over ``dim``.
+        heads: attention heads.
+        head_dim: width of a head.
+        ff: the feed-forward layer's width, as a multiple of ``dim``.
     """
 
     def __init__(self, dim: int, visual_dim: int, *, heads: int, head_dim: int, ff: int) -> None:
@@ -86,7 +90,9 @@ class Block(nn.Module):
         inner = heads * head_dim
         self.heads = heads
         self.norm = nn.LayerNorm(dim)
-        self.visual_norm = nn.LayerNorm(visual_dim)  # connectors' outputs are of the embeddings' scale, often small
+        self.visual_norm = nn.LayerNorm(
+            visual_dim
+        )  # a connector's output has the embeddings' scale, which is often small
         self.query = nn.Linear(dim, inner, bias=False)
         self.key_value = nn.Linear(visual_dim, 2 * inner, bias=False)
         self.out = nn.Linear(inner, dim, bias=False)
@@ -97,7 +103,7 @@ class Block(nn.Module):
         self.feed_forward_gate = nn.Parameter(torch.zeros(1))
 
     def forward(self, states: Tensor, sight: Sight) -> Tensor:
-        """Return states ``(B, n, D)``; those of positions that look at nothing are the very same."""
+        """Return states ``(B, n, D)``; those of positions without an image are unchanged."""
         looks = sight.of(states)  # (B, n)
         x = states.to(self.query.weight.dtype)
         x = x + self.attention_gate.tanh() * self.attend(x, looks, sight)
@@ -105,18 +111,18 @@ class Block(nn.Module):
         return torch.where((looks > 0).unsqueeze(-1), x.to(states.dtype), states)
 
     def attend(self, x: Tensor, looks: Tensor, sight: Sight) -> Tensor:
-        """Return what each position finds at the image it looks at, ``(B, n, D)``."""
-        key, value = self._seen(sight, len(x))
+        """Return the cross-attention output ``(B, n, D)`` of each position for its image."""
+        key, value = self._keys_values(sight, len(x))
         query = rearrange(self.query(self.norm(x)), "b n (h d) -> b h n d", h=self.heads)
         images, tokens = sight.visual.shape[1:3]
-        shown = looks.unsqueeze(-1) == torch.arange(1, images + 1, device=x.device)  # (B, n, N)
-        shown = shown | (looks == 0).unsqueeze(-1)  # a softmax needs something; it is not used
-        mask = shown.repeat_interleave(tokens, dim=-1).unsqueeze(1)  # (B, 1, n, N Q)
-        found = scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        return self.out(rearrange(found, "b h n d -> b n (h d)"))
+        visible = looks.unsqueeze(-1) == torch.arange(1, images + 1, device=x.device)  # (B, n, N)
+        visible = visible | (looks == 0).unsqueeze(-1)  # avoids an empty softmax, whose output is not used
+        mask = visible.repeat_interleave(tokens, dim=-1).unsqueeze(1)  # (B, 1, n, N Q)
+        attended = scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return self.out(rearrange(attended, "b h n d -> b n (h d)"))
 
-    def _seen(self, sight: Sight, rows: int) -> tuple[Tensor, Tensor]:
-        """Return keys and values ``(rows, h, N Q, d)``; while decoding they are made once."""
+    def _keys_values(self, sight: Sight, rows: int) -> tuple[Tensor, Tensor]:
+        """Return keys and values ``(rows, h, N Q, d)``; they are computed once while decoding."""
         pair = sight.kept.get(self)
         if pair is None:
             visual = self.visual_norm(sight.visual.to(self.query.weight.dtype))

@@ -1,4 +1,4 @@
-"""Prefix tuning (arXiv:2101.00190): learned keys and values before every sequence, in every layer."""
+"""Prepend learned keys and values to every sequence, in every layer: prefix tuning (arXiv:2101.00190)."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from mllm.lms.adapting import Switched
 
 
 class PrefixTuning(Switched):
-    """Put learned keys and values before every sequence, without the reparametrisation by an MLP.
+    """Prepend learned keys and values to every sequence, without the reparametrization by an MLP.
 
     Args:
-        model: a decoder of `transformers` with key-value states; it stays as it is.
-        positions: how many.
-        std: of the values drawn at the start.
+        model: a decoder of `transformers` with a KV cache in every layer; it does not change.
+        positions: the prefix length.
+        std: of the random initial values.
 
     Raises:
-        MLLMError: the model has no such states.
+        MLLMError: the model has no such cache.
     """
 
     def __init__(self, model: Any, *, positions: int = 20, std: float = 0.02) -> None:
@@ -30,17 +30,17 @@ class PrefixTuning(Switched):
         self._dtype = model.dtype
         self.keys, self.values = nn.ParameterList(), nn.ParameterList()
         for key, value in _shapes(model):
-            for part, like in ((self.keys, key), (self.values, value)):
-                heads, _, dim = like.shape[1:]
-                part.append(nn.Parameter(torch.randn(heads, positions, dim, device=like.device) * std))
+            for parameters, template in ((self.keys, key), (self.values, value)):
+                heads, _, dim = template.shape[1:]
+                parameters.append(nn.Parameter(torch.randn(heads, positions, dim, device=template.device) * std))
 
     @property
     def num_positions(self) -> int:
-        """Return how many positions come first."""
+        """Return the prefix length; 0 while the adapter is off."""
         return self.keys[0].shape[1] if self.on else 0
 
     def states(self, rows: int) -> Any:
-        """Return a cache that holds the prefix for ``rows`` rows."""
+        """Return a KV cache that contains the prefix for ``rows`` rows."""
         cache = DynamicCache(config=self._config)
         for index, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
             cache.update(*(part.to(self._dtype).expand(rows, -1, -1, -1) for part in (key, value)), index)
@@ -49,14 +49,16 @@ class PrefixTuning(Switched):
 
 @torch.no_grad()
 def _shapes(model: Any) -> list[tuple[Any, Any]]:
-    """Return keys and values ``(1, heads, 1, dim)`` of each layer, by running one token."""
+    """Return the keys and values ``(1, heads, 1, dim)`` of each layer for one token."""
     table = model.get_input_embeddings()
-    one = table(torch.zeros(1, 1, dtype=torch.long, device=table.weight.device))
-    cache = None if model.config.is_encoder_decoder else model(inputs_embeds=one, use_cache=True).get("past_key_values")
+    embeds = table(torch.zeros(1, 1, dtype=torch.long, device=table.weight.device))
+    cache = None
+    if not model.config.is_encoder_decoder:
+        cache = model(inputs_embeds=embeds, use_cache=True).get("past_key_values")
     layers = getattr(cache, "layers", [])
     if not layers or not all(getattr(layer, "keys", None) is not None for layer in layers):
         raise MLLMError(
-            "adapters: prefix tuning needs a decoder whose every layer has keys and values, which this language model "
-            "is not. Take prompt tuning."
+            "adapters: prefix needs a decoder-only language model with keys and values in every layer, and this one is "
+            "not. Use prompt tuning: {type: prompt}."
         )
     return [(layer.keys, layer.values) for layer in layers]

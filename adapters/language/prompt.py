@@ -1,4 +1,4 @@
-"""Prompt tuning (arXiv:2104.08691): learned embeddings before every sequence."""
+"""Prepend learned embeddings to every sequence: prompt tuning (arXiv:2104.08691)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from mllm.lms.adapting import Switched
 
 
 class PromptTuning(Switched):
-    """Put learned embeddings before every sequence; an encoder-decoder model's encoder reads them.
+    """Prepend learned embeddings to every sequence; in an encoder-decoder model, to the encoder's.
 
     Args:
-        model: a language model of `transformers`; it stays as it is.
-        positions: how many.
+        model: a language model of `transformers`; it does not change.
+        positions: the prompt length.
     """
 
     def __init__(self, model: Any, *, positions: int = 20) -> None:
@@ -23,14 +23,14 @@ class PromptTuning(Switched):
         table = model.get_input_embeddings()
         ids = torch.randint(0, table.weight.shape[0], (positions,)).to(table.weight.device)
         with torch.no_grad():
-            words = table(ids).float()  # they start as tokens drawn from the vocabulary
-        self.weight = nn.Parameter(words.clone())  # (positions, D_lm)
+            embeds = table(ids).float()  # initialized from random tokens of the vocabulary
+        self.weight = nn.Parameter(embeds.clone())  # (positions, D_lm)
 
     @property
     def num_positions(self) -> int:
-        """Return how many positions come first."""
+        """Return the prompt length; 0 while the adapter is off."""
         return len(self.weight) if self.on else 0
 
     def embeddings(self, rows: int) -> Tensor:
-        """Return what comes first in each of ``rows`` rows, ``(B, positions, D_lm)``."""
+        """Return the learned embeddings ``(B, positions, D_lm)`` for ``rows`` rows."""
         return self.weight.expand(rows, -1, -1)

@@ -231,7 +231,7 @@ def test_merging_joins_the_most_similar_pair_and_keeps_the_mean():
 
 
 def test_more_tokens_than_there_are_cannot_be_merged():
-    with pytest.raises(MLLMError, match="more than half of their tokens"):
+    with pytest.raises(MLLMError, match="more than half of its tokens"):
         made("token-merge", merge=7)
     with pytest.raises(MLLMError, match=r"shuffle is 3, and a grid of 4 x 4 patches cannot be divided"):
         made("mlp", shuffle=3)

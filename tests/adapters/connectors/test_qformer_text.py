@@ -120,7 +120,7 @@ def test_words_start_as_a_berts(words, tmp_path):
     assert torch.equal(table.position_embeddings.weight, state["embeddings.position_embeddings.weight"])
     own = connector.qformer.state_dict()["encoder.layer.1.intermediate.dense.weight"]
     assert torch.equal(own, state["encoder.layer.1.intermediate.dense.weight"])
-    with pytest.raises(MLLMError, match=r"connector\.words has 258 words, and the BERT"):
+    with pytest.raises(MLLMError, match=r"connector\.words has a vocabulary of 258 tokens, and the BERT"):
         made(words, init=bert("other", 300))
 
 
@@ -136,5 +136,5 @@ def test_without_a_language_model_there_is_no_map_to_it(name):
 
 @pytest.mark.parametrize("name", ["linear", "mlp"])
 def test_a_bare_map_needs_a_language_model(name):
-    with pytest.raises(MLLMError, match="a map to a language model's width"):
+    with pytest.raises(MLLMError, match="needs a language model's width"):
         lookup("connectors", name)(vis_dim=8, lm_dim=None, num_patches=17, grid=None)

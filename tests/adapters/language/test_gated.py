@@ -281,7 +281,7 @@ def test_a_plan_counts_it(recipe, tiny_parts):
     [
         ("[{type: gated}, {type: gated}]", "adapters: gated and gated both attend to the visual tokens"),
         ("[{type: gated}, {type: prompt}]", "adapters: prompt puts positions before the sequence"),
-        ("[{type: gated, every: 0}]", "adapters: gated takes every, heads, head_dim and ff from 1 on"),
+        ("[{type: gated, every: 0}]", "adapters: gated has every 0, heads 8, head_dim 64, ff 4: expected 1 or more"),
     ],
 )
 def test_what_does_not_go_together_is_said(recipe, adapters, message):
