@@ -1,4 +1,4 @@
-"""The parts of a specification, built and joined: widths wired, trained parts drawn, adapters put into their places."""
+"""Build the parts of a specification and join them to a model: match widths, initialize weights, insert adapters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from mllm.assembly import Assembly
 from mllm.config.messages import checked
-from mllm.config.parts import AssemblySpec, ObjectiveSpec, PartSpec
+from mllm.config.parts import AssemblySpec, EncoderSpec, ObjectiveSpec, PartSpec
 from mllm.config.recipe import Stage
 from mllm.encoders.base import Shape, on_meta
 from mllm.errors import MLLMError
@@ -40,11 +40,11 @@ def assemble(
     """Join a frozen encoder and a frozen language model by a connector with new weights.
 
     Args:
-        encoder: an installed part, hub id or folder; or the recipe's mapping.
+        encoder: an installed part, hub id or folder; or a mapping as in a recipe.
         lm: likewise.
-        connector: a registry name; or the recipe's mapping with its arguments.
-        adapters: the recipe's mappings: ``[{"type": "lora", "r": 16}]``.
-        seed: of all weights drawn here.
+        connector: a registry name; or a mapping as in a recipe, with its arguments.
+        adapters: mappings as in a recipe: ``[{"type": "lora", "r": 16}]``.
+        seed: of all randomly initialized weights.
         settings: the recipe's ``heads``, ``tokens``, ``decoder``, ``scorer``, ``prompt`` and ``decoding``.
 
     Raises:
@@ -65,22 +65,24 @@ def assemble(
 
 
 def build(spec: AssemblySpec) -> Assembly:
-    """Build the parts that a specification names, wire their widths, and draw the trained parts' weights."""
+    """Return the model of a specification; the trained parts' weights are initialized at random."""
     check_condition(spec)
     encoder = build_encoder(spec)
-    return_memory()  # what it was tried out with
+    return_memory()  # of the encoder's test forward pass
     return join(spec, encoder=encoder, lm=build_lm(spec))
 
 
 def join(spec: AssemblySpec, *, encoder: Any, lm: Any) -> Assembly:
-    """Bridge a built encoder and a built language model by new trained parts, some of them inside the latter."""
+    """Return the model of a built encoder and a built language model, joined by new trained parts."""
     widths = {"lm_dim": lm.dim if lm is not None else None, "vis_dim": encoder.dim if encoder is not None else None}
     connector = None
     if spec.connector is not None:
         if encoder is None:
-            raise MLLMError(f"The connector {spec.connector.type} reads an encoder's features: give encoder.")
+            raise MLLMError(
+                f"The connector {spec.connector.type} reads an encoder's features, and there is none: give encoder."
+            )
         connector = build_connector(spec, encoder=encoder, lm_dim=widths["lm_dim"])
-    heads: dict[str, Head] = {part.name: _drawn(spec, "head", part, **widths) for part in spec.heads}
+    heads: dict[str, Head] = {part.name: _build_seeded(spec, "head", part, **widths) for part in spec.heads}
     model = Assembly(
         encoder=encoder,
         connector=connector,
@@ -88,7 +90,7 @@ def join(spec: AssemblySpec, *, encoder: Any, lm: Any) -> Assembly:
         adapters=build_adapters(spec, lm=lm),
         tokens=build_tokens(spec, every_token(spec.tokens, heads.values()), lm=lm),
         heads=heads,
-        decoder=None if spec.decoder is None else _drawn(spec, "image_decoder", spec.decoder),
+        decoder=None if spec.decoder is None else _build_seeded(spec, "image_decoder", spec.decoder),
         spec=spec,
         open_scorer=open_scorer,
     )
@@ -97,8 +99,8 @@ def join(spec: AssemblySpec, *, encoder: Any, lm: Any) -> Assembly:
     return model
 
 
-def _drawn(spec: AssemblySpec, kind: str, part: PartSpec, **options: Any) -> Any:
-    """Build a part that draws weights; they depend on the specification's seed alone."""
+def _build_seeded(spec: AssemblySpec, kind: str, part: PartSpec, **options: Any) -> Any:
+    """Return a part of a registry group; its random weights depend on the specification's seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
         cls = lookup(f"{kind}s", part.type)
@@ -106,19 +108,19 @@ def _drawn(spec: AssemblySpec, kind: str, part: PartSpec, **options: Any) -> Any
 
 
 def with_runs(cls: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """Return a part's options with the runs among them loaded: a part declares such an argument as a `Model`."""
+    """Return a part's options with runs loaded: an argument is a run where the part annotates it as `Model`."""
     parameters = inspect.signature(cls).parameters
     runs = {name for name in options if name in parameters and parameters[name].annotation in (Model, "Model")}
     return {name: load(value) if name in runs else value for name, value in options.items()}
 
 
 def build_encoder(spec: AssemblySpec) -> Any:
-    """Build the encoder alone; None where there is none."""
+    """Return the encoder; None where the specification has none."""
     return None if spec.encoder is None else encoder_of(spec.encoder, seed=spec.seed)
 
 
 def build_lm(spec: AssemblySpec) -> Any:
-    """Build the language model alone; None where there is none."""
+    """Return the language model; None where the specification has none."""
     if spec.lm is None:
         return None
     options = spec.lm.model_dump(exclude={"type"})
@@ -126,21 +128,24 @@ def build_lm(spec: AssemblySpec) -> Any:
 
 
 def build_connector(spec: AssemblySpec, *, encoder: Any, lm_dim: int | None) -> Connector:
-    """Build a connector between widths; ``lm_dim`` None: without the map to a language model's width."""
+    """Return the connector; with ``lm_dim`` None, without the projection to a language model's width."""
     assert spec.connector is not None
     widths = {"vis_dim": encoder.dim, "lm_dim": lm_dim, "num_patches": encoder.num_patches, "grid": encoder.grid}
-    connector = _drawn(spec, "connector", spec.connector, **widths)
+    connector = _build_seeded(spec, "connector", spec.connector, **widths)
     if not isinstance(connector, Connector):
-        raise MLLMError(f"The connector {spec.connector.type} is no mllm.slots.Connector: inherit from that class.")
+        raise MLLMError(
+            f"The connector {spec.connector.type} is a {type(connector).__name__}, and not an mllm.slots.Connector: "
+            "inherit from that class."
+        )
     return connector
 
 
 def build_tokens(spec: AssemblySpec, names: Sequence[str], *, lm: Any) -> NewTokens | None:
-    """Add new tokens to a language model: their rows are kept next to its tables, which stay as they are."""
+    """Add new tokens to a language model: their embeddings are separate parameters, and its tables do not change."""
     if not names:
         return None
     if lm is None:
-        raise MLLMError("tokens: new tokens are a language model's, and the recipe names none. Give lm.")
+        raise MLLMError("tokens: new tokens need a language model, and there is none. Give lm.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
         tokens = NewTokens(lm.model, names)
@@ -149,9 +154,9 @@ def build_tokens(spec: AssemblySpec, names: Sequence[str], *, lm: Any) -> NewTok
 
 
 def build_adapters(spec: AssemblySpec, *, lm: Any) -> list[nn.Module]:
-    """Put new adapters into a language model; their random weights depend on the specification's seed alone."""
+    """Insert new adapters into a language model; their random weights depend on the specification's seed alone."""
     if spec.adapters and lm is None:
-        raise MLLMError("adapters: they stand inside a language model, and the recipe names none. Give lm.")
+        raise MLLMError("adapters: adapters need a language model, and there is none. Give lm.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
         adapters = [
@@ -168,27 +173,29 @@ def build_adapters(spec: AssemblySpec, *, lm: Any) -> list[nn.Module]:
 
 
 def _check_adapters(spec: AssemblySpec, adapters: Sequence[nn.Module]) -> None:
-    """Refuse adapters that do not go with one whose blocks attend to the visual tokens."""
+    """Raise an `MLLMError` for adapters that cannot be combined with a cross-attention adapter."""
     named = [(part.type, adapter) for part, adapter in zip(spec.adapters, adapters, strict=True)]
-    attending = [name for name, adapter in named if isinstance(adapter, CrossAttention)]
+    crossing = [name for name, adapter in named if isinstance(adapter, CrossAttention)]
     prefixes = [name for name, adapter in named if isinstance(adapter, PrefixAdapter)]
-    if len(attending) > 1:
-        raise MLLMError(f"adapters: {' and '.join(attending)} both attend to the visual tokens. Leave one out.")
-    if attending and prefixes:
+    if len(crossing) > 1:
+        raise MLLMError(f"adapters: {' and '.join(crossing)} both attend to the visual tokens. Remove one.")
+    if crossing and prefixes:
         raise MLLMError(
-            f"adapters: {prefixes[0]} puts positions before the sequence, for which {attending[0]} has no image to "
-            "attend to. Leave one out."
+            f"adapters: {prefixes[0]} puts positions before the sequence, for which {crossing[0]} has no image to "
+            "attend to. Remove one."
         )
-    if attending and spec.connector is None:
-        raise MLLMError(f"adapters: {attending[0]} attends to a connector's visual tokens: give a connector.")
+    if crossing and spec.connector is None:
+        raise MLLMError(
+            f"adapters: {crossing[0]} attends to a connector's visual tokens, and there is none: give a connector."
+        )
 
 
 def load(folder: str | Path) -> Assembly:
     """Load a run or a saved model.
 
     Raises:
-        MLLMError: no model there, one of another format, other frozen parts than it was trained on, or tensors that
-            are missing, unknown or damaged.
+        MLLMError: there is no model, or one of another format; the frozen parts are not those that it was trained on;
+            or tensors are missing, unknown or damaged.
     """
     path = find_folder(Path(folder))
     about = read_about(path)
@@ -199,15 +206,15 @@ def load(folder: str | Path) -> Assembly:
     return model
 
 
-def encoder_of(spec: Any, *, seed: int) -> Encoder | nn.Module:
-    """Build the encoder that an `mllm.config.parts.EncoderSpec` describes, and those inside it first.
+def encoder_of(spec: EncoderSpec, *, seed: int) -> Encoder | nn.Module:
+    """Return the encoder of an `mllm.config.parts.EncoderSpec`; the encoders in its ``of`` are built first.
 
     Raises:
         MLLMError: an unknown type or argument, or a model that cannot be loaded.
     """
-    known = (published.configuration(spec.model) if spec.model else None) or {}
-    if on_meta() and known.pop("model_type", None) == "shape":
-        return Shape(**known)
+    config = (published.configuration(spec.model) if spec.model else None) or {}
+    if on_meta() and config.pop("model_type", None) == "shape":
+        return Shape(**config)
     options = spec.options()
     if spec.of is not None:
         options["of"] = [encoder_of(member, seed=seed) for member in spec.of]
@@ -217,37 +224,37 @@ def encoder_of(spec: Any, *, seed: int) -> Encoder | nn.Module:
 
 
 def objectives_of(specs: Sequence[ObjectiveSpec]) -> list[Objective]:
-    """Return objectives made with their options.
+    """Return the objectives of a stage.
 
     Raises:
-        MLLMError: an unknown one, or options that it does not take.
+        MLLMError: an unknown objective, or an option that it does not take.
     """
     return [made(lookup("objectives", spec.type), f"objective {spec.type}", **spec.options()) for spec in specs]
 
 
 def check_condition(spec: AssemblySpec) -> None:
-    """Compare the conditions that heads make with what the image decoder takes, by their shapes; nothing is loaded.
+    """Compare the shape of the heads' conditions with that of the image decoder's; nothing is loaded.
 
     Raises:
-        MLLMError: the shapes differ, or the decoder is not there.
+        MLLMError: the shapes differ, or the decoder's files are missing.
     """
     if spec.decoder is None:
         return
     label = f"image decoder {spec.decoder.type}"
-    wanted = made(lookup("image_decoders", spec.decoder.type).shape, label, **spec.decoder.options())
+    expected = made(lookup("image_decoders", spec.decoder.type).shape, label, **spec.decoder.options())
     for name, head in heads_on_meta(spec.heads).items():
-        if isinstance(head, ConditionHead) and head.condition != wanted:
+        if isinstance(head, ConditionHead) and head.condition != expected:
             raise MLLMError(
                 f"The head {name} makes conditions of {head.condition[0]} x {head.condition[1]}, and the image decoder "
-                f"takes {wanted[0]} x {wanted[1]}. Set the head's length and width to that, or take another decoder."
+                f"takes {expected[0]} x {expected[1]}. Set the head's length and width to that, or use another decoder."
             )
 
 
 def fit_of(stage: Stage) -> ClosedForm:
-    """Return the closed form that a stage names, with its options; it is found by the type of its part.
+    """Return the closed-form fit of a stage, which is found by the type of the part that it fits.
 
     Raises:
-        MLLMError: a part that the stage does not have or that has no closed form, or options that it does not take.
+        MLLMError: a part that the stage does not have or that has no closed form, or an option that it does not take.
     """
     assert stage.fit is not None
     path = stage.fit.part
@@ -258,10 +265,10 @@ def fit_of(stage: Stage) -> ClosedForm:
 
 
 def open_scorer(model: Model) -> Any:
-    """Load the scorer that a model's specification names; without one, a model may be its own.
+    """Load the scorer of a model's specification; without one, use the model as its own scorer.
 
     Raises:
-        MLLMError: no scorer is named, and the model's own parts make none.
+        MLLMError: the specification has no scorer, and the model cannot be its own.
     """
     if model.spec.scorer is None:
         return own_scorer(model)

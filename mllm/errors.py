@@ -1,4 +1,4 @@
-"""The one exception a user can cause, and the near-match help its messages carry."""
+"""Define the exception for errors that a user can fix, and the near-match help of its messages."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from difflib import get_close_matches
 
 
 class MLLMError(ValueError):
-    """Something the user can mend: the message says what was wrong, what was expected, and what to do.
+    """An error that the user can fix: the message says what was wrong, what was expected, and what to do.
 
-    The command line prints it and exits with status 1; a traceback is shown with ``--debug`` only.
+    The command line prints the message and exits with status 1; ``--debug`` shows the traceback.
     """
 
 
 def near(name: str, known: Iterable[str]) -> str:
-    """Return the sentence that helps with an unknown ``name``: the near matches, else all that is known."""
+    """Return a hint for an unknown ``name``: the near matches, or else all known names."""
     known = sorted(known)
     matches = get_close_matches(name, known, n=3, cutoff=0.5)
     if matches:

@@ -1,4 +1,4 @@
-"""The parts joined: encoder, connector and language model, and how a batch goes through them.
+"""Join encoder, connector and language model, and run a batch through them.
 
 Shapes: B batch, T text tokens, I images, P patches, Q visual tokens, D_vis, D_lm, V vocabulary.
 """
@@ -25,21 +25,21 @@ Kind = TypeVar("Kind")
 
 
 class Model(nn.Module):
-    """A multimodal language model joined from parts. One that is not there is None.
+    """A multimodal language model joined from parts. A part that is absent is None.
 
     Args:
         encoder: pixels to features ``(B, P, D_vis)``; frozen.
         connector: features to visual tokens ``(B, Q, D_lm)``; trained.
         lm: the language model; frozen.
         adapters: trained modules inside the language model.
-        heads: by name, trained: what the language model's states become beside text.
-        tokens: new tokens, whose rows are trained.
-        decoder: a condition to an image; frozen.
-        spec: what the parts were built from, saved with the trained tensors.
-        open_scorer: loads the scorer of a model, the first time it is needed.
+        heads: trained modules on the language model's states, by name.
+        tokens: new tokens, whose embeddings are trained.
+        decoder: an image decoder; frozen.
+        spec: the specification that the parts were built from, saved with the trained tensors.
+        open_scorer: loads the model's scorer when it is first needed.
     """
 
-    # Parts are asked for what they can do, not for their class; to a type checker they are anything.
+    # Parts are found by their contracts (mllm.slots), not by their classes, so their static type is Any.
     encoder: Any
     connector: Any
     lm: Any
@@ -68,36 +68,40 @@ class Model(nn.Module):
         self.spec = spec
         self.open_scorer = open_scorer
         self.source = self.fingerprint = ""  # of a loaded model: its folder, and a hash of its tensors and frozen parts
-        self.calibrated = False  # whether the connector starts at the scale of the language model
+        self.calibrated = False  # whether the connector's output has been scaled to the language model's embeddings
         self.eval()
 
     @property
     def device(self) -> torch.device:
-        """Return where the parts are."""
+        """Return the device of the parameters."""
         return next(self.parameters()).device
 
     def train(self, mode: bool = True) -> Model:
-        """Set training mode for what is trained; what is frozen stays in evaluation mode.
+        """Set training mode for trained parts; frozen parts stay in evaluation mode.
 
-        So does batch normalisation in the encoder: by its statistics the pictures of a batch would touch each other,
-        and how a batch is split would change what is learned.
+        So does batch normalization in the encoder: with batch statistics the images of a batch would influence each
+        other, and the way a batch is split would change the result.
         """
         super().train(mode)
         for name in FROZEN:
-            if (part := getattr(self, name)) is not None:
+            if (part := self.slot(name)) is not None:
                 part.eval()
         for path in self.spec.trained:
             self.get_submodule(path).train(mode)
         for module in self.encoder.modules() if self.encoder is not None else ():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
-        self.adapters.train(mode)  # peft's are inside the language model
+        self.adapters.train(mode)  # peft's modules are inside the language model
         return self
+
+    def slot(self, name: str) -> nn.Module | None:
+        """Return the part in a slot (``encoder``, ``connector``, ``lm``, ``decoder``), or None where it is absent."""
+        return self._modules.get(name)
 
     def parts(self) -> Iterator[tuple[str, nn.Module]]:
         """Yield every part with its path: ``encoder``, ``adapters.0``, ``heads.NAME``, ..."""
         for name in ("encoder", "connector", "lm", "decoder"):
-            if (part := getattr(self, name)) is not None:
+            if (part := self.slot(name)) is not None:
                 yield name, part
         yield from ((f"adapters.{number}", adapter) for number, adapter in enumerate(self.adapters))
         yield from ((f"heads.{name}", head) for name, head in self.heads.items())
@@ -114,55 +118,55 @@ class Model(nn.Module):
         """Return the one part that is of a kind (`mllm.slots`).
 
         Raises:
-            MLLMError: there is none, or there are several: they are named.
+            MLLMError: there is none, or there are several, which the message names.
         """
         candidates = self.all(kind)
         if not candidates:
             raise MLLMError(f"This model lacks a part: it needs {missing(kind)}.")
         if len(candidates) > 1:
             raise MLLMError(
-                f"Several parts of this model can do this ({kind.__name__}): {', '.join(candidates)}. Keep one of them."
+                f"The model has several parts of the kind {kind.__name__}: {', '.join(candidates)}. Keep one of them."
             )
         return next(iter(candidates.values()))
 
     @property
     def generates_text(self) -> bool:
-        """Whether there is a language model that generates text; a sentence encoder in its slot does not."""
+        """Whether the language model generates text; a sentence encoder in its slot does not."""
         return isinstance(self.lm, LanguageModel)
 
     @property
     def encoder_trains(self) -> bool:
-        """Whether something in the encoder trains, so that features are computed anew in every step."""
+        """Whether parameters of the encoder train, so that features are recomputed in every step."""
         return self.encoder is not None and any(p.requires_grad for p in self.encoder.parameters())
 
     @property
     def lm_trains(self) -> bool:
-        """Whether something in the language model trains, so that gradients run through all that it reads."""
+        """Whether parameters inside the language model train, so that gradients flow through all of its inputs."""
         return any(p.requires_grad for part in (self.lm, self.adapters) for p in part.parameters())
 
     @contextlib.contextmanager
     def adapters_off(self) -> Iterator[None]:
-        """Compute as if there were no adapters: text alone then gives what the bare language model gives."""
+        """Turn adapters and new tokens off: on text alone the outputs are then those of the bare language model."""
         with contextlib.ExitStack() as stack:
             for adapter in (*self.adapters, *([self.tokens] if self.tokens is not None else [])):
                 stack.enter_context(cast(Any, adapter).off())
             yield
 
     def frozen_hash(self, part: str, without: Sequence[str] = ()) -> str:
-        """Return a hash of all tensors of a part, adapters inside it left out.
+        """Return a hash of all tensors of a part, without those of adapters inside it.
 
         Args:
-            part: its name.
-            without: dotted paths of the modules that train, whose tensors are left out too.
+            part: its slot.
+            without: dotted paths of modules that train, whose tensors are excluded too.
         """
-        own = {id(parameter) for parameter in self.adapters.parameters()}
-        module = getattr(self, part)
-        inside = {name for name, p in module.named_parameters(remove_duplicate=False) if id(p) in own}
-        inside |= {name for name in module.state_dict() if _under(f"{part}.{name}", without)}
-        return tensor_hash(module, without=inside)
+        adapted = {id(parameter) for parameter in self.adapters.parameters()}
+        module = self.get_submodule(part)
+        excluded = {name for name, p in module.named_parameters(remove_duplicate=False) if id(p) in adapted}
+        excluded |= {name for name in module.state_dict() if _under(f"{part}.{name}", without)}
+        return tensor_hash(module, without=excluded)
 
     def features(self, images: Sequence[Any]) -> Tensor:
-        """Return the encoder's features ``(I, P, D_vis)`` of pictures in any accepted form."""
+        """Return the encoder's features ``(I, P, D_vis)`` of images in any accepted form."""
         pixels = self.encoder.preprocess([self.encoder.open(image) for image in images])
         with torch.no_grad():
             return self.encoder(pixels.to(self.device))
@@ -178,8 +182,8 @@ class Model(nn.Module):
 
         Args:
             rows: training examples, as interleaved prompts.
-            features: of their images in reading order, ``(I, P, D_vis)``; None where there are none. While the encoder
-                trains, what it takes in instead.
+            features: ``(I, P, D_vis)`` of their images in reading order; None without images. While the encoder trains,
+                its inputs instead (pixels).
             batch: the rows as ids.
             objectives: see `mllm.slots.Objective`.
         """
@@ -190,27 +194,27 @@ class Model(nn.Module):
 
     @property
     def cross_attention(self) -> CrossAttention | None:
-        """Return the adapter whose blocks attend to the visual tokens; None where these are part of the sequence."""
+        """Return the cross-attention adapter; None where the visual tokens are part of the sequence."""
         return next((adapter for adapter in self.all(CrossAttention).values() if adapter.tokens_per_image), None)
 
     @property
     def tokens_per_image(self) -> int:
-        """Return how many tokens of the sequence an image takes."""
+        """Return the tokens of the sequence per image."""
         if self.connector is None:
             return 0
-        attending = self.cross_attention
-        return int(self.connector.num_tokens if attending is None else attending.tokens_per_image)
+        adapter = self.cross_attention
+        return int(self.connector.num_tokens if adapter is None else adapter.tokens_per_image)
 
     def embed(self, visual: Tensor | None, batch: Batch) -> Any:
-        """Return embeddings ``(B, T, D_lm)``: the text's own, and visual tokens ``(I, Q, D_lm)`` at their places.
+        """Return embeddings ``(B, T, D_lm)`` of the text, with visual tokens ``(I, Q, D_lm)`` at the image positions.
 
-        Where these stand beside the sequence it is a `mllm.lms.cross_attention.Sighted`.
+        With a cross-attention adapter it is a `mllm.lms.cross_attention.Sighted`, with the visual tokens apart.
         """
         embeds = self.lm.embed(batch.ids)  # (B, T, D_lm)
         if visual is None:
             return embeds
-        if (attending := self.cross_attention) is not None:
-            return sighted(embeds, visual, batch, cast(Any, attending).mark)
+        if (adapter := self.cross_attention) is not None:
+            return sighted(embeds, visual, batch, cast(Any, adapter).mark)
         return embeds.masked_scatter(batch.visual.unsqueeze(-1), visual.to(embeds.dtype))
 
     def logits(self, visual: Tensor | None, batch: Batch, keep: Tensor | None = None) -> Tensor:
@@ -218,35 +222,39 @@ class Model(nn.Module):
         return self.lm.logits(self.embed(visual, batch), batch.mask, keep)
 
     def encode(self, pieces: Sequence[Piece], *, start: bool = True) -> Encoded:
-        """Return an interleaved prompt as ids; the places of its images are counted in."""
+        """Return an interleaved prompt as ids, with one position for each visual token.
+
+        Raises:
+            MLLMError: the model generates no text, or the prompt is longer than the language model's context.
+        """
         if not self.generates_text:
             raise MLLMError(
-                "This model cannot answer: it has no language model that makes text. Train a recipe with one "
+                "This model cannot answer: it has no language model that generates text. Train a recipe with one "
                 "(lm.type=transformers), or use this one as a scorer: scorer={'type': 'aligned', 'model': RUN}."
             )
         encoded = encode(pieces, lm=self.lm, num_visual=self.tokens_per_image, start=start)
         limit = self.lm.context
         if limit is not None and len(encoded.ids) >= limit:
             raise MLLMError(
-                f"The prompt takes {len(encoded.ids)} positions ({len(images_of(pieces))} images of "
-                f"{self.tokens_per_image} each), and the language model was made for {limit}. Shorten it."
+                f"The prompt has {len(encoded.ids)} tokens ({len(images_of(pieces))} images of "
+                f"{self.tokens_per_image} tokens each), and the language model's context is {limit} tokens. Shorten it."
             )
         return encoded
 
     def prepare(self, prompts: Sequence[Sequence[Piece]]) -> tuple[Any, Batch]:
-        """Return embeddings, as of `embed`, and the padded batch of interleaved prompts."""
+        """Return embeddings (see `embed`) and the padded batch of interleaved prompts."""
         return self.embedded(prompts, [self.encode(pieces) for pieces in prompts])
 
     @torch.no_grad()
     def embedded(self, prompts: Sequence[Sequence[Piece]], encoded: Sequence[Encoded]) -> tuple[Any, Batch]:
-        """Return embeddings, as of `embed`, and the padded batch of prompts that are encoded already."""
+        """Return embeddings (see `embed`) and the padded batch of prompts that are already encoded."""
         batch = collate(encoded, self.lm.pad).to(self.device)
         images = [image for pieces in prompts for image in images_of(pieces)]
         visual = self.connector(self.features(images)) if images else None
         return self.embed(visual, batch), batch
 
     def blind(self, pieces: Sequence[Piece]) -> list[Piece]:
-        """Return a prompt without its images; where nothing is left, with an end token, which starts a sequence."""
+        """Return a prompt without its images; an empty one becomes the EOS token, which starts a sequence."""
         if not any(isinstance(piece, str) for piece in pieces):
             pieces = arrange(self.spec.prompt.template, pieces)
         end = Control(self.lm.tokenizer.decode([self.lm.eos]))
@@ -254,20 +262,20 @@ class Model(nn.Module):
 
     @functools.cached_property
     def scorer(self) -> Any:
-        """Return the scorer, loaded when it is first needed; it is no part of what is trained or saved."""
+        """Return the scorer, which is loaded when it is first needed; it is neither trained nor saved."""
         return self.open_scorer(self)
 
     def trained_state(self) -> dict[str, Tensor]:
-        """Return the tensors of everything that is not frozen, by dotted name."""
+        """Return copies on the CPU of all trained tensors, by dotted name."""
         return {name: tensor.detach().cpu() for name, tensor in self.trained_tensors().items()}
 
     def trained_tensors(self) -> dict[str, Tensor]:
-        """Return the same where they are: on a device, or on none."""
-        own = {id(tensor) for tensor in self.adapters.state_dict(keep_vars=True).values()}
+        """Return all trained tensors by dotted name, on their device or the meta device."""
+        adapted = {id(tensor) for tensor in self.adapters.state_dict(keep_vars=True).values()}
         return {
             name: tensor
             for name, tensor in self.state_dict(keep_vars=True).items()
-            if name.split(".")[0] not in FROZEN or (_under(name, self.spec.trained) and id(tensor) not in own)
+            if name.split(".")[0] not in FROZEN or (_under(name, self.spec.trained) and id(tensor) not in adapted)
         }
 
 
@@ -288,5 +296,5 @@ def trained_module(model: Model, path: str) -> nn.Module:
         module = None
     if module is None:
         known = [name for name, _ in model.named_modules() if name]
-        raise MLLMError(f"A stage's 'train' names {path!r}, which is no part of the model. {near(path, known)}")
+        raise MLLMError(f"A stage's 'train' names {path!r}, which is not a part of the model. {near(path, known)}")
     return module

@@ -1,4 +1,4 @@
-"""What a model answers: a list of parts, texts and images in the order in which they are to be shown."""
+"""Represent a model's answer: a list of texts and images, in display order."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from mllm.media.images import ImageFile, open_image
 
 
 class Text(str):
-    """A stretch of text in an answer."""
+    """A span of text in an answer."""
 
 
 @dataclass(frozen=True)
 class ImagePart:
-    """An image in an answer: found in an index, or made.
+    """An image in an answer: retrieved from an index, or generated.
 
     Args:
-        image: what can be opened (an `mllm.media.images.ImageSource`, or a PIL image that was made).
-        id: of a found one in its index.
-        score: how close it is to what was meant, a cosine; None: not known.
-        source: the path of a found one; of a made one, what made it.
-        seed: of a made one.
-        candidates: the next best ones, the closest first.
+        image: an `mllm.media.images.ImageSource` (retrieved), or a PIL image (generated).
+        id: the index entry of a retrieved image.
+        score: the cosine between the image and the model's state; None: unknown.
+        source: the path of a retrieved image; the name of the decoder that generated it.
+        seed: the seed of a generated image.
+        candidates: the next best images, the closest first.
     """
 
     image: Any
@@ -49,15 +49,15 @@ class Output(list[Text | ImagePart]):
 
 
 def with_files(output: Output, folder: Path) -> str:
-    """Return an answer's text with the file of each image in its place, such as ``[photos/1.png]``.
+    """Return an answer's text, with the file of each image in brackets, such as ``[photos/1.png]``.
 
-    An image that is no file yet is saved to the folder, under the next free number.
+    A generated image is saved to the folder first, under the next free number.
     """
     return "".join(part if isinstance(part, Text) else f"[{_file(part, folder)}]" for part in output)
 
 
 def data_url(part: ImagePart, side: int = 512) -> str:
-    """Return an image as a data URL of a JPEG, its longer side at most so many pixels."""
+    """Return an image as a JPEG data URL, scaled down to ``side`` pixels on its longer side."""
     image = open_image(part.image).convert("RGB")
     image.thumbnail((side, side))
     buffer = io.BytesIO()
@@ -69,7 +69,7 @@ def _file(part: ImagePart, folder: Path) -> Path:
     if isinstance(part.image, ImageFile):
         return part.image.path
     folder.mkdir(parents=True, exist_ok=True)
-    taken = [int(path.stem) for path in folder.glob("*.png") if path.stem.isdecimal()]
-    place = folder / f"{max(taken, default=0) + 1}.png"
-    open_image(part.image).save(place)
-    return place
+    numbers = [int(path.stem) for path in folder.glob("*.png") if path.stem.isdecimal()]
+    file = folder / f"{max(numbers, default=0) + 1}.png"
+    open_image(part.image).save(file)
+    return file

@@ -1,4 +1,4 @@
-"""The processes that share a run, as accelerate's launcher or torchrun started them."""
+"""Coordinate the processes of a run, as started by accelerate's launcher or torchrun."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ from torch.nn.functional import pad
 
 
 def processes() -> PartialState:
-    """Return this process's place among the others.
+    """Return accelerate's state: this process's rank, and the number of processes.
 
-    accelerate looks for other processes on CPUs only where it is told to be on one, and the first look decides.
+    accelerate uses several processes on CPUs only with ``cpu=True``, and the first call in a process decides.
     """
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
-def gathered(own: Tensor) -> tuple[Tensor, int]:
-    """Return all processes' rows of ``own (n, D)``, n their own each, and where this one's start.
+def gather_rows(local: Tensor) -> tuple[Tensor, int]:
+    """Return the rows ``(N, D)`` of all processes, of ``(n, D)`` each, and the index of this process's first row.
 
-    A gradient of what comes back reaches every process' rows.
+    n may differ between processes. The gradient flows to every process's rows.
     """
-    number = torch.tensor([len(own)], device=own.device)
+    number = torch.tensor([len(local)], device=local.device)
     sizes = [torch.empty_like(number) for _ in range(distributed.get_world_size())]
     distributed.all_gather(sizes, number)
     counts = [int(size) for size in sizes]
-    widest = max(counts)
-    rows: Tensor = _Gather.apply(pad(own, (0, 0, 0, widest - len(own))))  # type: ignore[no-untyped-call]
-    every = torch.cat([part[:count] for part, count in zip(rows.split(widest), counts, strict=True)])
-    return every, sum(counts[: distributed.get_rank()])
+    longest = max(counts)
+    padded: Tensor = _Gather.apply(pad(local, (0, 0, 0, longest - len(local))))  # type: ignore[no-untyped-call]
+    rows = torch.cat([part[:count] for part, count in zip(padded.split(longest), counts, strict=True)])
+    return rows, sum(counts[: distributed.get_rank()])
 
 
 class _Gather(torch.autograd.Function):
-    """All processes' rows, of as many each."""
+    """All-gather with a gradient, for the same number of rows in every process."""
 
     @staticmethod
-    def forward(ctx: Any, own: Tensor) -> Tensor:
-        parts = [torch.empty_like(own) for _ in range(distributed.get_world_size())]
-        distributed.all_gather(parts, own.contiguous())
+    def forward(ctx: Any, local: Tensor) -> Tensor:
+        parts = [torch.empty_like(local) for _ in range(distributed.get_world_size())]
+        distributed.all_gather(parts, local.contiguous())
         return torch.cat(parts)
 
     @staticmethod
@@ -52,7 +52,7 @@ class _Gather(torch.autograd.Function):
 
 
 def progress() -> Progress:
-    """Return a bar: what, how far, how long still, and the latest figures; of several processes one shows it."""
+    """Return a progress bar with a note; of several processes only the main one shows it."""
     return Progress(
         TextColumn("{task.description:<12}"),
         BarColumn(),

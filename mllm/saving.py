@@ -1,8 +1,8 @@
-"""Save and load what was trained: a file of tensors and ``assembly.json``, which names it and knows its parts.
+"""Save and load trained tensors: a safetensors file, and ``assembly.json`` with its name and the model's parts.
 
-Notable: the tensors carry fingerprints of the frozen parts that took part in training them. On other parts they are
-refused, and so is a file with a tensor too many or too few. The tensors' file is named by its content and
-``assembly.json`` is replaced last, so at every instant the folder holds one whole model, the former or the new.
+``assembly.json`` contains the fingerprints of the frozen parts that the tensors were trained on; with other parts the
+tensors are refused, and so is a file with a missing or an unknown tensor. The tensors' file is named by its content,
+and ``assembly.json`` is replaced last, so the folder contains one complete model at every moment, the old or the new.
 """
 
 from __future__ import annotations
@@ -28,32 +28,32 @@ from mllm.version import __version__
 FORMAT = 1
 ASSEMBLY, UNNAMED = "assembly.json", ".trained.safetensors"
 
-Shape = tuple[int, ...]
+TensorShape = tuple[int, ...]
 
 
 class About(Spec):
-    """What ``assembly.json`` says."""
+    """The content of ``assembly.json``."""
 
     format: int
     version: str  # of mllm
     spec: AssemblySpec
     fingerprints: dict[str, str]  # of the frozen parts
-    tensors: str = Field(pattern=r"^trained-[0-9a-f]{12}\.safetensors$")  # the file beside this one
+    tensors: str = Field(pattern=r"^trained-[0-9a-f]{12}\.safetensors$")  # the file's name, in the same folder
     sha256: str  # of that file
 
     @property
     def fingerprint(self) -> str:
-        """Return what tells a saved model from others: a hash of its tensors and its frozen parts."""
+        """Return a hash of the model's tensors and frozen parts."""
         content = json.dumps([self.sha256, self.fingerprints], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
 
 def save(model: Model, folder: Path) -> Path:
-    """Write a model's trained tensors and what they belong to.
+    """Write a model's trained tensors and ``assembly.json`` to a folder.
 
     Raises:
-        MLLMError: the folder cannot be written (a full disk, no permission); nothing half-written is left, and a model
-            that was there before is still there.
+        MLLMError: the folder cannot be written (a full disk, no permission); no partial file is left, and a model that
+            was saved there before can still be loaded.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -69,22 +69,22 @@ def save(model: Model, folder: Path) -> Path:
         write(folder / ASSEMBLY, lambda path: path.write_text(about.model_dump_json(indent=2) + "\n"))
     except (OSError, SafetensorError) as error:
         raise MLLMError(
-            f"The model could not be saved in {folder}: {error}. Free some room, or give another folder."
+            f"The model could not be saved in {folder}: {error}. Free some space, or give another folder."
         ) from error
     finally:
-        _sweep(folder)
+        _remove_stale(folder)
     return folder
 
 
 def about(folder: Path) -> About:
-    """Return what a run or saved model says of itself; the errors are those of `load`."""
+    """Return the content of a run's or saved model's ``assembly.json``; the errors are those of `load`."""
     return read_about(find_folder(folder))
 
 
 def trained_on(folder: str | Path) -> tuple[AssemblySpec, dict[str, str], dict[str, Tensor]]:
-    """Return what a run or saved model is built from, its frozen parts' fingerprints, and its trained tensors.
+    """Return a run's or saved model's specification, its frozen parts' fingerprints, and its trained tensors.
 
-    Nothing is built, and no frozen part is loaded; the errors are those of `load`.
+    No model is built, and no frozen part is loaded; the errors are those of `load`.
     """
     path = find_folder(Path(folder))
     about = read_about(path)
@@ -92,72 +92,78 @@ def trained_on(folder: str | Path) -> tuple[AssemblySpec, dict[str, str], dict[s
 
 
 def restore(model: Model, folder: Path) -> None:
-    """Put what was saved in a folder into a model of the same parts; the errors are those of `load`."""
+    """Load a folder's tensors into a model of the same parts; the errors are those of `load`."""
     about = read_about(folder)
     check_fingerprints(folder, about.fingerprints, fingerprints_of(model))
-    _put(model, folder / about.tensors)
+    _load_tensors(model, folder / about.tensors)
 
 
 def read_about(folder: Path) -> About:
-    """Return what a folder's ``assembly.json`` says, having held its tensors' file against it."""
+    """Return the content of a folder's ``assembly.json``, after verifying the checksum of its tensors' file."""
     about = parse_about(folder / ASSEMBLY)
     tensors = folder / about.tensors
     if _digest(tensors) != about.sha256:
         raise MLLMError(
-            f"{tensors} is not the file that {ASSEMBLY} belongs to: it was changed or cut short. Copy the folder again."
+            f"{tensors} does not have the checksum in {ASSEMBLY}: it was changed or truncated. Copy the folder again."
         )
     return about
 
 
 def _write_tensors(model: Model, folder: Path) -> tuple[str, str]:
-    """Write the trained tensors to a file named by its content; return the name and the content's SHA-256."""
+    """Write the trained tensors to a file named by its content; return the name and the SHA-256 checksum."""
     unnamed = folder / UNNAMED
     save_file(model.trained_state(), unnamed)
-    unnamed.chmod(0o644)  # it is written for its owner only
+    unnamed.chmod(0o644)  # safetensors creates files that only the owner can read
     sha256 = _digest(unnamed)
     name = f"trained-{sha256[:12]}.safetensors"
     os.replace(unnamed, folder / name)
     return name, sha256
 
 
-def _sweep(folder: Path) -> None:
-    """Remove tensors that ``assembly.json`` does not name: a former model's, or of a save that failed."""
-    with contextlib.suppress(OSError, MLLMError):  # a file too many does no harm
-        keep = parse_about(folder / ASSEMBLY).tensors if (folder / ASSEMBLY).exists() else None
+def _remove_stale(folder: Path) -> None:
+    """Remove tensors' files that ``assembly.json`` does not name: of an earlier model, or of a save that failed."""
+    with contextlib.suppress(OSError, MLLMError):  # a stale file is harmless
+        current = parse_about(folder / ASSEMBLY).tensors if (folder / ASSEMBLY).exists() else None
         for file in [folder / UNNAMED, *folder.glob("trained-*.safetensors")]:
-            if file.name != keep:
+            if file.name != current:
                 file.unlink(missing_ok=True)
 
 
-def _put(model: Model, tensors: Path) -> None:
-    """Load tensors into a model; every one must be used, and none may be missing."""
-    saved = read_tensors(tensors)
-    wanted = model.trained_state()
-    odd = sorted(saved.keys() ^ wanted.keys())
-    odd += [name for name in saved.keys() & wanted.keys() if saved[name].shape != wanted[name].shape]
-    if odd:
-        raise MLLMError(f"{tensors} does not fit the model: missing, unknown or of another shape are {', '.join(odd)}.")
+def _load_tensors(model: Model, file: Path) -> None:
+    """Load a file's tensors into a model; every tensor must be used, and none may be missing."""
+    saved = read_tensors(file)
+    expected = model.trained_state()
+    wrong = sorted(saved.keys() ^ expected.keys())
+    wrong += [name for name in saved.keys() & expected.keys() if saved[name].shape != expected[name].shape]
+    if wrong:
+        raise MLLMError(
+            f"{file} does not fit the model: missing, unknown or of another shape are {', '.join(wrong)}. Load it with "
+            "the specification that it was saved with."
+        )
     model.load_state_dict(saved, strict=False)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a file; one that cannot be read is an `MLLMError`."""
+    """Return the tensors of a file; an unreadable file raises an `MLLMError`."""
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise MLLMError(f"{path} cannot be read: {error}") from None
+        raise MLLMError(f"{path} cannot be read: {error}. Copy the file again.") from None
 
 
 def find_folder(folder: Path) -> Path:
-    """Return the folder that holds ``assembly.json``: this one, or ``model`` inside it."""
+    """Return the folder that contains ``assembly.json``: this one, or ``model`` inside it."""
     for path in (folder, folder / "model"):
         if (path / ASSEMBLY).is_file():
             return path
-    raise MLLMError(f"There is no model in {folder}: expected {ASSEMBLY} there or in {folder / 'model'}.")
+    raise MLLMError(
+        f"There is no model in {folder}: expected {ASSEMBLY} there or in {folder / 'model'}. Give the folder of a run "
+        "or of a saved model."
+    )
 
 
 def parse_about(path: Path) -> About:
-    """Return what an ``assembly.json`` says, checked; its tensors are not read."""
+    """Return the validated content of an ``assembly.json``; its tensors are not read."""
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -171,18 +177,18 @@ def parse_about(path: Path) -> About:
 
 
 def fingerprints_of(model: Model) -> dict[str, str]:
-    """Return the fingerprints of the frozen parts that are there: they took part in the training."""
-    return {part: str(getattr(model, part).fingerprint) for part in FROZEN if getattr(model, part) is not None}
+    """Return the fingerprints of the model's frozen parts, on which the tensors are trained."""
+    return {name: str(part.fingerprint) for name in FROZEN if (part := model.slot(name)) is not None}
 
 
 def check_fingerprints(path: Path, trained_on: dict[str, str], here: dict[str, str]) -> None:
-    """Raise an `MLLMError` where frozen parts are not those that took part in the training."""
-    for part, found in here.items():
+    """Raise an `MLLMError` where a frozen part is not the one that the tensors were trained on."""
+    for part, actual in here.items():
         expected = trained_on.get(part, "none")
-        if expected != found:
+        if expected != actual:
             raise MLLMError(
-                f"{path} was trained on another {part}: its fingerprint is {expected[:16]}..., and the one found here "
-                f"has {found[:16]}.... Put the original {part} back, or train on this one."
+                f"{path} was trained on another {part}: its fingerprint is {expected[:16]}..., and that of this {part} "
+                f"is {actual[:16]}.... Put the original {part} back, or train on this one."
             )
 
 

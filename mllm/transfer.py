@@ -1,4 +1,4 @@
-"""Take trained parts from another run into a model that is otherwise another (``init.from``)."""
+"""Copy trained parts of another run into a model, by parameter name (``init.from``)."""
 
 from __future__ import annotations
 
@@ -6,105 +6,131 @@ import contextlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
+from mllm.config.parts import AssemblySpec, EncoderSpec, LMSpec, PartSpec
 from mllm.config.recipe import Stage
 from mllm.errors import MLLMError, near
 from mllm.hub import loading as hub
 from mllm.hub.fingerprints import fingerprint
 from mllm.model import Model
-from mllm.saving import ASSEMBLY, Shape, check_fingerprints, find_folder, fingerprints_of, parse_about, read_tensors
+from mllm.saving import (
+    ASSEMBLY,
+    TensorShape,
+    check_fingerprints,
+    find_folder,
+    fingerprints_of,
+    parse_about,
+    read_tensors,
+)
+
+FrozenSpec = EncoderSpec | LMSpec | PartSpec | None
 
 
 def take(model: Model, source: Path, paths: Sequence[str] = ()) -> None:
-    """Take trained tensors from a run or saved model into a model that is otherwise another.
+    """Copy trained tensors of a run or saved model into a model that may have other parts besides.
 
     Args:
-        model: what they are put into.
+        model: the target.
         source: the run or saved model.
-        paths: parts, or paths inside them (``connector.qformer``); none: all that is there.
+        paths: parts, or paths inside them (``connector.qformer``); none: all trained tensors of the source.
 
     Raises:
         MLLMError: a path that the source has not trained, tensors that do not fit, or frozen parts other than those
-            that took part in the training there.
+            that the source was trained on.
     """
     path = find_folder(source)
     about = parse_about(path / ASSEMBLY)
     here = fingerprints_of(model)
     check_fingerprints(path, about.fingerprints, {part: here.get(part, "none") for part in about.fingerprints})
-    saved, wanted = read_tensors(path / about.tensors), model.trained_tensors()
-    names = _taken(path, {name: tuple(tensor.shape) for name, tensor in saved.items()}, wanted, paths)
+    saved, targets = read_tensors(path / about.tensors), model.trained_tensors()
+    names = _transferred(path, {name: tuple(tensor.shape) for name, tensor in saved.items()}, targets, paths)
     model.load_state_dict({name: saved[name] for name in names}, strict=False)
-    model.calibrated = model.calibrated or all(name in names for name in wanted if name.startswith("connector."))
+    model.calibrated = model.calibrated or all(name in names for name in targets if name.startswith("connector."))
 
 
 def check_source(model: Model, stage: Stage) -> None:
-    """Say whether `take` would work for a stage, whose model may be on the meta device; no tensor is read.
+    """Check that `take` would succeed for a stage, whose model may be on the meta device; no tensor is read.
 
-    Frozen parts that are called the same are taken to be so: their weights are not hashed.
+    Frozen parts with the same name are assumed to be the same: their weights are not hashed.
 
     Raises:
-        MLLMError: it would not.
+        MLLMError: `take` would fail.
     """
     path = find_folder(Path(stage.init.source or ""))
     about = parse_about(path / ASSEMBLY)
     for part, expected in about.fingerprints.items():
-        there, here = _called(getattr(about.spec, part)), _called(getattr(stage, part))
-        if there != here and _weights(model, part, getattr(stage, part)) != expected:
+        there, here = _frozen_spec(about.spec, part), _frozen_spec(stage, part)
+        if _label(there) != _label(here) and _weights_fingerprint(model, part, here) != expected:
             raise MLLMError(
-                f"init.from: {path} was trained on another {part}: {there}, and this recipe has {here}. Name that one, "
-                "or take a run that was trained on this one."
+                f"init.from: {path} was trained on another {part}: {_label(there)}, and this recipe has "
+                f"{_label(here)}. Use that {part}, or a run that was trained on this one."
             )
-    _taken(path, _shapes(path / about.tensors), model.trained_tensors(), stage.init.parts)
+    _transferred(path, _shapes(path / about.tensors), model.trained_tensors(), stage.init.parts)
 
 
-def _called(spec: Any) -> str:
-    """Return what tells a frozen part from others, by its specification alone."""
+def _frozen_spec(parts: AssemblySpec | Stage, name: str) -> FrozenSpec:
+    """Return the specification of a frozen part."""
+    specs: dict[str, FrozenSpec] = {"encoder": parts.encoder, "lm": parts.lm, "decoder": parts.decoder}
+    return specs.get(name)
+
+
+def _label(spec: FrozenSpec) -> str:
+    """Return a frozen part's name, which identifies it by its specification alone."""
     if spec is None:
         return "none"
-    name = getattr(spec, "label", None) or getattr(spec, "model", None) or spec.type
-    return f"{name} (random weights)" if getattr(spec, "init", None) == "random" else str(name)
+    if isinstance(spec, EncoderSpec):
+        name = spec.label
+    else:
+        name = spec.model if isinstance(spec, LMSpec) else str(spec.options().get("model") or spec.type)
+    return f"{name} (random weights)" if _is_random(spec) else name
 
 
-def _weights(model: Model, part: str, spec: Any) -> str | None:
-    """Return the fingerprint of a part whose weights are on this machine and would be loaded."""
-    if spec is None or getattr(spec, "init", None) == "random":
+def _is_random(spec: FrozenSpec) -> bool:
+    """Whether a part has random weights instead of pretrained ones."""
+    return isinstance(spec, EncoderSpec | LMSpec) and spec.init == "random"
+
+
+def _weights_fingerprint(model: Model, part: str, spec: FrozenSpec) -> str | None:
+    """Return the fingerprint of a part whose pretrained weights are on this machine; None: they are not."""
+    if spec is None or _is_random(spec):
         return None
     with contextlib.suppress(MLLMError):
-        if part == "lm":  # built with random weights where it is only looked at
+        if isinstance(spec, LMSpec):  # on the meta device it has no weights to hash
             return fingerprint(hub.resolve(spec.model, group="lms"))
-        return str(getattr(model, part).fingerprint)
+        return str(model.get_submodule(part).fingerprint)
     return None
 
 
-def _taken(path: Path, saved: Mapping[str, Shape], wanted: Mapping[str, Tensor], paths: Sequence[str]) -> list[str]:
-    """Return the names of the tensors that are taken, of all that a source has, by their shapes."""
+def _transferred(
+    path: Path, saved: Mapping[str, TensorShape], targets: Mapping[str, Tensor], paths: Sequence[str]
+) -> list[str]:
+    """Return the names of a source's tensors that are transferred, after a check of their shapes."""
     for name in paths:
         if not any(f"{tensor}.".startswith(f"{name}.") for tensor in saved):
             raise MLLMError(f"init.parts names {name!r}, which {path} has not trained. {near(name, _modules(saved))}")
-    taken = [name for name in saved if not paths or any(f"{name}.".startswith(f"{part}.") for part in paths)]
-    odd = [name for name in taken if name not in wanted or tuple(wanted[name].shape) != saved[name]]
-    if odd:
+    names = [name for name in saved if not paths or any(f"{name}.".startswith(f"{part}.") for part in paths)]
+    wrong = [name for name in names if name not in targets or tuple(targets[name].shape) != saved[name]]
+    if wrong:
         raise MLLMError(
-            f"init.from: {path} does not fit this model: unknown or of another shape are {', '.join(odd)}. Name in "
-            "init.parts what is to be taken, or give the parts here the sizes they have there."
+            f"init.from: {path} does not fit this model: unknown or of another shape are {', '.join(wrong)}. List in "
+            "init.parts the parts to transfer, or give the parts here the sizes that they have there."
         )
-    return taken
+    return names
 
 
-def _shapes(path: Path) -> dict[str, Shape]:
-    """Return the shapes of a file's tensors, from its header: a length in 8 bytes, and as much JSON."""
+def _shapes(path: Path) -> dict[str, TensorShape]:
+    """Return the shapes of a file's tensors, from its header: a length in 8 bytes, then that many bytes of JSON."""
     try:
         with path.open("rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     except (OSError, ValueError) as error:
-        raise MLLMError(f"{path} cannot be read: {error}") from None
-    return {name: tuple(about["shape"]) for name, about in header.items() if name != "__metadata__"}
+        raise MLLMError(f"{path} cannot be read: {error}. Copy the file again.") from None
+    return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
 
 
 def _modules(tensors: Iterable[str]) -> list[str]:
-    """Return the dotted names of all modules that hold tensors of these names."""
+    """Return the dotted names of all modules that contain tensors of these names."""
     steps = [name.split(".") for name in tensors]
     return sorted({".".join(parts[:end]) for parts in steps for end in range(1, len(parts))})

@@ -172,7 +172,7 @@ def test_one_seed_draws_the_same_connector_and_another_seed_another(tiny_parts):
         ([[]], "expected a list of texts"),
         ([["x"], [""]], "Prompt 1"),
         ([["x", 3]], "int is no picture"),
-        ([["x" * 300]], "300 positions"),
+        ([["x" * 300]], "300 tokens"),
     ],
 )
 def test_a_bad_prompt_is_one_message(model, prompts, message):

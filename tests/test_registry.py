@@ -1,4 +1,4 @@
-"""The registry: exact names, lazy targets, other packages' parts by the same lookup."""
+"""The registry: exact names, former names, lazy targets, and other packages' parts by the same lookup."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ PARTS = [(group, name) for group, parts in BUILT_IN.items() for name in parts]
 
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], None]]:
-    """Return a function that puts a distribution with entry points where Python finds it."""
+    """Return a function that installs a distribution with entry points."""
 
-    def put(name: str, points: str) -> None:
+    def install(name: str, points: str) -> None:
         info = tmp_path / f"{name}-1.0.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
@@ -30,7 +30,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
 
     (tmp_path / "their_parts.py").write_text("class Theirs:\n    pass\n")
     monkeypatch.syspath_prepend(tmp_path)
-    yield put
+    yield install
     registry.table.cache_clear()
     sys.modules.pop("their_parts", None)
 

@@ -1,4 +1,4 @@
-"""Saved models: what is loaded is what was saved, on the parts it was trained on, or there is one message."""
+"""Saved models: a loaded model equals the saved one, on the parts it was trained on; otherwise there is one message."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def relabel(folder: Path, **fields: Any) -> None:
 
 
 def exchange(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
-    """Change the saved tensors, and the label so that it agrees with the file."""
+    """Change the saved tensors, and the checksum in assembly.json with them."""
     file = folder / about(folder)["tensors"]
     tensors = load_file(file)
     change(tensors)
@@ -58,10 +58,12 @@ def saved(tiny_model: Model, tmp_path: Path) -> Path:
     return Path(tiny_model(seed=3).save(tmp_path / "model"))
 
 
-def test_loaded_model_computes_what_the_saved_one_did(tiny_model: Model, tmp_path: Path) -> None:
+def test_a_loaded_model_computes_the_same_logits_as_the_saved_one(tiny_model: Model, tmp_path: Path) -> None:
     model = tiny_model({"type": "linear", "tokens": 4}, seed=3, prompt={"caption": "It shows"})
     with torch.no_grad():
-        model.connector.project.weight.mul_(1.5)  # as training would: not what the seed draws
+        model.connector.project.weight.mul_(
+            1.5
+        )  # as training would, so that the seed alone does not give these weights
     loaded = mllm.load(model.save(tmp_path / "model"))
     assert torch.equal(logits(loaded), logits(model))
     assert not torch.equal(logits(loaded), logits(tiny_model({"type": "linear", "tokens": 4}, seed=3)))
@@ -82,9 +84,9 @@ def test_a_run_is_loaded_by_its_folder(saved: Path, tmp_path: Path) -> None:
     run.mkdir()
     saved.rename(run / "model")
     assert torch.equal(logits(mllm.load(run)), logits(mllm.load(str(run / "model"))))
-    for place in (tmp_path / "nowhere", tmp_path):
+    for folder in (tmp_path / "nowhere", tmp_path):
         with pytest.raises(MLLMError, match=r"There is no model in .*expected assembly.json"):
-            mllm.load(place)
+            mllm.load(folder)
 
 
 def test_saving_again_replaces_the_model_and_leaves_no_stale_file(saved: Path, tiny_model: Model) -> None:
@@ -99,8 +101,8 @@ def test_saving_again_replaces_the_model_and_leaves_no_stale_file(saved: Path, t
 
 @pytest.mark.parametrize("part", ["encoder", "lm"])
 def test_other_parts_are_refused_with_both_fingerprints(saved: Path, tmp_path: Path, part: str) -> None:
-    place = tmp_path / "other"  # of the same shape: only the fingerprint tells
-    other = tiny_encoder(place, seed=9) if part == "encoder" else tiny_lm(place, seed=9)
+    folder = tmp_path / "other"  # of the same shape: only the fingerprint differs
+    other = tiny_encoder(folder, seed=9) if part == "encoder" else tiny_lm(folder, seed=9)
     label = about(saved)
     label["spec"][part]["model"] = other
     relabel(saved, **label)
@@ -127,7 +129,7 @@ def test_a_label_without_fingerprints_is_refused(saved: Path) -> None:
 )
 def test_tensors_that_do_not_fit_are_named(saved: Path, change: Callable[[Any], object], odd: str) -> None:
     exchange(saved, lambda tensors: None)
-    mllm.load(saved)  # so it is the change that matters below
+    mllm.load(saved)  # so the change causes the error below
     exchange(saved, change)
     with pytest.raises(MLLMError, match=f"missing, unknown or of another shape are {odd}"):
         mllm.load(saved)
@@ -141,7 +143,7 @@ def test_tensors_that_were_exchanged_cut_short_or_lost_are_refused(
     other = Path(tiny_model(seed=4).save(tmp_path / "other"))
     for content in ((other / about(other)["tensors"]).read_bytes(), whole[:-1], b""):
         file.write_bytes(content)
-        with pytest.raises(MLLMError, match=r"is not the file that assembly.json belongs to"):
+        with pytest.raises(MLLMError, match=r"does not have the checksum in assembly.json"):
             mllm.load(saved)
     file.unlink()
     with pytest.raises(MLLMError, match=r"trained-.*safetensors cannot be read: No such file"):
@@ -204,7 +206,7 @@ def test_full_disk_is_one_message_and_the_former_model_stays(
             patch.setattr(Path, "write_text", full_label)
         else:
             patch.setattr(os, "replace", full)
-        with pytest.raises(MLLMError, match=r"could not be saved in .*No space left.*Free some room"):
+        with pytest.raises(MLLMError, match=r"could not be saved in .*No space left.*Free some space"):
             new.save(folder)
     assert names(folder) == held
     if before:
@@ -222,7 +224,7 @@ def test_a_kill_between_the_two_writes_leaves_the_former_model(
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "write", killed)
-        patch.setattr(checkpoint, "_sweep", lambda folder: None)  # what is killed tidies nothing up
+        patch.setattr(checkpoint, "_remove_stale", lambda folder: None)  # a killed process removes nothing
         with pytest.raises(KeyboardInterrupt):
             tiny_model(seed=4).save(folder)
     assert len(names(folder)) == 3, "the new tensors are there, unnamed by the label"
@@ -231,7 +233,7 @@ def test_a_kill_between_the_two_writes_leaves_the_former_model(
     assert len(names(folder)) == 2
 
 
-def test_a_place_that_cannot_be_written_is_one_message(tiny_model: Model, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_one_message(tiny_model: Model, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(MLLMError, match=r"could not be saved in .*file"):
         tiny_model().save(tmp_path / "file")

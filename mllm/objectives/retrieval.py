@@ -14,7 +14,7 @@ from torch import Tensor, distributed
 from torch.nn.functional import cross_entropy
 
 from mllm.errors import MLLMError
-from mllm.processes import gathered
+from mllm.processes import gather_rows
 from mllm.prompts.batch import Batch
 from mllm.prompts.pieces import Piece
 from mllm.readout.states import captions, read_captions
@@ -43,8 +43,8 @@ class RetrievalContrast:
         images = head.of_features(inputs.features[indices])  # (N, D)
         every_text, every_image, start = texts, images, 0
         if inputs.model.training and distributed.is_initialized():
-            every_text, start = gathered(texts)
-            every_image, start = gathered(images)
+            every_text, start = gather_rows(texts)
+            every_image, start = gather_rows(images)
         targets = torch.arange(start, start + len(texts), device=texts.device)
         scale = cast(Any, head).scale.exp()
         to_images = cross_entropy(scale * texts @ every_image.T, targets, reduction="sum")

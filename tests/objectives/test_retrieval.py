@@ -13,7 +13,7 @@ from mllm.config.parts import AssemblySpec, HeadSpec
 from mllm.errors import MLLMError
 from mllm.objectives.caption import Caption
 from mllm.objectives.retrieval import RetrievalContrast, TokenPrediction
-from mllm.processes import gathered
+from mllm.processes import gather_rows
 from mllm.prompts.pieces import Target
 from mllm.readout.states import captions
 from mllm.slots import Inputs
@@ -143,8 +143,8 @@ def one_process(rank, world, file, values, results):
     distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
     rows = [slice(0, 2), slice(2, 5)][rank]  # of two processes, one has more
     texts, images = (value[rows].clone().requires_grad_() for value in values)
-    every_text, start = gathered(normalize(texts, dim=-1))
-    every_image, _ = gathered(normalize(images, dim=-1))
+    every_text, start = gather_rows(normalize(texts, dim=-1))
+    every_image, _ = gather_rows(normalize(images, dim=-1))
     targets = torch.arange(start, start + len(texts))
     loss = torch.nn.functional.cross_entropy(normalize(texts, dim=-1) @ every_image.T, targets, reduction="sum")
     loss = loss + torch.nn.functional.cross_entropy(normalize(images, dim=-1) @ every_text.T, targets, reduction="sum")

@@ -81,7 +81,8 @@ def test_recipe_on_folders_checks_clean(file: Path) -> None:
 
 
 def test_parts_that_a_recipe_does_not_name_are_missed_by_what_needs_them(file: Path) -> None:
-    assert problems(str(file), ["encoder=null"]) == ["The connector linear reads an encoder's features: give encoder."]
+    (problem,) = problems(str(file), ["encoder=null"])
+    assert problem == "The connector linear reads an encoder's features, and there is none: give encoder."
     found = problems(str(file), ["lm=null", "connector=null", "stages.0.train={}"])
     assert any("the objective 'caption' needs a language model: lm" in problem for problem in found), found
 
@@ -114,9 +115,12 @@ BROKEN = [
     (["connector.type=liner"], "No part called 'liner' in mllm.connectors. Did you mean 'linear'"),
     (["connector.tokens=5"], "connector.tokens is 5, but a grid of 4 x 4 patches"),
     (["connector.tokns=4"], "The connector linear does not take these arguments"),
-    (["connector=null"], "names 'connector', which is no part of the model"),
+    (["connector=null"], "names 'connector', which is not a part of the model"),
     (["stages.1.objectives=[{type: captoin}]"], "No part called 'captoin' in mllm.objectives. Did you mean 'caption'"),
-    (["stages.1.train={conector: 1e-3}"], "names 'conector', which is no part of the model. Did you mean 'connector"),
+    (
+        ["stages.1.train={conector: 1e-3}"],
+        "names 'conector', which is not a part of the model. Did you mean 'connector",
+    ),
     (["data.train.path=none.csv"], "path is 'none.csv', and there is no such file or folder"),
     (["data.train.pth=x"], "the reader 'table' does not take these arguments"),
     (
@@ -165,7 +169,7 @@ def test_a_run_that_parts_are_taken_from_is_held_against_the_recipe(
         ([f"init.from={source}"], "unknown or of another shape are adapters."),
         ([*own, "connector.shuffle=2"], "unknown or of another shape are"),
         ([*own, f"lm.model={other}"], f"was trained on another lm: {tiny_parts[1]}, and this recipe has {other}"),
-        ([*own, "lm.init=random"], f"and this recipe has {tiny_parts[1]} (random weights). Name that one"),
+        ([*own, "lm.init=random"], f"and this recipe has {tiny_parts[1]} (random weights). Use that lm"),
     ):
         (found,) = problems(str(file), overrides)
         assert sentence in found
@@ -177,7 +181,7 @@ def test_heads_have_distinct_names_and_agree_on_an_images_tokens(file: Path) -> 
     assert "two heads are called 'retrieval': give one of them another name" in problem
     assert problems(str(file), [f"heads=[{two}, name: second}}]"]) == []
     (problem,) = problems(str(file), [f"heads=[{two}, name: second, token: '[IMG]'}}]"])
-    assert "The head heads.second reads '[IMG]', and an image's tokens are ['[RET]']: set its token" in problem
+    assert "The head heads.second reads '[IMG]', and an image's tokens are ['[RET]']. Set the head's token" in problem
 
 
 def test_several_problems_are_all_reported(file: Path) -> None:
