@@ -302,10 +302,10 @@ def test_scripts_can_be_run(script):
 
 @pytest.mark.installed
 def test_the_demos_pictures_are_the_same_every_time(need, tmp_path):
-    from mllm.cli.demo import write_pictures
+    from mllm.cli.demo import write_images
 
     need("mllm/openmoji")
-    first, second = write_pictures(tmp_path / "a"), write_pictures(tmp_path / "b")
+    first, second = write_images(tmp_path / "a"), write_images(tmp_path / "b")
     assert [path.name for path in first] == ["1.png", "2.png", "3.png", "4.png"]
     pixels = [Image.open(path).tobytes() for path in first]
     assert pixels == [Image.open(path).tobytes() for path in second]

@@ -1,1 +1,1 @@
-"""The commands."""
+"""Run the library from the command line."""

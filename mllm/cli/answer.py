@@ -1,37 +1,40 @@
-"""Commands that answer: captions, questions, chat, the server; and the export."""
+"""Answer with a trained model: the commands caption, ask, chat and serve; and export it."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mllm.cli.options import Eager, Index, Lines, RunPath, Shown, Tokens
 from mllm.errors import MLLMError
 
+if TYPE_CHECKING:  # imported by the commands that need it
+    from mllm.assembly import Assembly
+
 
 def caption(
     run: RunPath,
-    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Picture files, folders or patterns.")],
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Image files, folders or glob patterns.")],
     max_new_tokens: Tokens = None,
     jsonl: Lines = False,
     index: Index = None,
     eager: Eager = 0.0,
     show: Shown = Path("shown"),
 ) -> None:
-    """Describe pictures."""
+    """Caption images."""
     from mllm.build import load
 
-    options = _showing(run, index, eager)
+    options = _image_options(run, index, eager)
     model = load(run)
-    _tell(model, images, model.spec.prompt.caption, jsonl, show, **options, **_decoding(max_new_tokens))
+    _print_answers(model, images, model.spec.prompt.caption, jsonl, show, **options, **_decoding(max_new_tokens))
 
 
 def ask(
     run: RunPath,
-    image: Annotated[str, typer.Argument(metavar="IMAGE", help="A picture file, a folder or a pattern.")],
+    image: Annotated[str, typer.Argument(metavar="IMAGE", help="An image file, a folder or a glob pattern.")],
     question: Annotated[str, typer.Argument(metavar="QUESTION")],
     max_new_tokens: Tokens = None,
     jsonl: Lines = False,
@@ -39,57 +42,55 @@ def ask(
     eager: Eager = 0.0,
     show: Shown = Path("shown"),
 ) -> None:
-    """Ask about a picture, or the same about several."""
+    """Ask a question about one image or several."""
     from mllm.build import load
 
-    options = _showing(run, index, eager)
+    options = _image_options(run, index, eager)
     model = load(run)
     text = model.spec.prompt.question.format(question=question)
-    _tell(model, [image], text, jsonl, show, **options, **_decoding(max_new_tokens))
+    _print_answers(model, [image], text, jsonl, show, **options, **_decoding(max_new_tokens))
 
 
 def chat(
     run: RunPath,
-    images: Annotated[
-        list[Path] | None, typer.Argument(metavar="[IMAGE]...", help="Pictures of the first turn.")
-    ] = None,
-    system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
-    history: Annotated[Path | None, typer.Option(help="A conversation that /save wrote, to go on with.")] = None,
+    images: Annotated[list[Path] | None, typer.Argument(metavar="[IMAGE]...", help="Images of the first turn.")] = None,
+    system: Annotated[str | None, typer.Option(help="The system message.")] = None,
+    history: Annotated[Path | None, typer.Option(help="A conversation file of /save, to continue.")] = None,
     max_new_tokens: Tokens = None,
     index: Index = None,
     eager: Eager = 0.0,
     show: Shown = Path("shown"),
 ) -> None:
-    """Talk about pictures; /help lists what else can be typed."""
+    """Chat about images; /help lists the commands of the chat."""
     from mllm.build import load
     from mllm.cli.terminal import converse, read_history
     from mllm.readout.tokens import can_draw
 
     messages = read_history(history) if history else []
-    options = _showing(run, index, eager)
+    options = _image_options(run, index, eager)
     model = load(run)
-    shown = {"folder": show, **options} if options or can_draw(model) else None
-    converse(model.chat(system, messages), images or [], shown, **_decoding(max_new_tokens))
+    with_images = {"folder": show, **options} if options or can_draw(model) else None
+    converse(model.chat(system, messages), images or [], with_images, **_decoding(max_new_tokens))
 
 
 def serve(
     run: RunPath,
-    host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0: all.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
+    host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0: all interfaces.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port to listen on.")] = 8000,
     token: Annotated[
-        str | None, typer.Option(envvar="MLLM_TOKEN", help="A bearer token that requests must carry.")
+        str | None, typer.Option(envvar="MLLM_TOKEN", help="A bearer token that requests must send.")
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Requests that are decoded together, at most.")] = 16,
-    waiting: Annotated[int, typer.Option(min=1, help="Requests that may wait; more get status 429.")] = 64,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer, at most.")] = 512,
-    max_images: Annotated[int, typer.Option(min=0, help="Images of a request, at most.")] = 8,
-    max_body: Annotated[int, typer.Option(min=1, help="MB of a request, at most.")] = 32,
-    allow_host: Annotated[list[str] | None, typer.Option(help="A host that pictures may be downloaded from.")] = None,
-    allow_folder: Annotated[list[Path] | None, typer.Option(help="A folder that pictures may be read from.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Maximum batch size.")] = 16,
+    waiting: Annotated[int, typer.Option(min=1, help="Maximum queued requests; more get status 429.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens of an answer.")] = 512,
+    max_images: Annotated[int, typer.Option(min=0, help="Maximum images of a request.")] = 8,
+    max_body: Annotated[int, typer.Option(min=1, help="Maximum size of a request in MB.")] = 32,
+    allow_host: Annotated[list[str] | None, typer.Option(help="A host that images may be downloaded from.")] = None,
+    allow_folder: Annotated[list[Path] | None, typer.Option(help="A folder that images may be read from.")] = None,
     index: Index = None,
     eager: Eager = 0.0,
 ) -> None:
-    """Serve a model over HTTP: OpenAI's chat completions, and a chat page at /."""
+    """Serve a model over HTTP: OpenAI's chat completions API, and a chat page at /."""
     from mllm.build import load
     from mllm.readout.tokens import can_draw
 
@@ -99,7 +100,9 @@ def serve(
         from mllm.serve.app import create_app
         from mllm.serve.schema import Limits
     except ImportError as error:
-        raise MLLMError(f"The server needs {error.name}: pip install 'mllm-assembly[serve]'.") from None
+        raise MLLMError(
+            f"The server needs {error.name}, which is not installed: pip install 'mllm-assembly[serve]'."
+        ) from None
     limits = Limits(
         body=max_body * 2**20,
         images=max_images,
@@ -110,7 +113,7 @@ def serve(
         folders=allow_folder or (),
         token=token,
     )
-    options = _showing(run, index, eager)
+    options = _image_options(run, index, eager)
     model = load(run)
     show = {"index": None, "eager": 0.0, **options} if options or can_draw(model) else None
     server = create_app(model, run.resolve().name, limits, show)
@@ -119,50 +122,54 @@ def serve(
 
 def export(
     run: RunPath,
-    folder: Annotated[Path, typer.Argument(metavar="DIR")],
-    to: Annotated[str, typer.Option(help="hf-llava or hf-blip2.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The new folder.")],
+    to: Annotated[str, typer.Option(help="The format: hf-llava or hf-blip2.")],
 ) -> None:
-    """Write a stock class of transformers, where the model equals it exactly; compare the two."""
+    """Export a model as an equivalent transformers class, and compare the two."""
     from mllm.build import load
-    from mllm.export.export import export as write_stock
+    from mllm.export.export import export as export_model
 
-    found = write_stock(load(run), folder, to=to)
-    worst = max(one.difference for one in found)
-    typer.echo(f"{folder}: on {len(found)} probes logits differ by at most {worst:.3g}, and all tokens are equal.")
+    comparisons = export_model(load(run), folder, to=to)
+    largest = max(comparison.difference for comparison in comparisons)
+    typer.echo(
+        f"{folder}: on {len(comparisons)} probes logits differ by at most {largest:.3g}, and all tokens are equal."
+    )
 
 
-def _showing(run: Path, index: Path | None, eager: float) -> dict[str, Any]:
-    """Return what makes answers show images; another model's index is refused before anything is loaded."""
+def _image_options(run: Path, index: Path | None, eager: float) -> dict[str, Any]:
+    """Return the options of answers with images; another model's index is refused before a model is loaded."""
     from mllm.scorers.index import opened
 
     return ({} if index is None else {"index": opened(index, run)}) | ({"eager": eager} if eager else {})
 
 
-def _tell(model: Any, images: list[str], text: str, jsonl: bool, show: Path, **decoding: Any) -> None:
-    """Print what the model says to every picture; one that cannot be read costs the others nothing."""
+def _print_answers(model: Assembly, images: list[str], text: str, jsonl: bool, show: Path, **decoding: Any) -> None:
+    """Print the answer for every image; an image that cannot be read does not stop the others."""
     from mllm.answering.generate import answer_each
     from mllm.media.images import find_pictures
     from mllm.outputs import with_files
 
-    wrong = []
+    errors = []
     paths = find_pictures(images)
     for path, answer in zip(paths, answer_each(model, paths, text, **decoding), strict=True):
-        bad = isinstance(answer, MLLMError)
-        if bad:
-            wrong.append(answer)
-        said = str(answer) if isinstance(answer, MLLMError) else with_files(answer, show)
+        failed = isinstance(answer, MLLMError)
+        if failed:
+            errors.append(answer)
+        line = str(answer) if isinstance(answer, MLLMError) else with_files(answer, show)
         if jsonl:
-            typer.echo(json.dumps({"image": str(path), "error" if bad else "text": said}, ensure_ascii=False))
-        elif not bad:
-            typer.echo(f"{path}: {said}")
-    if wrong and len(paths) == 1:
-        raise MLLMError(str(wrong[0]))
-    if wrong:
-        listed = "".join(f"\n  {error}" for error in wrong)
+            typer.echo(json.dumps({"image": str(path), "error" if failed else "text": line}, ensure_ascii=False))
+        elif not failed:
+            typer.echo(f"{path}: {line}")
+    if errors and len(paths) == 1:
+        raise MLLMError(str(errors[0]))
+    if errors:
+        details = "".join(f"\n  {error}" for error in errors)
         raise MLLMError(
-            f"{len(wrong)} of {len(paths)} pictures could not be read, the others have their answer:{listed}"
+            f"{len(errors)} of {len(paths)} images could not be read; the others were answered. Check these files:"
+            f"{details}"
         )
 
 
 def _decoding(max_new_tokens: int | None) -> dict[str, Any]:
+    """Return the decoding options that were given."""
     return {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}

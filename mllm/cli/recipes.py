@@ -1,17 +1,20 @@
-"""Commands on the recipes that come with the package."""
+"""List, show and verify the recipes of the package."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mllm.errors import MLLMError
 
+if TYPE_CHECKING:  # imported by the commands that need it
+    from mllm.config.recipe import Recipe
+
 
 def recipes(context: typer.Context) -> None:
-    """List the recipes: paper, parts, trained weights, what they reached."""
+    """List the recipes: paper, parts, trained weights, and results."""
     if context.invoked_subcommand is not None:
         return
     from mllm.config import loading as recipe
@@ -34,28 +37,33 @@ def show_recipe(name: Annotated[str, typer.Argument(metavar="NAME")]) -> None:
 
 def verify_recipe(
     names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...")] = None,
-    every: Annotated[bool, typer.Option("--all", help="Every recipe that names suites.")] = False,
-    seeds: Annotated[int, typer.Option(help="Runs a recipe, with seeds 0, 1, ...", min=1)] = 3,
-    out: Annotated[Path, typer.Option(help="Folder of the results, and of their table, index.md.")] = Path(
+    every: Annotated[bool, typer.Option("--all", help="Verify every recipe that has suites.")] = False,
+    seeds: Annotated[int, typer.Option(help="Runs per recipe, with the seeds 0, 1, ...", min=1)] = 3,
+    out: Annotated[Path, typer.Option(help="The folder of the results and of their table, index.md.")] = Path(
         "runs/verify/results"
     ),
-    runs: Annotated[Path, typer.Option(help="Folder of the runs; a finished one is not trained again.")] = Path(
+    runs: Annotated[Path, typer.Option(help="The folder of the runs; a finished run is not trained again.")] = Path(
         "runs/verify"
     ),
 ) -> None:
-    """Train recipes with several seeds and hold them against their baselines."""
+    """Train recipes with several seeds, and compare the results with their baselines."""
     from mllm.config import loading as recipe
     from mllm.evaluation import results_table, verify
 
     if every:
         names = [name for name in recipe.names() if recipe.load(name).eval.suites]
     if not names:
-        raise MLLMError("Name a recipe to verify, or say --all.")
+        raise MLLMError("There is no recipe to verify: expected names or --all. Name a recipe, or pass --all.")
     for name in names:
         verify(name, out=out, seeds=range(seeds), runs=runs)
     typer.echo(results_table(recipe.names(), out))
 
 
-def _part_names(config: Any) -> tuple[str | None, ...]:
+def _part_names(config: Recipe) -> tuple[str | None, ...]:
+    """Return the names of a recipe's encoder, connector and language model."""
     encoder, lm, connector = config.encoder, config.lm, config.connector
-    return encoder and encoder.label, connector and connector.type, lm and lm.model
+    return (
+        None if encoder is None else encoder.label,
+        None if connector is None else connector.type,
+        None if lm is None else lm.model,
+    )

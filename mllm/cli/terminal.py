@@ -1,4 +1,4 @@
-"""The terminal's side of a chat: lines in, the answer as it is written, and a few commands."""
+"""Run a chat in the terminal: read lines, stream the answers, and run the chat's commands."""
 
 from __future__ import annotations
 
@@ -16,43 +16,43 @@ from mllm.errors import MLLMError, near
 from mllm.outputs import with_files
 
 HELP = {
-    "/image PATH": "add a picture to what is said next",
-    "/reset": "start the conversation anew",
-    "/drop": "forget the oldest question and its answer",
-    "/save PATH": "write the conversation as JSON",
+    "/image PATH": "add an image to the next message",
+    "/reset": "start a new conversation",
+    "/drop": "remove the oldest question and its answer",
+    "/save PATH": "save the conversation as JSON",
     "/help": "show this list",
-    "/exit": "end (also: the end of the input)",
+    "/exit": "exit (also at the end of the input)",
 }
 COMMANDS = [line.split()[0] for line in HELP]
 
 
 def converse(chat: Chat, images: Sequence[Path] = (), show: dict[str, Any] | None = None, **decoding: Any) -> None:
-    """Read lines until the input ends; answer each, or do what it commands.
+    """Read lines until the input ends; answer each, or run it as a command.
 
     Args:
         chat: the conversation.
-        images: of the first turn.
-        show: ``folder`` for images that are made, and what `Chat.show` takes; None: answers are words, as they come.
+        images: images of the first turn.
+        show: ``folder`` for generated images, and arguments of `Chat.show`; None: answers are streamed text.
         decoding: fields of `transformers.GenerationConfig`.
     """
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  # importing it gives `input` line editing and history
+        import readline  # noqa: F401  # importing it adds line editing and history to `input`
     console = Console(highlight=False)
     if sys.stdin.isatty():
-        console.print("Type a question; /help lists what else can be typed.", style="dim")
-    waiting = list(images)
+        console.print("Type a question, or /help for the list of commands.", style="dim")
+    pending = list(images)
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()
             if line == "/exit":
                 return
             if line.startswith("/"):
-                _command(console, chat, waiting, line)
+                _command(console, chat, pending, line)
             elif line:
-                _say(console, chat, line, waiting, show, decoding)
+                _answer(console, chat, line, pending, show, decoding)
         except (EOFError, KeyboardInterrupt):
             return
-        except MLLMError as error:  # the conversation goes on
+        except MLLMError as error:  # the conversation continues
             console.print(f"mllm: {error}", style="red", markup=False)
 
 
@@ -60,37 +60,43 @@ def read_history(path: Path) -> list[dict[str, Any]]:
     """Return the messages of a saved conversation.
 
     Raises:
-        MLLMError: the file cannot be read, or is no list of messages.
+        MLLMError: the file cannot be read, or is not a list of messages.
     """
     try:
         messages = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise MLLMError(f"The conversation {path} cannot be read: {error}.") from None
+        raise MLLMError(
+            f"The conversation {path} cannot be read: {error}. Give a file that /save has written."
+        ) from None
     if not isinstance(messages, list):
-        raise MLLMError(f"{path} holds no conversation: expected a list of messages, as /save writes it.")
+        raise MLLMError(
+            f"{path} is not a conversation: expected a list of messages. Give a file that /save has written."
+        )
     return messages
 
 
-def _say(
+def _answer(
     console: Console,
     chat: Chat,
     line: str,
-    waiting: list[Path],
+    pending: list[Path],
     show: dict[str, Any] | None,
     decoding: dict[str, Any],
 ) -> None:
+    """Print the answer to a line, and clear the pending images."""
     if show is None:
-        for new in chat.stream(line, list(waiting), **decoding):
-            console.print(new, end="", markup=False, soft_wrap=True)
+        for text in chat.stream(line, list(pending), **decoding):
+            console.print(text, end="", markup=False, soft_wrap=True)
         console.print()
     else:
         options = {key: value for key, value in show.items() if key != "folder"}
-        output = chat.show(line, list(waiting), **options, **decoding)
+        output = chat.show(line, list(pending), **options, **decoding)
         console.print(with_files(output, show["folder"]), markup=False, soft_wrap=True)
-    waiting.clear()
+    pending.clear()
 
 
-def _command(console: Console, chat: Chat, waiting: list[Path], line: str) -> None:
+def _command(console: Console, chat: Chat, pending: list[Path], line: str) -> None:
+    """Run a command of the chat."""
     name, _, argument = line.partition(" ")
     if name not in COMMANDS:
         raise MLLMError(f"No command is called {name!r}. {near(name, COMMANDS)}")
@@ -99,16 +105,16 @@ def _command(console: Console, chat: Chat, waiting: list[Path], line: str) -> No
     if name == "/image":
         path = Path(argument.strip()).expanduser()
         if not path.is_file():
-            raise MLLMError(f"There is no picture file {str(path)!r}.")
-        waiting.append(path)
-        console.print(f"{path.name}: goes with what you say next.", style="dim", markup=False)
+            raise MLLMError(f"There is no image file {str(path)!r}. Check the path.")
+        pending.append(path)
+        console.print(f"{path.name}: added to your next message.", style="dim", markup=False)
     elif name == "/save":
         console.print(f"Saved: {chat.save(Path(argument.strip()).expanduser())}", style="dim", markup=False)
     elif name == "/reset":
         chat.reset()
-        waiting.clear()
+        pending.clear()
     elif name == "/drop":
         chat.drop()
     else:
-        for typed, meaning in HELP.items():
-            console.print(f"  {typed:<14}{meaning}", markup=False)
+        for command, description in HELP.items():
+            console.print(f"  {command:<14}{description}", markup=False)

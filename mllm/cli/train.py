@@ -1,4 +1,4 @@
-"""Commands that check and train a recipe."""
+"""Check, train and plan a recipe."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ from mllm.errors import MLLMError
 
 
 def check(recipe: RecipeName, overrides: Overrides = None) -> None:
-    """List everything in a recipe that does not fit, from configurations only; status 1 if there is anything."""
+    """List all problems of a recipe, from configuration files only; the exit status is 1 if there is one."""
     from mllm.planning.check import problems
 
-    found = problems(recipe, overrides or [])
-    for problem in found:
-        typer.echo(f"- {problem}")
-    if found:
-        raise MLLMError(f"{recipe}: {len(found)} problem{'s' if len(found) > 1 else ''}.")
-    typer.echo(f"{recipe}: nothing found against it.")
+    messages = problems(recipe, overrides or [])
+    for message in messages:
+        typer.echo(f"- {message}")
+    if messages:
+        raise MLLMError(f"{recipe}: {len(messages)} problem{'s' if len(messages) > 1 else ''}.")
+    typer.echo(f"{recipe}: no problems.")
 
 
 def train(
     recipe: RecipeName,
     overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="The run's folder; runs/NAME if left out.")] = None,
-    resume: Annotated[Path | None, typer.Option(help="A run that was interrupted, to go on with.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run's folder; default: runs/NAME.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="The folder of an interrupted run, to continue.")] = None,
     accept_changes: Annotated[
-        bool, typer.Option("--accept-changes", help="Go on although the recipe changed since the run was started.")
+        bool,
+        typer.Option("--accept-changes", help="Continue although the recipe has changed since the run was started."),
     ] = False,
 ) -> None:
     """Train a recipe."""
@@ -42,18 +43,26 @@ def train(
 def plan(
     recipe: RecipeName,
     overrides: Overrides = None,
-    device: Annotated[str, typer.Option(help="cpu or gpu: on a CPU batches pass in parts.")] = "cpu",
-    processes: Annotated[int, typer.Option(min=1, help="Processes, one for each device.")] = 1,
-    sharding: Annotated[str, typer.Option(help="What processes divide: none (DDP) or fsdp.")] = "none",
-    memory: Annotated[str | None, typer.Option(help="Of a device (24GiB): what to change if it is too little.")] = None,
-    flops: Annotated[float | None, typer.Option(help="FLOP/s a device can do (312e12): gives the time.")] = None,
-    utilisation: Annotated[float, typer.Option(min=0, max=1, help="The share of them that is reached.")] = 0.4,
-    probe: Annotated[bool, typer.Option("--probe", help="Load the model and time a few steps here instead.")] = False,
-    images: Annotated[int | None, typer.Option(min=1, help="Pictures in the data; counted if left out.")] = None,
-    text_tokens: Annotated[int | None, typer.Option(min=2, help="Of an example; counted if left out, or 64.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or gpu; on a CPU, batches are computed in parts.")] = "cpu",
+    processes: Annotated[int, typer.Option(min=1, help="Number of processes, one per device.")] = 1,
+    sharding: Annotated[str, typer.Option(help="How the model is sharded: none (DDP) or fsdp.")] = "none",
+    memory: Annotated[
+        str | None, typer.Option(help="A device's memory (24GiB): print the changes with which the recipe fits.")
+    ] = None,
+    flops: Annotated[float | None, typer.Option(help="Peak FLOP/s of a device (312e12), to estimate the time.")] = None,
+    utilisation: Annotated[
+        float, typer.Option(min=0, max=1, help="The fraction of the peak FLOP/s that is reached (MFU).")
+    ] = 0.4,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Load the model and time a few steps on this machine instead.")
+    ] = False,
+    images: Annotated[int | None, typer.Option(min=1, help="Images in the data; default: counted.")] = None,
+    text_tokens: Annotated[
+        int | None, typer.Option(min=2, help="Text tokens of an example; default: counted, or 64.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
-    """Show what a recipe will take: parameters, memory, FLOPs, features, time. Nothing is loaded."""
+    """Estimate a recipe's parameters, memory, FLOPs, feature cache and time, without loading weights."""
     from mllm.cli.plan import run as run_plan
 
     options = {"device": device, "processes": processes, "sharding": sharding, "flops": flops}

@@ -1,1 +1,1 @@
-"""Write an assembly as a stock class of transformers, and prove it equal."""
+"""Export a model as an equivalent transformers class, and verify that both compute the same."""

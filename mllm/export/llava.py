@@ -1,4 +1,4 @@
-"""Write an assembly as `LlavaForConditionalGeneration`."""
+"""Convert a model to `LlavaForConditionalGeneration`."""
 
 from __future__ import annotations
 
@@ -11,51 +11,51 @@ from transformers import AutoModel, LlavaConfig, LlavaForConditionalGeneration, 
 from mllm.errors import MLLMError
 from mllm.export.stock import (
     IMAGE,
-    Shell,
+    StockModel,
+    add_image_embedding,
+    build_stock,
     causal_lm,
     check_adapters,
     each,
+    for_saving,
     image_processor,
-    made_stock,
-    make_room,
     merged_lm,
-    ready,
     whole_tower,
     with_image_token,
 )
 from mllm.model import Model
 
 
-def llava(model: Model) -> Shell:
-    """Return `LlavaForConditionalGeneration` with an assembly's weights: a tower, two linear maps, a decoder.
+def llava(model: Model) -> StockModel:
+    """Return `LlavaForConditionalGeneration` with a model's weights: a vision tower, two linear layers, a decoder.
 
     Raises:
-        MLLMError: the assembly does not equal it; all reasons.
+        MLLMError: the model is not equivalent to that class; the message has all reasons.
     """
     (first, second, act), (tower, layer, strategy), *_ = each(
         lambda: _projector(model),
         lambda: _hidden_state(model),
         lambda: check_adapters(model),
-        lambda: _plain_head(model),
+        lambda: _check_output_layer(model),
     )
     lm = merged_lm(model)
-    ids, tokenizer = with_image_token(model)
+    image_id, tokenizer = with_image_token(model)
     config = LlavaConfig(
         vision_config=tower.config,
         text_config=lm.config,
-        image_token_index=ids,
+        image_token_index=image_id,
         vision_feature_layer=layer,
         vision_feature_select_strategy=strategy,
         projector_hidden_act=act,
         tie_word_embeddings=bool(getattr(lm.config, "tie_word_embeddings", False)),
     )
-    stock = made_stock(lambda: LlavaForConditionalGeneration(config))
+    stock = build_stock(lambda: LlavaForConditionalGeneration(config))
     stock.model.vision_tower.load_state_dict(tower.state_dict())
     stock.model.language_model.load_state_dict(lm.base_model.state_dict())
     stock.lm_head.load_state_dict(lm.get_output_embeddings().state_dict())
     stock.model.multi_modal_projector.linear_1.load_state_dict(first)
     stock.model.multi_modal_projector.linear_2.load_state_dict(second)
-    make_room(stock, ids)
+    add_image_embedding(stock, image_id)
     patch = int(tower.config.patch_size)
     processor = LlavaProcessor(
         image_processor=image_processor(model),
@@ -66,14 +66,14 @@ def llava(model: Model) -> Shell:
         - (model.encoder.size // patch) ** 2
         + (strategy == "default"),
     )
-    return Shell(ready(stock, model, ids), processor, IMAGE)
+    return StockModel(for_saving(stock, model, image_id), processor, IMAGE)
 
 
 def _projector(model: Model) -> tuple[dict[str, Any], dict[str, Any], str]:
-    """Return the two linear maps as LLaVA has them, and what stands between."""
+    """Return the weights of LLaVA's two linear layers, and the activation between them."""
     kind, connector, dim = model.spec.connector.type, model.connector, model.lm.dim
     if kind not in ("linear", "mlp"):
-        raise MLLMError(f"The connector is {kind!r}; this class has two linear maps: linear, or mlp of depth 2.")
+        raise MLLMError(f"The connector is {kind!r}; this class has two linear layers: use linear, or mlp of depth 2.")
     modules = [connector.body] if kind == "linear" else [*connector.body]
     if modules[0].shuffle is not None or modules[0].cells is not None:
         raise MLLMError("The connector reduces the patches first (connector.tokens or shuffle); this class does not.")
@@ -82,16 +82,18 @@ def _projector(model: Model) -> tuple[dict[str, Any], dict[str, Any], str]:
     last = connector.project.state_dict()
     if kind == "linear":
         if connector.expand != 1:
-            raise MLLMError(f"The connector makes {connector.expand} tokens of one vector; this class makes one.")
+            raise MLLMError(f"The connector makes {connector.expand} tokens per feature vector; this class makes one.")
         return last, {"weight": torch.eye(dim), "bias": torch.zeros(dim)}, "linear"
     if len(modules) != 3 or modules[1].out_features != dim:
-        raise MLLMError("The connector's connector.depth is not 2, or connector.hidden is not the embeddings' width.")
+        raise MLLMError(
+            "The connector's depth (connector.depth) is not 2, or connector.hidden is not the embeddings' width."
+        )
     return modules[1].state_dict(), last, "gelu"
 
 
 @torch.no_grad()
 def _hidden_state(model: Model) -> tuple[Any, int, str]:
-    """Return the tower, and which of its hidden states the encoder gives, the first token left out or not."""
+    """Return the vision tower, the hidden state that the encoder returns, and whether without its first token."""
     tower, layer = whole_tower(model), model.spec.encoder.layer
     pixels = torch.rand(1, 3, model.encoder.size, model.encoder.size)
     features = model.encoder(pixels)
@@ -101,33 +103,34 @@ def _hidden_state(model: Model) -> tuple[Any, int, str]:
         blank.load_state_dict(tower.state_dict())
         states = blank.float().eval()(pixels, output_hidden_states=True).hidden_states or ()
     except (ValueError, TypeError, AssertionError, RuntimeError) as error:
-        raise MLLMError(f"The encoder cannot be this class's tower: {error or type(tower).__name__}.") from None
-    place = -1 if layer is None else layer
+        raise MLLMError(f"The encoder cannot be this class's vision tower: {error or type(tower).__name__}.") from None
+    index = -1 if layer is None else layer
     if states and isinstance(getattr(tower.config, "patch_size", None), int):
-        for strategy, seen in (("default", states[place][:, 1:]), ("full", states[place])):
-            if torch.equal(seen, features):
-                return tower, place, strategy
+        for strategy, candidate in (("default", states[index][:, 1:]), ("full", states[index])):
+            if torch.equal(candidate, features):
+                return tower, index, strategy
     raise MLLMError(
-        "The encoder's features are not a hidden state of its tower, whole or without its first token (a map, a pooled "
-        "vector, register tokens, or a last normalisation): set encoder.layer, or encoder.select=all."
+        "The encoder's features are not a hidden state of its tower, with or without the first token (they are a "
+        "feature map, a pooled vector, without register tokens, or after a last normalization): set encoder.layer, or "
+        "encoder.select=all."
     )
 
 
 @torch.no_grad()
-def _plain_head(model: Model) -> None:
-    """Refuse a language model that is more than a body and one linear map, or that the class cannot embed for."""
+def _check_output_layer(model: Model) -> None:
+    """Raise an `MLLMError` where the language model is not a body with embed_tokens and one linear layer."""
     lm = causal_lm(model)
     head, body = lm.get_output_embeddings(), lm.base_model
     embeds = torch.randn(1, 4, model.lm.dim, generator=torch.Generator().manual_seed(0))
     plain = isinstance(head, nn.Linear) and head.bias is None and body is not lm
     if not plain or not torch.equal(head(body(inputs_embeds=embeds)[0]), lm(inputs_embeds=embeds).logits):
         raise MLLMError(
-            f"{type(lm).__name__} does more than one linear map behind its body (a bias, a scale, soft-capping, "
-            "another width); this class does not."
+            f"{type(lm).__name__} applies more than one linear layer to the states of its body (a bias, a scale, "
+            "soft-capping, another width); this class does not."
         )
     if not hasattr(body, "embed_tokens"):
-        raise MLLMError(f"{type(body).__name__} has no embed_tokens, which this class looks words up in.")
+        raise MLLMError(f"{type(body).__name__} has no embed_tokens, which this class needs for the embeddings.")
     with torch.device("meta"):
         built = type(AutoModel.from_config(lm.config))
     if built is not type(body):
-        raise MLLMError(f"This class would build another body than {type(body).__name__}.")
+        raise MLLMError(f"This class would build another body than {type(body).__name__}: use another language model.")

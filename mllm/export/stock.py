@@ -1,8 +1,7 @@
-"""Which stock class of `transformers` an assembly equals, and that class with its weights.
+"""Map a model to an equivalent transformers class: shared checks and conversions.
 
-Notable: equality is tried, not known by name. Which hidden state the encoder gives is found by comparing, and so is
-whether a language model's logits are one linear map of its body's states. What is not exact is refused, all reasons
-at once.
+Equivalence is tested numerically, not by class names: which hidden state the encoder returns, and whether a language
+model's logits are one linear layer on its body's states. A model that is not equivalent is refused, with all reasons.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ IMAGE = "<image>"
 
 
 @dataclass(frozen=True)
-class Shell:
-    """A stock class with an assembly's weights, its processor, and the text that stands for an image in its prompts."""
+class StockModel:
+    """A transformers model with this model's weights, its processor, and the text for an image in its prompts."""
 
     model: Any
     processor: Any
@@ -34,33 +33,39 @@ class Shell:
 
 
 def each(*steps: Callable[[], Any]) -> list[Any]:
-    """Return what each step returns; where any refuses, raise all their reasons."""
-    found, reasons = [], []
+    """Return the results of all steps.
+
+    Raises:
+        MLLMError: a step raised one; the message lists those of all steps.
+    """
+    results, reasons = [], []
     for step in steps:
         try:
-            found.append(step())
+            results.append(step())
         except MLLMError as error:
             reasons.append(str(error))
     if reasons:
         raise MLLMError("\n".join(f"- {reason}" for reason in reasons))
-    return found
+    return results
 
 
 def check_adapters(model: Model) -> None:
-    """Refuse what cannot be merged into the language model's own weights."""
+    """Raise an `MLLMError` where adapters or new tokens cannot be merged into the language model's weights."""
     if model.spec.tokens:
         raise MLLMError(
-            f"The model has new tokens ({', '.join(model.spec.tokens)}), whose rows are no part of this class."
+            f"The model has new tokens ({', '.join(model.spec.tokens)}), whose embeddings this class does not have."
         )
     for spec in model.spec.adapters:
         if spec.type != "lora":
             raise MLLMError(f"The adapter {spec.type!r} cannot be merged into the language model; lora can.")
     if model.spec.lm.quantize is not None:
-        raise MLLMError("The language model is quantised (lm.quantize): its weights are not those of the stock class.")
+        raise MLLMError(
+            "The language model is quantized (lm.quantize): its weights are not those of the transformers class."
+        )
 
 
 def merged_lm(model: Model) -> Any:
-    """Return the language model without adapters: LoRA is added to the weights of a copy."""
+    """Return the language model without adapters: LoRA is merged into the weights of a copy."""
     if not model.spec.adapters:
         return model.lm.model
     lm = copy.deepcopy(model.lm.model)
@@ -72,7 +77,7 @@ def merged_lm(model: Model) -> Any:
 
 
 def whole_tower(model: Model) -> Any:
-    """Return the tower with all its layers: the assembly's own may end where its features are taken."""
+    """Return the vision tower with all its layers: the model's encoder may be truncated after the layer it uses."""
     encoder = model.spec.encoder
     if encoder.type != "transformers":
         raise MLLMError(f"The encoder is of type {encoder.type!r}; this class takes one of transformers.")
@@ -80,7 +85,11 @@ def whole_tower(model: Model) -> Any:
 
 
 def causal_lm(model: Model) -> Any:
-    """Return the language model, or refuse one that is no decoder of one width."""
+    """Return the language model.
+
+    Raises:
+        MLLMError: it is an encoder-decoder, or its embeddings and its body have different widths.
+    """
     if getattr(model.lm.model.config, "is_encoder_decoder", False):
         raise MLLMError("The language model is an encoder-decoder; export writes decoders only.")
     if model.lm.dim != (inner := model.lm.model.config.hidden_size):
@@ -91,12 +100,12 @@ def causal_lm(model: Model) -> Any:
 
 
 def part_of(state: dict[str, Any], old: str, new: str) -> dict[str, Any]:
-    """Return a module's weight, and its bias where it has one, under another name."""
+    """Return a module's weight, and its bias if it has one, under another name."""
     return {f"{new}.{name}": state[f"{old}.{name}"] for name in ("weight", "bias") if f"{old}.{name}" in state}
 
 
 def with_image_token(model: Model) -> tuple[int, Any]:
-    """Return the id that stands for a visual token, and the tokenizer that has it."""
+    """Return the id of the image token, and a copy of the tokenizer with that token added."""
     tokenizer = copy.deepcopy(model.lm.tokenizer)
     tokenizer.add_tokens([AddedToken(IMAGE, normalized=False, special=True)], special_tokens=True)
     tokenizer.padding_side = "left"
@@ -106,7 +115,7 @@ def with_image_token(model: Model) -> tuple[int, Any]:
 
 
 def image_processor(model: Model) -> Any:
-    """Return the image processor as the encoder calls it: to the square, nothing cropped."""
+    """Return the image processor with the encoder's settings: resized to a square, without cropping."""
     processor, side = copy.deepcopy(model.encoder.processor), model.encoder.size
     processor.size = {"height": side, "width": side}
     if hasattr(processor, "do_center_crop"):
@@ -115,16 +124,16 @@ def image_processor(model: Model) -> Any:
     return processor
 
 
-def made_stock(build: Callable[[], Any]) -> Any:
-    """Build a stock class; what it cannot be built of is a reason."""
+def build_stock(build: Callable[[], Any]) -> Any:
+    """Return the built transformers model; a failure is an `MLLMError` with the reason."""
     try:
         return build()
     except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
         raise MLLMError(f"- The class cannot be built of these parts: {error}.") from None
 
 
-def make_room(stock: Any, image: int) -> None:
-    """Make the vocabulary wide enough for the image's token; its row is nought, and it is never generated."""
+def add_image_embedding(stock: Any, image: int) -> None:
+    """Extend the vocabulary for the image token, with all-zero rows; the token is never generated."""
     embeddings = stock.get_input_embeddings()
     if image < embeddings.num_embeddings:
         return
@@ -136,8 +145,8 @@ def make_room(stock: Any, image: int) -> None:
             table.bias.data[rows:] = 0
 
 
-def ready(stock: Any, model: Model, image: int) -> Any:
-    """Return the stock model to be saved: in float32, and decoding as ours does."""
+def for_saving(stock: Any, model: Model, image: int) -> Any:
+    """Return the transformers model in float32, with a generation config for greedy decoding as here."""
     stock.generation_config = GenerationConfig(
         do_sample=False, eos_token_id=model.lm.eos, pad_token_id=model.lm.pad, suppress_tokens=[image]
     )

@@ -7,7 +7,7 @@ from mllm.model import Model
 from mllm.registry import lookup
 from mllm.slots import Connector, ContrastHead, MatchHead, ReadsText, RetrievalHead, Scorer, SentenceModel
 
-OWN: dict[str, tuple[type, ...]] = {
+REQUIRED_PARTS: dict[str, tuple[type, ...]] = {
     "aligned": (Connector, SentenceModel),
     "retrieval": (RetrievalHead,),
     "matching": (ReadsText, ContrastHead, MatchHead),
@@ -20,7 +20,7 @@ def own_scorer(model: Model) -> Scorer:
     Raises:
         MLLMError: the model has no parts that compare images with texts.
     """
-    for name, kinds in OWN.items():
+    for name, kinds in REQUIRED_PARTS.items():
         if model.has(*kinds):
             scorer: Scorer = lookup("scorers", name)(model=model)
             return scorer

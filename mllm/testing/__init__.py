@@ -1,6 +1,6 @@
-"""Tiny parts with random weights, saved as `transformers` saves them: for tests here and of plug-ins elsewhere.
+"""Create tiny parts with random weights, saved in the format of `transformers`, for tests here and of plug-ins.
 
-They come through the same door as real ones: a folder. A tiny model is made in well under a second and knows nothing.
+They are loaded from a folder like pretrained ones. A tiny model is created in well under a second.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from mllm.testing.lms import tiny_tokenizer as tiny_tokenizer
 
 
 def tiny_encoder(folder: Path, *, seed: int = 0, dim: int = 24, side: int = 32, patch: int = 8) -> str:
-    """Save a two-layer ViT for ``side`` x ``side`` pixels (16 patches of width 24) and return its folder."""
+    """Save a two-layer ViT for ``side`` x ``side`` pixels (by default 16 patches, width 24), and return its folder."""
     torch.manual_seed(seed)
     config = ViTConfig(
         hidden_size=dim,
@@ -46,7 +46,7 @@ def tiny_encoder(folder: Path, *, seed: int = 0, dim: int = 24, side: int = 32, 
 
 
 def tiny_lm(folder: Path, *, seed: int = 0, dim: int = 32, context: int = 256) -> str:
-    """Save a two-layer Llama over bytes (258 tokens, width 32) with its tokenizer and return its folder."""
+    """Save a two-layer Llama over bytes (258 tokens, width 32) with its tokenizer, and return its folder."""
     torch.manual_seed(seed)
     tokenizer = tiny_tokenizer()
     config = LlamaConfig(
@@ -68,7 +68,7 @@ def tiny_lm(folder: Path, *, seed: int = 0, dim: int = 32, context: int = 256) -
 
 
 def tiny_clip(folder: Path, *, seed: int = 0) -> str:
-    """Save a CLIP over bytes (two layers, vectors of width 12, 64 tokens at most) and return its folder."""
+    """Save a two-layer CLIP over bytes (vectors of width 12, at most 64 tokens), and return its folder."""
     torch.manual_seed(seed)
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     tokenizer = tiny_tokenizer()
@@ -85,7 +85,7 @@ def tiny_clip(folder: Path, *, seed: int = 0) -> str:
 
 
 def tiny_image(seed: int = 0, size: tuple[int, int] = (40, 32)) -> Image.Image:
-    """Return an RGB picture of coloured noise."""
-    draw = torch.Generator().manual_seed(seed)
-    pixels = torch.randint(0, 256, (size[1], size[0], 3), generator=draw, dtype=torch.uint8)
+    """Return an RGB image of noise."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (size[1], size[0], 3), generator=generator, dtype=torch.uint8)
     return Image.fromarray(pixels.numpy())

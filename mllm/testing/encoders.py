@@ -1,6 +1,6 @@
-"""Tiny encoders with random weights, a builder for each family: what the tests join, and the matrix in docs/.
+"""Build tiny encoders with random weights, one for each model family, for the tests and the matrix in docs/.
 
-Notable: names of classes are strings, so nothing of `transformers` is imported before a model is made.
+Class names are strings, so a class of `transformers` is imported only when a model is built.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import transformers
 
 
 @dataclass(frozen=True)
-class Family:
-    """How a tiny model of one family is made: called with a folder, it saves model and processor and returns it.
+class EncoderFamily:
+    """The configuration of a tiny model of one family; called with a folder, it saves model and processor there.
 
     Args:
-        name: of the classes in `transformers`, without ``Config`` and ``Model``.
-        config: what differs from the configuration's defaults.
-        processor: class of the image processor; one that needs torchvision is written as its file alone.
-        settings: of the processor.
+        name: the prefix of the classes in `transformers`, before ``Config`` and ``Model``.
+        config: arguments of the configuration class.
+        processor: the class of the image processor; for one that needs torchvision, only its JSON file is written.
+        settings: arguments of the processor.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Family:
 
 
 def spread(model: Any) -> None:
-    """Draw a convolutional model so that what goes through many layers keeps its size (He et al. 2015)."""
+    """Initialize a convolutional model so that activations keep their scale through many layers (He et al. 2015)."""
     for module in model.modules():
         if isinstance(module, torch.nn.Conv2d):
             torch.nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
@@ -59,7 +59,7 @@ def spread(model: Any) -> None:
 
 
 def square(side: int) -> dict[str, int]:
-    """Return a size as image processors write it."""
+    """Return a square size in the format of image processors."""
     return {"height": side, "width": side}
 
 
@@ -77,39 +77,43 @@ STAGES = {"hidden_sizes": [8, 8, 16, 24], "depths": [1, 1, 1, 1]}
 HEADS = {"num_attention_heads": [1, 1, 2, 2]}
 CROPPED = {"size": {"shortest_edge": 36}, "crop_size": square(32)}
 EDGE = {"size": {"shortest_edge": 64}}
-FAMILIES: dict[str, Family] = {
-    "clip": Family("CLIPVision", VIT, "CLIPImageProcessorPil", CROPPED),
-    "siglip": Family("SiglipVision", VIT, "SiglipImageProcessorPil"),
-    "siglip2-naflex": Family(
+FAMILIES: dict[str, EncoderFamily] = {
+    "clip": EncoderFamily("CLIPVision", VIT, "CLIPImageProcessorPil", CROPPED),
+    "siglip": EncoderFamily("SiglipVision", VIT, "SiglipImageProcessorPil"),
+    "siglip2-naflex": EncoderFamily(
         "Siglip2Vision",
         {key: value for key, value in VIT.items() if key != "image_size"} | {"num_patches": 16},
         "Siglip2ImageProcessorPil",
         {"patch_size": 8, "max_num_patches": 16},
     ),
-    "dinov2": Family("Dinov2", VIT, "BitImageProcessorPil", CROPPED),
-    "dinov2-registers": Family(
+    "dinov2": EncoderFamily("Dinov2", VIT, "BitImageProcessorPil", CROPPED),
+    "dinov2-registers": EncoderFamily(
         "Dinov2WithRegisters", VIT | {"num_register_tokens": 4}, "BitImageProcessorPil", CROPPED
     ),
-    "dinov3": Family("DINOv3ViT", VIT | {"num_register_tokens": 4}, "DINOv3ViTImageProcessorFast"),
-    "vit": Family("ViT", VIT),
-    "beit": Family("Beit", VIT | {"use_relative_position_bias": True}, "BeitImageProcessorPil"),
-    "vit-mae": Family("ViTMAE", VIT | DECODER | {"decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}),
-    "deit": Family("DeiT", VIT, "DeiTImageProcessorPil", {"crop_size": square(32)}),
-    "ijepa": Family("IJepa", VIT),
-    "swin": Family("Swin", WINDOWS | {"window_size": 2}),
-    "swinv2": Family("Swinv2", WINDOWS | {"window_size": 2}),
-    "focalnet": Family(
+    "dinov3": EncoderFamily("DINOv3ViT", VIT | {"num_register_tokens": 4}, "DINOv3ViTImageProcessorFast"),
+    "vit": EncoderFamily("ViT", VIT),
+    "beit": EncoderFamily("Beit", VIT | {"use_relative_position_bias": True}, "BeitImageProcessorPil"),
+    "vit-mae": EncoderFamily(
+        "ViTMAE", VIT | DECODER | {"decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
+    ),
+    "deit": EncoderFamily("DeiT", VIT, "DeiTImageProcessorPil", {"crop_size": square(32)}),
+    "ijepa": EncoderFamily("IJepa", VIT),
+    "swin": EncoderFamily("Swin", WINDOWS | {"window_size": 2}),
+    "swinv2": EncoderFamily("Swinv2", WINDOWS | {"window_size": 2}),
+    "focalnet": EncoderFamily(
         "FocalNet", {"image_size": 32, "embed_dim": 8, "depths": [1, 1]}, "BitImageProcessorPil", CROPPED
     ),
-    "pvt-v2": Family("PvtV2", STAGES | HEADS | {"image_size": 64}, settings={"size": square(64)}),
-    "segformer": Family("Segformer", STAGES | HEADS, "SegformerImageProcessorPil", {"size": square(64)}),
-    "convnext": Family("ConvNext", STAGES, "ConvNextImageProcessorPil", EDGE),
-    "dinov3-convnext": Family("DINOv3ConvNext", STAGES, "DINOv3ViTImageProcessorFast", {"size": square(64)}),
-    "resnet": Family(
+    "pvt-v2": EncoderFamily("PvtV2", STAGES | HEADS | {"image_size": 64}, settings={"size": square(64)}),
+    "segformer": EncoderFamily("Segformer", STAGES | HEADS, "SegformerImageProcessorPil", {"size": square(64)}),
+    "convnext": EncoderFamily("ConvNext", STAGES, "ConvNextImageProcessorPil", EDGE),
+    "dinov3-convnext": EncoderFamily("DINOv3ConvNext", STAGES, "DINOv3ViTImageProcessorFast", {"size": square(64)}),
+    "resnet": EncoderFamily(
         "ResNet", STAGES | {"embedding_size": 8, "layer_type": "basic"}, "ConvNextImageProcessorPil", EDGE
     ),
-    "regnet": Family("RegNet", STAGES | {"embedding_size": 8, "groups_width": 4}, "ConvNextImageProcessorPil", EDGE),
-    "efficientnet": Family(
+    "regnet": EncoderFamily(
+        "RegNet", STAGES | {"embedding_size": 8, "groups_width": 4}, "ConvNextImageProcessorPil", EDGE
+    ),
+    "efficientnet": EncoderFamily(
         "EfficientNet",
         {"image_size": 64, "width_coefficient": 0.1, "hidden_dim": 128, "num_block_repeats": [1] * 3}
         | {
@@ -123,7 +127,7 @@ FAMILIES: dict[str, Family] = {
         "EfficientNetImageProcessorPil",
         {"size": square(64)},
     ),
-    "mobilenet-v2": Family(
+    "mobilenet-v2": EncoderFamily(
         "MobileNetV2",
         {"image_size": 64, "depth_multiplier": 0.1, "finegrained_output": False},
         "MobileNetV2ImageProcessorPil",
@@ -151,9 +155,9 @@ WHISPER = {"d_model": 24, "num_mel_bins": 16, "max_source_positions": 50, "vocab
 }
 SPECTROGRAM = {"feature_size": 16, "chunk_length": 1}
 AUDIO_FAMILIES: dict[str, Callable[[Path], str]] = {
-    "whisper": Family("Whisper", WHISPER, "WhisperFeatureExtractor", SPECTROGRAM),
-    "wav2vec2": Family("Wav2Vec2", AUDIO, "Wav2Vec2FeatureExtractor", {}),
-    "hubert": Family(
+    "whisper": EncoderFamily("Whisper", WHISPER, "WhisperFeatureExtractor", SPECTROGRAM),
+    "wav2vec2": EncoderFamily("Wav2Vec2", AUDIO, "Wav2Vec2FeatureExtractor", {}),
+    "hubert": EncoderFamily(
         "Hubert",
         AUDIO | {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True},
         "Wav2Vec2FeatureExtractor",

@@ -1,4 +1,4 @@
-"""Tiny language models with random weights, a builder for each family: what the tests join, and the matrix in docs/."""
+"""Build tiny language models with random weights, one for each model family, for the tests and the matrix in docs/."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ END, PAD, START = ("<|end|>", "<|pad|>", "<|start|>")
 
 
 @dataclass(frozen=True)
-class Family:
-    """How a tiny model of one family is made: called with a folder, it saves model and tokenizer and returns it.
+class LMFamily:
+    """The configuration of a tiny model of one family; called with a folder, it saves model and tokenizer there.
 
     Args:
         kind: ``model_type`` of the configuration.
-        config: what differs from the configuration's defaults.
-        start: whether the tokenizer puts a token before a text.
+        config: arguments of the configuration class.
+        start: whether the tokenizer prepends a BOS token.
         pad: whether the tokenizer has a padding token.
-        end: whether the tokenizer puts a token behind a text, as encoder-decoder models' do.
+        end: whether the tokenizer appends an EOS token, as those of encoder-decoder models do.
     """
 
     kind: str
@@ -61,19 +61,19 @@ class Family:
 
 @torch.no_grad()
 def spread(model: torch.nn.Module, std: float = 0.2) -> None:
-    """Draw matrices anew, wide enough that different inputs give clearly different logits."""
+    """Reinitialize all matrices with a standard deviation large enough that different inputs give different logits."""
     for module in model.modules():
         if isinstance(module, torch.nn.Linear | torch.nn.Embedding | Conv1D):
             torch.nn.init.normal_(module.weight, std=std)
 
 
 def tiny_tokenizer(*, start: bool = False, pad: bool = True, end: bool = False) -> PreTrainedTokenizerFast:
-    """Return a tokenizer with one token a byte and an end token.
+    """Return a tokenizer with one token per byte and an EOS token.
 
     Args:
-        start: with a token that it puts before a text.
-        pad: with a padding token.
-        end: puts the end token behind a text.
+        start: whether it prepends a BOS token.
+        pad: whether it has a padding token.
+        end: whether it appends the EOS token.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     special = [END, *([PAD] if pad else []), *([START] if start else [])]
@@ -114,10 +114,10 @@ _BART = {
     "forced_eos_token_id": None,
 }
 
-# By family, what saves a tiny one in a folder and returns the folder.
+# The builder of each family: it saves a tiny model in a folder, and returns the folder.
 LM_FAMILIES: dict[str, Callable[[Path], str]] = {
-    "gpt2": Family("gpt2", _GPT, pad=False),
-    "gpt-neo": Family(
+    "gpt2": LMFamily("gpt2", _GPT, pad=False),
+    "gpt-neo": LMFamily(
         "gpt_neo",
         {
             "hidden_size": 32,
@@ -129,9 +129,9 @@ LM_FAMILIES: dict[str, Callable[[Path], str]] = {
         },
         pad=False,
     ),
-    "gpt-j": Family("gptj", {**_GPT, "rotary_dim": 4}, pad=False),
-    "gpt-neox": Family("gpt_neox", _LAYERS),
-    "opt": Family(
+    "gpt-j": LMFamily("gptj", {**_GPT, "rotary_dim": 4}, pad=False),
+    "gpt-neox": LMFamily("gpt_neox", _LAYERS),
+    "opt": LMFamily(
         "opt",
         {
             "hidden_size": 32,
@@ -144,17 +144,17 @@ LM_FAMILIES: dict[str, Callable[[Path], str]] = {
         },
         start=True,
     ),
-    "bloom": Family("bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4}, start=True),
-    "falcon": Family("falcon", {key: value for key, value in _LAYERS.items() if key != "intermediate_size"}),
-    "mpt": Family("mpt", {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 256}),
-    "llama": Family("llama", _GROUPED, start=True, pad=False),
-    "mistral": Family("mistral", {**_GROUPED, "sliding_window": 8}, start=True),
-    "mixtral": Family("mixtral", {**_GROUPED, "num_local_experts": 4, "initializer_range": 0.2}, start=True),
-    "qwen2": Family("qwen2", _GROUPED),
-    "qwen3": Family("qwen3", _GEMMA),
-    "gemma": Family("gemma", _GEMMA, start=True),
-    "gemma2": Family("gemma2", {**_GEMMA, "sliding_window": 8, "query_pre_attn_scalar": 8}, start=True),
-    "gemma3": Family(
+    "bloom": LMFamily("bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4}, start=True),
+    "falcon": LMFamily("falcon", {key: value for key, value in _LAYERS.items() if key != "intermediate_size"}),
+    "mpt": LMFamily("mpt", {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 256}),
+    "llama": LMFamily("llama", _GROUPED, start=True, pad=False),
+    "mistral": LMFamily("mistral", {**_GROUPED, "sliding_window": 8}, start=True),
+    "mixtral": LMFamily("mixtral", {**_GROUPED, "num_local_experts": 4, "initializer_range": 0.2}, start=True),
+    "qwen2": LMFamily("qwen2", _GROUPED),
+    "qwen3": LMFamily("qwen3", _GEMMA),
+    "gemma": LMFamily("gemma", _GEMMA, start=True),
+    "gemma2": LMFamily("gemma2", {**_GEMMA, "sliding_window": 8, "query_pre_attn_scalar": 8}, start=True),
+    "gemma3": LMFamily(
         "gemma3_text",
         {
             **_GEMMA,
@@ -164,20 +164,20 @@ LM_FAMILIES: dict[str, Callable[[Path], str]] = {
         },
         start=True,
     ),
-    "phi": Family("phi", _LAYERS),
-    "phi3": Family("phi3", _GROUPED),
-    "olmo2": Family("olmo2", _GROUPED),
-    "stablelm": Family("stablelm", _GROUPED),
-    "granite": Family("granite", {**_GROUPED, "embedding_multiplier": 3.0, "logits_scaling": 2.0}),
-    "cohere": Family("cohere", {**_GROUPED, "logit_scale": 1.0}, start=True),
-    "smollm3": Family("smollm3", {**_GROUPED, "no_rope_layer_interval": 2}),
-    "mamba": Family("mamba", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}),
-    "rwkv": Family(
+    "phi": LMFamily("phi", _LAYERS),
+    "phi3": LMFamily("phi3", _GROUPED),
+    "olmo2": LMFamily("olmo2", _GROUPED),
+    "stablelm": LMFamily("stablelm", _GROUPED),
+    "granite": LMFamily("granite", {**_GROUPED, "embedding_multiplier": 3.0, "logits_scaling": 2.0}),
+    "cohere": LMFamily("cohere", {**_GROUPED, "logit_scale": 1.0}, start=True),
+    "smollm3": LMFamily("smollm3", {**_GROUPED, "no_rope_layer_interval": 2}),
+    "mamba": LMFamily("mamba", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}),
+    "rwkv": LMFamily(
         "rwkv",
         {"hidden_size": 32, "attention_hidden_size": 32, "num_hidden_layers": 2, "context_length": 256},
     ),
-    "t5": Family("t5", _T5, end=True),
-    "mt5": Family("mt5", {**_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}, end=True),
-    "umt5": Family("umt5", _T5, end=True),
-    "bart": Family("bart", _BART, start=True, end=True),
+    "t5": LMFamily("t5", _T5, end=True),
+    "mt5": LMFamily("mt5", {**_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}, end=True),
+    "umt5": LMFamily("umt5", _T5, end=True),
+    "bart": LMFamily("bart", _BART, start=True, end=True),
 }

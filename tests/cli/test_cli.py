@@ -72,7 +72,7 @@ stages: [{{name: align, train: [connector], steps: 1}}]
 
 
 def fails(result: tuple[int, str, str], message: str) -> None:
-    """Hold a result against: status 1, one message with these words, no traceback."""
+    """Assert exit status 1, one message that contains these words, and no traceback."""
     status, _, err = result
     assert status == 1, err
     assert message in err
@@ -130,7 +130,7 @@ def test_unknown_names(mllm: Mllm, model: Path, recipe: Path, picture: Path, tmp
 
 
 def test_check_prints_every_problem_and_counts_them(mllm: Mllm, recipe: Path) -> None:
-    assert mllm("check", recipe)[:2] == (0, f"{recipe}: nothing found against it.\n")
+    assert mllm("check", recipe)[:2] == (0, f"{recipe}: no problems.\n")
     status, out, err = mllm("check", recipe, "encoder.model=./a", "lm.model=./b")
     assert status == 1 and err == f"mllm: {recipe}: 2 problems.\n"
     assert [line[:2] for line in out.splitlines()] == ["- ", "- "]
@@ -216,7 +216,7 @@ def test_many_pictures_are_described_and_a_bad_one_costs_the_others_nothing(
     rows = [json.loads(line) for line in out.splitlines()]
     assert [Path(row["image"]).name for row in rows] == ["a.png", "b.png", "c.png"]
     assert rows[0]["text"] == rows[2]["text"] and "b.png is no picture" in rows[1]["error"]
-    assert status == 1 and "1 of 3 pictures could not be read" in err
+    assert status == 1 and "1 of 3 images could not be read" in err
     status, out, err = mllm("ask", model, f"{folder}/[ac].png", "What?", "--max-new-tokens", "3")
     assert status == 0
     assert [line.partition(": ")[0] for line in out.splitlines()] == [f"{folder}/{n}.png" for n in "ac"]
@@ -230,7 +230,7 @@ def test_chat_in_the_terminal(
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join([*lines, "/help", "/exit", "never read"])))
     status, out, err = mllm("chat", model, "--max-new-tokens", "4")
     assert status == 0 and err == ""
-    assert "Did you mean '/image'" in out and "There is no picture file 'nowhere.png'" in out and "/reset" in out
+    assert "Did you mean '/image'" in out and "There is no image file 'nowhere.png'" in out and "/reset" in out
     messages = json.loads((tmp_path / "chat.json").read_text())
     assert [message["role"] for message in messages] == ["user", "assistant"]
     assert messages[0]["content"][0] == {"type": "image", "image": str(picture)}

@@ -1,4 +1,4 @@
-"""Export: the written folder, loaded by stock code alone, is the assembled model; what is not exact is refused."""
+"""Export: the folder, loaded by transformers alone, equals the model; a model that is not equivalent is refused."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from mllm.cli.app import app
 from mllm.errors import MLLMError
 from mllm.export.export import export
 from mllm.testing import LM_FAMILIES, tiny_encoder, tiny_image
-from mllm.testing.lms import Family, spread
+from mllm.testing.lms import LMFamily, spread
 
 QFORMER = {"type": "qformer", "tokens": 4, "dim": 16, "layers": 2, "heads": 2}
-PICTURES = [tiny_image(seed) for seed in range(2)]
+IMAGES = [tiny_image(seed) for seed in range(2)]
 
 
 def moved(model: Any) -> Any:
-    """Give what is trained weights of its own: adapters start as nothing."""
+    """Return the model with noise on its trained weights, since adapters start without effect."""
     torch.manual_seed(1)
     for parameter in [*model.connector.parameters(), *model.adapters.parameters()]:
         parameter.data += 0.1 * torch.randn_like(parameter)
@@ -42,12 +42,12 @@ def moved(model: Any) -> Any:
 
 @torch.no_grad()
 def same_answers(model: Any, folder: Path, cls: Any, image: str, text: str = " what is it?") -> None:
-    """Hold a batch of the stock class against the assembled model: logits to 1e-5, and greedy tokens."""
+    """Compare a batch of the transformers class with the model: logits to 1e-5, and greedy tokens."""
     stock = cls.from_pretrained(folder).eval()
     inputs = AutoProcessor.from_pretrained(folder, backend="pil")(
-        images=PICTURES, text=[image + text] * 2, return_tensors="pt"
+        images=IMAGES, text=[image + text] * 2, return_tensors="pt"
     )
-    embeds, batch = model.prepare([[picture, text] for picture in PICTURES])
+    embeds, batch = model.prepare([[source, text] for source in IMAGES])
     mine = model.lm.logits(embeds, batch.mask)
     theirs = stock(**inputs).logits[..., : mine.shape[-1]]
     torch.testing.assert_close(theirs, mine, atol=1e-5 * float(mine.abs().max()), rtol=0)
@@ -66,21 +66,21 @@ def same_answers(model: Any, folder: Path, cls: Any, image: str, text: str = " w
 )
 def test_tower_map_and_decoder_are_llava(tiny_clip, tiny_parts, tmp_path, encoder, connector):
     model = moved(mllm.assemble({"model": tiny_clip, **encoder}, tiny_parts[1], connector))
-    found = export(model, tmp_path / "out", to="hf-llava")
-    assert len(found) == 3
-    assert all(one.difference <= 1e-5 * one.largest and one.tokens == one.stock for one in found)
+    results = export(model, tmp_path / "out", to="hf-llava")
+    assert len(results) == 3
+    assert all(one.difference <= 1e-5 * one.largest and one.tokens == one.stock for one in results)
     same_answers(model, tmp_path / "out", LlavaForConditionalGeneration, "<image>")
 
 
-# The families whose body LLaVA's class can look words up in and end in one linear map; the others are refused.
+# The families that have embed_tokens and whose logits are one linear layer on the body's states; others are refused.
 LLAVA = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma3", "phi3", "olmo2", "stablelm", "smollm3")
 REFUSED = {
     "opt": "embeddings are 24 wide",
     "gpt2": "embed_tokens",
     "gpt-neox": "embed_tokens",
     "bloom": "embed_tokens",
-    "gpt-j": "more than one linear map",
-    "gemma2": "more than one linear map",
+    "gpt-j": "more than one linear layer",
+    "gemma2": "more than one linear layer",
 }
 
 
@@ -102,7 +102,7 @@ def test_families_that_do_not_fit_llavas_class_are_refused(tiny_clip, tmp_path, 
 def opt(folder: Path) -> str:
     """Save a tiny OPT whose embeddings are as wide as its body; the family's has a narrower table."""
     shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 64}
-    return Family("opt", {**shape, "max_position_embeddings": 256, "word_embed_proj_dim": 32}, start=True)(folder)
+    return LMFamily("opt", {**shape, "max_position_embeddings": 256, "word_embed_proj_dim": 32}, start=True)(folder)
 
 
 def test_opt_with_a_table_of_another_width_is_refused(tiny_parts, tmp_path):
@@ -156,14 +156,14 @@ def test_lora_is_merged_and_the_card_says_so(tiny_clip, tiny_parts, tmp_path):
     lora = {"type": "lora", "r": 4, "targets": ["q_proj", "up_proj"]}
     model = moved(mllm.assemble({"model": tiny_clip, "layer": -1}, tiny_parts[1], "mlp", adapters=[lora]))
     with model.adapters_off():
-        bare = model.score([PICTURES[0], "a"], [" b"])
-    assert model.score([PICTURES[0], "a"], [" b"]) != bare
-    found = export(model, tmp_path / "out", to="hf-llava")
-    assert max(one.difference / one.largest for one in found) < 1e-4
-    assert "LoRA adapters were added to the weights" in (tmp_path / "out" / "README.md").read_text()
+        bare = model.score([IMAGES[0], "a"], [" b"])
+    assert model.score([IMAGES[0], "a"], [" b"]) != bare
+    results = export(model, tmp_path / "out", to="hf-llava")
+    assert max(one.difference / one.largest for one in results) < 1e-4
+    assert "LoRA adapters were merged into the weights" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_card_and_probes_say_what_was_compared(tiny_clip, tiny_parts, tmp_path):
+def test_card_and_probes_have_the_comparison(tiny_clip, tiny_parts, tmp_path):
     run = moved(mllm.assemble({"model": tiny_clip, "layer": -1}, tiny_parts[1], "linear")).save(tmp_path / "run")
     done = CliRunner().invoke(app, ["export", str(run), str(tmp_path / "out"), "--to", "hf-llava"])
     assert done.exit_code == 0, done.output
@@ -178,7 +178,7 @@ def test_card_and_probes_say_what_was_compared(tiny_clip, tiny_parts, tmp_path):
         assert all((tmp_path / "out" / name).is_file() for name in probe["images"])
 
 
-def test_everything_that_is_not_exact_is_named_at_once(tiny_parts, tmp_path):
+def test_all_reasons_are_in_one_message(tiny_parts, tmp_path):
     encoder, lm = {"model": tiny_parts[0]}, tiny_parts[1]
     model = mllm.assemble(encoder, lm, {**QFORMER, "causal": True}, adapters=[{"type": "bottleneck"}])
     with pytest.raises(MLLMError) as error:
@@ -222,14 +222,16 @@ def test_blip2_normalises_once(tiny_parts, tmp_path):
         model = mllm.assemble(
             {"model": tiny_parts[0], "select": "all", **encoder}, tiny_parts[1], {**QFORMER, "norm": norm}
         )
-        with pytest.raises(MLLMError, match="normalises once"):
+        with pytest.raises(MLLMError, match="normalizes once"):
             export(model, tmp_path / "out", to="hf-blip2")
 
 
 def test_a_difference_is_refused_and_leaves_nothing(tiny_clip, tiny_parts, tmp_path, monkeypatch):
     model = mllm.assemble({"model": tiny_clip, "layer": -1}, tiny_parts[1], "linear")
-    model.connector.register_forward_hook(lambda module, args, output: output + 0.1)  # what no rule knows of
-    with pytest.raises(MLLMError, match="The stock class differs"):
+    model.connector.register_forward_hook(
+        lambda module, args, output: output + 0.1
+    )  # that no check of the parts can notice
+    with pytest.raises(MLLMError, match="The transformers class differs"):
         export(model, tmp_path / "out", to="hf-llava")
     assert not any(tmp_path.iterdir())
 
@@ -242,12 +244,12 @@ def test_a_full_disk_is_one_message_and_leaves_nothing(tiny_clip, tiny_parts, tm
 
     monkeypatch.setattr(LlavaForConditionalGeneration, "save_pretrained", full)
     model = mllm.assemble({"model": tiny_clip, "layer": -1}, tiny_parts[1], "linear")
-    with pytest.raises(MLLMError, match=r"could not be written: .*No space left.*Free some room"):
+    with pytest.raises(MLLMError, match=r"could not be written: .*No space left.*Free some space"):
         export(model, tmp_path / "out", to="hf-llava")
     assert not any(tmp_path.iterdir())
 
 
-def test_what_is_there_is_not_overwritten(tiny_parts, tmp_path):
+def test_an_existing_folder_is_not_overwritten(tiny_parts, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("kept")
     model = mllm.assemble(*tiny_parts)
@@ -261,5 +263,5 @@ def test_what_is_there_is_not_overwritten(tiny_parts, tmp_path):
 def test_vit_is_a_tower_of_llava_only_before_its_last_normalisation(tmp_path, tiny_parts):
     vit = tiny_encoder(tmp_path / "vit")
     export(moved(mllm.assemble({"model": vit, "layer": -1}, tiny_parts[1])), tmp_path / "out", to="hf-llava")
-    with pytest.raises(MLLMError, match="last normalisation"):
+    with pytest.raises(MLLMError, match="last normalization"):
         export(mllm.assemble(vit, tiny_parts[1]), tmp_path / "other", to="hf-llava")

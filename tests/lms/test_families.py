@@ -21,7 +21,7 @@ from mllm.prompts.batch import collate
 from mllm.prompts.pieces import Target, images_of
 from mllm.slots import Inputs
 from mllm.testing import LM_FAMILIES, tiny_image
-from mllm.testing.lms import Family
+from mllm.testing.lms import LMFamily
 
 PROMPTS: list[list[Any]] = [
     [tiny_image(1), "A cat.", tiny_image(2), "Of what is this a picture?"],
@@ -170,7 +170,7 @@ def test_a_conversation_is_learnt_as_its_answers_are_generated(model):
 
 
 def test_a_model_without_embeddings_as_input_is_refused_before_a_weight_is_loaded(tiny_parts, tmp_path):
-    folder = Family("cpmant", {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "dim_head": 8})(
+    folder = LMFamily("cpmant", {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "dim_head": 8})(
         tmp_path / "lm"
     )
     with pytest.raises(MLLMError, match="CpmAntForCausalLM takes no embeddings as input"):

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModel, ViTImageProcessorPil
 from mllm.errors import MLLMError
 from mllm.registry import lookup, table
 from mllm.testing import ENCODER_FAMILIES, LM_FAMILIES, tiny_encoder, tiny_lm
-from mllm.testing.lms import Family
+from mllm.testing.lms import LMFamily
 
 matrix: Any = importlib.import_module("mllm.eval.bench.matrix")
 SAMPLE = random.Random(3).sample([*itertools.product(ENCODER_FAMILIES, LM_FAMILIES, sorted(table("connectors")))], 50)
@@ -40,7 +40,7 @@ def unlisted(folder: Path) -> str:
     return str(folder)
 
 
-OLMO = Family(
+OLMO = LMFamily(
     "olmo",
     {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
 )
