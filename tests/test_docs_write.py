@@ -21,7 +21,7 @@ from pydantic import BaseModel
 from torch.nn.functional import log_softmax
 
 import mllm
-from mllm import registry, slots
+from mllm import capabilities, registry, slots
 from mllm.assembly import Assembly
 from mllm.builtin import BUILT_IN
 from mllm.config.data import DataSpec
@@ -155,9 +155,9 @@ def members(contract: Any) -> set[str]:
     [
         ("connector", slots.Connector),
         ("encoder", slots.Encoder),
-        ("encoder", slots.EmbedsTexts),
+        ("encoder", capabilities.EmbedsTexts),
         ("language-model", slots.LanguageModel),
-        ("language-model", slots.SentenceModel),
+        ("language-model", capabilities.SentenceModel),
         ("head", slots.Head),
         ("objective", slots.Objective),
         ("reader", Item),
@@ -216,7 +216,7 @@ def test_head(install: Any, tiny: dict[str, Any]) -> None:
     Path("decisions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = {"format": "decisions", "path": "decisions.jsonl"}
     model = trained("head", {**tiny, "data.train": data, "stages.0.train.heads": 0.01}, steps=40)
-    assert type(model.find(slots.DecisionHead)) is part
+    assert type(model.find(capabilities.DecisionHead)) is part
     Path("decide.yaml").write_text(
         yaml.safe_dump({"name": "d", "about": "", "data": data, "answer": "decide", "metrics": ["decision/f1"]})
     )
@@ -261,7 +261,8 @@ def test_suite(install: Any, images: Path, tiny_model: Callable[..., Assembly]) 
     Path("my-captions.yaml").write_text(blocks("suite", "yaml")[0])
     model = tiny_model()
     by_path, by_name = (
-        evaluate(model, suite, ".", out=f"eval/{number}") for number, suite in enumerate(("my-captions.yaml", "my-captions"))
+        evaluate(model, suite, ".", out=f"eval/{number}")
+        for number, suite in enumerate(("my-captions.yaml", "my-captions"))
     )
     assert by_path.rows == by_name.rows and len(by_path.rows) == 3
     assert [entry["name"] for entry in by_path.summary["metrics"]] == ["caption/cider-d", "caption/rouge-l"]
