@@ -1,8 +1,9 @@
-"""The pages under docs/write: each example is installed as a package, and a tiny model is built, trained or evaluated."""
+"""The pages under docs/write: each example is installed as a package, and used to build, train or evaluate a model."""
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import re
 import sys
@@ -146,8 +147,7 @@ def members(contract: Any) -> set[str]:
         return set(contract.model_fields)
     if dataclasses.is_dataclass(contract):
         return {field.name for field in dataclasses.fields(contract)}
-    annotated = contract.__dict__.get("__annotations__", {})
-    return {name for name in (*vars(contract), *annotated) if not name.startswith("_")}
+    return {name for name in (*vars(contract), *inspect.get_annotations(contract)) if not name.startswith("_")}
 
 
 @pytest.mark.parametrize(
@@ -202,12 +202,13 @@ def test_encoder(install: Any, tiny: dict[str, Any]) -> None:
 def test_language_model(install: Any, tiny: dict[str, Any]) -> None:
     part = install("language-model")
     model = trained("language-model", tiny)
-    assert type(model.lm) is part and isinstance(model.lm, slots.LanguageModel)
+    assert type(model.lm) is part
     assert model.lm.decode(model.lm.tokenize("A Red CAR")) == "a red car"
     upper, lower = model.generate([[square("red"), "A PICTURE OF"], [square("red"), "a picture of"]], max_new_tokens=4)
     assert str(upper) == str(lower)
     end = model.lm.tokenizer.eos_token
     assert model.lm.tokenize(end, control=True) == [model.lm.eos]
+    assert isinstance(model.lm, slots.LanguageModel)
 
 
 def test_head(install: Any, tiny: dict[str, Any]) -> None:
@@ -241,10 +242,10 @@ def test_objective(install: Any, tiny: dict[str, Any]) -> None:
 
 def test_reader(install: Any, tiny: dict[str, Any]) -> None:
     install("reader")
-    items = read(DataSpec(format="file-names", path="images"))
+    items = read(DataSpec.model_validate({"format": "file-names", "path": "images"}))
     assert [item.answers for item in items] == [("a blue square",), ("a red square",), ("a yellow square",)]
     with pytest.raises(MLLMError, match="nowhere contains no PNG files"):
-        read(DataSpec(format="file-names", path="nowhere"))
+        read(DataSpec.model_validate({"format": "file-names", "path": "nowhere"}))
     trained("reader", {name: value for name, value in tiny.items() if not name.startswith("data.")})
 
 
@@ -277,7 +278,7 @@ def test_answer_mode(install: Any, images: Path, tiny_model: Callable[..., Assem
     model = tiny_model()
     report = evaluated(model, "answer-mode", data=data, decoding={"max_new_tokens": 1, "top_k": 2})
     prompt = [Image.open("images/a-red-square.png"), "Question: What colour? Answer:"]
-    options = {"temperature": 1.0, "max_new_tokens": 1, "top_k": 2}
+    options: dict[str, Any] = {"temperature": 1.0, "max_new_tokens": 1, "top_k": 2}
     samples = [str(model.generate([prompt], seed=seed, **options)[0]) for seed in range(5)]
     counts = Counter(samples)
     assert len(counts) == 2, "five samples of one token from two candidates: one of them has the majority"
