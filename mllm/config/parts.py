@@ -140,8 +140,8 @@ class ObjectiveSpec(PartSpec):
     weight: float = 1.0
 
 
-class AssemblySpec(Spec):
-    """What a model is built from: the part of a recipe that is saved with the trained tensors."""
+class Parts(Spec):
+    """The parts of a model and how it is prompted: what a recipe, a stage and a saved model all specify."""
 
     encoder: EncoderSpec | None = None
     lm: LMSpec | None = None
@@ -153,5 +153,10 @@ class AssemblySpec(Spec):
     scorer: PartSpec | None = None
     prompt: PromptSpec = PromptSpec()
     decoding: dict[str, Any] = {"max_new_tokens": 20}
-    trained: list[str] = []  # paths of what has been trained inside parts that are frozen otherwise
     seed: int = 0
+
+
+class AssemblySpec(Parts):
+    """What a model is built from: the part of a recipe that is saved with the trained tensors."""
+
+    trained: list[str] = []  # paths of the modules that have been trained inside parts that are frozen otherwise

@@ -14,13 +14,10 @@ from mllm.config.data import Data
 from mllm.config.parts import (
     FROZEN,
     AssemblySpec,
-    EncoderSpec,
     FitSpec,
     InitSpec,
-    LMSpec,
     ObjectiveSpec,
-    PartSpec,
-    PromptSpec,
+    Parts,
     Spec,
 )
 
@@ -49,26 +46,15 @@ class EvalSpec(Spec):
     show: int = Field(default=4, ge=0)  # validation items whose answers are logged each time
 
 
-class Settings(Spec):
+class Settings(Parts):
     """What the recipe sets for all stages, and a stage may override."""
 
-    encoder: EncoderSpec | None = None
-    lm: LMSpec | None = None
-    connector: PartSpec | None = None
-    adapters: list[PartSpec] = []
-    heads: list[PartSpec] = []
-    tokens: list[str] = []
-    decoder: PartSpec | None = None
-    scorer: PartSpec | None = None
-    prompt: PromptSpec = PromptSpec()
-    decoding: dict[str, Any] = {"max_new_tokens": 20}
     data: Data = Data()
     init: InitSpec = InitSpec()
     optim: OptimSpec = OptimSpec()
     cache: Literal["auto", "on", "off"] = "auto"
     eval: EvalSpec = EvalSpec()
     track: list[Literal["tensorboard", "trackio", "wandb"]] = []  # losses go there too
-    seed: int = 0
 
 
 class Stage(Settings):
@@ -114,7 +100,7 @@ class Recipe(Settings):
 
     def assembly(self, stage: Stage) -> AssemblySpec:
         """Return what a stage's model is built from; what earlier stages and this one train is in it."""
-        shared = {key: getattr(stage, key) for key in AssemblySpec.model_fields if key not in ("seed", "trained")}
+        shared = {key: getattr(stage, key) for key in Parts.model_fields if key != "seed"}
         done = list(itertools.takewhile(lambda each: each is not stage, self.stages))
         paths = dict.fromkeys(path for each in (*done, stage) for path in each.train if path.split(".")[0] in FROZEN)
         return AssemblySpec(**shared, trained=list(paths), seed=self.seed)
