@@ -24,7 +24,7 @@ _PUBLIC = {
     "MLLMError": "mllm.errors",
     "assemble": "mllm.build",
     "evaluate": "mllm.evaluation",
-    "load": "mllm.saving",
+    "load": "mllm.build",
     "metric": "mllm.evaluation",
     "train": "mllm.training.train",
 }
