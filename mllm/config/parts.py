@@ -9,9 +9,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 PARTS = ("encoder", "lm", "connector", "adapters", "heads", "tokens", "decoder")
-
-
 FROZEN = ("encoder", "lm", "decoder")  # unless a stage's 'train' names them, or something inside them
+
+
+def part_of(path: str) -> str:
+    """Return the part that a dotted path names, or names something inside of: ``lm`` for ``lm.model.layers.1``."""
+    return path.partition(".")[0]
 
 
 class Spec(BaseModel):
@@ -100,8 +103,6 @@ class PromptSpec(Spec):
     def _fields(self) -> PromptSpec:
         if not re.fullmatch(r"[^{}]*\{images\}[^{}]*\{prompt\}", self.template):
             raise ValueError("the template holds {images} once, and ends with {prompt}")
-        if self.question.count("{question}") != 1:
-            raise ValueError("the question prompt holds {question} once")
         return self
 
     @field_validator("question")
@@ -160,3 +161,7 @@ class AssemblySpec(Parts):
     """What a model is built from: the part of a recipe that is saved with the trained tensors."""
 
     trained: list[str] = []  # paths of the modules that have been trained inside parts that are frozen otherwise
+
+    def trains(self, part: str) -> bool:
+        """Whether a part that is frozen otherwise has been trained, or something inside it."""
+        return part in map(part_of, self.trained)

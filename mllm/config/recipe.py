@@ -13,12 +13,14 @@ from pydantic import (
 from mllm.config.data import Data
 from mllm.config.parts import (
     FROZEN,
+    PARTS,
     AssemblySpec,
     FitSpec,
     InitSpec,
     ObjectiveSpec,
     Parts,
     Spec,
+    part_of,
 )
 
 
@@ -89,6 +91,16 @@ class Stage(Settings):
             raise ValueError("keep: best and patience go by the validation loss: give validate_every and data.val")
         return self
 
+    def trains(self, part: str) -> bool:
+        """Whether the stage trains a part by gradient, or something inside it."""
+        return part in map(part_of, self.train)
+
+    def sets(self, part: str) -> bool:
+        """Whether the stage trains a part, fits it, or takes it from another run: it is more than initialized then."""
+        fitted = [self.fit.part] if self.fit else []
+        taken = (self.init.parts or PARTS) if self.init.source else ()
+        return part in map(part_of, (*self.train, *fitted, *taken))
+
 
 class Recipe(Settings):
     """A whole recipe, checked; ``stages`` are resolved (each carries every setting)."""
@@ -102,5 +114,5 @@ class Recipe(Settings):
         """Return what a stage's model is built from; what earlier stages and this one train is in it."""
         shared = {key: getattr(stage, key) for key in Parts.model_fields if key != "seed"}
         done = list(itertools.takewhile(lambda each: each is not stage, self.stages))
-        paths = dict.fromkeys(path for each in (*done, stage) for path in each.train if path.split(".")[0] in FROZEN)
+        paths = dict.fromkeys(path for each in (*done, stage) for path in each.train if part_of(path) in FROZEN)
         return AssemblySpec(**shared, trained=list(paths), seed=self.seed)

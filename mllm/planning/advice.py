@@ -53,7 +53,7 @@ def _changes(stage: Stage) -> list[dict[str, Any]]:
     found += [{"lm.dtype": "bfloat16"}] if stage.lm.dtype != "bfloat16" else []
     if not stage.optim.checkpointing and stage.train:
         found.append({"optim.checkpointing": True})
-    if stage.lm.quantize is None and "lm" not in stage.train:
+    if stage.lm.quantize is None and not stage.trains("lm"):
         found += [{"lm.quantize": "8bit"}, {"lm.quantize": "4bit"}]
     return found
 

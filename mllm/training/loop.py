@@ -210,8 +210,7 @@ class Loop:
 
     def _calibrate(self) -> None:
         """Bring a new connector's output, if the stage trains it, to the scale of the language model's embeddings."""
-        trains = any(path.split(".")[0] == "connector" for path in self.stage.train)
-        if self.model.calibrated or not trains or not self.model.speaks:
+        if self.model.calibrated or not self.stage.trains("connector") or not self.model.speaks:
             return
         rows, _, _ = self._readable(self._stream().take(CALIBRATION_EXAMPLES))
         images = [image for pieces in rows for image in images_of(pieces)]

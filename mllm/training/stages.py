@@ -64,7 +64,7 @@ def carried(model: Assembly, spec: AssemblySpec, run: Run | None = None) -> Asse
 def run_stage(run: Run, model: Assembly, stage: Stage, config: Recipe, state: State) -> Assembly:
     """Fit or train one stage, and record that what it does not train hashes the same afterwards."""
     give_back()  # what loading and the stage before left
-    store = open_store(model, "off" if _encoder_trains(stage) else stage.cache)
+    store = open_store(model, "off" if stage.trains("encoder") else stage.cache)
     trained = [stage.fit.part] if stage.fit else list(stage.train)
     before = _hashes(model, trained)
     if stage.fit:
@@ -75,17 +75,6 @@ def run_stage(run: Run, model: Assembly, stage: Stage, config: Recipe, state: St
     assert before == state.frozen[stage.name]["after"], "a frozen part changed"
     store.flush()
     return model
-
-
-def sets_connector(stage: Stage) -> bool:
-    """Whether a stage fits the connector, trains in it, or starts from another run's."""
-    taken = stage.init.parts or ["connector"] if stage.init.source else []
-    paths = [stage.fit.part] if stage.fit else [*stage.train]
-    return any(path.split(".")[0] == "connector" for path in (*paths, *taken))
-
-
-def _encoder_trains(stage: Stage) -> bool:
-    return any(path.split(".")[0] == "encoder" for path in stage.train)
 
 
 def _hashes(model: Assembly, trained: Sequence[str]) -> dict[str, str]:

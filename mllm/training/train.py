@@ -23,7 +23,7 @@ from mllm.saving import save
 from mllm.training.checkpoint import NAME as CHECKPOINT
 from mllm.training.checkpoint import State, random_states, set_random_states
 from mllm.training.run import Run, free_folder
-from mllm.training.stages import carried, run_stage, sets_connector
+from mllm.training.stages import carried, run_stage
 from mllm.transfer import take
 
 
@@ -97,7 +97,7 @@ def _taken_up(run: Run, config: Recipe) -> tuple[Assembly, State]:
         if trained.keys() != model.trained_state().keys():
             raise MLLMError(f"The checkpoint of {run.path} is of another model: the recipe's parts changed.")
         model.load_state_dict(trained, strict=False)
-        model.calibrated = any(map(sets_connector, config.stages[: at + 1]))
+        model.calibrated = any(stage.sets("connector") for stage in config.stages[: at + 1])
         set_random_states(state.tensors)
     return model, state
 
