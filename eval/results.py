@@ -41,7 +41,7 @@ def trained_weights(name: str) -> list[int]:
     found = []
     for stage in config.stages:
         if stage.train:
-            groups = parameter_groups(on_paper(stage, config), stage)
+            groups = parameter_groups(on_paper(stage), stage)
             found.append(sum(parameter.numel() for group in groups for parameter in group["params"]))
     return found
 

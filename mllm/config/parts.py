@@ -161,7 +161,28 @@ class AssemblySpec(Parts):
     """What a model is built from: the part of a recipe that is saved with the trained tensors."""
 
     trained: list[str] = []  # paths of the modules that have been trained inside parts that are frozen otherwise
+    seeds: dict[str, int] = {}  # of frozen parts whose random weights an earlier stage drew with another seed
 
     def trains(self, part: str) -> bool:
         """Whether a part that is frozen otherwise has been trained, or something inside it."""
         return part in map(part_of, self.trained)
+
+    def seed_of(self, part: str) -> int:
+        """Return the seed that a part's random weights are drawn with."""
+        return self.seeds.get(part, self.seed)
+
+    def following(self, before: AssemblySpec) -> AssemblySpec:
+        """Return this specification as that of the stage after another: what is trained and drawn there is kept."""
+        weights = {part: (_weights(getattr(self, part)), _weights(getattr(before, part))) for part in FROZEN}
+        kept = {part: before.seed_of(part) for part, (new, old) in weights.items() if new is not None and new == old}
+        seeds = {part: seed for part, seed in kept.items() if seed != self.seed}
+        trained = list(dict.fromkeys([*before.trained, *self.trained]))
+        return self.model_copy(update={"trained": trained, "seeds": seeds})
+
+
+def _weights(spec: Any) -> Any:
+    """Return what decides which weights a frozen part has: neither its precision, nor which of its layers is read."""
+    if spec is None:
+        return None
+    members = [_weights(member) for member in getattr(spec, "of", None) or ()]
+    return spec.type, getattr(spec, "model", None), getattr(spec, "init", None), members

@@ -5,10 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any, Literal
 
-from pydantic import (
-    Field,
-    model_validator,
-)
+from pydantic import Field, PrivateAttr, model_validator
 
 from mllm.config.data import Data
 from mllm.config.parts import (
@@ -72,6 +69,7 @@ class Stage(Settings):
     keep: Literal["last", "best"] = "last"  # best: what had the lowest validation loss is what the stage ends with
     patience: int | None = Field(default=None, ge=1)  # stop after so many validations without a lower loss
     checkpoint_every: int = Field(default=100, ge=1)  # steps; what a killed run goes on from
+    _before: AssemblySpec | None = PrivateAttr(default=None)  # the model of the stage before
 
     @model_validator(mode="before")
     @classmethod
@@ -90,6 +88,13 @@ class Stage(Settings):
         if (self.keep == "best" or self.patience) and not (self.validate_every and self.data.val):
             raise ValueError("keep: best and patience go by the validation loss: give validate_every and data.val")
         return self
+
+    @property
+    def assembly(self) -> AssemblySpec:
+        """Return the specification of the stage's model, with what earlier stages and this one train."""
+        parts = {key: getattr(self, key) for key in Parts.model_fields}
+        spec = AssemblySpec(**parts, trained=[path for path in self.train if part_of(path) in FROZEN])
+        return spec if self._before is None else spec.following(self._before)
 
     def trains(self, part: str) -> bool:
         """Whether the stage trains a part by gradient, or something inside it."""
@@ -110,9 +115,9 @@ class Recipe(Settings):
     paper: str = ""  # arXiv:NUMBER
     stages: list[Stage] = []
 
-    def assembly(self, stage: Stage) -> AssemblySpec:
-        """Return what a stage's model is built from; what earlier stages and this one train is in it."""
-        shared = {key: getattr(stage, key) for key in Parts.model_fields if key != "seed"}
-        done = list(itertools.takewhile(lambda each: each is not stage, self.stages))
-        paths = dict.fromkeys(path for each in (*done, stage) for path in each.train if part_of(path) in FROZEN)
-        return AssemblySpec(**shared, trained=list(paths), seed=self.seed)
+    @model_validator(mode="after")
+    def _in_order(self) -> Recipe:
+        """Let each stage know the model of the stage before."""
+        for before, stage in itertools.pairwise(self.stages):
+            stage._before = before.assembly
+        return self

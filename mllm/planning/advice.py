@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from mllm.config.recipe import Recipe, Stage
+from mllm.config.recipe import Stage
 from mllm.errors import MLLMError
 from mllm.planning.draft import Draft
 from mllm.planning.plan import Setting, plan_stage
@@ -30,7 +30,7 @@ def bytes_of(text: str) -> int:
     return int(number * base ** (UNITS[found[2].upper()] if found[2] else 0))
 
 
-def fitting(stage: Stage, config: Recipe, setting: Setting, limit: int) -> list[str] | None:
+def fitting(stage: Stage, number: int, setting: Setting, limit: int) -> list[str] | None:
     """Return overrides with which a stage takes no more than ``limit`` bytes; an empty list where it fits as it is.
 
     The batch is what a step sees, so a smaller one is accumulated. Behind it come features that are not kept, bfloat16
@@ -39,9 +39,9 @@ def fitting(stage: Stage, config: Recipe, setting: Setting, limit: int) -> list[
     changes: dict[str, Any] = {}
     for more in ({}, *_changes(stage)):
         changes |= more
-        size = _largest_batch(_with(stage, changes), config, setting, limit)
+        size = _largest_batch(_with(stage, changes), setting, limit)
         if size is not None:
-            return _overrides(stage, config, changes, size)
+            return _overrides(stage, number, changes, size)
     return None
 
 
@@ -58,27 +58,27 @@ def _changes(stage: Stage) -> list[dict[str, Any]]:
     return found
 
 
-def _largest_batch(stage: Stage, config: Recipe, setting: Setting, limit: int) -> int | None:
+def _largest_batch(stage: Stage, setting: Setting, limit: int) -> int | None:
     """Return the largest divisor of the batch that fits: memory is a line in it, drawn through two points."""
     sizes = [size for size in range(1, stage.batch_size + 1) if stage.batch_size % size == 0]
     sizes = [size for size in sizes if size >= setting.processes]
     if stage.fit is not None:
         sizes = sizes[-1:]
-    least = _peak(stage, config, setting, sizes[0])
+    least = _peak(stage, setting, sizes[0])
     if least > limit:
         return None
-    most = _peak(stage, config, setting, sizes[-1]) if len(sizes) > 1 else least
+    most = _peak(stage, setting, sizes[-1]) if len(sizes) > 1 else least
     if most <= limit:
         return sizes[-1]
     share = (limit - least) / (most - least)
     guesses = [size for size in sizes if size <= sizes[0] + share * (sizes[-1] - sizes[0])]
-    return next((size for size in reversed(guesses) if _peak(stage, config, setting, size) <= limit), sizes[0])
+    return next((size for size in reversed(guesses) if _peak(stage, setting, size) <= limit), sizes[0])
 
 
-def _peak(stage: Stage, config: Recipe, setting: Setting, batch: int) -> int:
+def _peak(stage: Stage, setting: Setting, batch: int) -> int:
     optim = stage.optim.model_copy(update={"accumulate": stage.optim.accumulate * stage.batch_size // batch})
     changed = stage.model_copy(update={"batch_size": batch, "optim": optim})
-    return plan_stage(Draft(changed, config, setting.device), config, setting).memory.peak
+    return plan_stage(Draft(changed, setting.device), setting).memory.peak
 
 
 def _with(stage: Stage, changes: dict[str, Any]) -> Stage:
@@ -91,8 +91,8 @@ def _with(stage: Stage, changes: dict[str, Any]) -> Stage:
     return stage
 
 
-def _overrides(stage: Stage, config: Recipe, changes: dict[str, Any], batch: int) -> list[str]:
-    place = f"stages.{[other.name for other in config.stages].index(stage.name)}"
+def _overrides(stage: Stage, number: int, changes: dict[str, Any], batch: int) -> list[str]:
+    place = f"stages.{number}"
     found = [f"{key}={str(value).lower()}" for key, value in changes.items()]
     if batch != stage.batch_size:
         found += [f"{place}.batch_size={batch}"]

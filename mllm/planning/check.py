@@ -17,7 +17,7 @@ from mllm.build import fit_of, objectives_of
 from mllm.config import loading as recipes
 from mllm.config.data import DataSpec
 from mllm.config.parts import PARTS
-from mllm.config.recipe import Recipe, Stage
+from mllm.config.recipe import Stage
 from mllm.data.sources import reader
 from mllm.errors import MLLMError
 from mllm.model import Assembly, trained_module
@@ -32,13 +32,13 @@ def problems(recipe: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> 
     with noted(found):
         config = recipes.load(recipe, overrides)
         for stage in config.stages:
-            found += [problem for problem in _of_stage(stage, config, built) if problem not in found]
+            found += [problem for problem in _of_stage(stage, built) if problem not in found]
         if not config.stages:
             found.append(f"{config.name} has no stages: there is nothing to train.")
     return found
 
 
-def _of_stage(stage: Stage, config: Recipe, built: dict[str, Assembly | None]) -> list[str]:
+def _of_stage(stage: Stage, built: dict[str, Assembly | None]) -> list[str]:
     """Return a stage's problems; ``built`` keeps models by their parts, since stages mostly share them."""
     found: list[str] = []
     with noted(found):
@@ -50,7 +50,7 @@ def _of_stage(stage: Stage, config: Recipe, built: dict[str, Assembly | None]) -
         found.append(f"Stage {stage.name} has no data: give data.train.")
     parts = " ".join(repr(getattr(stage, part)) for part in PARTS)
     if parts not in built:
-        built[parts] = assembled(stage, config, found)
+        built[parts] = assembled(stage, found)
     model = built[parts]
     if model is not None:
         found += _of_model(model, stage)

@@ -81,13 +81,16 @@ def inspect(
     config = recipes.load(recipe, overrides)
     found: dict[str, Found] = {}
     for stage in config.stages:
-        model = on_paper(stage, config)
+        model = on_paper(stage)
         for role, specs in (("train", stage.data.train), ("val", stage.data.val)):
             for number, spec in enumerate(specs, start=1):
-                key = f"{role} {spec!r} {stage.prompt!r} {stage.data.max_length}"  # stages mostly share their data
+                seed = stage.seed if role == "train" else 0
+                key = (
+                    f"{role} {spec!r} {seed} {stage.prompt!r} {stage.data.max_length}"  # stages mostly share their data
+                )
                 if key not in found:
                     name = f"{stage.name}: {role} {number}, {spec.format}"
-                    source = Source(spec, read(spec, seed=config.seed if role == "train" else 0))
+                    source = Source(spec, read(spec, seed=seed))
                     found[key] = _source(Found(name, role), source, stage, model, track)
     suites = [_suite(name, data, config.eval.limit, track) for name in config.eval.suites]
     return list(found.values()), _shared([*found.values(), *suites])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mllm.build import fit_of, objectives_of
 from mllm.config.parts import PARTS
-from mllm.config.recipe import Recipe, Stage
+from mllm.config.recipe import Stage
 from mllm.encoders.feature_store import FeatureStore
 from mllm.hub import loading as hub
 from mllm.planning.paper import on_paper
@@ -43,20 +43,19 @@ class Draft:
 
     Args:
         stage: what trains decides what is kept for backward.
-        config: the stage's recipe.
         device: where it will be computed; on a CPU a batch passes in parts.
         before: of another stage: its model is used again where the parts are the same.
     """
 
-    def __init__(self, stage: Stage, config: Recipe, device: Device, before: Draft | None = None) -> None:
+    def __init__(self, stage: Stage, device: Device, before: Draft | None = None) -> None:
         self.stage, self.device = stage, device
         self.model: Any
         self.paper: Paper
         if before is not None and all(getattr(stage, part) == getattr(before.stage, part) for part in PARTS):
             self.model, self.paper = before.model, before.paper
-            self.model.spec = config.assembly(stage)
+            self.model.spec = stage.assembly
         else:
-            self.model, self.paper = on_paper(stage, config), Paper()
+            self.model, self.paper = on_paper(stage), Paper()
             self.paper.put(self.model)
             if self.model.speaks:
                 way = self.model.lm._pass

@@ -8,29 +8,29 @@ from collections.abc import Iterator
 import torch
 
 from mllm.build import build_encoder, build_lm, join
-from mllm.config.recipe import Recipe, Stage
+from mllm.config.recipe import Stage
 from mllm.errors import MLLMError
 from mllm.model import Assembly
 
 
-def on_paper(stage: Stage, config: Recipe) -> Assembly:
+def on_paper(stage: Stage) -> Assembly:
     """Build a stage's model on the meta device: shapes without weights.
 
     Raises:
         MLLMError: the first thing that does not fit.
     """
     found: list[str] = []
-    model = assembled(stage, config, found)
+    model = assembled(stage, found)
     if model is None:
         raise MLLMError(found[0])
     return model
 
 
-def assembled(stage: Stage, config: Recipe, found: list[str]) -> Assembly | None:
+def assembled(stage: Stage, found: list[str]) -> Assembly | None:
     """Build on the meta device, noting what fails: the encoder and the language model each on their own."""
     encoder = lm = None
     with noted(found):
-        spec = config.assembly(stage)
+        spec = stage.assembly
         lm_spec = spec.lm and spec.lm.model_copy(update={"init": "random", "quantize": None})
         spec = spec.model_copy(update={"lm": lm_spec})
         with torch.device("meta"):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mllm.config import loading as recipes
-from mllm.config.recipe import Recipe, Stage
+from mllm.config.recipe import Stage
 from mllm.encoders.feature_store import LIMIT
 from mllm.errors import MLLMError
 from mllm.planning.draft import Device, Draft, PartSize
@@ -126,12 +126,12 @@ def plan(recipe: str, overrides: Mapping[str, Any] | Sequence[str] = (), setting
     setting = setting or Setting()
     stages, draft = [], None
     for stage in config.stages:
-        draft = Draft(stage, config, setting.device, draft)
-        stages.append(plan_stage(draft, config, setting))
+        draft = Draft(stage, setting.device, draft)
+        stages.append(plan_stage(draft, setting))
     return Plan(config.name, setting, stages)
 
 
-def plan_stage(draft: Draft, config: Recipe, setting: Setting) -> StagePlan:
+def plan_stage(draft: Draft, setting: Setting) -> StagePlan:
     """Return what one stage takes."""
     stage = draft.stage
     if stage.fit is None and stage.batch_size < setting.processes:
@@ -139,7 +139,7 @@ def plan_stage(draft: Draft, config: Recipe, setting: Setting) -> StagePlan:
             f"Stage {stage.name}: batch_size is {stage.batch_size}, and {setting.processes} processes need an example "
             "each. Set it higher."
         )
-    load = workload(draft.model, stage, config, processes=setting.processes, images=setting.images, text=setting.text)
+    load = workload(draft.model, stage, processes=setting.processes, images=setting.images, text=setting.text)
     step = draft.step(load.largest)
     typical = step.flops if load.typical is load.largest else draft.step(load.typical).flops
     flops = _flops(draft, load, typical, setting)

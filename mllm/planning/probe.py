@@ -35,13 +35,13 @@ def probe(recipe: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> tup
     if stage is None:
         raise MLLMError(f"{config.name} has no stage that trains: there is no step to time.")
     accelerator = Accelerator(mixed_precision=precision(stage))
-    model: Any = build(config.assembly(stage)).to(accelerator.device)
+    model: Any = build(stage.assembly).to(accelerator.device)
     groups = parameter_groups(model, stage)
     set_up(model, stage)
-    load = workload(model, stage, config, processes=1, images=None, text=None)
+    load = workload(model, stage, processes=1, images=None, text=None)
     rows, objectives = load.typical, objectives_of(stage.objectives)
     optimizer = torch.optim.AdamW(groups)
-    draft = Draft(stage, config, "cpu" if accelerator.device.type == "cpu" else "gpu")
+    draft = Draft(stage, "cpu" if accelerator.device.type == "cpu" else "gpu")
     pixels = torch.randn(PICTURES, *model.encoder.shape, device=accelerator.device) if model.encoder else None
     features = model.encoder(pixels[:1]).detach() if pixels is not None else None
     batch = rows.batch.to(accelerator.device) if rows.batch else None

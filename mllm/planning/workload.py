@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from mllm.config.recipe import Recipe, Stage
+from mllm.config.recipe import Stage
 from mllm.data.sources import Source, read_all
 from mllm.data.stream import Stream
 from mllm.errors import MLLMError
@@ -59,23 +59,20 @@ class Workload:
     assumed: str = ""  # what is not known
 
 
-def workload(
-    model: Any, stage: Stage, config: Recipe, *, processes: int, images: int | None, text: int | None
-) -> Workload:
+def workload(model: Any, stage: Stage, *, processes: int, images: int | None, text: int | None) -> Workload:
     """Return what a stage's batches are like.
 
     Args:
         model: the stage's, on paper or not.
         stage: with data that need not be on this machine.
-        config: the stage's recipe.
         processes: among which a batch is divided.
         images: pictures in the data, where that is not to be counted.
         text: tokens of an example's text, where they are not to be counted.
     """
-    sources, missing = _sources(stage, config)
+    sources, missing = _sources(stage)
     countable = model.lm is None or model.lm.tokenizer is not None
     if sources and countable and text is None:
-        return _read(model, stage, config, sources, processes, images)
+        return _read(model, stage, sources, processes, images)
     length = text or 64
     why = missing or ("the tokenizer is not on this machine" if not countable else "")
     examples = _examples(stage, sources)
@@ -89,9 +86,9 @@ def workload(
     return Workload(one, one, validation, examples, examples, pictures, f"{assumed}{f' ({why})' if why else ''}")
 
 
-def _sources(stage: Stage, config: Recipe) -> tuple[list[Source], str]:
+def _sources(stage: Stage) -> tuple[list[Source], str]:
     try:
-        return read_all(stage.data.train, seed=config.seed), ""
+        return read_all(stage.data.train, seed=stage.seed), ""
     except (MLLMError, OSError):
         return [], "the data are not on this machine"
 
@@ -102,12 +99,10 @@ def _examples(stage: Stage, sources: Sequence[Source]) -> int:
     return stage.steps * stage.batch_size * stage.optim.accumulate
 
 
-def _read(
-    model: Any, stage: Stage, config: Recipe, sources: Sequence[Source], processes: int, images: int | None
-) -> Workload:
+def _read(model: Any, stage: Stage, sources: Sequence[Source], processes: int, images: int | None) -> Workload:
     """Draw the first batches as training will, and pick the largest and the one in the middle."""
     options = {"lm": model.lm, "num_visual": model.places, "data": stage.data}
-    stream = Stream(sources, stage.prompt, seed=config.seed, **options)
+    stream = Stream(sources, stage.prompt, seed=stage.seed, **options)
     examples = _examples(stage, sources)
     number = max(1, min(examples, SAMPLE) // stage.batch_size)
     batches = [

@@ -89,13 +89,13 @@ def parts(model: Assembly, objectives: Sequence[Objective], micro: Micro) -> Seq
     return split(rows, features, batch, size=rows_at_once(len(batch.ids), batch.ids.shape[1], model.lm.model.dtype))
 
 
-def data(stage: Stage, seed: int) -> list[Source]:
+def data(stage: Stage) -> list[Source]:
     """Return a stage's sources.
 
     Raises:
         MLLMError: it has none, or what a reader finds wrong.
     """
-    sources = read_all(stage.data.train, seed=seed)
+    sources = read_all(stage.data.train, seed=stage.seed)
     if not sources:
         raise MLLMError(f"Stage {stage.name} has no data: give data.train.")
     return sources

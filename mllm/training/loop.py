@@ -17,7 +17,7 @@ import torch
 from transformers import get_scheduler
 
 from mllm.build import objectives_of
-from mllm.config.recipe import Recipe, Stage
+from mllm.config.recipe import Stage
 from mllm.data.skipping import Skipped
 from mllm.data.sources import fingerprint, read_all
 from mllm.data.stream import Stream
@@ -45,16 +45,13 @@ class Loop:
         run: where it is logged.
         model: the assembly, put to where the stage starts or goes on.
         stage: what trains, on what, by which objectives.
-        config: the whole recipe.
         store: of the encoder's features.
         state: where training stands.
     """
 
-    def __init__(
-        self, run: Run, model: Assembly, stage: Stage, config: Recipe, store: FeatureStore, state: State
-    ) -> None:
+    def __init__(self, run: Run, model: Assembly, stage: Stage, store: FeatureStore, state: State) -> None:
         assert stage.steps is not None
-        self.run, self.model, self.stage, self.config, self.store, self.state = run, model, stage, config, store, state
+        self.run, self.model, self.stage, self.store, self.state = run, model, stage, store, state
         self.accelerator = accelerator_for(stage, run.path)
         if stage.batch_size < self.accelerator.num_processes:
             raise MLLMError(
@@ -65,7 +62,7 @@ class Loop:
         if asked() and self.accelerator.num_processes > 1 and model.speaks:
             self._divide()
         model.to(self.accelerator.device)
-        self.sources = data(stage, config.seed)
+        self.sources = data(stage)
         total = sum(len(source.items) for source in self.sources)
         self.skipped = Skipped(stage.data.skip, total, partial(run.log, stage=stage.name))
         self.objectives = objectives_of(stage.objectives)
@@ -151,7 +148,7 @@ class Loop:
         return Stream(
             self.sources,
             self.stage.prompt,
-            seed=self.config.seed,
+            seed=self.stage.seed,
             lm=self.model.lm if self.model.speaks else None,
             num_visual=self.model.places,
             data=self.stage.data,

@@ -8,7 +8,7 @@ from functools import partial
 
 from mllm.build import build_encoder, build_lm, fit_of, join
 from mllm.config.parts import PARTS, AssemblySpec
-from mllm.config.recipe import Recipe, Stage
+from mllm.config.recipe import Stage
 from mllm.data.skipping import Skipped
 from mllm.data.stream import Stream
 from mllm.encoders.feature_store import FeatureStore, open_store
@@ -61,16 +61,16 @@ def carried(model: Assembly, spec: AssemblySpec, run: Run | None = None) -> Asse
     return new
 
 
-def run_stage(run: Run, model: Assembly, stage: Stage, config: Recipe, state: State) -> Assembly:
+def run_stage(run: Run, model: Assembly, stage: Stage, state: State) -> Assembly:
     """Fit or train one stage, and record that what it does not train hashes the same afterwards."""
     give_back()  # what loading and the stage before left
     store = open_store(model, "off" if stage.trains("encoder") else stage.cache)
     trained = [stage.fit.part] if stage.fit else list(stage.train)
     before = _hashes(model, trained)
     if stage.fit:
-        _fit(run, model, stage, config, store)
+        _fit(run, model, stage, store)
     else:
-        Loop(run, model, stage, config, store, state)()
+        Loop(run, model, stage, store, state)()
     state.frozen[stage.name] = {"before": before, "after": _hashes(model, trained)}
     assert before == state.frozen[stage.name]["after"], "a frozen part changed"
     store.flush()
@@ -83,31 +83,31 @@ def _hashes(model: Assembly, trained: Sequence[str]) -> dict[str, str]:
     return {name: model.frozen_hash(name, trained) for name in parts if getattr(model, name).state_dict()}
 
 
-def _fit(run: Run, model: Assembly, stage: Stage, config: Recipe, store: FeatureStore) -> None:
+def _fit(run: Run, model: Assembly, stage: Stage, store: FeatureStore) -> None:
     assert stage.fit is not None
     fit = fit_of(stage.fit)
     with progress() as bar:
         task = bar.add_task(stage.name, total=None, note="")
-        material = _material(run, model, stage, config, store)
+        material = _material(run, model, stage, store)
         found = fit(model, replace(material, track=lambda chunks: bar.track(chunks, task_id=task)))
         bar.update(task, note=f"{fit.told} {found:.0%}")
     run.log(stage=stage.name, **{fit.told: found})
     model.calibrated = model.calibrated or stage.fit.part == "connector"
 
 
-def _material(run: Run, model: Assembly, stage: Stage, config: Recipe, store: FeatureStore) -> Material:
+def _material(run: Run, model: Assembly, stage: Stage, store: FeatureStore) -> Material:
     """Return what a stage's part is fitted on."""
     assert stage.fit is not None
     if stage.fit.targets == "tokens":  # their own strings: no data is needed, none need be given
-        return Material(seed=config.seed)
-    sources = data(stage, config.seed)
+        return Material(seed=stage.seed)
+    sources = data(stage)
     items = [item for source in sources for item in source.items]
     skipped = Skipped(stage.data.skip, len(items), partial(run.log, stage=stage.name))
     opened = model.encoder.open if model.encoder is not None else open_image
     return Material(
         items,
         features=store,
-        examples=lambda: Stream(sources, stage.prompt, seed=config.seed, lm=model.lm).take(len(items)),  # each once
+        examples=lambda: Stream(sources, stage.prompt, seed=stage.seed, lm=model.lm).take(len(items)),  # each once
         readable=lambda part: skipped.readable(part, lambda item: opened(item.images[0])),
-        seed=config.seed,
+        seed=stage.seed,
     )

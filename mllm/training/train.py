@@ -57,16 +57,18 @@ def train(
         run = Run.reopen(Path(resume), recipes.dump(config), accept=accept_changes)
         model, state = _taken_up(run, config)
     else:
-        model, state = build(config.assembly(config.stages[0])), State()  # first: what does not fit leaves no folder
+        model, state = build(config.stages[0].assembly), State()  # first: what does not fit leaves no folder
         run = Run.create(_folder(out, config.name), recipes.dump(config))
     try:
         for index in range(state.stage, len(config.stages)):
             stage = config.stages[index]
+            if not state.step and stage.seed != config.seed:
+                set_seed(stage.seed)
             if index and not state.step:
-                model = carried(model, config.assembly(stage), run)
+                model = carried(model, stage.assembly, run)
             if stage.init.source and not state.step:
                 take(model, Path(stage.init.source), stage.init.parts)
-            model = run_stage(run, model, stage, config, state)
+            model = run_stage(run, model, stage, state)
             state = State(index + 1, tensors={**_trained(model), **random_states()}, frozen=state.frozen)
             state.write(run.path)
     finally:
@@ -91,7 +93,7 @@ def _taken_up(run: Run, config: Recipe) -> tuple[Assembly, State]:
     names = [stage.name for stage in config.stages]
     run.rewind(names[: state.stage], names[state.stage] if state.stage < len(names) else "", state.step)
     at = state.stage if state.step or not state.stage else state.stage - 1  # a stage's end is the end of its own model
-    model = build(config.assembly(config.stages[at]))
+    model = build(config.stages[at].assembly)
     if state.tensors:
         trained = {name.removeprefix("model."): t for name, t in state.tensors.items() if name.startswith("model.")}
         if trained.keys() != model.trained_state().keys():

@@ -57,9 +57,9 @@ def real(file: str, stage: int, overrides: list[str] | None = None) -> tuple[Any
     """Return the loaded model of a stage, the stage, and its batches."""
     config = recipe.load(file, overrides or [])
     own = config.stages[stage]
-    model: Any = build(config.assembly(own))
+    model: Any = build(own.assembly)
     setup.parameter_groups(model, own)
-    return model, own, workload(model, own, config, processes=1, images=None, text=None)
+    return model, own, workload(model, own, processes=1, images=None, text=None)
 
 
 def test_parameters_are_those_of_the_model(file: str, nothing_is_loaded: None) -> None:
@@ -152,7 +152,7 @@ def test_processes_divide_what_they_are_told_to(file: str) -> None:
     assert [s.rows for s in (alone, ddp)] == [4, 2]
     assert ddp.memory.gradients == 2 * alone.memory.gradients  # the buckets
     config = recipe.load(file)
-    lm = build(config.assembly(config.stages[1])).lm
+    lm = build(config.stages[1].assembly).lm
     layers = sum(p.numel() * p.element_size() for layer in lm.layers for p in layer.parameters())
     assert ddp.memory.weights == alone.memory.weights and fsdp.memory.weights == alone.memory.weights - layers // 2
     assert ddp.memory.optimizer == fsdp.memory.optimizer == alone.memory.optimizer
@@ -195,8 +195,8 @@ PUBLISHED = {  # from the papers and model cards
 def test_a_published_recipe_is_planned_offline(nothing_is_loaded: None) -> None:
     config = recipe.load("llava", ["adapters=[]", "lm.dtype=bfloat16"])
     setting = Setting("gpu", processes=8, text=40)
-    draft = Draft(config.stages[0], config, "gpu")
-    planned = plan_stage(draft, config, setting)
+    draft = Draft(config.stages[0], "gpu")
+    planned = plan_stage(draft, setting)
     assert {part.name: part.parameters for part in planned.parts} == PUBLISHED
     assert planned.tokens_per_image == 576
     # Two FLOPs for each weight and position forward, and as many for the gradient towards the connector.
@@ -210,14 +210,14 @@ def test_a_published_recipe_is_planned_offline(nothing_is_loaded: None) -> None:
 def test_what_does_not_fit_is_told_what_would(file: str) -> None:
     config = recipe.load(file, ["stages.0.batch_size=32"])
     stage, setting = config.stages[0], Setting("gpu")
-    whole = plan_stage(Draft(stage, config, "gpu"), config, setting).memory.peak
-    assert fitting(stage, config, setting, whole) == []
-    smaller = fitting(stage, config, setting, whole - 50_000)
+    whole = plan_stage(Draft(stage, "gpu"), setting).memory.peak
+    assert fitting(stage, 0, setting, whole) == []
+    smaller = fitting(stage, 0, setting, whole - 50_000)
     assert smaller is not None and smaller[0].startswith("stages.0.batch_size=")
     changed = recipe.load(file, ["stages.0.batch_size=32", *smaller])
     own = changed.stages[0]
     assert own.batch_size * own.optim.accumulate == 32
-    assert plan_stage(Draft(own, changed, "gpu"), changed, setting).memory.peak <= whole - 50_000
+    assert plan_stage(Draft(own, "gpu"), setting).memory.peak <= whole - 50_000
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,7 @@ def test_bottleneck_is_its_formula():
 )
 def test_magmas_adapters_have_their_published_size(options, weights):
     config = load_recipe("limber", {"adapters": [{"type": "bottleneck", **options}]})
-    model = on_paper(config.stages[0], config)
+    model = on_paper(config.stages[0])
     assert sum(parameter.numel() for parameter in model.adapters.parameters()) == weights
 
 
