@@ -28,12 +28,12 @@ from mllm.processes import progress
 from mllm.prompts.pieces import Piece, images_of
 from mllm.training.batches import Micro, data, inputs, parts
 from mllm.training.calibration import calibrate
-from mllm.training.checkpoint import State, optimizer_tensors, random_states, set_optimizer
+from mllm.training.checkpoint import TrainingState, optimizer_state, random_states, set_optimizer
 from mllm.training.monitor import answers, scores
 from mllm.training.run import Run
 from mllm.training.setup import accelerator_for, parameter_groups, recompute, schedule_name, set_up
 from mllm.training.sharding import asked, divide, keep_apart
-from mllm.training.validation import validate, validation_rows, without_prefix
+from mllm.training.validation import validate, validation_rows
 
 CALIBRATION_EXAMPLES = 32
 
@@ -49,7 +49,7 @@ class Loop:
         state: where training stands.
     """
 
-    def __init__(self, run: Run, model: Assembly, stage: Stage, store: FeatureStore, state: State) -> None:
+    def __init__(self, run: Run, model: Assembly, stage: Stage, store: FeatureStore, state: TrainingState) -> None:
         assert stage.steps is not None
         self.run, self.model, self.stage, self.store, self.state = run, model, stage, store, state
         self.accelerator = accelerator_for(stage, run.path)
@@ -79,7 +79,7 @@ class Loop:
         self.wrapped, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.schedule = get_scheduler(schedule_name(stage), self.optimizer, stage.optim.warmup, stage.steps)
         if state.step:
-            set_optimizer(self.optimizer, state.tensors, state.rates)
+            set_optimizer(self.optimizer, state.optimizer, state.rates)
             self.schedule.load_state_dict(state.schedule)
 
     def __call__(self) -> None:
@@ -229,11 +229,10 @@ class Loop:
         loss = validate(self.model, self.validation, self.store, self.objectives, self.weights)
         self.run.log(stage=stage.name, step=step, val_loss=loss)
         self.accelerator.log({f"{stage.name}/val_loss": loss}, step=step)
-        if self.state.best is None or loss < self.state.best:
-            self.state.best, self.state.waited = loss, 0
+        if self.state.best_loss is None or loss < self.state.best_loss:
+            self.state.best_loss, self.state.waited = loss, 0
             if stage.keep == "best":
-                kept = {f"best.{name}": tensor.clone() for name, tensor in self.model.trained_state().items()}
-                self.state.tensors = {**without_prefix(self.state.tensors, "best."), **kept}
+                self.state.best = {name: tensor.clone() for name, tensor in self.model.trained_state().items()}
         else:
             self.state.waited += 1
         if stage.patience is None or self.state.waited < stage.patience:
@@ -259,24 +258,23 @@ class Loop:
 
     def _checkpoint(self, step: int) -> None:
         self.store.flush()  # first: features that are computed again, among others, may differ in the last bit
-        trained = {f"model.{name}": tensor for name, tensor in self.model.trained_state().items()}
-        best = {name: tensor for name, tensor in self.state.tensors.items() if name.startswith("best.")}
-        tensors = {**trained, **best, **optimizer_tensors(self.optimizer), **random_states()}
-        State(
+        TrainingState(
             stage=self.state.stage,
             step=step,
-            tensors=tensors,
+            model=self.model.trained_state(),
+            best=self.state.best,
+            optimizer=optimizer_state(self.optimizer),
+            random=random_states(),
             schedule=self.schedule.state_dict(),
             rates=[group["lr"] for group in self.optimizer.param_groups],
             frozen=self.state.frozen,
-            best=self.state.best,
+            best_loss=self.state.best_loss,
             waited=self.state.waited,
         ).write(self.run.path)
 
     def _finish(self) -> None:
-        best = {k.removeprefix("best."): v for k, v in self.state.tensors.items() if k.startswith("best.")}
-        if best:
-            self.model.load_state_dict(best, strict=False)
+        if self.state.best:
+            self.model.load_state_dict(self.state.best, strict=False)
         self.model.requires_grad_(False).eval()
         for tracker in self.accelerator.trackers:  # end_training would take the other processes away, too
             tracker.finish()

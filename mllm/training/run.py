@@ -21,7 +21,6 @@ import yaml
 from mllm.errors import MLLMError
 from mllm.processes import processes
 from mllm.system import write
-from mllm.training.checkpoint import changes
 from mllm.training.plots import loss_plot
 
 PACKAGES = ("mllm-assembly", "torch", "transformers", "accelerate", "peft")
@@ -128,6 +127,20 @@ class Run:
         except OSError as error:
             reason = error.strerror or error
             raise MLLMError(f"{self.path / name} cannot be written: {reason}. Free some room.") from None
+
+
+def changes(before: dict[str, Any], after: dict[str, Any], path: str = "") -> list[str]:
+    """Return every key whose value differs between two resolved recipes, as ``key: before -> after``."""
+    differing = []
+    for key in [*before, *(key for key in after if key not in before)]:
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, list) and isinstance(new, list):
+            old, new = dict(enumerate(old)), dict(enumerate(new))
+        if isinstance(old, dict) and isinstance(new, dict):
+            differing += changes(old, new, f"{path}{key}.")
+        elif old != new:
+            differing.append(f"{path}{key}: {old!r} -> {new!r}")
+    return differing
 
 
 def free_folder(name: str) -> Path:

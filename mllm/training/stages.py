@@ -19,7 +19,7 @@ from mllm.model import Assembly
 from mllm.processes import progress
 from mllm.system import give_back
 from mllm.training.batches import data
-from mllm.training.checkpoint import State
+from mllm.training.checkpoint import TrainingState
 from mllm.training.loop import Loop
 from mllm.training.run import Run
 from mllm.training.sharding import divided
@@ -61,7 +61,7 @@ def carried(model: Assembly, spec: AssemblySpec, run: Run | None = None) -> Asse
     return new
 
 
-def run_stage(run: Run, model: Assembly, stage: Stage, state: State) -> Assembly:
+def run_stage(run: Run, model: Assembly, stage: Stage, state: TrainingState) -> Assembly:
     """Fit or train one stage, and record that what it does not train hashes the same afterwards."""
     give_back()  # what loading and the stage before left
     store = open_store(model, "off" if stage.trains("encoder") else stage.cache)

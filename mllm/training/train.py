@@ -21,7 +21,7 @@ from mllm.model import Assembly
 from mllm.processes import processes
 from mllm.saving import save
 from mllm.training.checkpoint import NAME as CHECKPOINT
-from mllm.training.checkpoint import State, random_states, set_random_states
+from mllm.training.checkpoint import TrainingState, random_states, set_random_states
 from mllm.training.run import Run, free_folder
 from mllm.training.stages import carried, run_stage
 from mllm.transfer import take
@@ -57,7 +57,7 @@ def train(
         run = Run.reopen(Path(resume), recipes.dump(config), accept=accept_changes)
         model, state = _taken_up(run, config)
     else:
-        model, state = build(config.stages[0].assembly), State()  # first: what does not fit leaves no folder
+        model, state = build(config.stages[0].assembly), TrainingState()  # first: what does not fit leaves no folder
         run = Run.create(_folder(out, config.name), recipes.dump(config))
     try:
         for index in range(state.stage, len(config.stages)):
@@ -69,7 +69,7 @@ def train(
             if stage.init.source and not state.step:
                 take(model, Path(stage.init.source), stage.init.parts)
             model = run_stage(run, model, stage, state)
-            state = State(index + 1, tensors={**_trained(model), **random_states()}, frozen=state.frozen)
+            state = TrainingState(index + 1, model=model.trained_state(), random=random_states(), frozen=state.frozen)
             state.write(run.path)
     finally:
         run.plot()
@@ -87,22 +87,17 @@ def _folder(out: str | Path | None, name: str) -> Path:
     return Path(broadcast_object_list([str(out or free_folder(name))])[0])
 
 
-def _taken_up(run: Run, config: Recipe) -> tuple[Assembly, State]:
+def _taken_up(run: Run, config: Recipe) -> tuple[Assembly, TrainingState]:
     """Return the model and the state of a run's last checkpoint, and put the random states and the log back to it."""
-    state = State.read(run.path) or State()
+    state = TrainingState.read(run.path) or TrainingState()
     names = [stage.name for stage in config.stages]
     run.rewind(names[: state.stage], names[state.stage] if state.stage < len(names) else "", state.step)
     at = state.stage if state.step or not state.stage else state.stage - 1  # a stage's end is the end of its own model
     model = build(config.stages[at].assembly)
-    if state.tensors:
-        trained = {name.removeprefix("model."): t for name, t in state.tensors.items() if name.startswith("model.")}
-        if trained.keys() != model.trained_state().keys():
+    if state.random:  # it was written
+        if state.model.keys() != model.trained_state().keys():
             raise MLLMError(f"The checkpoint of {run.path} is of another model: the recipe's parts changed.")
-        model.load_state_dict(trained, strict=False)
+        model.load_state_dict(state.model, strict=False)
         model.calibrated = any(stage.sets("connector") for stage in config.stages[: at + 1])
-        set_random_states(state.tensors)
+        set_random_states(state.random)
     return model, state
-
-
-def _trained(model: Assembly) -> dict[str, Any]:
-    return {f"model.{name}": tensor for name, tensor in model.trained_state().items()}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from mllm.config.recipe import Stage
 from mllm.data.sources import read_all
@@ -47,8 +46,3 @@ def validation_rows(stage: Stage, model: Assembly) -> list[list[Piece]]:
     for image in (image for pieces in rows for image in images_of(pieces) if model.encoder is not None):
         model.encoder.open(image)  # one that cannot be read is found now, not after hours
     return rows
-
-
-def without_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Return the tensors whose names do not start with the prefix."""
-    return {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
