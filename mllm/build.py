@@ -20,7 +20,7 @@ from mllm.model import Assembly, trained_module
 from mllm.registry import lookup, made
 from mllm.saving import find_folder, read_about, restore
 from mllm.slots import Objective
-from mllm.system import give_back
+from mllm.system import return_memory
 
 
 def assemble(
@@ -63,7 +63,7 @@ def build(spec: AssemblySpec) -> Assembly:
     """Build the parts that a specification names, wire their widths, and draw the trained parts' weights."""
     check_condition(spec)
     encoder = build_encoder(spec)
-    give_back()  # what it was tried out with
+    return_memory()  # what it was tried out with
     return join(spec, encoder=encoder, lm=build_lm(spec))
 
 

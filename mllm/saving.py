@@ -75,7 +75,7 @@ def about(folder: Path) -> About:
     return read_about(find_folder(folder))
 
 
-def trained_on(folder: str | Path) -> tuple[AssemblySpec, dict[str, str], dict[str, Tensor]]:
+def read_saved(folder: str | Path) -> tuple[AssemblySpec, dict[str, str], dict[str, Tensor]]:
     """Return what a run or saved model is built from, its frozen parts' fingerprints, and its trained tensors.
 
     Nothing is built, and no frozen part is loaded; the errors are those of `load`.

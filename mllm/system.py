@@ -47,8 +47,8 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, LARGEST)
 
 
-def give_back() -> None:
-    """Give what is free back to the system: between phases that need memory of different kinds."""
+def return_memory() -> None:
+    """Return freed memory to the system: between phases that need memory of different sizes."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)

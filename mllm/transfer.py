@@ -18,7 +18,7 @@ from mllm.model import Assembly
 from mllm.saving import ASSEMBLY, Shape, check_fingerprints, find_folder, fingerprints_of, parse_about, read_tensors
 
 
-def take(model: Assembly, source: Path, paths: Sequence[str] = ()) -> None:
+def transfer(model: Assembly, source: Path, paths: Sequence[str] = ()) -> None:
     """Take trained tensors from a run or saved model into a model that is otherwise another.
 
     Args:
@@ -41,7 +41,7 @@ def take(model: Assembly, source: Path, paths: Sequence[str] = ()) -> None:
 
 
 def check_source(model: Assembly, stage: Stage) -> None:
-    """Say whether `take` would work for a stage, whose model may be on the meta device; no tensor is read.
+    """Say whether `transfer` would work for a stage, whose model may be on the meta device; no tensor is read.
 
     Frozen parts that are called the same are taken to be so: their weights are not hashed.
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mllm.build import load
 from mllm.errors import MLLMError
-from mllm.saving import about, trained_on
+from mllm.saving import about, read_saved
 
 
 class Trained(nn.Module):
@@ -46,7 +46,7 @@ class Trained(nn.Module):
         Raises:
             MLLMError: no model there, or one that makes no pictures of sentences.
         """
-        spec, _, tensors = trained_on(Path(model))
+        spec, _, tensors = read_saved(Path(model))
         first = tensors.get("heads.pixels.frequencies")
         if first is None or spec.lm is None or spec.lm.type != "sentences":
             raise MLLMError(

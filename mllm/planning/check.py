@@ -7,7 +7,6 @@ training; so what is found here is what training would have run into.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from mllm.errors import MLLMError
 from mllm.model import Assembly, trained_module
 from mllm.planning.paper import assembled, noted
 from mllm.readout.tokens import known_tokens
+from mllm.transfer import check_source
 
 
 def problems(recipe: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> list[str]:
@@ -70,7 +70,7 @@ def _of_model(model: Assembly, stage: Stage) -> list[str]:
             found += [f"Stage {stage.name} {problem}" for problem in fit_of(stage.fit).problems(model)]
     with noted(found):
         if stage.init.source is not None:
-            import_module("mllm.saving").check_source(model, stage)
+            check_source(model, stage)
     with noted(found):
         finds = stage.fit is not None and stage.fit.part == "heads.retrieval"  # said above
         if model.image_tokens is not None and model.speaks and not finds:

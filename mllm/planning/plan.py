@@ -15,7 +15,8 @@ from mllm.config import loading as recipes
 from mllm.config.recipe import Stage
 from mllm.encoders.feature_store import LIMIT
 from mllm.errors import MLLMError
-from mllm.planning.draft import Device, Draft, PartSize
+from mllm.planning.draft import Device, Draft
+from mllm.planning.sizes import PartSize, feature_bytes, frozen_layers, loading_bytes, part_sizes
 from mllm.planning.trace import Cost
 from mllm.planning.workload import Workload, workload
 
@@ -153,7 +154,7 @@ def plan_stage(draft: Draft, setting: Setting) -> StagePlan:
         positions=load.largest.positions,
         tokens_per_image=draft.model.places,
         kv_bytes=draft.kv_bytes(),
-        parts=draft.parts(),
+        parts=part_sizes(draft.model, stage, draft.trained),
         memory=_memory(draft, load, step, cache, setting),
         flops=flops,
         cache=cache,
@@ -164,14 +165,15 @@ def plan_stage(draft: Draft, setting: Setting) -> StagePlan:
 
 def _memory(draft: Draft, load: Workload, step: Cost, cache: Cache, setting: Setting) -> Memory:
     """Return what one process holds, and the peak."""
-    weights = sum(part.bytes for part in draft.parts())
+    parts = part_sizes(draft.model, draft.stage, draft.trained)
+    weights = sum(part.bytes for part in parts)
     gradients = sum(p.numel() * p.element_size() for p in draft.trained)
     optimizer = 2 * gradients
     activations = step.peak if draft.stage.optim.accumulate > 1 else max(0, step.peak - gradients)
     if setting.processes > 1:
         gradients *= 2  # DDP's buckets
     if setting.sharding == "fsdp":
-        layers = draft.frozen_layers()
+        layers = frozen_layers(draft.model)
         activations += 2 * max(layers, default=0)  # one at a time is put together, from what was gathered
         weights -= sum(layers) - -(-sum(layers) // setting.processes)
     kept = 0 if draft.stage.cache == "off" or draft.model.sees_pixels else cache.bytes
@@ -185,7 +187,7 @@ def _memory(draft: Draft, load: Workload, step: Cost, cache: Cache, setting: Set
     }
     phase = max(phases, key=lambda name: phases[name])
     working = weights + optimizer + features + round(phases[phase] * HEAP[setting.device])
-    loading = draft.loading()
+    loading = loading_bytes(draft.stage, parts)
     if loading > working:
         phase = "loading"
     peak = LIBRARIES[setting.device] + max(loading, working)
@@ -197,7 +199,7 @@ def _flops(draft: Draft, load: Workload, step: int, setting: Setting) -> Flops:
     stage, trains = draft.stage, draft.model.sees_pixels
     times = stage.optim.accumulate * setting.processes
     connector = draft.connector(load.typical).flops if draft.trained else 0
-    encoder = draft.picture.flops
+    encoder = draft.image.flops
     pictures = 0 if trains else load.seen if stage.cache == "off" else load.pictures
     total = encoder * pictures + step * times * (stage.steps or 0)
     return Flops(encoder, connector * times, (step - connector) * times, total)
@@ -217,7 +219,7 @@ def _cache(draft: Draft, load: Workload, flops: Flops) -> Cache:
         return Cache(0, 0.0, 0.0, False, "there is no encoder")
     if draft.model.sees_pixels:
         return Cache(0, 0.0, 0.0, False, "the encoder trains, so its features change")
-    size = draft.feature_bytes() * load.pictures
+    size = feature_bytes(draft.model.encoder) * load.pictures
     weight = f"{size / 1e9:,.1f} GB"
     if not draft.encoder_known:
         return Cache(size, 0.0, 0.0, False, f"the encoder is known by its shape only; the features weigh {weight}")

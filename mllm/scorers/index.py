@@ -22,7 +22,7 @@ from mllm.errors import MLLMError
 from mllm.media.images import ImageFile
 from mllm.outputs import ImagePart
 from mllm.readout.tokens import HEAD, token_id
-from mllm.saving import trained_on
+from mllm.saving import read_saved
 from mllm.scorers.retrieval import CHUNK, of_images
 from mllm.system import write
 
@@ -148,7 +148,7 @@ def opened(index: str | Path | ImageIndex, run: str | Path | None = None) -> Ima
     """
     found = index if isinstance(index, ImageIndex) else ImageIndex.load(index)
     if run is not None:
-        spec, fingerprints, tensors = trained_on(Path(run))
+        spec, fingerprints, tensors = read_saved(Path(run))
         found.check(_hash(tensors, fingerprints.get("encoder", ""), spec.encoder))
     return found
 

@@ -8,7 +8,7 @@ the step: the stream is a function of the seed.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mllm.encoders.feature_store import FeatureStore
 from mllm.errors import MLLMError
+from mllm.model import Assembly
 from mllm.processes import processes
 from mllm.system import write
 
@@ -96,6 +98,34 @@ class TrainingState:
 
     def _group(self, group: str) -> Tensors:
         return {"model": self.model, "best": self.best, "optimizer": self.optimizer, "random": self.random}[group]
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """Write the checkpoints of one stage.
+
+    Args:
+        folder: the run's.
+        state: of training, at the step that the stage continues from; validation keeps its best loss up to date.
+        store: of the encoder's features.
+    """
+
+    folder: Path
+    state: TrainingState
+    store: FeatureStore
+
+    def write(self, step: int, model: Assembly, optimizer: Any, schedule: Any) -> None:
+        """Write the state after a step."""
+        self.store.flush()  # first: features that are computed again, among others, may differ in the last bit
+        replace(
+            self.state,
+            step=step,
+            model=model.trained_state(),
+            optimizer=optimizer_state(optimizer),
+            random=random_states(),
+            schedule=schedule.state_dict(),
+            rates=[group["lr"] for group in optimizer.param_groups],
+        ).write(self.folder)
 
 
 def random_states() -> Tensors:

@@ -111,6 +111,21 @@ class Run:
         with self._written(name):
             write(self.path / name, lambda file: file.write_text(json.dumps(content, indent=2) + "\n"))
 
+    def note_data(self, stage: str, sources: Any, *, resumed: bool) -> None:
+        """Record what identifies the data of a stage.
+
+        Raises:
+            MLLMError: the stage is ``resumed``, and its data are not those that it was started with.
+        """
+        path = self.path / "data.json"
+        known = json.loads(path.read_text()) if path.is_file() else {}
+        if resumed and known.get(stage, sources) != sources:
+            raise MLLMError(
+                f"The data of stage {stage} changed since {self.path} was started. Restore the data, or continue with "
+                "--accept-changes."
+            )
+        self.record(path.name, {**known, stage: sources})
+
     def plot(self) -> Path:
         """Draw ``loss.png`` from the log."""
         out = self.path / "loss.png"

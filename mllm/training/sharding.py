@@ -16,7 +16,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from mllm.config.recipe import Stage
 from mllm.errors import MLLMError
+from mllm.model import Assembly
 from mllm.processes import processes
 
 
@@ -27,6 +29,25 @@ def asked() -> bool:
     The word is taken out of the environment: accelerate itself would divide what trains, too, and never on CPUs.
     """
     return os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
+
+
+def divide_where_asked(model: Assembly, stage: Stage, device: torch.device) -> int:
+    """Divide the language model's frozen weights where accelerate's configuration asks for FSDP.
+
+    Returns:
+        The number of layers that are divided; 0 where nothing is.
+
+    Raises:
+        MLLMError: the stage evaluates while it trains, or the language model cannot be divided.
+    """
+    if not (asked() and processes().num_processes > 1 and model.speaks):
+        return 0
+    if stage.eval.every:
+        raise MLLMError(
+            "FSDP: processes that share the weights cannot answer each at its own pace. Set eval.every: null, and "
+            "run mllm eval afterwards."
+        )
+    return divide(model.lm, device)
 
 
 def divide(lm: Any, device: torch.device) -> int:

@@ -1,15 +1,19 @@
-"""Run one stage of a recipe: prepare what it needs, then fit or train."""
+"""Run one stage of a recipe: take its model over from the stage before, then fit or train."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
+
+from accelerate.utils import set_seed
 
 from mllm.build import build_encoder, build_lm, fit_of, join
 from mllm.config.parts import PARTS, AssemblySpec
 from mllm.config.recipe import Stage
 from mllm.data.skipping import Skipped
+from mllm.data.sources import fingerprint
 from mllm.data.stream import Stream
 from mllm.encoders.feature_store import FeatureStore, open_store
 from mllm.errors import MLLMError
@@ -17,24 +21,44 @@ from mllm.fits.base import Material
 from mllm.media.images import open_image
 from mllm.model import Assembly
 from mllm.processes import progress
-from mllm.system import give_back
-from mllm.training.batches import data
-from mllm.training.checkpoint import TrainingState
+from mllm.system import return_memory
+from mllm.training.batches import Batches, check_packing, training_sources
+from mllm.training.calibration import calibrate_new
+from mllm.training.checkpoint import Checkpoints, TrainingState
 from mllm.training.loop import Loop
+from mllm.training.monitor import Monitor, shown_items
 from mllm.training.run import Run
-from mllm.training.sharding import divided
+from mllm.training.setup import Objectives, accelerator_for, engine_for, parameter_groups
+from mllm.training.sharding import divide_where_asked, divided
+from mllm.training.validation import Validation, validation_rows
+from mllm.transfer import transfer
+
+MEASURES = {"explained": "training R^2"}  # how a fit's figure is called in the progress bar
 
 
-def carried(model: Assembly, spec: AssemblySpec, run: Run | None = None) -> Assembly:
-    """Return the model of the next stage: what was trained goes along by name, what is new starts anew.
+def begin_stage(run: Run, model: Assembly, stage: Stage, seed: int) -> Assembly:
+    """Return the model that a stage starts with: that of the stage before, with parts of another run where named.
+
+    A stage whose own seed is not the recipe's (``seed``) starts torch's generators anew, for dropout above all.
+    """
+    if stage.seed != seed:
+        set_seed(stage.seed)
+    model = carry_over(model, stage.assembly, run)
+    if stage.init.source:
+        transfer(model, Path(stage.init.source), stage.init.parts)
+    return model
+
+
+def carry_over(model: Assembly, spec: AssemblySpec, run: Run | None = None) -> Assembly:
+    """Return the model of the next stage: trained tensors are carried over by name, new ones are initialized.
 
     Args:
-        model: the stage before's.
+        model: of the stage before.
         spec: what the next stage's model is built from.
-        run: is told what is left behind.
+        run: logs the tensors that are left behind.
 
     Raises:
-        MLLMError: a tensor that was trained has another shape in the next stage.
+        MLLMError: a trained tensor has another shape in the next stage.
     """
     if spec == model.spec:
         return model
@@ -50,7 +74,7 @@ def carried(model: Assembly, spec: AssemblySpec, run: Run | None = None) -> Asse
     wrong = [name for name in old.keys() & wanted.keys() if old[name].shape != wanted[name].shape]
     if wrong:
         raise MLLMError(
-            f"A stage changes parts so that what was trained does not fit: {', '.join(sorted(wrong)[:4])}. "
+            f"A stage changes parts so that trained tensors do not fit: {', '.join(sorted(wrong)[:4])}. "
             "Give the connector a fixed number of tokens, or leave the part as it was."
         )
     new.load_state_dict({name: tensor for name, tensor in old.items() if name in wanted}, strict=False)
@@ -61,20 +85,48 @@ def carried(model: Assembly, spec: AssemblySpec, run: Run | None = None) -> Asse
     return new
 
 
-def run_stage(run: Run, model: Assembly, stage: Stage, state: TrainingState) -> Assembly:
+def run_stage(run: Run, model: Assembly, stage: Stage, state: TrainingState) -> None:
     """Fit or train one stage, and record that what it does not train hashes the same afterwards."""
-    give_back()  # what loading and the stage before left
+    return_memory()  # of loading and of the stage before
     store = open_store(model, "off" if stage.trains("encoder") else stage.cache)
     trained = [stage.fit.part] if stage.fit else list(stage.train)
     before = _hashes(model, trained)
     if stage.fit:
         _fit(run, model, stage, store)
     else:
-        Loop(run, model, stage, store, state)()
-    state.frozen[stage.name] = {"before": before, "after": _hashes(model, trained)}
-    assert before == state.frozen[stage.name]["after"], "a frozen part changed"
+        prepare(run, model, stage, store, state)()
+    after = _hashes(model, trained)
+    state.frozen[stage.name] = {"before": before, "after": after}
+    assert before == after, "a frozen part changed"
     store.flush()
-    return model
+
+
+def prepare(run: Run, model: Assembly, stage: Stage, store: FeatureStore, state: TrainingState) -> Loop:
+    """Build what a stage trains with, in the order in which one thing needs another; return the loop.
+
+    Args:
+        run: where it is logged.
+        model: the assembly, as the stage starts or continues with it.
+        stage: what trains, on which data, by which objectives.
+        store: of the encoder's features.
+        state: the step to continue from.
+    """
+    accelerator = accelerator_for(stage, run.path)
+    groups = parameter_groups(model, stage)
+    if layers := divide_where_asked(model, stage, accelerator.device):
+        run.log(stage=stage.name, step=state.step, divided_layers=layers)
+    model.to(accelerator.device)
+    sources = training_sources(stage)
+    share = {"rank": accelerator.process_index, "world": accelerator.num_processes}
+    batches = Batches(model, stage, sources, store, run.log, **share)
+    objectives = Objectives(stage)
+    check_packing(stage, model, objectives)
+    run.note_data(stage.name, fingerprint(sources), resumed=state.step > 0)
+    validation = Validation(model, stage, validation_rows(stage, model), store, objectives, state)
+    monitor = Monitor(run, model, stage, accelerator, shown_items(stage))
+    calibrate_new(model, stage, batches, store)
+    engine = engine_for(accelerator, model, stage, groups, state)
+    return Loop(stage, engine, objectives, batches, validation, monitor, Checkpoints(run.path, state, store))
 
 
 def _hashes(model: Assembly, trained: Sequence[str]) -> dict[str, str]:
@@ -89,18 +141,18 @@ def _fit(run: Run, model: Assembly, stage: Stage, store: FeatureStore) -> None:
     with progress() as bar:
         task = bar.add_task(stage.name, total=None, note="")
         material = _material(run, model, stage, store)
-        found = fit(model, replace(material, track=lambda chunks: bar.track(chunks, task_id=task)))
-        bar.update(task, note=f"{fit.told} {found:.0%}")
-    run.log(stage=stage.name, **{fit.told: found})
+        quality = fit(model, replace(material, track=lambda chunks: bar.track(chunks, task_id=task)))
+        bar.update(task, note=f"{MEASURES.get(fit.told, fit.told)} {quality:.2f}")
+    run.log(stage=stage.name, **{fit.told: quality})
     model.calibrated = model.calibrated or stage.fit.part == "connector"
 
 
 def _material(run: Run, model: Assembly, stage: Stage, store: FeatureStore) -> Material:
-    """Return what a stage's part is fitted on."""
+    """Return the data on which a stage's part is fitted."""
     assert stage.fit is not None
     if stage.fit.targets == "tokens":  # their own strings: no data is needed, none need be given
         return Material(seed=stage.seed)
-    sources = data(stage)
+    sources = training_sources(stage)
     items = [item for source in sources for item in source.items]
     skipped = Skipped(stage.data.skip, len(items), partial(run.log, stage=stage.name))
     opened = model.encoder.open if model.encoder is not None else open_image

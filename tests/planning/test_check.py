@@ -187,7 +187,7 @@ def test_several_problems_are_all_reported(file: Path) -> None:
             "stages.1.objectives=[{type: x}]",
         ],
     )
-    for sentence in ("./no-encoder", "./no-lm", "none.csv", "'x' in mllm.slots"):
+    for sentence in ("./no-encoder", "./no-lm", "none.csv", "'x' in mllm.objectives"):
         assert sum(sentence in problem for problem in found) == 1, found
     assert len(found) == 4
 
@@ -217,7 +217,7 @@ def test_check_does_without_what_only_training_needs(file: Path) -> None:
 import sys
 from mllm.planning.check import problems
 assert problems({str(file)!r}) == []
-heavy = ("peft", "bitsandbytes", "matplotlib", "mllm.training.train", "mllm.saving")
+heavy = ("peft", "bitsandbytes", "matplotlib", "mllm.training.train")
 print([name for name in heavy if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

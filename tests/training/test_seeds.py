@@ -16,7 +16,7 @@ from mllm.data.sources import read_all
 from mllm.hub.fingerprints import tensor_hash
 from mllm.saving import about
 from mllm.testing import tiny_image
-from mllm.training.batches import data
+from mllm.training.batches import training_sources
 
 ONE = "{name: one, train: {connector: 0.01}, steps: 3, batch_size: 4}"
 ADAPTER = "adapters: [{type: bottleneck, reduction: 4}], train: {adapters: 1.0e-9}, steps: 3, batch_size: 4"
@@ -68,7 +68,7 @@ def test_a_stages_seed_changes_that_stage_and_no_other(recipe: str, tmp_path: Pa
     assert losses(plain, "two") != losses(seeded, "two")
     stages = loading.load(str(seeded.path / "recipe.yaml")).stages
     assert [stage.seed for stage in stages] == [3, 7, 3]
-    items = [[item.id for item in data(stage)[0].items] for stage in stages]
+    items = [[item.id for item in training_sources(stage)[0].items] for stage in stages]
     assert items[0] == items[2] != items[1]  # the fraction of the data that is read
     assert items[1] == [item.id for item in read_all(stages[1].data.train, seed=7)[0].items]
 
