@@ -17,7 +17,7 @@ RUN := $(firstword $(filter-out $(wildcard runs/demo*),runs/demo $(addprefix run
 STARTED := $(shell date +%s)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint parts test-extras clean
+.PHONY: help demo test lint parts test-extras docs clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -55,8 +55,11 @@ parts: $(STAMP) ## download and convert the embedded models and data, once
 test-extras: .venv-extras/.installed ## run the tests that need torchvision, in an environment of their own
 	.venv-extras/bin/python -m pytest -m extras
 
+docs: .venv-docs/.installed ## build the documentation site into site/
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+
 clean: ## remove the environments and what tools left behind; runs/ stays
-	rm -rf .venv .venv-extras build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-extras .venv-docs site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +
 
 define check_python
@@ -80,4 +83,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-extras
 	.venv-extras/bin/python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
 	  torch==2.14.1 torchvision==0.29.1 -e '.[dev,timm,open-clip,lmms-eval,generation]'
+	@touch $@
+
+.venv-docs/.installed: constraints.txt
+	$(check_python)
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install -c constraints.txt 'mkdocs-material>=9.5'
 	@touch $@

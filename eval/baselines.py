@@ -12,11 +12,11 @@ from random import Random
 import numpy as np
 from PIL import Image
 
+from mllm.assembly import Assembly
 from mllm.build import build_connector
 from mllm.data.items import Item
 from mllm.errors import MLLMError, near
 from mllm.media.images import ImageSource, source_of
-from mllm.model import Assembly
 from mllm.training.calibration import calibrate
 
 BASELINES = ("blind", "shuffled", "mean-image", "random-connector")
@@ -86,7 +86,12 @@ def untrained(model: Assembly, items: Sequence[Item]) -> Assembly:
     spec = model.spec.model_copy(update={"seed": model.spec.seed + 1})
     connector = build_connector(spec, encoder=model.encoder, lm_dim=model.lm.dim).to(model.device)
     other = Assembly(
-        encoder=model.encoder, connector=connector, lm=model.lm, adapters=list(model.adapters), spec=model.spec
+        encoder=model.encoder,
+        connector=connector,
+        lm=model.lm,
+        adapters=list(model.adapters),
+        spec=model.spec,
+        open_scorer=model.open_scorer,
     )
     images = [image for item in items for image in item.images][:16]
     if images:

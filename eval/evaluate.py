@@ -24,10 +24,10 @@ from mllm.eval.scoring import OWN, Helpers, Result, measure
 from mllm.eval.shots import with_shots
 from mllm.eval.suite import Suite, data_hash, load_suite, read_items, read_shots
 
+from mllm.assembly import Assembly
 from mllm.config.parts import FROZEN, PromptSpec
 from mllm.data.items import Item
 from mllm.errors import MLLMError
-from mllm.model import Assembly
 from mllm.processes import processes, progress
 from mllm.version import __version__
 

@@ -59,12 +59,12 @@ def conditions(names: Sequence[str], folder: str | Path | None = None) -> str:
 
 def _condition(found: dict[str, Any]) -> str:
     lines = [
-        f"- `{found['command']}`: seeds {', '.join(map(str, found['seeds']))}; {max(found['items'].values())} items a "
-        f"suite; {found['minutes']} minutes to train one."
+        f"- `{found['command']}`: seeds {', '.join(map(str, found['seeds']))}; {max(found['items'].values())} items "
+        f"per suite; training takes up to {found['minutes']} minutes per seed."
     ]
     for suite, score in found["scores"].items():
         lines += [
-            f"  - {suite}, baseline `{name}`: {gain['value']:.3f}; gain {gain['low']:+.3f} to {gain['high']:+.3f}."
+            f"    - {suite}, baseline `{name}`: {gain['value']:.3f}; gain {gain['low']:+.3f} to {gain['high']:+.3f}."
             for name, gain in score["gains"].items()
             if name not in COLUMNS
         ]

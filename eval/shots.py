@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from mllm.eval.suite import Shots
 
+from mllm.assembly import Assembly
 from mllm.data.items import Item
 from mllm.errors import MLLMError
-from mllm.model import Assembly
 
 _SPARE = 100  # more than `count` are drawn, for some may be of the item's own picture
 _BATCH = 32

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 from mllm.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from mllm.assembly import Assembly as Assembly
     from mllm.build import assemble as assemble
     from mllm.build import load as load
     from mllm.errors import MLLMError as MLLMError
     from mllm.evaluation import evaluate as evaluate
     from mllm.evaluation import metric as metric
-    from mllm.model import Assembly as Assembly
     from mllm.training.train import train as train
 
 _PUBLIC = {
-    "Assembly": "mllm.model",
+    "Assembly": "mllm.assembly",
     "MLLMError": "mllm.errors",
     "assemble": "mllm.build",
     "evaluate": "mllm.evaluation",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mllm.assembly import Assembly
 from mllm.config.messages import checked
 from mllm.config.parts import AssemblySpec, FitSpec, ObjectiveSpec, PartSpec
 from mllm.encoders.base import Encoder, on_paper
@@ -16,9 +18,10 @@ from mllm.errors import MLLMError
 from mllm.fits.base import Fit
 from mllm.hub import published
 from mllm.lms.new_tokens import NewTokens
-from mllm.model import Assembly, trained_module
+from mllm.model import Model, trained_module
 from mllm.registry import lookup, made
 from mllm.saving import find_folder, read_about, restore
+from mllm.scorers.own import own_scorer
 from mllm.slots import Objective
 from mllm.system import return_memory
 
@@ -85,18 +88,26 @@ def join(spec: AssemblySpec, *, encoder: Any, lm: Any) -> Assembly:
         heads={part.type: _drawn(spec, "head", part, **widths) for part in spec.heads},
         decoder=None if spec.decoder is None else _drawn(spec, "image_decoder", spec.decoder),
         spec=spec,
+        open_scorer=open_scorer,
     )
     for path in spec.trained:
         trained_module(model, path)
     return model
 
 
-def _drawn(spec: AssemblySpec, kind: str, part: PartSpec, *inside: Any, **options: Any) -> Any:
+def _drawn(spec: AssemblySpec, kind: str, part: PartSpec, **options: Any) -> Any:
     """Build a part that draws weights; they depend on the specification's seeds alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed_of(kind.removeprefix("image_")))
-        label = f"{kind.replace('_', ' ')} {part.type}"
-        return made(lookup(f"{kind}s", part.type), label, *inside, **options, **part.options())
+        cls = lookup(f"{kind}s", part.type)
+        return made(cls, f"{kind.replace('_', ' ')} {part.type}", **options, **with_runs(cls, part.options()))
+
+
+def with_runs(cls: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Return a part's options with the runs among them loaded: a part declares such an argument as a `Model`."""
+    parameters = inspect.signature(cls).parameters
+    runs = {name for name in options if name in parameters and parameters[name].annotation in (Model, "Model")}
+    return {name: load(value) if name in runs else value for name, value in options.items()}
 
 
 def build_encoder(spec: AssemblySpec) -> Any:
@@ -175,8 +186,11 @@ def load(folder: str | Path) -> Assembly:
             are missing, unknown or damaged.
     """
     path = find_folder(Path(folder))
-    model = build(read_about(path).spec)
-    restore(model, path)
+    about = read_about(path)
+    model = build(about.spec)
+    if not on_paper():
+        restore(model, path)
+    model.source, model.fingerprint = str(folder), about.fingerprint
     return model
 
 
@@ -235,3 +249,16 @@ def fit_of(spec: FitSpec) -> Fit:
     """
     fit: Fit = made(lookup("fits", spec.part.removeprefix("heads.")), f"fit of {spec.part}", **spec.options())
     return fit
+
+
+def open_scorer(model: Model) -> Any:
+    """Load the scorer that a model's specification names; without one, a model may be its own.
+
+    Raises:
+        MLLMError: no scorer is named, and the model's own parts make none.
+    """
+    if model.spec.scorer is None:
+        return own_scorer(model)
+    cls = lookup("scorers", model.spec.scorer.type)
+    options = with_runs(cls, model.spec.scorer.options())
+    return made(cls, f"scorer {model.spec.scorer.type}", **options).to(model.device)

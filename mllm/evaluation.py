@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mllm.registry import lookup
 
 if TYPE_CHECKING:
-    from mllm.model import Assembly
+    from mllm.assembly import Assembly
 
 
 def evaluate(

@@ -21,7 +21,7 @@ from torch import Tensor
 from mllm.config.messages import checked
 from mllm.config.parts import FROZEN, AssemblySpec, Spec
 from mllm.errors import MLLMError
-from mllm.model import Assembly
+from mllm.model import Model
 from mllm.system import write
 from mllm.version import __version__
 
@@ -41,8 +41,14 @@ class About(Spec):
     tensors: str = Field(pattern=r"^trained-[0-9a-f]{12}\.safetensors$")  # the file beside this one
     sha256: str  # of that file
 
+    @property
+    def fingerprint(self) -> str:
+        """Return what tells a saved model from others: a hash of its tensors and its frozen parts."""
+        content = json.dumps([self.sha256, self.fingerprints], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
 
-def save(model: Assembly, folder: Path) -> Path:
+
+def save(model: Model, folder: Path) -> Path:
     """Write a model's trained tensors and what they belong to.
 
     Raises:
@@ -85,7 +91,7 @@ def read_saved(folder: str | Path) -> tuple[AssemblySpec, dict[str, str], dict[s
     return about.spec, about.fingerprints, read_tensors(path / about.tensors)
 
 
-def restore(model: Assembly, folder: Path) -> None:
+def restore(model: Model, folder: Path) -> None:
     """Put what was saved in a folder into a model of the same parts; the errors are those of `load`."""
     about = read_about(folder)
     check_fingerprints(folder, about.fingerprints, fingerprints_of(model))
@@ -103,7 +109,7 @@ def read_about(folder: Path) -> About:
     return about
 
 
-def _write_tensors(model: Assembly, folder: Path) -> tuple[str, str]:
+def _write_tensors(model: Model, folder: Path) -> tuple[str, str]:
     """Write the trained tensors to a file named by its content; return the name and the content's SHA-256."""
     unnamed = folder / UNNAMED
     save_file(model.trained_state(), unnamed)
@@ -123,7 +129,7 @@ def _sweep(folder: Path) -> None:
                 file.unlink(missing_ok=True)
 
 
-def _put(model: Assembly, tensors: Path) -> None:
+def _put(model: Model, tensors: Path) -> None:
     """Load tensors into a model; every one must be used, and none may be missing."""
     saved = read_tensors(tensors)
     wanted = model.trained_state()
@@ -164,7 +170,7 @@ def parse_about(path: Path) -> About:
     return checked(About, about, label=str(path))
 
 
-def fingerprints_of(model: Assembly) -> dict[str, str]:
+def fingerprints_of(model: Model) -> dict[str, str]:
     """Return the fingerprints of the frozen parts that are there: they took part in the training."""
     return {part: str(getattr(model, part).fingerprint) for part in FROZEN if getattr(model, part) is not None}
 

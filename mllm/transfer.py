@@ -14,11 +14,11 @@ from mllm.config.recipe import Stage
 from mllm.errors import MLLMError, near
 from mllm.hub import loading as hub
 from mllm.hub.fingerprints import fingerprint
-from mllm.model import Assembly
+from mllm.model import Model
 from mllm.saving import ASSEMBLY, Shape, check_fingerprints, find_folder, fingerprints_of, parse_about, read_tensors
 
 
-def transfer(model: Assembly, source: Path, paths: Sequence[str] = ()) -> None:
+def transfer(model: Model, source: Path, paths: Sequence[str] = ()) -> None:
     """Take trained tensors from a run or saved model into a model that is otherwise another.
 
     Args:
@@ -40,7 +40,7 @@ def transfer(model: Assembly, source: Path, paths: Sequence[str] = ()) -> None:
     model.calibrated = model.calibrated or all(name in names for name in wanted if name.startswith("connector."))
 
 
-def check_source(model: Assembly, stage: Stage) -> None:
+def check_source(model: Model, stage: Stage) -> None:
     """Say whether `transfer` would work for a stage, whose model may be on the meta device; no tensor is read.
 
     Frozen parts that are called the same are taken to be so: their weights are not hashed.
@@ -68,7 +68,7 @@ def _called(spec: Any) -> str:
     return f"{name} (random weights)" if getattr(spec, "init", None) == "random" else str(name)
 
 
-def _weights(model: Assembly, part: str, spec: Any) -> str | None:
+def _weights(model: Model, part: str, spec: Any) -> str | None:
     """Return the fingerprint of a part whose weights are on this machine and would be loaded."""
     if spec is None or getattr(spec, "init", None) == "random":
         return None

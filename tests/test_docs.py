@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from PIL import Image
 from safetensors.torch import load_file
 from typer.main import get_command
@@ -124,6 +125,26 @@ def test_the_index_lists_every_page():
         listed = set(re.findall(r"\]\(([^)/]+\.md)\)", index.read_text()))
         assert listed == {page.name for page in PAGES if page.parent == index.parent} - {"index.md"}
     assert "(recipes/index.md)" in (ROOT / "docs" / "index.md").read_text()
+
+
+def nav_pages(nav: Any) -> list[str]:
+    """Return the pages of a navigation of mkdocs, sections included, in order."""
+    if isinstance(nav, str):
+        return [nav]
+    return [page for entry in (nav.values() if isinstance(nav, dict) else nav) for page in nav_pages(entry)]
+
+
+def test_the_sites_navigation_lists_every_page_once():
+    listed = nav_pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
+    assert sorted(listed) == sorted(str(page.relative_to(ROOT / "docs")) for page in PAGES[1:])
+
+
+def test_links_out_of_the_docs_lead_to_copies_on_the_site():
+    rewritten = runpy.run_path(str(ROOT / "scripts" / "site_links.py"))["rewritten"]
+    assert rewritten("[a](../../recipes/gill.yaml)", "recipes/gill.md") == "[a](../files/recipes/gill.yaml)"
+    assert rewritten("[a](../recipes/gill.yaml)", "retrieval.md") == "[a](files/recipes/gill.yaml)"
+    for inside in ("[a](../log.md)", "[a](../retrieval.md#generating-images)", "[a](../../recipes/no-such.yaml)"):
+        assert rewritten(inside, "recipes/gill.md") == inside
 
 
 def test_the_recipes_pages_say_what_the_recipes_and_their_results_do():

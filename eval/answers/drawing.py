@@ -8,9 +8,9 @@ from pathlib import Path
 from mllm.eval.baselines import derangement
 from mllm.eval.scoring import OWN
 
+from mllm.assembly import Assembly
 from mllm.data.items import Item
 from mllm.errors import MLLMError
-from mllm.model import Assembly
 from mllm.processes import progress
 from mllm.prompts.pieces import answer_text
 from mllm.readout.decision import HEAD, LABELS, decided, states_at

@@ -20,10 +20,10 @@ from mllm.eval.journal import Journal
 from mllm.eval.suite import Suite
 
 from mllm.answering.view import View, Views
+from mllm.assembly import Assembly
 from mllm.data.items import Item, before, question_text
 from mllm.errors import MLLMError
 from mllm.media.images import ImageSource
-from mllm.model import Assembly
 from mllm.processes import processes
 from mllm.prompts.pieces import Piece, arrange
 

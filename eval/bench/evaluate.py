@@ -18,10 +18,10 @@ from mllm.eval.bench.table import Row, paired, ratio, report
 from mllm.eval.journal import Journal
 from mllm.eval.suite import load_suite
 
+from mllm.assembly import Assembly
 from mllm.data.items import Item, question_text
 from mllm.errors import MLLMError
 from mllm.media.images import ImageBytes
-from mllm.model import Assembly
 from mllm.processes import progress as bars
 
 IMAGES = 8

@@ -15,9 +15,9 @@ import torch
 from mllm.eval.bench.shapes import LM, image_token, llava, pictures
 from mllm.eval.bench.table import Row, paired, ratio, report
 
+from mllm.assembly import Assembly
 from mllm.build import assemble
 from mllm.errors import MLLMError
-from mllm.model import Assembly
 from mllm.prompts.pieces import arrange
 from mllm.serve.batcher import Answer, Batcher, Job
 

@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import tempfile
+import textwrap
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -19,11 +20,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from mllm.assembly import Assembly
 from mllm.build import build_encoder, build_lm, join
 from mllm.config.messages import checked
 from mllm.config.parts import AssemblySpec
 from mllm.errors import MLLMError
-from mllm.model import Assembly
 from mllm.prompts.batch import collate
 from mllm.prompts.pieces import Target, images_of
 from mllm.registry import table
@@ -221,22 +222,22 @@ def _versions() -> dict[str, str]:
 
 
 PAGE_TEXT = """\
-# What goes with what
+# Compatibility
 
-{encoders} families of encoders, {lms} of language models and {connectors} connectors, at tiny random size:
-{works:,} of {all:,} triples work. A triple works if
+{encoders} encoder families, {lms} language model families and {connectors} connectors, tested with tiny random weights:
+{works:,} of {all:,} combinations work. A combination works if
 
-- a step of training gives gradients to the connector, and to nothing else;
-- a left-padded batch of prompts (with two pictures, one, and none) gives each prompt the logits it gets alone, to 1e-4
-  of the largest in float32, and the same greedy answer;
-- saved and loaded, it gives equal logits.
+- a training step gives gradients to the connector, and to nothing else;
+- in a left-padded batch of prompts (with two images, one, and none) each prompt gets the logits that it gets alone, to
+  1e-4 of the largest logit in float32, and the same greedy answer;
+- the saved and reloaded model gives equal logits.
 
-`mllm bench matrix` tries them all, here in {minutes:.0f} minutes of one core, and writes this page.
-({versions}.) Stopped, it goes on where it was. A family that is on no list is joined in the same way: nothing in
-the code knows any by name.
+`mllm bench matrix` tests all combinations in {minutes:.0f} minutes on one core and writes this page
+({versions}). An interrupted run continues where it stopped. Other families are assembled
+in the same way: no family is known by name.
 
 A number in the table is how many of the {connectors} connectors work:
-{connector_names}. The encoders:
+{connector_names}. The columns are the encoders:
 
 {encoder_names}
 
@@ -265,9 +266,9 @@ def page(found: Sequence[Triple]) -> str:
         minutes=sum(one.seconds for one in found) / 60,
         versions=", ".join(f"{name} {value}" for name, value in _versions().items()),
         connector_names=", ".join(f"`{name}`" for name in connectors),
-        encoder_names=", ".join(f"{index} {name}" for index, name in enumerate(encoders, 1)) + ".",
+        encoder_names=textwrap.fill(", ".join(f"{index} {name}" for index, name in enumerate(encoders, 1)) + ".", 118),
         table="\n".join([head, *rows]),
-        reasons="\n".join(_reasons(found)) or "Nothing: all triples work.",
+        reasons="\n".join(_reasons(found)) or "Nothing: all combinations work.",
     )
 
 

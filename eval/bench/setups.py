@@ -17,12 +17,12 @@ from mllm.eval.bench.shapes import image_token
 from PIL import Image
 from torch import Tensor, nn
 
+from mllm.assembly import Assembly
 from mllm.build import build
 from mllm.config import loading as recipes
 from mllm.data.items import pieces_of
 from mllm.data.sources import read
 from mllm.errors import MLLMError
-from mllm.model import Assembly
 from mllm.prompts.batch import IGNORED, collate
 from mllm.prompts.pieces import images_of
 

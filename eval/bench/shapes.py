@@ -18,9 +18,9 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
+from mllm.assembly import Assembly
 from mllm.build import assemble
 from mllm.hub import embedded as parts
-from mllm.model import Assembly
 
 LM = "mllm/smollm2-135m"
 IMAGE_TOKEN = "<reponame>"  # in the vocabulary, and in none of the prompts

@@ -19,11 +19,11 @@ from mllm.eval.bench.share import share
 from mllm.eval.bench.table import Row, ratio, report
 from mllm.eval.bench.watched import POLL, Watched, watch
 
+from mllm.assembly import Assembly
 from mllm.config.data import DataSpec
 from mllm.data.sources import read
 from mllm.errors import MLLMError, near
 from mllm.hub import embedded as parts
-from mllm.model import Assembly
 from mllm.system import cache_dir
 
 PARTS = ("llava", "heavy", "target", "share")

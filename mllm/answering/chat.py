@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from transformers import TextIteratorStreamer
 
+from mllm.answering.decode import decodings
+from mllm.answering.generate import generate
 from mllm.errors import MLLMError
 from mllm.media.images import ImageFile, source_of
 from mllm.outputs import Output
@@ -97,7 +99,8 @@ class Chat:
         found: list[Output] = []
 
         def answered(messages: Sequence[dict[str, Any]], decoding: dict[str, Any], _: Any) -> Iterator[str]:
-            found.extend(self._model.generate([turns(self._model, messages)], **decoding))
+            show = {name: decoding.pop(name) for name in ("index", "images", "eager") if name in decoding}
+            found.extend(generate(self._model, [turns(self._model, messages)], decoding, **show))
             yield str(found[0])
 
         "".join(self._turn(text, images, options, None, answered))
@@ -140,7 +143,7 @@ class Chat:
         mask = torch.tensor([self._mask + [1] * len(rest)], device=model.device)
         ids = torch.tensor([[model.lm.pad] * len(self._mask) + rest], device=model.device)
         cache = model.lm.fork(self._cache)
-        answer = yield from writer(model, ids, mask, cache, model.decodings([pieces], decoding))
+        answer = yield from writer(model, ids, mask, cache, decodings(model, [pieces], decoding))
         self._keep(cache, [*rest, *answer])
 
     def _agree(self, encoded: Encoded, images: Sequence[Any]) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.nn.functional import normalize
 
+from mllm.answering.decode import answer, decodings
 from mllm.answering.rerank import closest
 from mllm.errors import MLLMError
 from mllm.lms.vocabulary import lexicon
@@ -40,7 +41,7 @@ def told(model: Any, prompts: Sequence[Sequence[Piece]], wanted: dict[str, Any],
     words = iter(nearest(model, [image for prompt in prompts for image in images_of(prompt)], top))
     groups = [_rows(prompt, words, orders if images_of(prompt) else 1) for prompt in prompts]
     rows = [row for group in groups for row in group]
-    answers = iter(model.answer(rows, model.decodings(rows, decoding)))
+    answers = iter(answer(model, rows, decodings(model, rows, decoding)))
     found = [[next(answers) for _ in group] for group in groups]
     return [
         own[0] if len(own) == 1 else closest(model, prompt, own) for prompt, own in zip(prompts, found, strict=True)

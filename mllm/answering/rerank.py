@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from mllm.answering.decode import answer, decodings
 from mllm.errors import MLLMError
 from mllm.prompts.pieces import Piece, images_of
 
@@ -34,7 +35,7 @@ def reranked(model: Any, prompts: Sequence[Sequence[Piece]], count: int, decodin
     first = int(torch.randint(2**31, ())) if first is None else first
     drawn = [{**decoding, "do_sample": True, "seed": first + number} for number in range(1, count)]
     rows = [prompt for prompt in prompts for _ in range(count)]
-    answers = model.answer(rows, model.decodings(rows, [decoding, *drawn] * len(prompts)))
+    answers = answer(model, rows, decodings(model, rows, [decoding, *drawn] * len(prompts)))
     best = []
     for place, prompt in enumerate(prompts):
         best.append(closest(model, prompt, answers[place * count : (place + 1) * count]))

@@ -13,6 +13,8 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from mllm.answering.decode import decodings
+from mllm.answering.generate import generate
 from mllm.errors import MLLMError
 from mllm.prompts.batch import IGNORED, Encoded
 from mllm.prompts.pieces import Piece, answer_text, trailing_text
@@ -90,13 +92,13 @@ class Views(Sequence["View"]):
             whole[row, seen + width - len(ids) :] = torch.tensor(ids, device=mask.device)
         if _holed(mask) and model.lm.beyond(mask.shape[1] + int(given.get("max_new_tokens") or 0)):
             return self._anew(rows, decoding)
-        settings = model.decodings([[*self.prompts[view], text] for view, text in rows], decoding)
+        settings = decodings(model, [[*self.prompts[view], text] for view, text in rows], decoding)
         cache = model.lm.fork(self.cache, [view for view, _ in rows])
         found = model.lm.generate(mask, settings, cache=cache, input_ids=whole)
         return [model.lm.decode(ids).strip() for ids in found]
 
     def _anew(self, rows: Sequence[tuple[int, str]], decoding: dict[str, Any]) -> list[str]:
-        outputs = self.model.generate([[*self.prompts[view], text] for view, text in rows], **decoding)
+        outputs = generate(self.model, [[*self.prompts[view], text] for view, text in rows], decoding)
         return [str(output) for output in outputs]
 
     def following(self, view: int, text: str) -> tuple[int, list[int]]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,16 +11,16 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from mllm.build import load
 from mllm.errors import MLLMError
-from mllm.saving import about, read_saved
+from mllm.model import Model
+from mllm.saving import read_saved
 
 
 class Trained(nn.Module):
     """The model of such a run (``mllm train emoji-decoder``); a condition is one sentence vector ``(1, D)``.
 
     Args:
-        model: the run or a saved model.
+        model: the model; in a recipe, its run.
 
     Attributes:
         condition: ``(1, D)``.
@@ -31,13 +29,10 @@ class Trained(nn.Module):
         MLLMError: no model there, or one that makes no pictures of sentences.
     """
 
-    def __init__(self, *, model: str) -> None:
+    def __init__(self, *, model: Model) -> None:
         super().__init__()
-        self.condition, self._model = self.shape(model=model), model
-        if torch.get_default_device().type == "meta":
-            return
-        self.model = load(model)
-        self.fingerprint = _fingerprint(model)
+        self.condition, self.model = self.shape(model=model.source), model
+        self.fingerprint = model.fingerprint
 
     @classmethod
     def shape(cls, *, model: str) -> tuple[int, int]:
@@ -58,7 +53,7 @@ class Trained(nn.Module):
     @property
     def label(self) -> str:
         """Return what it is called in an answer."""
-        return self._model
+        return self.model.source
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Tensor:
@@ -72,9 +67,3 @@ class Trained(nn.Module):
         pixels = self.model.heads["pixels"](conditions[:, 0].float(), list(seeds))
         rows = (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         return [Image.fromarray(np.ascontiguousarray(row)) for row in rows]
-
-
-def _fingerprint(model: str) -> str:
-    """Return what tells a run's tensors and frozen parts from others."""
-    found = about(Path(model))
-    return hashlib.sha256(json.dumps([found.sha256, found.fingerprints], sort_keys=True).encode()).hexdigest()

@@ -32,10 +32,10 @@ from mllm.export.stock import (
     whole_tower,
     with_image_token,
 )
-from mllm.model import Assembly
+from mllm.model import Model
 
 
-def blip2(model: Assembly) -> Shell:
+def blip2(model: Model) -> Shell:
     """Return `Blip2ForConditionalGeneration` with an assembly's weights: its own ViT, a Q-Former, a decoder.
 
     Raises:
@@ -74,7 +74,7 @@ def blip2(model: Assembly) -> Shell:
     return Shell(ready(stock, model, ids), processor, "" if front else IMAGE * connector.num_tokens)
 
 
-def _queries(model: Assembly) -> Any:
+def _queries(model: Model) -> Any:
     """Return the Q-Former's configuration."""
     connector = model.connector
     if model.spec.connector.type != "qformer":
@@ -84,7 +84,7 @@ def _queries(model: Assembly) -> Any:
     return Blip2QFormerConfig(**connector.qformer.config.to_diff_dict())
 
 
-def _blip2_tower(model: Assembly) -> tuple[Blip2VisionConfig, dict[str, Any]]:
+def _blip2_tower(model: Model) -> tuple[Blip2VisionConfig, dict[str, Any]]:
     """Return the configuration and weights of BLIP-2's ViT that gives what the Q-Former reads.
 
     Its last normalisation is the tower's own, or the one that the Q-Former starts with, behind a hidden state.

@@ -9,7 +9,7 @@ from typing import Any
 
 from mllm.export.stock import Shell
 from mllm.hub.embedded_list import PARTS
-from mllm.model import Assembly
+from mllm.model import Model
 from mllm.version import __version__
 
 CARD = """\
@@ -58,7 +58,7 @@ The LoRA adapters were added to the weights, which rounds: hence the difference.
 """
 
 
-def card(model: Assembly, to: str, shell: Shell, found: Sequence[dict[str, Any]]) -> str:
+def card(model: Model, to: str, shell: Shell, found: Sequence[dict[str, Any]]) -> str:
     """Return the card's text; ``found`` are the comparisons, probe by probe."""
     spec = model.spec
     worst = max(found, key=lambda one: float(one["difference"]))

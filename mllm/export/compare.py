@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mllm.errors import MLLMError
 from mllm.export.stock import Shell
-from mllm.model import Assembly
+from mllm.model import Model
 from mllm.prompts.pieces import arrange
 
 TOKENS = 12  # that are generated on each probe
@@ -43,7 +43,7 @@ class Comparison:
     stock: list[int]
 
 
-def compare(model: Assembly, shell: Shell, place: Path) -> list[Comparison]:
+def compare(model: Model, shell: Shell, place: Path) -> list[Comparison]:
     """Answer the probes with the assembly and with what stock code loads from the folder."""
     stock = AutoModelForImageTextToText.from_pretrained(place, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(place, backend="pil")
@@ -63,7 +63,7 @@ def compare(model: Assembly, shell: Shell, place: Path) -> list[Comparison]:
 
 @torch.no_grad()
 def _compared(
-    model: Assembly, stock: Any, processor: Any, pieces: Sequence[Any], prompt: str, names: list[str]
+    model: Model, stock: Any, processor: Any, pieces: Sequence[Any], prompt: str, names: list[str]
 ) -> Comparison:
     images = [piece for piece in pieces if not isinstance(piece, str)]
     inputs = processor(images=images, text=prompt, return_tensors="pt")
@@ -85,7 +85,7 @@ def _compared(
     )
 
 
-def _same_inputs(model: Assembly, stock: Any, inputs: Any, images: Sequence[Any], batch: Any) -> None:
+def _same_inputs(model: Model, stock: Any, inputs: Any, images: Sequence[Any], batch: Any) -> None:
     """Refuse where the stock processor makes other ids or pixels of a prompt."""
     expected = batch.ids.masked_fill(batch.visual, stock.config.image_token_id)
     if inputs["input_ids"].tolist() != expected.tolist():
@@ -107,7 +107,7 @@ def _refuse(found: Sequence[Comparison], allowed: float) -> None:
             )
 
 
-def _probes(model: Assembly, *, several: bool) -> list[list[Any]]:
+def _probes(model: Model, *, several: bool) -> list[list[Any]]:
     """Return the recipe's own prompts on pictures, and two pictures in one prompt where the processor takes several."""
     first, second = _pictures()
     words = model.spec.prompt

@@ -22,12 +22,12 @@ from mllm.export.card import card
 from mllm.export.compare import Comparison, compare
 from mllm.export.llava import llava
 from mllm.export.stock import Shell
-from mllm.model import Assembly
+from mllm.model import Model
 
-SHELLS: dict[str, Callable[[Assembly], Shell]] = {"hf-llava": llava, "hf-blip2": blip2}
+SHELLS: dict[str, Callable[[Model], Shell]] = {"hf-llava": llava, "hf-blip2": blip2}
 
 
-def export(model: Assembly, folder: str | Path, *, to: str) -> list[Comparison]:
+def export(model: Model, folder: str | Path, *, to: str) -> list[Comparison]:
     """Write a model as a stock class of `transformers`, load that, and compare the two.
 
     Args:

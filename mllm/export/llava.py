@@ -23,10 +23,10 @@ from mllm.export.stock import (
     whole_tower,
     with_image_token,
 )
-from mllm.model import Assembly
+from mllm.model import Model
 
 
-def llava(model: Assembly) -> Shell:
+def llava(model: Model) -> Shell:
     """Return `LlavaForConditionalGeneration` with an assembly's weights: a tower, two linear maps, a decoder.
 
     Raises:
@@ -69,7 +69,7 @@ def llava(model: Assembly) -> Shell:
     return Shell(ready(stock, model, ids), processor, IMAGE)
 
 
-def _projector(model: Assembly) -> tuple[dict[str, Any], dict[str, Any], str]:
+def _projector(model: Model) -> tuple[dict[str, Any], dict[str, Any], str]:
     """Return the two linear maps as LLaVA has them, and what stands between."""
     kind, connector, dim = model.spec.connector.type, model.connector, model.lm.dim
     if kind not in ("linear", "mlp"):
@@ -90,7 +90,7 @@ def _projector(model: Assembly) -> tuple[dict[str, Any], dict[str, Any], str]:
 
 
 @torch.no_grad()
-def _hidden_state(model: Assembly) -> tuple[Any, int, str]:
+def _hidden_state(model: Model) -> tuple[Any, int, str]:
     """Return the tower, and which of its hidden states the encoder gives, the first token left out or not."""
     tower, layer = whole_tower(model), model.spec.encoder.layer
     pixels = torch.rand(1, 3, model.encoder.size, model.encoder.size)
@@ -114,7 +114,7 @@ def _hidden_state(model: Assembly) -> tuple[Any, int, str]:
 
 
 @torch.no_grad()
-def _plain_head(model: Assembly) -> None:
+def _plain_head(model: Model) -> None:
     """Refuse a language model that is more than a body and one linear map, or that the class cannot embed for."""
     lm = causal_lm(model)
     head, body = lm.get_output_embeddings(), lm.base_model

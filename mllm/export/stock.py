@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from mllm.errors import MLLMError
-from mllm.model import Assembly
+from mllm.model import Model
 
 IMAGE = "<image>"
 
@@ -46,7 +46,7 @@ def each(*steps: Callable[[], Any]) -> list[Any]:
     return found
 
 
-def check_adapters(model: Assembly) -> None:
+def check_adapters(model: Model) -> None:
     """Refuse what cannot be merged into the language model's own weights."""
     if model.spec.tokens:
         raise MLLMError(
@@ -59,7 +59,7 @@ def check_adapters(model: Assembly) -> None:
         raise MLLMError("The language model is quantised (lm.quantize): its weights are not those of the stock class.")
 
 
-def merged_lm(model: Assembly) -> Any:
+def merged_lm(model: Model) -> Any:
     """Return the language model without adapters: LoRA is added to the weights of a copy."""
     if not model.spec.adapters:
         return model.lm.model
@@ -71,7 +71,7 @@ def merged_lm(model: Assembly) -> Any:
     return lm
 
 
-def whole_tower(model: Assembly) -> Any:
+def whole_tower(model: Model) -> Any:
     """Return the tower with all its layers: the assembly's own may end where its features are taken."""
     encoder = model.spec.encoder
     if encoder.type != "transformers":
@@ -79,7 +79,7 @@ def whole_tower(model: Assembly) -> Any:
     return model.encoder.whole().float()
 
 
-def causal_lm(model: Assembly) -> Any:
+def causal_lm(model: Model) -> Any:
     """Return the language model, or refuse one that is no decoder of one width."""
     if getattr(model.lm.model.config, "is_encoder_decoder", False):
         raise MLLMError("The language model is an encoder-decoder; export writes decoders only.")
@@ -95,7 +95,7 @@ def part_of(state: dict[str, Any], old: str, new: str) -> dict[str, Any]:
     return {f"{new}.{name}": state[f"{old}.{name}"] for name in ("weight", "bias") if f"{old}.{name}" in state}
 
 
-def with_image_token(model: Assembly) -> tuple[int, Any]:
+def with_image_token(model: Model) -> tuple[int, Any]:
     """Return the id that stands for a visual token, and the tokenizer that has it."""
     tokenizer = copy.deepcopy(model.lm.tokenizer)
     tokenizer.add_tokens([AddedToken(IMAGE, normalized=False, special=True)], special_tokens=True)
@@ -105,7 +105,7 @@ def with_image_token(model: Assembly) -> tuple[int, Any]:
     return int(tokenizer.convert_tokens_to_ids(IMAGE)), tokenizer
 
 
-def image_processor(model: Assembly) -> Any:
+def image_processor(model: Model) -> Any:
     """Return the image processor as the encoder calls it: to the square, nothing cropped."""
     processor, side = copy.deepcopy(model.encoder.processor), model.encoder.size
     processor.size = {"height": side, "width": side}
@@ -136,7 +136,7 @@ def make_room(stock: Any, image: int) -> None:
             table.bias.data[rows:] = 0
 
 
-def ready(stock: Any, model: Assembly, image: int) -> Any:
+def ready(stock: Any, model: Model, image: int) -> Any:
     """Return the stock model to be saved: in float32, and decoding as ours does."""
     stock.generation_config = GenerationConfig(
         do_sample=False, eos_token_id=model.lm.eos, pad_token_id=model.lm.pad, suppress_tokens=[image]

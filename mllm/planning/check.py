@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from mllm.assembly import Assembly
 from mllm.build import fit_of, objectives_of
 from mllm.config import loading as recipes
 from mllm.config.data import DataSpec
@@ -19,7 +20,7 @@ from mllm.config.parts import PARTS
 from mllm.config.recipe import Stage
 from mllm.data.sources import reader
 from mllm.errors import MLLMError
-from mllm.model import Assembly, trained_module
+from mllm.model import trained_module
 from mllm.planning.paper import assembled, noted
 from mllm.readout.tokens import known_tokens
 from mllm.transfer import check_source

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 import torch
 
+from mllm.assembly import Assembly
 from mllm.build import build_encoder, build_lm, join
 from mllm.config.recipe import Stage
 from mllm.errors import MLLMError
-from mllm.model import Assembly
 
 
 def on_paper(stage: Stage) -> Assembly:

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mllm.build import load
 from mllm.errors import MLLMError
-from mllm.model import Assembly
+from mllm.model import Model
 
 _BATCH = 64
 
@@ -19,18 +18,18 @@ class Aligned(nn.Module):
     """The model of such a run (``mllm train emoji-scorer``), both sides of it in the space of its sentences.
 
     Args:
-        model: a run or a saved model, or the model itself.
+        model: the model; in a recipe, its run.
 
     Raises:
         MLLMError: no model there, or one that has no encoder, connector or sentences.
     """
 
-    def __init__(self, *, model: str | Assembly) -> None:
+    def __init__(self, *, model: Model) -> None:
         super().__init__()
-        self.model = load(model) if isinstance(model, str) else model
+        self.model = model
         if self.model.connector is None or not hasattr(self.model.lm, "sentences"):
             raise MLLMError(
-                f"The scorer {model} does not put pictures and sentences into one space: expected a run whose lm.type "
+                "The scorer's model does not put images and sentences into one space: expected a run whose lm.type "
                 "is sentences, such as one of the recipe emoji-scorer."
             )
 

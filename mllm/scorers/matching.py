@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mllm.build import load
 from mllm.encoders.feature_store import FeatureStore
 from mllm.errors import MLLMError
-from mllm.model import Assembly
+from mllm.model import Model
 
 CHUNK = 32  # pictures, texts or pairs that are read at once
 
@@ -24,16 +23,16 @@ class Matcher(nn.Module):
     """A scorer made of a connector that reads texts and the heads ``contrast`` and ``match``.
 
     Args:
-        model: a run or a saved model, or the model itself.
+        model: the model; in a recipe, its run.
         rerank: of the candidates that the contrast finds closest, how many are put in order by matching.
 
     Raises:
         MLLMError: no model there, or one without these.
     """
 
-    def __init__(self, *, model: str | Assembly, rerank: int = 128) -> None:
+    def __init__(self, *, model: Model, rerank: int = 128) -> None:
         super().__init__()
-        self.model, self.rerank = load(model) if isinstance(model, str) else model, rerank
+        self.model, self.rerank = model, rerank
         if not hasattr(self.model.connector, "joint") or not {"contrast", "match"} <= set(self.model.heads):
             raise MLLMError(
                 "Matching needs connector={type: qformer, words: ...} and the heads contrast and match; the model has "

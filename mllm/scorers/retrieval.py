@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mllm.build import load
 from mllm.media.images import source_of
-from mllm.model import Assembly
+from mllm.model import Model
 from mllm.prompts.pieces import Control, Piece, answer_text, images_of
 from mllm.readout.tokens import HEAD, known_tokens, token_id
 
@@ -21,15 +20,15 @@ class Finder(nn.Module):
     """A scorer made of a retrieval head (`mllm.registry`: scorers).
 
     Args:
-        model: a run or a saved model, or the model itself.
+        model: the model; in a recipe, its run.
 
     Raises:
         MLLMError: no model there, or one without the head.
     """
 
-    def __init__(self, *, model: str | Assembly) -> None:
+    def __init__(self, *, model: Model) -> None:
         super().__init__()
-        self.model = load(model) if isinstance(model, str) else model
+        self.model = model
         token_id(self.model)
 
     def image_text(self, images: Sequence[Any], texts: Sequence[str]) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
+from mllm.answering.decode import answer, decodings
 from mllm.answering.with_images import shown
 from mllm.errors import MLLMError
 from mllm.outputs import ImagePart, Output
@@ -134,11 +135,11 @@ class Batcher:
         rows = [Row(job, model.lm, len(model.encode(job.prompt).ids)) for job in jobs]
         prompts = [job.prompt for job in jobs]
         own = {"num_beams": 1}  # text is told as it grows, which beams cannot
-        settings = model.decodings(prompts, [{**own, **job.decoding, "cancelled": job.gone.is_set} for job in jobs])
+        settings = decodings(model, prompts, [{**own, **job.decoding, "cancelled": job.gone.is_set} for job in jobs])
         for row, chosen in zip(rows, settings, strict=True):
             row.limit = chosen.get("max_new_tokens")
         if self._show is None:
-            outputs = model.answer(prompts, settings, streamer=_Rows(rows))
+            outputs = answer(model, prompts, settings, streamer=_Rows(rows))
         else:
             outputs = shown(model, prompts, settings, count=1, streamer=_Rows(rows), **self._show)
         for row, output in zip(rows, outputs, strict=True):

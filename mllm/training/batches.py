@@ -19,7 +19,7 @@ from mllm.data.sources import Source, read_all
 from mllm.data.stream import Stream
 from mllm.encoders.feature_store import FeatureStore
 from mllm.errors import MLLMError
-from mllm.model import Assembly
+from mllm.model import Model
 from mllm.prompts.batch import Batch, collate
 from mllm.prompts.pieces import Piece, images_of
 from mllm.training.setup import Micro, Objectives, Rows
@@ -57,7 +57,7 @@ class Batches:
 
     def __init__(
         self,
-        model: Assembly,
+        model: Model,
         stage: Stage,
         sources: Sequence[Source],
         store: FeatureStore,
@@ -123,7 +123,7 @@ class Batches:
             self._model.encoder.open(image)
 
 
-def inputs(model: Assembly, rows: Rows, store: FeatureStore, *, pack: int | None = None) -> Micro:
+def inputs(model: Model, rows: Rows, store: FeatureStore, *, pack: int | None = None) -> Micro:
     """Return examples with their features ``(I, P, D_vis)``, or pixels while the encoder trains, and their ids.
 
     ``pack``: the length of a row that several examples share.
@@ -139,7 +139,7 @@ def inputs(model: Assembly, rows: Rows, store: FeatureStore, *, pack: int | None
     return rows, store(images).to(model.device), batch
 
 
-def check_packing(stage: Stage, model: Assembly, objectives: Objectives) -> None:
+def check_packing(stage: Stage, model: Model, objectives: Objectives) -> None:
     """Check that examples may share a row, where ``data.pack`` asks for it.
 
     Raises:
@@ -159,7 +159,7 @@ def check_packing(stage: Stage, model: Assembly, objectives: Objectives) -> None
         )
 
 
-def parts(model: Assembly, objectives: Objectives, micro: Micro) -> Sequence[Micro]:
+def parts(model: Model, objectives: Objectives, micro: Micro) -> Sequence[Micro]:
     """Return a batch in parts that are computed one after another: on a CPU few rows each, if objectives allow it.
 
     Processes that share the weights compute their layers together, so they do not split a batch.

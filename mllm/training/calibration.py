@@ -7,14 +7,14 @@ from torch import Tensor
 
 from mllm.config.recipe import Stage
 from mllm.encoders.feature_store import FeatureStore
-from mllm.model import Assembly
+from mllm.model import Model
 from mllm.prompts.pieces import images_of
 from mllm.training.batches import Batches
 
 CALIBRATION_EXAMPLES = 32
 
 
-def calibrate_new(model: Assembly, stage: Stage, batches: Batches, store: FeatureStore) -> None:
+def calibrate_new(model: Model, stage: Stage, batches: Batches, store: FeatureStore) -> None:
     """Scale the connector that a stage trains, unless it was trained, fitted or taken from another run before."""
     if model.calibrated or not stage.trains("connector") or not model.speaks:
         return
@@ -26,7 +26,7 @@ def calibrate_new(model: Assembly, stage: Stage, batches: Batches, store: Featur
 
 
 @torch.no_grad()
-def calibrate(model: Assembly, features: Tensor) -> None:
+def calibrate(model: Model, features: Tensor) -> None:
     """Scale a new connector's last map so that its output has the spread of the language model's embeddings.
 
     From another scale a connector does not learn at usual learning rates.
@@ -43,6 +43,6 @@ def calibrate(model: Assembly, features: Tensor) -> None:
         parameter.mul_(model.lm.embedding_scale() / max(spread, 1e-12))
 
 
-def _scales(model: Assembly, name: str) -> bool:
+def _scales(model: Model, name: str) -> bool:
     """Whether the connector has a module of this name with weights: its last one, by convention."""
     return any(True for _ in getattr(model.connector, name, torch.nn.Identity()).parameters())

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mllm.encoders.feature_store import FeatureStore
 from mllm.errors import MLLMError
-from mllm.model import Assembly
+from mllm.model import Model
 from mllm.processes import processes
 from mllm.system import write
 
@@ -114,7 +114,7 @@ class Checkpoints:
     state: TrainingState
     store: FeatureStore
 
-    def write(self, step: int, model: Assembly, optimizer: Any, schedule: Any) -> None:
+    def write(self, step: int, model: Model, optimizer: Any, schedule: Any) -> None:
         """Write the state after a step."""
         self.store.flush()  # first: features that are computed again, among others, may differ in the last bit
         replace(

@@ -14,7 +14,7 @@ from mllm.config.recipe import EvalSpec, Stage
 from mllm.data.items import Item, question_text
 from mllm.data.sources import read_all
 from mllm.evaluation import evaluate
-from mllm.model import Assembly
+from mllm.model import Model
 from mllm.prompts.pieces import arrange
 from mllm.training.run import Run
 
@@ -32,7 +32,7 @@ class Monitor:
     """
 
     run: Run
-    model: Assembly
+    model: Model
     stage: Stage
     accelerator: Accelerator
     items: Sequence[Item]

@@ -17,7 +17,7 @@ from transformers import get_scheduler
 from mllm.build import objectives_of
 from mllm.config.recipe import Stage
 from mllm.errors import MLLMError
-from mllm.model import Assembly, trained_module
+from mllm.model import Model, trained_module
 from mllm.prompts.batch import Batch
 from mllm.prompts.pieces import Piece
 from mllm.training.checkpoint import TrainingState, set_optimizer
@@ -70,7 +70,7 @@ class Engine:
     """
 
     accelerator: Accelerator
-    model: Assembly
+    model: Model
     wrapped: Any
     stage: Stage
     optimizer: Any
@@ -134,7 +134,7 @@ def accelerator_for(stage: Stage, folder: Path) -> Accelerator:
     return accelerator
 
 
-def parameter_groups(model: Assembly, stage: Stage) -> Groups:
+def parameter_groups(model: Model, stage: Stage) -> Groups:
     """Freeze all that a stage does not train; return the rest as the optimizer's groups, by part or path inside one.
 
     A parameter belongs to the longest path that names it; an adapter's belongs to ``adapters``, wherever it stands.
@@ -158,13 +158,13 @@ def parameter_groups(model: Assembly, stage: Stage) -> Groups:
     return groups
 
 
-def optimizer_for(model: Assembly, stage: Stage, groups: Groups) -> torch.optim.Optimizer:
+def optimizer_for(model: Model, stage: Stage, groups: Groups) -> torch.optim.Optimizer:
     """Return the optimizer, having turned on what saves memory or time in the language model."""
     set_up(model, stage)
     return torch.optim.AdamW(groups, weight_decay=stage.optim.weight_decay, betas=stage.optim.betas)
 
 
-def engine_for(accelerator: Accelerator, model: Assembly, stage: Stage, groups: Groups, state: TrainingState) -> Engine:
+def engine_for(accelerator: Accelerator, model: Model, stage: Stage, groups: Groups, state: TrainingState) -> Engine:
     """Return what a stage's steps are computed with, at the step to continue from."""
     assert stage.steps is not None
     unprepared = optimizer_for(model, stage, groups)
@@ -177,7 +177,7 @@ def engine_for(accelerator: Accelerator, model: Assembly, stage: Stage, groups: 
     return Engine(accelerator, model, wrapped, stage, optimizer, schedule)
 
 
-def set_up(model: Assembly, stage: Stage) -> None:
+def set_up(model: Model, stage: Stage) -> None:
     """Turn on what saves memory or time in the language model, which stays in evaluation mode."""
     if model.lm is None:
         return
@@ -189,7 +189,7 @@ def set_up(model: Assembly, stage: Stage) -> None:
         model.lm.model.compile()
 
 
-def recompute(model: Assembly) -> None:
+def recompute(model: Model) -> None:
     """Let the language model's layers recompute their activations, which they do in training mode only.
 
     What is inside the layers, dropout above all, stays in evaluation mode.

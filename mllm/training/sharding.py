@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mllm.config.recipe import Stage
 from mllm.errors import MLLMError
-from mllm.model import Assembly
+from mllm.model import Model
 from mllm.processes import processes
 
 
@@ -31,7 +31,7 @@ def asked() -> bool:
     return os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
 
 
-def divide_where_asked(model: Assembly, stage: Stage, device: torch.device) -> int:
+def divide_where_asked(model: Model, stage: Stage, device: torch.device) -> int:
     """Divide the language model's frozen weights where accelerate's configuration asks for FSDP.
 
     Returns:

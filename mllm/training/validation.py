@@ -11,7 +11,7 @@ from mllm.config.recipe import Stage
 from mllm.data.sources import read_all
 from mllm.data.stream import Stream
 from mllm.encoders.feature_store import FeatureStore
-from mllm.model import Assembly
+from mllm.model import Model
 from mllm.prompts.pieces import Piece, images_of
 from mllm.slots import Objective
 from mllm.training.batches import inputs
@@ -34,7 +34,7 @@ class Validation:
         state: keeps the lowest loss, its tensors, and how long ago it was.
     """
 
-    model: Assembly
+    model: Model
     stage: Stage
     rows: Sequence[list[Piece]]
     store: FeatureStore
@@ -70,7 +70,7 @@ class Validation:
 
 @torch.no_grad()
 def validate(
-    model: Assembly,
+    model: Model,
     rows: Sequence[list[Piece]],
     store: FeatureStore,
     objectives: Sequence[Objective],
@@ -88,7 +88,7 @@ def validate(
     return float((totals / counts.clamp(min=1) * torch.tensor(weights)).sum())
 
 
-def validation_rows(stage: Stage, model: Assembly) -> list[list[Piece]]:
+def validation_rows(stage: Stage, model: Model) -> list[list[Piece]]:
     """Return the validation examples as interleaved prompts.
 
     Raises:

@@ -9,6 +9,7 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 import mllm
+from mllm.answering.decode import answer
 from mllm.answering.in_words import nearest
 from mllm.errors import MLLMError
 from mllm.lms.vocabulary import lexicon
@@ -38,23 +39,24 @@ def test_an_answer_is_the_one_to_the_words(tiny_model: Any) -> None:
     assert views.go_on([[" A picture of"]], max_new_tokens=6, words={"top": 3}) == [[str(plain[0])]]
 
 
-def test_of_several_orders_the_scorer_keeps_the_closest(tiny_parts: Any, tiny_clip: str) -> None:
+def test_of_several_orders_the_scorer_keeps_the_closest(
+    tiny_parts: Any, tiny_clip: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = mllm.assemble(*tiny_parts, scorer={"type": "dual-encoder", "model": tiny_clip})
     asked: list[Any] = []
     answers: list[Any] = []
-    own: Any = model.answer
 
-    def listening(rows: Any, settings: Any, **options: Any) -> Any:
+    def listening(model: Any, rows: Any, settings: Any) -> Any:
         asked.extend(rows)
-        answers.extend(own(rows, settings))
+        answers.extend(answer(model, rows, settings))
         return answers
 
-    model.answer = listening  # type: ignore[method-assign, assignment]
+    monkeypatch.setattr("mllm.answering.in_words.answer", listening)
     (found,) = model.generate([[tiny_image(), "a"]], max_new_tokens=6, words={"top": 4, "orders": 5})
     assert len(asked) == 5 and not any(map(images_of, asked))
     assert len({tuple(row) for row in asked}) > 1
     assert len({tuple(sorted(row[0].strip(" .").split(", "))) for row in asked}) == 1  # the same words
-    closeness = model.scorer.image_text([tiny_image()], [str(answer) for answer in answers])[0]
+    closeness = model.scorer.image_text([tiny_image()], [str(one) for one in answers])[0]
     assert str(found) == str(answers[int(closeness.argmax())])
 
 

@@ -56,7 +56,7 @@ def test_found_images_are_named(place):
 
 @pytest.mark.parametrize("command", [["caption", "x.png"], ["ask", "x.png", "what?"], ["chat"], ["serve"]])
 def test_another_models_index_is_refused_before_a_model_is_loaded(place, command, monkeypatch):
-    monkeypatch.setattr("mllm.saving.build", lambda _: pytest.fail("a model was built"))
+    monkeypatch.setattr("mllm.build.build", lambda _: pytest.fail("a model was built"))
     command = [command[0], str(place / "other"), *command[1:], "--index", str(place / "photos.index")]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 1 and "built with another model" in str(done.exception)

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import mllm
+from mllm.build import load
 from mllm.config.loading import check
 from mllm.decoders.diffusion import DiffusionPipeline
 from mllm.decoders.trained import Trained
@@ -245,7 +246,7 @@ def walls(tmp_path_factory, tiny_parts):
 
 
 def test_a_decoder_that_was_fitted_here_draws_what_it_is_told(walls):
-    decoder = Trained(model=walls)
+    decoder = Trained(model=load(walls))
     conditions = decoder.encode(list(CAPTIONS))
     assert decoder.condition == Trained.shape(model=walls) == tuple(conditions.shape[1:])
     images = decoder.draw(conditions, [0, 0, 0])
@@ -271,4 +272,4 @@ def test_what_is_fitted_to_pictures_is_checked(tiny_parts):
 def test_a_run_that_draws_nothing_is_no_decoder(tiny_model, tmp_path):
     tiny_model().save(tmp_path)
     with pytest.raises(MLLMError, match="makes no pictures of sentences"):
-        Trained(model=str(tmp_path))
+        Trained.shape(model=str(tmp_path))

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mllm.eval import verify
 
 from mllm.config.data import DataSpec
 from mllm.errors import MLLMError
 from mllm.evaluation import metric
 from mllm.testing import tiny_image
+
+verify: Any = import_module("mllm.eval.verify")
+results: Any = import_module("mllm.eval.results")
 
 
 def row(number: int, prediction: str, blind: str) -> dict[str, Any]:
@@ -49,9 +51,9 @@ def test_baselines_without_a_column_have_a_line(tmp_path: Path) -> None:
     scores = {"decide": {"metric": "m", "value": 0.75, "gains": {"always": gain, "shuffled": gain}}}
     found = {"command": "c", "seeds": [0, 1], "minutes": 2.0, "items": {"decide": 9}, "scores": scores}
     (tmp_path / "r.yaml").write_text(json.dumps(found))
-    assert verify.conditions(["r", "unknown"], tmp_path) == (
-        "- `c`: seeds 0, 1; 9 items a suite; 2.0 minutes to train one.\n"
-        "  - decide, baseline `always`: 0.500; gain +0.200 to +0.300.\n"
+    assert results.conditions(["r", "unknown"], tmp_path) == (
+        "- `c`: seeds 0, 1; 9 items per suite; training takes up to 2.0 minutes per seed.\n"
+        "    - decide, baseline `always`: 0.500; gain +0.200 to +0.300.\n"
     )
 
 
@@ -105,7 +107,7 @@ def test_verify_trains_evaluates_and_writes_what_the_table_shows(
     monkeypatch.setattr(suites, "load_suite", lambda name, overrides=(): suite)
     monkeypatch.setattr(runner, "load_suite", lambda name, overrides=(): suite)
     place = verify.verify(recipe_file, out="results", seeds=(0, 1), runs="runs")
-    found = verify.results("small", "results")
+    found = results.results("small", "results")
     assert found is not None and place == Path("results/small.yaml")
     assert found["items"] == {"small": 3} and found["seeds"] == [0, 1]
     rows = [
@@ -115,7 +117,7 @@ def test_verify_trains_evaluates_and_writes_what_the_table_shows(
     score = metric("caption/rouge-l")
     by_hand = [score([r["prediction"] for r in run_], [r["references"] for r in run_]).value for run_ in rows]
     assert found["scores"]["small"]["value"] == pytest.approx(sum(by_hand) / 2, abs=1e-4)
-    assert f"{sum(by_hand) / 2:.3f}" in verify.table(["small"], "results")
+    assert f"{sum(by_hand) / 2:.3f}" in results.table(["small"], "results")
     minutes = [json.loads(Path(f"runs/small-{seed}/time.json").read_text())["minutes"] for seed in (0, 1)]
     assert found["minutes"] == round(max(minutes), 1), "not the time of the evaluation, nor of a second look"
     trained = (Path("runs") / "small-0" / "model" / "assembly.json").stat().st_mtime_ns

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from torch import nn
 
+from mllm.assembly import Assembly
 from mllm.config import loading as recipe
 from mllm.hub import loading as hub
 from mllm.hub.published import configuration
-from mllm.model import Assembly
 from mllm.planning.check import problems
 from mllm.planning.paper import on_paper
 

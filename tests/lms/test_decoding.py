@@ -12,6 +12,7 @@ from transformers import CLIPModel, CLIPProcessor
 
 import mllm
 from mllm.answering.contrastive import Contrastive
+from mllm.answering.decode import answer, decodings
 from mllm.encoders.dual_encoder import DualEncoder
 from mllm.errors import MLLMError
 from mllm.lms.decoding import Sampler
@@ -52,8 +53,8 @@ def test_rows_of_a_batch_end_each_by_their_own_settings(model):
     whole = str(model.generate([PROMPTS[0]], max_new_tokens=20)[0])
     stop = next(letter for letter in whole if letter.isascii())
     settings = [{"max_new_tokens": 3}, {"max_new_tokens": 20, "stop_strings": [stop]}, {"max_new_tokens": 20}]
-    prompts = [PROMPTS[0]] * 3
-    short, stopped, long = map(str, model.answer(prompts, model.decodings(prompts, settings)))
+    prompts: Any = [PROMPTS[0]] * 3
+    short, stopped, long = map(str, answer(model, prompts, decodings(model, prompts, settings)))
     assert long == whole and whole.startswith(short) and len(short) < len(whole)
     assert stopped == whole[: whole.index(stop) + len(stop)]
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Generation
 from transformers.generation.streamers import BaseStreamer
 
 import mllm
+from mllm.answering.decode import answer, decodings
 from mllm.errors import MLLMError
 from mllm.lms.runners.encoder_decoder import EncoderDecoder
 from mllm.lms.runners.unpadded import Apart
@@ -198,7 +199,7 @@ class Heard(BaseStreamer):
 def test_rows_that_are_decoded_apart_are_told_together(tiny_parts, tmp_path):
     model = mllm.assemble(tiny_parts[0], LM_FAMILIES["mamba"](tmp_path / "lm"), {"type": "linear", "tokens": 4})
     heard = Heard()
-    answers = model.answer(PROMPTS, model.decodings(PROMPTS, {"max_new_tokens": 5}), heard)
+    answers = answer(model, PROMPTS, decodings(model, PROMPTS, {"max_new_tokens": 5}), heard)
     columns = torch.stack(heard.told[1:], dim=1).tolist()
     assert heard.ended
     assert [model.lm.decode(model.lm._until_eos(row)).strip() for row in columns] == [str(a) for a in answers]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
-from mllm.eval import verify
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -17,6 +17,8 @@ import mllm
 from mllm.config import loading as recipe
 from mllm.testing import tiny_encoder, tiny_image, tiny_lm
 from mllm.testing.lms import tiny_tokenizer
+
+results: Any = import_module("mllm.eval.results")
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 220), "white": (250, 250, 250)}
 QFORMER = {"dim": 16, "layers": 2, "heads": 2, "tokens": 4, "init": None}
@@ -134,7 +136,7 @@ def test_a_recipes_trained_weights_are_those_that_are_told(name: str, need: Call
     config = recipe.load(name)
     models = [part.model for part in (config.encoder, config.lm) if part and part.model]
     need(*[model for model in models if model.startswith("mllm/")])
-    assert [f"{weights:,}" for weights in verify.trained_weights(name)] == re.findall(r"[\d,]*\d", verify.size(name))
+    assert [f"{weights:,}" for weights in results.trained_weights(name)] == re.findall(r"[\d,]*\d", results.size(name))
 
 
 @pytest.mark.parametrize("name", recipe.names())

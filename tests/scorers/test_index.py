@@ -79,7 +79,7 @@ def test_an_index_of_another_model_and_an_empty_one_are_refused(tiny_model, path
         model.generate([["A cat"]], index=index, candidates=2)
     model.save(tmp_path / "mine")
     other.save(tmp_path / "other")
-    monkeypatch.setattr("mllm.saving.build", lambda _: pytest.fail("a model was built"))
+    monkeypatch.setattr("mllm.build.build", lambda _: pytest.fail("a model was built"))
     assert opened(index, tmp_path / "mine").model == hash_of(model)
     with pytest.raises(MLLMError, match="built with another model"):
         opened(index, tmp_path / "other")

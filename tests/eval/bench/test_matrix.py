@@ -79,7 +79,7 @@ def test_it_goes_on_where_it_was_and_says_what_does_not_work(small, tmp_path, mo
         assert small.run(out=tmp_path, progress=lambda line: None) == found
     assert tried == ["token-merge"]
     page = (tmp_path / "matrix.md").read_text()
-    assert "1 of 2 triples work" in page
+    assert "1 of 2 combinations work" in page
     assert "- tiny | tiny | token-merge (1): connector.merge is 9" in page
 
 
