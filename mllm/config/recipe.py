@@ -1,4 +1,4 @@
-"""What a recipe may say: its keys, their types and their defaults, checked by pydantic."""
+"""Define the keys of a recipe, their types and defaults, which pydantic checks."""
 
 from __future__ import annotations
 
@@ -32,32 +32,32 @@ class OptimSpec(Spec):
     warmup: int = 100  # steps
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     accumulate: int = Field(default=1, ge=1)
-    checkpointing: bool = False  # compute the language model's activations again, instead of keeping them
+    checkpointing: bool = False  # recompute the language model's activations in the backward pass
     compile: bool = False  # torch.compile
 
 
 class EvalSpec(Spec):
-    """Suites a recipe is held against (`mllm recipes verify`), and what is looked at while training."""
+    """Suites that a recipe is evaluated on (`mllm recipes verify`), and what is evaluated while training."""
 
     suites: list[str] = []
     limit: int | None = Field(default=None, ge=1)  # items of a suite; null: all
-    every: int | None = Field(default=None, ge=1)  # steps; then the suites are run, and the prompts below answered
+    every: int | None = Field(default=None, ge=1)  # steps, after which the suites run and the items below are answered
     show: int = Field(default=4, ge=0)  # validation items whose answers are logged each time
 
 
 class Settings(Parts):
-    """What the recipe sets for all stages, and a stage may override."""
+    """The settings of a recipe for all stages, which a stage may override."""
 
     data: Data = Data()
     init: InitSpec = InitSpec()
     optim: OptimSpec = OptimSpec()
     cache: Literal["auto", "on", "off"] = "auto"
     eval: EvalSpec = EvalSpec()
-    track: list[Literal["tensorboard", "trackio", "wandb"]] = []  # losses go there too
+    track: list[Literal["tensorboard", "trackio", "wandb"]] = []  # where losses are logged, too
 
 
 class Stage(Settings):
-    """One stage: the recipe's settings with the stage's own over them, and what is fitted or trained."""
+    """One stage: the recipe's settings, overridden by the stage's, and what is fitted or trained."""
 
     name: str
     fit: FitSpec | None = None
@@ -66,9 +66,9 @@ class Stage(Settings):
     steps: int | None = Field(default=None, ge=1)
     batch_size: int = Field(default=32, ge=1)
     validate_every: int | None = Field(default=None, ge=1)  # steps
-    keep: Literal["last", "best"] = "last"  # best: what had the lowest validation loss is what the stage ends with
+    keep: Literal["last", "best"] = "last"  # best: the stage ends with the tensors of the lowest validation loss
     patience: int | None = Field(default=None, ge=1)  # stop after so many validations without a lower loss
-    checkpoint_every: int = Field(default=100, ge=1)  # steps; what a killed run goes on from
+    checkpoint_every: int = Field(default=100, ge=1)  # steps; a killed run continues from the last one
     _before: AssemblySpec | None = PrivateAttr(default=None)  # the model of the stage before
 
     @model_validator(mode="before")
@@ -108,7 +108,7 @@ class Stage(Settings):
 
 
 class Recipe(Settings):
-    """A whole recipe, checked; ``stages`` are resolved (each carries every setting)."""
+    """A whole recipe, checked; ``stages`` are resolved: each has every setting."""
 
     name: str
     about: str = ""  # one line, shown by `mllm recipes`

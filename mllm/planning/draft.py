@@ -59,7 +59,7 @@ class Draft:
         if rows.packed:
             return self._step(rows)
         if self.device == "cpu" and rows.batch is not None and not self.objectives.comparing:
-            size = rows_at_once(len(rows.pieces), rows.positions, self.model.lm.model.dtype)
+            size = rows_at_once(len(rows.pieces), rows.length, self.model.lm.model.dtype)
             part = self._step(rows.first(size))
             return Cost(part.peak, round(part.flops * len(rows.pieces) / size))
         if len(rows.pieces) <= 4 * FEW:

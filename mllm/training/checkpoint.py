@@ -43,7 +43,7 @@ class TrainingState:
         best: the trained tensors at the lowest validation loss of the stage, where these are to be kept.
         optimizer: the optimizer's tensors, ``INDEX.KEY``.
         random: the states of the generators, ``PROCESS.DEVICE``.
-        schedule: the schedule's own state.
+        schedule: the state of the learning rate schedule.
         rates: the current learning rates.
         frozen: hashes of the frozen parts, of the stages done.
         best_loss: the lowest validation loss of the stage so far.

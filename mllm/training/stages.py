@@ -150,7 +150,7 @@ def _fit(run: Run, model: Model, stage: Stage, store: FeatureStore) -> None:
 def _material(run: Run, model: Model, stage: Stage, store: FeatureStore) -> Material:
     """Return the data on which a stage's part is fitted."""
     assert stage.fit is not None
-    if stage.fit.targets == "tokens":  # their own strings: no data is needed, none need be given
+    if stage.fit.targets == "tokens":  # their strings: no data is needed
         return Material(seed=stage.seed)
     sources = training_sources(stage)
     items = [item for source in sources for item in source.items]

@@ -116,8 +116,8 @@ def test_flops_follow_from_the_shapes_of_a_linear_connector(file: str) -> None:
     planned = plan(file, ["connector={type: linear, tokens: 4}", "adapters=[]", "stages.1.train=[connector]"]).stages[0]
     forward = 2 * 4 * 4 * 24 * 32  # four pictures, four tokens each, from width 24 to 32
     assert planned.flops.connector == 2 * forward  # and the weight's gradient; features need none
-    whole = planned.flops.encoder * planned.pictures + 6 * (planned.flops.connector + planned.flops.lm)
-    assert planned.flops.total == whole and planned.pictures == 3
+    whole = planned.flops.encoder * planned.images + 6 * (planned.flops.connector + planned.flops.lm)
+    assert planned.flops.total == whole and planned.images == 3
 
 
 def test_a_computation_on_paper_peaks_where_its_tensors_do() -> None:
@@ -162,7 +162,7 @@ def test_processes_divide_what_they_are_told_to(file: str) -> None:
 
 def test_the_cache_is_judged_by_what_it_saves(file: str) -> None:
     once = plan(file, ["stages.0.steps=1", "stages.0.batch_size=2"]).stages[0].cache
-    assert not once.recommended and "comes up once" in once.reason
+    assert not once.recommended and "is read once" in once.reason
     often = plan(file).stages[0]
     assert often.cache.bytes == 3 * 16 * 24 * 4
     work = 24 * often.flops.encoder + 6 * (often.flops.connector + often.flops.lm)
@@ -181,7 +181,7 @@ def test_time_follows_from_the_flops(file: str) -> None:
 def test_what_is_not_here_is_assumed_and_said(file: str, tmp_path: Path) -> None:
     (tmp_path / "train.csv").unlink()
     planned = plan(file, (), Setting(text=40, images=5)).stages[0]
-    assert (planned.positions, planned.pictures, planned.examples) == (44, 5, 24)
+    assert (planned.length, planned.images, planned.examples) == (44, 5, 24)
     assert "40 tokens of text" in planned.assumed and "not on this machine" in planned.assumed
 
 

@@ -95,7 +95,7 @@ def test_killed_and_resumed_it_is_the_run_it_would_have_been(recipe, whole, tmp_
     assert (run.path / "model/assembly.json").read_bytes() == (whole.path / "model/assembly.json").read_bytes()
     assert (run.path / "frozen.json").read_bytes() == (whole.path / "frozen.json").read_bytes()
     assert not (run.path / NAME).exists()
-    with pytest.raises(MLLMError, match="has ended"):
+    with pytest.raises(MLLMError, match="is complete"):
         mllm.train(recipe, resume=folder)
 
 
