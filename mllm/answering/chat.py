@@ -165,7 +165,7 @@ class Chat:
         """Bring the key-value states up to all of the conversation but its last token."""
         model, known, end = self._model, len(self._seen), len(encoded.ids) - 1
         part = Encoded(encoded.ids[known:end], encoded.visual[known:end], encoded.labels[known:end])
-        before = sum(encoded.visual[:known]) // model.places
+        before = sum(encoded.visual[:known]) // model.tokens_per_image
         new = images[before:]
         batch = collate([part], model.lm.pad).to(model.device)
         embeds = model.embed(model.connector(model.features(new)) if new else None, batch)

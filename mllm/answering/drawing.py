@@ -10,20 +10,22 @@ import torch
 from torch import Tensor
 
 from mllm.errors import MLLMError
+from mllm.model import Model
 from mllm.outputs import ImagePart
 from mllm.prompts.pieces import Control, Piece
-from mllm.readout.tokens import HEAD, known_tokens
+from mllm.readout.tokens import can_draw, image_tokens
+from mllm.slots import ConditionHead, RetrievalHead
 
 
 @torch.no_grad()
-def draw(model: Any, prompts: Sequence[Sequence[Piece]], count: int = 1, seed: int = 0) -> list[ImagePart]:
+def draw(model: Model, prompts: Sequence[Sequence[Piece]], count: int = 1, seed: int = 0) -> list[ImagePart]:
     """Return an image for each prompt, of ``count`` that are drawn: what the head makes of the tokens put behind it.
 
     Raises:
         MLLMError: the model cannot draw, or a count below 1.
     """
     check_drawing(model)
-    tokens = known_tokens(model)
+    tokens = image_tokens(model)
     embeds, batch = model.prepare([[*prompt, Control("".join(tokens))] for prompt in prompts])
     states = model.lm.hidden(embeds, batch.mask)[:, -len(tokens) :]  # (B, r, D_lm)
     embeddings = model.lm.embed(batch.ids[:, -len(tokens) :])
@@ -31,7 +33,7 @@ def draw(model: Any, prompts: Sequence[Sequence[Piece]], count: int = 1, seed: i
 
 
 @torch.no_grad()
-def drawn(model: Any, states: Tensor, embeddings: Tensor, count: int, seeds: Sequence[int]) -> list[ImagePart]:
+def drawn(model: Model, states: Tensor, embeddings: Tensor, count: int, seeds: Sequence[int]) -> list[ImagePart]:
     """Return images of states and input embeddings ``(N, r, D_lm)`` at an image's tokens, the others as candidates.
 
     The closest comes first: to the state at the retrieval head's token, where the model has that head.
@@ -48,7 +50,7 @@ def drawn(model: Any, states: Tensor, embeddings: Tensor, count: int, seeds: Seq
     """
     if count < 1:
         raise MLLMError(f"{count} images are asked for: expected 1 or more.")
-    conditions = model.painter(states, embeddings)
+    conditions = model.find(ConditionHead)(states, embeddings)
     found = []
     for state, condition, seed in zip(states, conditions, seeds, strict=True):
         own = [seed + number for number in range(count)]
@@ -64,19 +66,19 @@ def drawn(model: Any, states: Tensor, embeddings: Tensor, count: int, seeds: Seq
     return found
 
 
-def _closeness(model: Any, state: Tensor, images: Sequence[Any]) -> list[float | None]:
+def _closeness(model: Model, state: Tensor, images: Sequence[Any]) -> list[float | None]:
     """Return the cosine of each image and what was meant, states ``(r, D_lm)``; None where no head tells."""
-    if HEAD not in model.heads or model.encoder is None:
+    if not model.has(RetrievalHead) or model.encoder is None:
         return [None] * len(images)
-    head = model.heads[HEAD]
-    wanted = head.of_states(state[[known_tokens(model).index(head.token)]])  # (1, D)
+    head = model.find(RetrievalHead)
+    wanted = head.of_states(state[[image_tokens(model).index(head.tokens[0])]])  # (1, D)
     scores: list[float | None] = (head.of_features(model.features(images)) @ wanted[0]).tolist()
     return scores
 
 
-def check_drawing(model: Any) -> None:
+def check_drawing(model: Model) -> None:
     """Raise an `MLLMError` for a model that cannot make images."""
-    if not model.draws:
+    if not can_draw(model):
         raise MLLMError(
             "This model makes no images: it needs a head that makes conditions, its tokens, and an image decoder "
             "(heads: [{type: generation}], tokens, decoder; docs/retrieval.md)."

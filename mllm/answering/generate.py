@@ -14,6 +14,7 @@ from mllm.media.images import source_of
 from mllm.model import Model
 from mllm.outputs import Output
 from mllm.prompts.pieces import Control, Piece, arrange
+from mllm.readout.tokens import can_draw
 
 BATCH = 16
 
@@ -48,7 +49,7 @@ def _answers(
         raise MLLMError("Images told in words and answers with images do not go together: leave one out.")
     if words is not None:
         return told(model, prompts, words, decoding)
-    if images and (index is not None or model.draws or eager):
+    if images and (index is not None or can_draw(model) or eager):
         if count > 1:
             raise MLLMError("Answers with images are not reranked: leave out 'candidates', or say images=0.")
         return shown(model, prompts, decodings(model, prompts, decoding), index, count=images, eager=eager)

@@ -16,11 +16,11 @@ from mllm.errors import MLLMError
 from mllm.lms.cross_attention import extended
 from mllm.outputs import ImagePart, Output, Text
 from mllm.prompts.pieces import Piece
-from mllm.readout.decision import HEAD as DECISION
-from mllm.readout.decision import decided
-from mllm.readout.tokens import HEAD, known_tokens, token_id
+from mllm.readout.decision import decide
+from mllm.readout.tokens import can_draw, image_tokens
 from mllm.scorers.index import ImageIndex, hash_of, opened
 from mllm.scorers.retrieval import of_prompts
+from mllm.slots import DecisionHead, RetrievalHead
 
 
 class Eager:
@@ -85,13 +85,13 @@ def shown(
     Raises:
         MLLMError: there is no index and the model makes no images, or the index is another model's.
     """
-    if index is None and not model.draws:
+    if index is None and not can_draw(model):
         raise MLLMError(
             "Eager is how readily images are shown, and there are none here: give an index that the model finds them "
             "in, or a model that makes them (docs/retrieval.md)."
         )
     found = None if index is None else _fitting(model, index)
-    tokens = [model.lm.new_tokens[token] for token in known_tokens(model)]
+    tokens = [model.lm.new_tokens[token] for token in image_tokens(model)]
     ours = [*([Whole(tokens)] if len(tokens) > 1 else []), Eager(tokens, eager)]
     settings = [{**row, "logits_processor": [*row.get("logits_processor", []), *ours]} for row in settings]
     embeds, batch = model.prepare(prompts)
@@ -117,8 +117,8 @@ def _images(
     """Return an image for each of the states and embeddings ``(N, r, D_lm)`` at an image's tokens."""
     if index is None:
         ways = ["generate"] * len(states)
-    elif DECISION in model.heads and model.draws:
-        ways = decided(model, states[:, known_tokens(model).index(model.heads[DECISION].token)])
+    elif model.has(DecisionHead) and can_draw(model):
+        ways = decide(model, states[:, image_tokens(model).index(model.find(DecisionHead).tokens[0])])
     else:
         ways = ["retrieve"] * len(states)
     images: list[ImagePart] = []
@@ -128,8 +128,8 @@ def _images(
             images += drawn(model, states[one], embeddings[one], count, [seed + number * count])
             continue
         assert index is not None
-        head = model.heads[HEAD]
-        (best, *rest), *_ = index.search(head.of_states(states[one, known_tokens(model).index(head.token)]), count)
+        head = model.find(RetrievalHead)
+        (best, *rest), *_ = index.search(head.of_states(states[one, image_tokens(model).index(head.tokens[0])]), count)
         images.append(replace(best, candidates=tuple(rest)))
     return images
 
@@ -151,7 +151,7 @@ def _put_together(model: Any, ids: Sequence[int], places: Sequence[int], images:
 
 def _fitting(model: Any, index: str | Path | ImageIndex) -> ImageIndex:
     """Return the index, held against the model."""
-    token_id(model)
+    model.find(RetrievalHead)
     found = opened(index)
     found.check(hash_of(model))
     return found

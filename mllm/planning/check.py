@@ -10,8 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from mllm.assembly import Assembly
 from mllm.build import fit_of, objectives_of
 from mllm.config import loading
@@ -22,7 +20,8 @@ from mllm.data.sources import reader
 from mllm.errors import MLLMError
 from mllm.model import trained_module
 from mllm.planning.paper import assembled, noted
-from mllm.readout.tokens import known_tokens
+from mllm.readout.tokens import image_tokens
+from mllm.slots import ImageTokenHead, missing
 from mllm.transfer import check_source
 
 
@@ -67,15 +66,14 @@ def _of_model(model: Assembly, stage: Stage) -> list[str]:
     wrong += [f"Stage {stage.name}: {problem}" for problem in unmet(model, stage)]
     with noted(wrong):
         if stage.fit is not None:
-            wrong += [f"Stage {stage.name} {problem}" for problem in fit_of(stage.fit).problems(model)]
+            wrong += [f"Stage {stage.name} {problem}" for problem in fit_of(stage).problems(model)]
     with noted(wrong):
         if stage.init.source is not None:
             check_source(model, stage)
     with noted(wrong):
-        reported = stage.fit is not None and stage.fit.part == "heads.retrieval"  # by the fit
-        if model.image_tokens is not None and model.speaks and not reported:
-            known_tokens(model)
-    if model.speaks and model.connector is not None and model.lm.tokenizer is not None:  # else text has no length here
+        if model.has(ImageTokenHead):
+            image_tokens(model)
+    if model.generates_text and model.connector is not None and model.lm.tokenizer is not None:  # text has a length
         with noted(wrong):
             _ = model.lm.eos
         with noted(wrong):
@@ -85,12 +83,12 @@ def _of_model(model: Assembly, stage: Stage) -> list[str]:
 
 def _check_length(model: Assembly, stage: Stage) -> None:
     """Check that an image, the prompt and the answer fit into the language model's context."""
-    length = model.places + len(model.lm.tokenize(stage.prompt.question))
+    length = model.tokens_per_image + len(model.lm.tokenize(stage.prompt.question))
     length += int(stage.decoding.get("max_new_tokens", 20))
     if model.lm.context is not None and length > model.lm.context:
         raise MLLMError(
-            f"One image ({model.places} tokens), the prompt and the answer take {length} tokens, and the language "
-            f"model was made for {model.lm.context}. Set connector.tokens lower, or take another language model."
+            f"One image ({model.tokens_per_image} tokens), the prompt and the answer take {length} tokens, and the "
+            f"language model was made for {model.lm.context}. Set connector.tokens lower, or take another one."
         )
 
 
@@ -98,15 +96,12 @@ def unmet(model: Assembly, stage: Stage) -> list[str]:
     """Return what a stage's objectives need and the model does not have."""
     if not stage.train:
         return []
-    missing = []
+    lacking = []
     for spec, objective in zip(stage.objectives, objectives_of(stage.objectives), strict=True):
-        for need in objective.needs:
-            part: Any = model
-            for step in need.split("."):
-                part = part[step] if isinstance(part, nn.ModuleDict) and step in part else getattr(part, step, None)
-            if part is None:
-                missing.append(f"the objective {spec.type!r} needs {need}, which the model has not. Add that part.")
-    return missing
+        lacking += [
+            f"the objective {spec.type!r} needs {missing(kind)}." for kind in objective.needs if not model.has(kind)
+        ]
+    return lacking
 
 
 def _check_data(spec: DataSpec) -> None:

@@ -6,7 +6,6 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,9 @@ from mllm.data.items import Item, pieces_of
 from mllm.data.sources import Source, read
 from mllm.data.stream import Stream
 from mllm.errors import MLLMError
+from mllm.evaluation import suite_items
 from mllm.media.images import ImageSource
-from mllm.planning.paper import on_paper
+from mllm.planning.paper import meta_model
 from mllm.prompts.batch import IGNORED, encode
 from mllm.prompts.length import length_of
 from mllm.prompts.pieces import Piece, without_images
@@ -81,7 +81,7 @@ def inspect(
     config = loading.load(recipe, overrides)
     reports: dict[str, SourceReport] = {}
     for stage in config.stages:
-        model = on_paper(stage)
+        model = meta_model(stage)
         for role, specs in (("train", stage.data.train), ("val", stage.data.val)):
             for number, spec in enumerate(specs, start=1):
                 seed = stage.seed if role == "train" else 0
@@ -114,7 +114,7 @@ def _source(report: SourceReport, source: Source, stage: Stage, model: Any, trac
             continue
         if any(PLACEHOLDER in text for pieces in examples for text in _texts(pieces)):
             wrong[f"items contain the text {PLACEHOLDER!r}, which is read as text here"].append(item.id)
-        if model.speaks and model.lm.tokenizer is not None:
+        if model.generates_text and model.lm.tokenizer is not None:
             _measure(report, wrong, item, examples, stage, model)
     wrong["ids belong to several items"] = [key for key, count in ids.items() if count > 1]
     report.problems = [f"{report.name}: {len(names)} {what}: {some(names)}" for what, names in wrong.items() if names]
@@ -159,7 +159,7 @@ def _measure(
     model: Any,
 ) -> None:
     """Note how long an item's examples are, and whether they have a target."""
-    encoded = [encode(pieces, lm=model.lm, num_visual=model.places) for pieces in examples]
+    encoded = [encode(pieces, lm=model.lm, num_visual=model.tokens_per_image) for pieces in examples]
     report.lengths += [len(one.ids) for one in encoded]
     longest, limit = max(len(one.ids) for one in encoded), stage.data.max_length
     if model.lm.context is not None and longest >= model.lm.context:
@@ -175,12 +175,11 @@ def _measure(
 def _combined(source: Source, stage: Stage, model: Any) -> list[int]:
     """Return the lengths of as many examples as there are items, with the examples that precede them."""
     stream = Stream([source], stage.prompt, seed=0, lm=model.lm)
-    return [length_of(pieces, model.lm, model.places) for pieces in stream.take(len(source.items))]
+    return [length_of(pieces, model.lm, model.tokens_per_image) for pieces in stream.take(len(source.items))]
 
 
 def _suite(name: str, data: str | Path | None, limit: int | None, track: Track) -> SourceReport:
-    suites = import_module("mllm.eval.suite")
-    items = suites.read_items(suites.load_suite(name), data)[:limit]
+    items = suite_items(name, data)[:limit]
     opened: dict[ImageSource, str] = {}
     for item in track(items):
         _open(item, opened)

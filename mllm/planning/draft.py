@@ -14,7 +14,7 @@ from mllm.build import fit_of
 from mllm.config.parts import PARTS
 from mllm.config.recipe import Stage
 from mllm.encoders.feature_store import FeatureStore
-from mllm.planning.paper import on_paper
+from mllm.planning.paper import meta_model
 from mllm.planning.sizes import cache_bytes, parameters_of
 from mllm.planning.trace import Cost, Paper, cost
 from mllm.planning.workload import Rows
@@ -42,7 +42,7 @@ class Draft:
             self.model, self.paper = before.model, before.paper
             self.model.spec = stage.assembly
         else:
-            self.model, self.paper = on_paper(stage), Paper()
+            self.model, self.paper = meta_model(stage), Paper()
             self.paper.put(self.model)
             assume_separable(self.model)
         self.model.requires_grad_(False)
@@ -87,7 +87,7 @@ class Draft:
     def connector(self, rows: Rows) -> Cost:
         """Return the connector's share of a step."""
         connector, features = self.model.connector, self._features(rows)
-        if connector is None or features is None or self.model.sees_pixels:
+        if connector is None or features is None or self.model.encoder_trains:
             return Cost()
         trains = any(parameter.requires_grad for parameter in connector.parameters())
 
@@ -101,7 +101,7 @@ class Draft:
 
     def validation(self, rows: Rows | None) -> Cost:
         """Return the cost of a batch of the validation."""
-        if rows is None or not self.trained or self.model.sees_pixels:
+        if rows is None or not self.trained or self.model.encoder_trains:
             return Cost()
         self.model.eval()
         micro = (rows.pieces, self._features(rows), rows.batch)
@@ -112,7 +112,7 @@ class Draft:
         """Return the cost of the closed form."""
         if self.stage.fit is None:
             return Cost()
-        fit = fit_of(self.stage.fit)
+        fit = fit_of(self.stage)
 
         def solve() -> None:
             with self.paper.mode:
@@ -147,7 +147,7 @@ class Draft:
         if lm is None or self.model.connector is None:
             return 0
         text = 16 if lm.tokenizer is None else len(lm.tokenize(self.stage.prompt.question))
-        length = self.model.places + text + int(self.stage.decoding.get("max_new_tokens", 20))
+        length = self.model.tokens_per_image + text + int(self.stage.decoding.get("max_new_tokens", 20))
         self.model.eval()
         embeds = self.paper.empty(1, length, lm.dim, dtype=next(lm.parameters()).dtype)
         with torch.no_grad():
@@ -159,7 +159,7 @@ class Draft:
         encoder = self.model.encoder
         if encoder is None or not rows.images:
             return None
-        if self.model.sees_pixels:
+        if self.model.encoder_trains:
             return self.paper.empty(rows.images, *encoder.shape)
         dtype = next((p.dtype for p in encoder.parameters()), torch.float32)
         return self.paper.empty(rows.images, encoder.num_patches, encoder.dim, dtype=dtype)
@@ -174,6 +174,6 @@ class Draft:
 
 def assume_separable(model: Any) -> None:
     """Let a language model take it that prompts and answers can be computed apart: a probe would compare values."""
-    if model.speaks:
+    if model.generates_text:
         runner = model.lm._pass
         vars(getattr(runner, "way", runner))["separable"] = True

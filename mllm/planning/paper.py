@@ -13,7 +13,7 @@ from mllm.config.recipe import Stage
 from mllm.errors import MLLMError
 
 
-def on_paper(stage: Stage) -> Assembly:
+def meta_model(stage: Stage) -> Assembly:
     """Build a stage's model on the meta device: shapes without weights.
 
     Raises:

@@ -151,7 +151,7 @@ def plan_stage(draft: Draft, setting: Setting) -> StagePlan:
         images=load.images,
         rows=len(load.largest.pieces),
         length=load.largest.length,
-        tokens_per_image=draft.model.places,
+        tokens_per_image=draft.model.tokens_per_image,
         kv_bytes=draft.kv_bytes(),
         parts=part_sizes(draft.model, stage, draft.trained),
         memory=_memory(draft, load, step, cache, setting),
@@ -175,9 +175,9 @@ def _memory(draft: Draft, load: Workload, step: Cost, cache: Cache, setting: Set
         layers = frozen_layers(draft.model)
         activations += 2 * max(layers, default=0)  # one at a time is gathered, and then assembled
         weights -= sum(layers) - -(-sum(layers) // setting.processes)
-    kept = 0 if draft.stage.cache == "off" or draft.model.sees_pixels else cache.bytes
+    kept = 0 if draft.stage.cache == "off" or draft.model.encoder_trains else cache.bytes
     features = min(kept, LIMIT) if draft.stage.cache == "auto" else kept
-    encoding = 0 if draft.model.sees_pixels else draft.encode(load.largest.images).peak
+    encoding = 0 if draft.model.encoder_trains else draft.encode(load.largest.images).peak
     phases = {
         "a step": gradients + activations,
         "the encoder": encoding,
@@ -195,7 +195,7 @@ def _memory(draft: Draft, load: Workload, step: Cost, cache: Cache, setting: Set
 
 def _flops(draft: Draft, load: Workload, step: int, setting: Setting) -> Flops:
     """Return the FLOPs, given those of a step on one process."""
-    stage, trains = draft.stage, draft.model.sees_pixels
+    stage, trains = draft.stage, draft.model.encoder_trains
     times = stage.optim.accumulate * setting.processes
     connector = draft.connector(load.typical).flops if draft.trained else 0
     encoder = draft.image.flops
@@ -216,7 +216,7 @@ def _cache(draft: Draft, load: Workload, flops: Flops) -> Cache:
     """Return whether the feature cache is recommended, and why."""
     if draft.model.encoder is None:
         return Cache(0, 0.0, 0.0, False, "there is no encoder")
-    if draft.model.sees_pixels:
+    if draft.model.encoder_trains:
         return Cache(0, 0.0, 0.0, False, "the encoder trains, so its features change")
     size = feature_bytes(draft.model.encoder) * load.images
     storage = f"{size / 1e9:,.1f} GB"

@@ -50,10 +50,9 @@ def loading_bytes(stage: Stage, parts: Sequence[PartSize]) -> int:
 
 def frozen_layers(model: Any) -> list[int]:
     """Return the bytes of the frozen weights in each layer of the language model, which FSDP divides."""
-    frozen = [
-        [p for p in layer.parameters() if not p.requires_grad] for layer in (model.lm.layers if model.speaks else [])
-    ]
-    return [sum(p.numel() * p.element_size() for p in layer) for layer in frozen]
+    layers = model.lm.layers if model.generates_text else []
+    frozen = [[p for p in layer.parameters() if not p.requires_grad] for layer in layers]
+    return [sum(p.numel() * p.element_size() for p in weights) for weights in frozen]
 
 
 def feature_bytes(encoder: Any) -> int:

@@ -101,7 +101,7 @@ def _examples(stage: Stage, sources: Sequence[Source]) -> int:
 
 def _read(model: Any, stage: Stage, sources: Sequence[Source], processes: int, images: int | None) -> Workload:
     """Read the first batches as training will, and pick the largest and the median."""
-    options = {"lm": model.lm, "num_visual": model.places, "data": stage.data}
+    options = {"lm": model.lm, "num_visual": model.tokens_per_image, "data": stage.data}
     stream = Stream(sources, stage.prompt, seed=stage.seed, **options)
     examples = _examples(stage, sources)
     number = max(1, min(examples, SAMPLE) // stage.batch_size)
@@ -138,7 +138,7 @@ _PIECES: list[Piece] = [object(), "An image", Target(" of something.")]
 
 def _made(model: Any, text: int) -> Encoded:
     """Return a row of one image and ``text`` tokens, half of them targets."""
-    visual = model.places
+    visual = model.tokens_per_image
     targets = max(1, text // 2)
     labels = [IGNORED] * (visual + text - targets) + [1] * targets
     return Encoded([1] * (visual + text), [True] * visual + [False] * text, labels)

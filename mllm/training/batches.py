@@ -89,8 +89,8 @@ class Batches:
             self._sources,
             self._stage.prompt,
             seed=self._stage.seed,
-            lm=self._model.lm if self._model.speaks else None,
-            num_visual=self._model.places,
+            lm=self._model.lm if self._model.generates_text else None,
+            num_visual=self._model.tokens_per_image,
             data=self._stage.data,
         )
 
@@ -117,7 +117,7 @@ class Batches:
 
     def _read(self, pieces: list[Piece]) -> None:
         """Raise the error of an example that cannot be read."""
-        if self._model.speaks:
+        if self._model.generates_text:
             self._model.encode(pieces)
         for image in images_of(pieces) if self._model.encoder is not None else []:
             self._model.encoder.open(image)
@@ -130,11 +130,11 @@ def inputs(model: Model, rows: Rows, store: FeatureStore, *, pack: int | None = 
     """
     images = [image for pieces in rows for image in images_of(pieces)]
     batch = None
-    if model.speaks:
+    if model.generates_text:
         batch = collate([model.encode(pieces) for pieces in rows], model.lm.pad, pack=pack).to(model.device)
     if not images or model.encoder is None:
         return rows, None, batch
-    if model.sees_pixels:
+    if model.encoder_trains:
         return rows, model.encoder.preprocess([store.opened(image) for image in images]).to(model.device), batch
     return rows, store(images).to(model.device), batch
 

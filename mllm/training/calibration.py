@@ -16,7 +16,7 @@ CALIBRATION_EXAMPLES = 32
 
 def calibrate_new(model: Model, stage: Stage, batches: Batches, store: FeatureStore) -> None:
     """Scale the connector that a stage trains, unless it was trained, fitted or taken from another run before."""
-    if model.calibrated or not stage.trains("connector") or not model.speaks:
+    if model.calibrated or not stage.trains("connector") or not model.generates_text:
         return
     rows, _, _ = batches.readable(batches.stream().take(CALIBRATION_EXAMPLES))
     images = [image for pieces in rows for image in images_of(pieces)]
@@ -35,14 +35,9 @@ def calibrate(model: Model, features: Tensor) -> None:
         model: with a connector and a language model.
         features: ``(I, P, D_vis)`` of real images.
     """
-    last = next((getattr(model.connector, name, None) for name in ("norm", "project") if _scales(model, name)), None)
+    last = model.connector.output()
     if last is None:
         return
     spread = float(model.connector(features).float().std())
     for parameter in last.parameters():
         parameter.mul_(model.lm.embedding_scale() / max(spread, 1e-12))
-
-
-def _scales(model: Model, name: str) -> bool:
-    """Whether the connector has a module of this name with weights: its last one, by convention."""
-    return any(True for _ in getattr(model.connector, name, torch.nn.Identity()).parameters())

@@ -44,7 +44,7 @@ class Objectives:
     def comparing(self) -> list[str]:
         """Return the names of the objectives that compare the examples of a batch, which therefore is not split."""
         named = zip(self.names, self.losses, strict=True)
-        return [name for name, objective in named if not getattr(objective, "apart", False)]
+        return [name for name, objective in named if not objective.per_example]
 
     def __call__(self, model: Any, micro: Micro) -> Tensor:
         """Return each objective's loss ``(n,)``, summed over a batch."""

@@ -40,7 +40,7 @@ def divide_where_asked(model: Model, stage: Stage, device: torch.device) -> int:
     Raises:
         MLLMError: the stage evaluates while it trains, or the language model cannot be divided.
     """
-    if not (asked() and processes().num_processes > 1 and model.speaks):
+    if not (asked() and processes().num_processes > 1 and model.generates_text):
         return 0
     if stage.eval.every:
         raise MLLMError(

@@ -66,7 +66,7 @@ def carry_over(model: Model, spec: AssemblySpec, run: Run | None = None) -> Mode
     if all(same.values()):
         model.spec = spec
         return model
-    touched = model.spec.adapters or model.spec.tokens or model.spec.trained or divided(model.lm)
+    touched = model.spec.adapters or model.tokens is not None or model.spec.trained or divided(model.lm)
     pristine = same["lm"] and not touched
     encoder = model.encoder if same["encoder"] else build_encoder(spec)
     new = join(spec, encoder=encoder, lm=model.lm if pristine else build_lm(spec))
@@ -137,13 +137,13 @@ def _hashes(model: Model, trained: Sequence[str]) -> dict[str, str]:
 
 def _fit(run: Run, model: Model, stage: Stage, store: FeatureStore) -> None:
     assert stage.fit is not None
-    fit = fit_of(stage.fit)
+    fit = fit_of(stage)
     with progress() as bar:
         task = bar.add_task(stage.name, total=None, note="")
         material = _material(run, model, stage, store)
         quality = fit(model, replace(material, track=lambda chunks: bar.track(chunks, task_id=task)))
-        bar.update(task, note=f"{MEASURES.get(fit.told, fit.told)} {quality:.2f}")
-    run.log(stage=stage.name, **{fit.told: quality})
+        bar.update(task, note=f"{MEASURES.get(fit.measure, fit.measure)} {quality:.2f}")
+    run.log(stage=stage.name, **{fit.measure: quality})
     model.calibrated = model.calibrated or stage.fit.part == "connector"
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, layer_norm
 
 import mllm
+from mllm.answering.decode import decodings
 from mllm.errors import MLLMError
 from mllm.export.export import export
 from mllm.lms.cross_attention import extended
@@ -65,7 +66,7 @@ def losses(model: Any, rows: list[list[Any]], pack: int | None = None) -> Any:
 
 def test_an_image_takes_one_place(model, tiny_parts):
     bare = mllm.assemble(tiny_parts[0], tiny_parts[1], LINEAR)
-    assert (model.places, bare.places) == (1, 4)
+    assert (model.tokens_per_image, bare.tokens_per_image) == (1, 4)
     assert [len(model.encode(prompt).ids) for prompt in PROMPTS] == [2, 12, 15, 3]
     with model.adapters_off():
         assert torch.equal(logits(model), logits(bare))
@@ -99,7 +100,7 @@ def test_a_batch_is_its_members_and_states_are_gone_on_from(family):
         alone = logits(family, [prompt])[0]
         torch.testing.assert_close(together[row, -len(alone) :], alone, atol=1e-4, rtol=1e-4)
     embeds, batch = family.prepare(PROMPTS)
-    answers = family.lm.generate(batch.mask, family.decodings(PROMPTS, {"max_new_tokens": 5}), inputs_embeds=embeds)
+    answers = family.lm.generate(batch.mask, decodings(family, PROMPTS, {"max_new_tokens": 5}), inputs_embeds=embeds)
     for row, ids in enumerate(answers):  # read at once, without states
         whole, mask = extended(embeds, row, batch.mask, family.lm.embed(torch.tensor([ids])))
         assert family.lm.logits(whole, mask)[0, -len(ids) - 1 : -1].argmax(-1).tolist() == ids
@@ -278,7 +279,7 @@ def test_a_plan_counts_it(recipe, tiny_parts):
 @pytest.mark.parametrize(
     ("adapters", "message"),
     [
-        ("[{type: gated}, {type: gated}]", "adapters: gated and gated both decide where images stand"),
+        ("[{type: gated}, {type: gated}]", "adapters: gated and gated both attend to the visual tokens"),
         ("[{type: gated}, {type: prompt}]", "adapters: prompt puts positions before the sequence"),
         ("[{type: gated, every: 0}]", "adapters: gated takes every, heads, head_dim and ff from 1 on"),
     ],
