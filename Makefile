@@ -20,7 +20,7 @@ RUN := $(firstword $(filter-out $(wildcard runs/demo*),runs/demo $(addprefix run
 STARTED := $(shell date +%s)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint parts test-extras docs clean
+.PHONY: help demo test test-slow lint parts test-extras test-gpu docs clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -64,6 +64,10 @@ test-extras: .venv-extras/.installed ## run the tests that need torchvision, in 
 
 docs: .venv-docs/.installed ## build the documentation site into site/
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+
+# Without a network and without .venv: scripts/test-gpu says how.
+test-gpu: ## run the tests that need a CUDA device, with figures of speed and memory
+	scripts/test-gpu
 
 clean: ## remove the environments and what tools left behind; runs/ stays
 	rm -rf .venv .venv-extras .venv-docs site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -162,6 +162,16 @@ def tiny_model(tiny_parts: tuple[str, str]) -> Callable[..., Any]:
 
 
 @pytest.fixture
+def fresh_accelerator() -> Iterator[None]:
+    """Let accelerate choose device and precision anew inside this test, as in a process of its own."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
 def need() -> Callable[..., None]:
     """Return a function that skips a test, with a reason, where installed parts that it names are missing."""
     from mllm.errors import MLLMError

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mllm.answering.drawing import drawn
+from mllm.capabilities import DecisionHead, RetrievalHead
 from mllm.errors import MLLMError
 from mllm.lms.cross_attention import extended
 from mllm.outputs import ImagePart, Output, Text
@@ -20,7 +21,6 @@ from mllm.readout.decision import decide
 from mllm.readout.tokens import can_draw, image_tokens
 from mllm.scorers.index import ImageIndex, hash_of, opened
 from mllm.scorers.retrieval import of_prompts
-from mllm.slots import DecisionHead, RetrievalHead
 
 
 class Eager:
