@@ -148,7 +148,7 @@ def place_of(model: Any) -> Path:
         "dtypes": sorted({str(parameter.dtype) for parameter in encoder.parameters()}),
         "settings": encoder.settings(),
     }
-    if any(path.split(".")[0] == "encoder" for path in model.spec.trained):
+    if model.spec.trains("encoder"):
         decides["trained"] = tensor_hash(encoder)
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()
     return cache_dir() / "features" / digest[:32]

@@ -55,7 +55,7 @@ class Silence:
         model, found = inputs.model, [text for _, text in captions(inputs.rows)]
         if not found:
             raise MLLMError("No example of a batch has a caption, within which no image is to be shown.")
-        if any(path.split(".")[0] == "lm" for path in model.spec.trained):
+        if model.spec.trains("lm"):
             raise MLLMError(
                 "silence keeps to what the language model says by itself, and here it trains. Leave it out."
             )
