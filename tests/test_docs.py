@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tomllib
 from importlib import import_module
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,16 @@ STRUCTURE = ROOT / "docs" / "structure.md"
 def test_paths_on_the_page_on_structure_exist() -> None:
     paths = set(re.findall(r"`((?:mllm|adapters|eval|tests|recipes)/[\w/.-]*)`", STRUCTURE.read_text()))
     assert len(paths) > 50 and sorted(path for path in paths if not (ROOT / path).exists()) == []
+
+
+def test_what_the_page_on_structure_finds_in_a_file_is_there() -> None:
+    cell = r"`([\w.]+)`(?: and `([\w.]+)`)?, `((?:mllm|adapters|eval)/[\w/]+)\.py`"
+    rows = re.findall(cell, STRUCTURE.read_text())
+    assert len(rows) > 12
+    for *names, path in rows:
+        module = import_module(f"{'' if path.startswith('mllm') else 'mllm.'}{path.replace('/', '.')}")
+        for name in filter(None, names):
+            assert attrgetter(name)(module), (name, path)
 
 
 def test_the_page_on_structure_has_a_row_for_every_folder() -> None:
