@@ -87,7 +87,7 @@ class Mllm(lmms):  # type: ignore[misc]
             images = [source_of(image) for image in visual(row)]
             view = self.model.see(arrange(template, images, self._text(context)))
             length = len(self.model.lm.tokenize(answer_text(said)))
-            greedy = view.go_on(max_new_tokens=length) == said
+            greedy = view.continue_with(max_new_tokens=length) == said
             # lmms-eval 0.7 turns a bare pair into a text, which its own choosing then cannot read.
             found.append(GenerationResult((-view.score([said], normalize=True)[0], greedy)))
         return found
@@ -128,7 +128,7 @@ class Mllm(lmms):  # type: ignore[misc]
         found: dict[int, str] = {}
         if sighted:
             views = self.model.see_each([prompt for prompt, _ in sighted])
-            answers = views.go_on([list(texts.values()) for _, texts in sighted], **settings)
+            answers = views.continue_with([list(texts.values()) for _, texts in sighted], **settings)
             for (_, texts), own in zip(sighted, answers, strict=True):
                 found |= dict(zip(texts, own, strict=True))
         blind = {place: text for images, texts in seen if not images for place, text in texts.items()}

@@ -157,9 +157,9 @@ def build_adapters(spec: AssemblySpec, *, lm: Any) -> list[nn.Module]:
     _check_sight(spec, adapters)
     for adapter in adapters:
         if hasattr(adapter, "num_positions"):  # it comes before the sequence, not into a layer
-            lm.lead(adapter)
+            lm.prepend(adapter)
         if hasattr(adapter, "places"):  # it looks beside the sequence
-            lm.look()
+            lm.cross_attend()
     return adapters
 
 

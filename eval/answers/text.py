@@ -92,7 +92,7 @@ class Answering:
         """Return a batch's answers, or each choice's log-likelihood, in the order of its texts."""
         views = _seen(model, batch)
         if self._config.answer == "generate":
-            return list(chain(*views.go_on([list(own) for _, own in batch], **self._config.decoding)))
+            return list(chain(*views.continue_with([list(own) for _, own in batch], **self._config.decoding)))
         pairs = [(view, query) for (_, own), view in zip(batch, views, strict=True) for query in own.values()]
         scores = [_scores(view, query.choices) for view, query in pairs]
         for score, (_, query) in zip(scores, pairs, strict=True):

@@ -143,7 +143,7 @@ def clients(*, count: int = 16, tokens: int = 32, repeats: int, progress: Callab
 
 def _ours(model: Assembly, images: Sequence[Any], texts: Sequence[str]) -> list[str]:
     views = model.see_each([[picture] for picture in images])
-    found = views.go_on([texts] * len(images), max_new_tokens=TOKENS, min_new_tokens=TOKENS)
+    found = views.continue_with([texts] * len(images), max_new_tokens=TOKENS, min_new_tokens=TOKENS)
     return [answer for own in found for answer in own]
 
 

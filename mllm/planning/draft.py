@@ -59,8 +59,7 @@ class Draft:
             self.model, self.paper = on_paper(stage, config), Paper()
             self.paper.put(self.model)
             if self.model.speaks:
-                way = self.model.lm._pass
-                vars(getattr(way, "way", way))["separable"] = True  # a probe compares values, which are not here
+                self.model.lm.runner.separable = True  # a probe compares values, which are not here
         self.model.requires_grad_(False)
         self.trained: list[nn.Parameter] = []
         if stage.fit is None:
