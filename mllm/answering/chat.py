@@ -137,7 +137,7 @@ class Chat:
         try:
             encoded = model.encode(pieces)
         except MLLMError as error:
-            raise MLLMError(f"{error} Drop the oldest turns (chat.drop(2)), or start anew (chat.reset()).") from None
+            raise MLLMError(f"{error} Drop the oldest turns (chat.drop(2)), or start over (chat.reset()).") from None
         known = self._mask_changes(encoded, images)
         if self._cache is None or any(encoded.visual[known:]):  # images come in as embeddings, not as ids
             self._prefill(encoded, images)

@@ -28,7 +28,7 @@ class Views(Sequence["View"]):
     Args:
         model: the model.
         prompts: interleaved prompts.
-        before: views that the prompts continue, one each; None: they start anew.
+        before: views that the prompts continue, one each; None: they start from nothing.
     """
 
     def __init__(self, model: Model, prompts: Sequence[Sequence[Piece]], before: Sequence[View] | None = None) -> None:

@@ -106,9 +106,19 @@ class Runner(Protocol):
 
 
 class WrappingRunner:
-    """A base of runners that wrap another one: its properties are those of the inner runner."""
+    """A base of runners that wrap another one: its properties are those of the inner runner.
 
-    inner: Runner
+    Args:
+        inner: the runner.
+    """
+
+    def __init__(self, inner: Runner) -> None:
+        self._inner = inner
+
+    @property
+    def inner(self) -> Runner:
+        """Return the runner that is wrapped."""
+        return self._inner
 
     @property
     def model(self) -> Any:

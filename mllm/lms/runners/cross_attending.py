@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from mllm.lms.cross_attention import CrossAttentionMemory, EmbeddingsWithMemory, using_memory
-from mllm.lms.runners.base import Group, Runner, WrappingRunner
+from mllm.lms.runners.base import Group, WrappingRunner
 
 
 class CrossAttendingRunner(WrappingRunner):
@@ -19,9 +19,6 @@ class CrossAttendingRunner(WrappingRunner):
     Args:
         inner: the runner of a decoder.
     """
-
-    def __init__(self, inner: Runner) -> None:
-        self.inner = inner
 
     def logits(self, embeds: Any, mask: Tensor, keep: Tensor | None = None, cache: Any = None) -> Tensor:
         """Return logits ``(B, K, V)``."""

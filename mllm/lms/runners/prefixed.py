@@ -45,7 +45,13 @@ class PrefixedRunner(WrappingRunner):
                 "adapters: prefix tuning needs a decoder that honours masks, continues a KV cache and has no sliding "
                 "windows, and no other adapter's positions before it. Take prompt tuning alone."
             )
-        self.inner = UnpaddedRunner(inner.model) if isinstance(inner, CachedRunner) and not padded else inner
+        super().__init__(UnpaddedRunner(inner.model) if isinstance(inner, CachedRunner) and not padded else inner)
+        self._without_prefix = inner
+
+    @property
+    def inner(self) -> Runner:
+        """Return the runner that is wrapped; while the adapter is off, the one that ran the model without it."""
+        return self._inner if self._adapter.num_positions else self._without_prefix
 
     def logits(self, embeds: Tensor, mask: Tensor, keep: Tensor | None = None, cache: Any = None) -> Tensor:
         """Return logits ``(B, K, V)`` of the caller's positions."""
