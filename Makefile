@@ -5,6 +5,7 @@
 #   TORCH_INDEX=URL          take torch from this package index, for example one that has CPU-only builds
 #   SET="stages.1.steps=20"  the demo's recipe overrides
 #   LIMIT=100                the demo's items per suite; empty: all
+#   WORKERS=2                the processes that share the tests
 #   RUN=runs/mine            the demo's folder; a free name is chosen if it is left out, nothing is overwritten
 
 PYTHON ?= python3
@@ -12,12 +13,14 @@ BIN := .venv/bin
 MLLM := $(BIN)/mllm
 STAMP := .venv/.installed
 LIMIT ?= 100
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 SUITES := emoji-captions emoji-naming
 RUN := $(firstword $(filter-out $(wildcard runs/demo*),runs/demo $(addprefix runs/demo-,$(shell seq 2 999))))
 STARTED := $(shell date +%s)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint parts test-extras docs clean
+.PHONY: help demo test test-slow lint parts test-extras test-gpu docs clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -40,8 +43,12 @@ demo: parts ## train a small model on this machine, evaluate it, and let it desc
 	@echo "              $(MLLM) caption $(RUN) YOUR-PICTURE.jpg"
 	@echo "All of it took $$(( $$(date +%s) - $(STARTED) )) seconds."
 
-test: lint parts ## check style and types, then run all tests
-	$(BIN)/python -m pytest
+test: lint parts ## check style and types, then run all tests but the slow ones
+	$(PYTEST)
+
+test-slow: parts ## run the tests that take minutes or install the package, and build the documentation
+	$(PYTEST) -m slow
+	$(MAKE) docs
 
 lint: $(STAMP) ## check style and types only
 	$(BIN)/ruff check . scripts/reference
@@ -57,6 +64,10 @@ test-extras: .venv-extras/.installed ## run the tests that need torchvision, in 
 
 docs: .venv-docs/.installed ## build the documentation site into site/
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+
+# Without a network and without .venv: scripts/test-gpu says how.
+test-gpu: ## run the tests that need a CUDA device, with figures of speed and memory
+	scripts/test-gpu
 
 clean: ## remove the environments and what tools left behind; runs/ stays
 	rm -rf .venv .venv-extras .venv-docs site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

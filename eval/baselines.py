@@ -1,69 +1,91 @@
-"""What a model is held against: itself without the image, with another's, with a mean image, or without training.
+"""Make the baselines of prompted models: no image, another item's image, a mean image, an untrained connector.
 
-A score without them says little: a language model alone answers many questions.
+A score says little without them: a language model alone answers many questions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 import numpy as np
+from mllm.eval.scoring import MODEL
 from PIL import Image
 
 from mllm.assembly import Assembly
 from mllm.build import build_connector
 from mllm.data.items import Item
-from mllm.errors import MLLMError, near
-from mllm.media.images import ImageSource, source_of
+from mllm.errors import MLLMError
+from mllm.media.images import source_of
 from mllm.training.calibration import calibrate
 
-BASELINES = ("blind", "shuffled", "mean-image", "random-connector")
-USUAL = BASELINES[:2]
+USUAL = ("blind", "shuffled")  # evaluated by default
 _MEAN_OF, _SIDE = 256, 224  # images, and pixels
 
 
 @dataclass(frozen=True)
 class Condition:
-    """Which model answers, and what an item's images are replaced by."""
+    """Which model answers, and the items as it gets them."""
 
     model: Assembly
-    images: Callable[[int], tuple[ImageSource, ...]]
-    sighted: bool = True  # whether the pictures of the examples before an item are shown
+    items: Sequence[Item]
+
+
+def offered() -> dict[str, bool]:
+    """Return the baselines' names, and which of them are evaluated by default."""
+    return {name: name in USUAL for name in _BASELINES}
 
 
 def conditions(model: Assembly, items: Sequence[Item], names: Sequence[str]) -> dict[str, Condition]:
-    """Return the model's own condition, called ``model``, and the baselines'.
+    """Return the condition of the model, called ``model``, and those of the named baselines.
 
     Raises:
-        MLLMError: no baseline has that name.
+        MLLMError: the items have too few images for a baseline.
     """
-    own = Condition(model, lambda index: items[index].images)
-    return {"model": own, **{name: _condition(model, items, name) for name in names}}
+    return {MODEL: Condition(model, items), **{name: _BASELINES[name](model, items) for name in names}}
 
 
-def _condition(model: Assembly, items: Sequence[Item], name: str) -> Condition:
-    if name == "blind":
-        return Condition(model, lambda index: (), sighted=False)
-    if name == "shuffled":
-        partner = derangement(items)
-        return Condition(model, lambda index: items[partner[index]].images)
-    if name == "mean-image":
-        mean = source_of(mean_image(items))
-        return Condition(model, lambda index: (mean,) * len(items[index].images))
-    if name == "random-connector":
-        return Condition(untrained(model, items), lambda index: items[index].images)
-    raise MLLMError(f"No baseline is called {name!r}. {near(name, BASELINES)}")
+def _blind(model: Assembly, items: Sequence[Item]) -> Condition:
+    """Return the model without images, of examples too."""
+    return Condition(model, [replace(_imageless(item), shots=tuple(map(_imageless, item.shots))) for item in items])
+
+
+def _imageless(item: Item) -> Item:
+    return replace(item, images=())
+
+
+def _shuffled(model: Assembly, items: Sequence[Item]) -> Condition:
+    partner = derangement(items)
+    return Condition(
+        model, [replace(item, images=items[other].images) for item, other in zip(items, partner, strict=True)]
+    )
+
+
+def _mean_image(model: Assembly, items: Sequence[Item]) -> Condition:
+    mean = source_of(mean_image(items))
+    return Condition(model, [replace(item, images=(mean,) * len(item.images)) for item in items])
+
+
+def _random_connector(model: Assembly, items: Sequence[Item]) -> Condition:
+    return Condition(untrained(model, items), items)
+
+
+_BASELINES: dict[str, Callable[[Assembly, Sequence[Item]], Condition]] = {
+    "blind": _blind,
+    "shuffled": _shuffled,
+    "mean-image": _mean_image,
+    "random-connector": _random_connector,
+}
 
 
 def derangement(items: Sequence[Item]) -> list[int]:
-    """Give each item another item, with another image, in an order fixed by a seed."""
+    """Give each item another item, with other images, in an order fixed by a seed."""
     order = list(range(len(items)))
     Random(0).shuffle(order)
     partner = [0] * len(items)
-    for place, index in enumerate(order):
-        others = (order[(place + step) % len(order)] for step in range(1, len(order)))
+    for position, index in enumerate(order):
+        others = (order[(position + step) % len(order)] for step in range(1, len(order)))
         partner[index] = next((other for other in others if items[other].images != items[index].images), index)
     if len(items) > 1 and partner == list(range(len(items))):
         raise MLLMError("The baseline 'shuffled' needs items with different images.")
@@ -71,7 +93,7 @@ def derangement(items: Sequence[Item]) -> list[int]:
 
 
 def mean_image(items: Sequence[Item]) -> Image.Image:
-    """Return the mean of the first 256 distinct images, each stretched to 224 x 224 pixels."""
+    """Return the mean of the first 256 distinct images, each resized to 224 x 224 pixels."""
     sources = list(dict.fromkeys(image for item in items for image in item.images))[:_MEAN_OF]
     if not sources:
         raise MLLMError("The baseline 'mean-image' needs items with images.")

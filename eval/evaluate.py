@@ -1,34 +1,31 @@
-"""Run a suite: every item answered with its image and by the baselines, scored, compared, written down.
+"""Run a suite: answer every item under each condition, score and compare the answers, write the report.
 
-Answers are kept batch by batch as they come (`mllm.eval.journal`), so an evaluation that was killed goes on.
+Answers are kept batch by batch as they come (`mllm.eval.journal`), so an evaluation that was killed continues.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from mllm.eval.answers.drawing import BASELINES as DRAWN
-from mllm.eval.answers.drawing import decisions, drawings
-from mllm.eval.answers.ranking import Ranking
-from mllm.eval.answers.ranking import baselines as usual_of
-from mllm.eval.answers.text import Answering, closest
-from mllm.eval.baselines import USUAL, conditions
+from mllm.eval.answers.base import AnswerMode, Context
 from mllm.eval.journal import Journal
-from mllm.eval.report import Report, report
-from mllm.eval.scoring import OWN, Helpers, Result, measure
+from mllm.eval.report import report
+from mllm.eval.scoring import Helpers, Result, measure
 from mllm.eval.shots import with_shots
 from mllm.eval.suite import Suite, data_hash, load_suite, read_items, read_shots
 
 from mllm.assembly import Assembly
-from mllm.config.parts import FROZEN, PromptSpec
+from mllm.config.parts import FROZEN
 from mllm.data.items import Item
 from mllm.errors import MLLMError
-from mllm.processes import processes, progress
+from mllm.evaluation import Report
+from mllm.processes import processes
+from mllm.registry import lookup
 from mllm.version import __version__
 
 
@@ -48,74 +45,64 @@ def evaluate(
     Args:
         model: the assembly.
         suite: a suite's name, or the path of its YAML file.
-        data: the folder the suite's files are in, for suites whose data is not embedded.
+        data: the folder of the suite's files, for suites whose data is not embedded.
         limit: the first items only.
         out: a folder for ``report.html``, ``summary.json`` and ``predictions.jsonl``; None: nothing is written.
-            An evaluation that was killed goes on there, and ends with the same files.
-        baselines: of ``blind``, ``shuffled``, ``mean-image``, ``random-connector``; None: the first two. A suite whose
-            chooses by the scorer has none; one that ranks has ``shuffled``, and ``blind`` where pictures ask; one that
-            draws has ``shuffled``, other items' pictures; one that decides, ``retrieve`` and ``generate``, always.
-        run: what the report calls the model.
+            An evaluation that was killed continues there, and ends with the same files.
+        baselines: their names, of those that the suite's answer mode offers; ``["all"]``: all of them; None: those
+            that are usual. Modes with prompts offer ``blind`` and ``shuffled`` (both usual), ``mean-image`` and
+            ``random-connector``; ``rank`` offers ``shuffled``, and ``blind`` where prompts have images; ``draw``
+            offers ``shuffled``; ``decide`` offers ``retrieve`` and ``generate``, always the same label; ``closest``
+            offers none.
+        run: the model's name in the report.
         overrides: of the suite, dotted: ``["batch_size=8"]``.
 
     Raises:
-        MLLMError: no such suite, its data is not there, or ``out`` holds a part of another evaluation.
+        MLLMError: an unknown suite or baseline, data that is missing or does not fit the suite's answer mode, or an
+            ``out`` with a part of another evaluation.
     """
     config = load_suite(suite, overrides)
-    whole = read_items(config, data)
-    if baselines and config.answer == "closest":
-        raise MLLMError(f"The suite {config.name} answers with the scorer alone, so it has no baselines.")
-    items = with_shots(whole[:limit], read_shots(config, data, whole), config.shots, model)
-    usual = {"closest": (), "rank": usual_of(items), **DRAWN}.get(config.answer, USUAL)
-    if baselines is None:
-        baselines = usual
-    elif config.answer in ("rank", *DRAWN) and (wrong := [name for name in baselines if name not in usual]):
-        raise MLLMError(f"The suite {config.name} has the baselines {', '.join(usual)}, and no {wrong[0]!r}.")
+    all_items = read_items(config, data)
+    items = with_shots(all_items[:limit], read_shots(config, data, all_items), config.shots, model)
+    mode: AnswerMode = lookup("answers", config.answer)()
+    names = _baselines(config, mode.baselines(items), baselines)
     state = processes()
     if state.num_processes > 1:
         model.to(state.device)
-    about = _about(model, config, items, baselines)
-    place = Path(out) if out else None
-    journal = Journal(place, about, state.process_index)
+    about = _about(model, config, items, names)
+    folder = Path(out) if out else None
+    journal = Journal(folder, about, state.process_index)
     state.wait_for_everyone()
     helpers = Helpers(config.scorer, config.judge, lambda: model.scorer)
-    if config.answer == "rank":
-        ranking = Ranking(items, helpers.scorer)
-        results = {name: Result(ranking.rows(name)) for name in (OWN, *baselines)}
-    elif config.answer == "draw":
-        made = drawings(model, items, place, baselines, config.batch_size)
-        results = {name: Result(paths) for name, paths in made.items()}
-    elif config.answer == "decide":
-        said = decisions(model, items, baselines, config.batch_size)
-        results = {name: Result(labels) for name, labels in said.items()}
-    elif config.answer == "closest":
-        results = {OWN: Result(closest(items, helpers.scorer, config.calibrate))}
-    else:
-        results = _results(model, config, items, baselines, journal)
-    if not state.is_main_process:
-        place = None
-    for result in results.values():
-        result.scores = {name: measure(name, result.predictions, items, helpers) for name in config.metrics}
-    found = report(config, items, results, place, run=run, settings=_settings(model, config, items), about=about)
+    answers = mode.answers(model, items, Context(config, names, folder, journal, helpers))
+    results = {name: Result(texts, _scores(config, texts, items, helpers)) for name, texts in answers.items()}
+    written = folder if state.is_main_process else None
+    made = report(config, items, results, written, run=run, settings=_settings(model, config, items), about=about)
     state.wait_for_everyone()
     journal.close()
-    return found
+    return made
 
 
-def _results(
-    model: Assembly, config: Suite, items: Sequence[Item], baselines: Sequence[str], journal: Journal
-) -> dict[str, Result]:
-    """Return the answers of the model and of its baselines."""
-    answering = Answering(config, items, journal)
-    results = {}
-    with progress() as bar:
-        for name, condition in conditions(model, items, baselines).items():
-            results[name] = Result(answering.answers(condition, name, bar))
-    return results
+def _baselines(config: Suite, offered: Mapping[str, bool], wanted: Sequence[str] | None) -> list[str]:
+    """Return the names of the baselines to evaluate."""
+    if wanted is None:
+        return [name for name, usual in offered.items() if usual]
+    if list(wanted) == ["all"]:
+        return list(offered)
+    for name in wanted:
+        if not offered:
+            raise MLLMError(f"The suite {config.name} has no baselines (answer={config.answer}), so none {name!r}.")
+        if name not in offered:
+            raise MLLMError(f"The suite {config.name} has the baselines {', '.join(offered)}, and no {name!r}.")
+    return list(wanted)
+
+
+def _scores(config: Suite, answers: list[str], items: Sequence[Item], helpers: Helpers) -> dict[str, Any]:
+    return {name: measure(name, answers, items, helpers) for name in config.metrics}
 
 
 def _about(model: Assembly, config: Suite, items: Sequence[Item], baselines: Sequence[str]) -> dict[str, Any]:
-    """Return what decides an evaluation's answers, large things by their hashes."""
+    """Return what determines an evaluation's answers, large things by their hashes."""
     trained = hashlib.sha256()
     for name, tensor in sorted(model.trained_state().items()):
         trained.update(name.encode() + tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
@@ -131,8 +118,9 @@ def _about(model: Assembly, config: Suite, items: Sequence[Item], baselines: Seq
     }
 
 
-def _settings(model: Assembly, config: Suite, items: Sequence[Item]) -> dict[str, Any]:
-    prompt: PromptSpec = model.spec.prompt
+def _settings(model: Assembly, config: Suite, items: Sequence[Item]) -> dict[str, str]:
+    """Return what the report says about how the model was evaluated."""
+    prompt = model.spec.prompt
     return {
         "data": json.dumps({"format": config.data.format, **config.data.options()}),
         "answer": config.answer + (f", calibrated by {config.calibrate}" if config.calibrate else ""),

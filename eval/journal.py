@@ -1,7 +1,7 @@
-"""What was answered so far, on disk: an evaluation that was killed goes on where it stopped.
+"""Keep the answers of an evaluation on disk as they come, so that one that was killed continues where it stopped.
 
-A line is one batch of one condition, written when it is answered. The first line says what is evaluated; a journal of
-anything else is refused. A last line that was cut short is passed over, and its batch is answered again.
+A line is one batch of one condition, written when it is answered. The first line identifies the evaluation; a journal
+of another one is refused. A last line that was cut short is ignored, and its batch is answered again.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ NAME = "answers.{rank}.partial.jsonl"
 
 
 class Journal:
-    """The batches of one evaluation that have been answered. Every process writes a file, and reads all.
+    """The batches of one evaluation that have been answered. Every process writes a file, and reads all files.
 
     Args:
         folder: where it is kept; None: nowhere.
-        about: what decides the answers: suite, data, model.
+        about: what determines the answers: suite, data, model.
         rank: of the process.
 
     Raises:
@@ -30,26 +30,25 @@ class Journal:
 
     def __init__(self, folder: Path | None, about: dict[str, Any], rank: int = 0) -> None:
         self._path = folder and folder / NAME.format(rank=rank)
-        self._lines = [json.dumps(about, sort_keys=True)]  # of this process's own file
-        self._known: dict[str, list[Any]] = {}
+        self._answers: dict[str, list[Any]] = {}  # by batch
         self._started = False
-        own = self._lines
+        first = json.dumps(about, sort_keys=True)
+        self._lines = [first]  # of this process's file
         for path in sorted(folder.glob(NAME.format(rank="*"))) if folder else []:
-            lines = path.read_text().split("\n")[:-1]  # those that are whole
-            self._read(path, lines)
+            lines = path.read_text().split("\n")[:-1]  # the complete ones
+            self._read(path, lines, first)
             if path == self._path and lines:
-                own = lines
-        self._lines = own
+                self._lines = lines
 
     def get(self, batch: str) -> list[Any] | None:
         """Return a batch's answers, if they are there."""
-        return self._known.get(batch)
+        return self._answers.get(batch)
 
     def put(self, batch: str, answers: list[Any]) -> None:
-        """Keep a batch's answers: they are on disk when this returns."""
+        """Add a batch's answers: they are on disk when this returns."""
         if self._path is None:
             return
-        if not self._started:  # now, for other processes may have been reading until here
+        if not self._started:  # only now, because other processes may have been reading until here
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._path.write_text("".join(f"{line}\n" for line in self._lines))
             self._started = True
@@ -59,12 +58,12 @@ class Journal:
             os.fsync(file.fileno())
 
     def close(self) -> None:
-        """Remove the journal, all processes' files: what they held is in the report."""
+        """Remove the journal, all processes' files: the report has what they held."""
         for path in self._path.parent.glob(NAME.format(rank="*")) if self._path else ():
             path.unlink(missing_ok=True)
 
-    def _read(self, path: Path, lines: list[str]) -> None:
-        if lines and lines[0] != self._lines[0]:
+    def _read(self, path: Path, lines: list[str], first: str) -> None:
+        if lines and lines[0] != first:
             raise MLLMError(
                 f"{path} is of another evaluation (suite, data, model or version differ). "
                 "Move it away, or give another --out."
@@ -72,6 +71,6 @@ class Journal:
         for number, line in enumerate(lines[1:], start=2):
             try:
                 batch, answers = json.loads(line)
-                self._known[batch] = list(answers)
+                self._answers[batch] = list(answers)
             except (ValueError, TypeError):
                 raise MLLMError(f"{path}, line {number}, is damaged. Remove the file to start again.") from None

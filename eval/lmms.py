@@ -1,12 +1,12 @@
-"""A run as a model of lmms-eval: ``lmms_eval --model mllm --model_args run=runs/mine --tasks ...``.
+"""Make a run a model of lmms-eval: ``lmms_eval --model mllm --model_args run=runs/mine --tasks ...``.
 
-lmms-eval finds it by the entry point ``lmms_eval.models``. Questions on one image are answered together, the image seen
-once; requests are batched, whatever their lengths.
+lmms-eval finds it by the entry point ``lmms_eval.models``. Questions on one image share its encoding, and requests of
+any lengths are batched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,17 +22,19 @@ from mllm.prompts.pieces import answer_text, arrange
 
 MANIFEST = ModelManifest(model_id="mllm", simple_class_path="mllm.eval.lmms.Mllm")
 
-_PASSED_ON = ("max_new_tokens", "num_beams", "temperature", "top_p", "do_sample")
+_DECODING = ("max_new_tokens", "num_beams", "temperature", "top_p", "do_sample")
+
+_Group = tuple[tuple[str, ...], dict[int, str]]  # the keys of images, and the texts about them by request
 
 
 class Mllm(lmms):  # type: ignore[misc]
-    """A run, or a saved model, as lmms-eval asks it.
+    """A run, or a saved model, with the interface of lmms-eval.
 
     Args:
         run: its folder.
-        prompt: how a task's text is put, with ``{question}`` for it; None: as the recipe puts questions.
-        batch_size: texts that are answered together.
-        device: None: a GPU where there is one.
+        prompt: the prompt format of a task's text, with ``{question}`` for it; None: the recipe's for questions.
+        batch_size: number of texts that are answered together.
+        device: None: a GPU if there is one.
 
     Raises:
         MLLMError: the run cannot be loaded, or an argument is unknown.
@@ -61,12 +63,12 @@ class Mllm(lmms):  # type: ignore[misc]
         """Return an answer to each request, in their order."""
         answers: dict[int, str] = {}
         sources: dict[str, ImageSource] = {}
-        groups: dict[Any, dict[int, str]] = {}  # images and settings -> texts by place
-        for place, request in enumerate(requests):
+        groups: dict[Any, dict[int, str]] = {}  # images and settings -> texts by the request's index
+        for index, request in enumerate(requests):
             context, settings, visual, doc, task, split = request.args
             keys = self._images(visual(self.task_dict[task][split][doc]), sources)
-            groups.setdefault((keys, _decoding(settings)), {})[place] = self._text(context)
-        by_settings: dict[Any, list[tuple[tuple[str, ...], dict[int, str]]]] = {}
+            groups.setdefault((keys, _decoding(settings)), {})[index] = self._text(context)
+        by_settings: dict[Any, list[_Group]] = {}
         for (keys, settings), texts in groups.items():
             by_settings.setdefault(settings, []).append((keys, texts))
         with progress() as bar:
@@ -75,32 +77,32 @@ class Mllm(lmms):  # type: ignore[misc]
                 for batch in self._batches(members):
                     answers |= self._answered(batch, sources, dict(settings))
                     bar.update(task, completed=len(answers))
-        return [answers[place] for place in range(len(requests))]
+        return [answers[index] for index in range(len(requests))]
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
-        """Return each continuation's mean negative log-likelihood, as lmms-eval has it, and whether it is greedy."""
-        found, template = [], self.model.spec.prompt.template
+        """Return each continuation's mean negative log-likelihood, as in lmms-eval, and whether it is greedy."""
+        results, template = [], self.model.spec.prompt.template
         for request in requests:
             context, target, visual, doc, task, split = request.args
             row = self.task_dict[task][split][doc]
-            said = str(target if isinstance(target, str) else target(row)).strip()
+            continuation = str(target if isinstance(target, str) else target(row)).strip()
             images = [source_of(image) for image in visual(row)]
             view = self.model.see(arrange(template, images, self._text(context)))
-            length = len(self.model.lm.tokenize(answer_text(said)))
-            greedy = view.continue_with(max_new_tokens=length) == said
-            # lmms-eval 0.7 turns a bare pair into a text, which its own choosing then cannot read.
-            found.append(GenerationResult((-view.score([said], normalize=True)[0], greedy)))
-        return found
+            length = len(self.model.lm.tokenize(answer_text(continuation)))
+            greedy = view.continue_with(max_new_tokens=length) == continuation
+            # lmms-eval 0.7 turns a plain pair into a text, which its multiple choice then cannot read.
+            results.append(GenerationResult((-view.score([continuation], normalize=True)[0], greedy)))
+        return results
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
         """Refuse tasks of several rounds."""
-        raise MLLMError("Tasks of several rounds are not answered by the model mllm.")
+        raise MLLMError("The model mllm does not support tasks of several rounds.")
 
     def _text(self, context: str) -> str:
         return self._prompt.replace("{question}", context.replace("<image>", "").strip())
 
     def _images(self, images: Sequence[Any], sources: dict[str, ImageSource]) -> tuple[str, ...]:
-        """Return the keys of a request's images; the images themselves go into ``sources``."""
+        """Return the keys of a request's images, and add the images to ``sources``."""
         keys = []
         for image in images:
             source = source_of(image)
@@ -109,8 +111,8 @@ class Mllm(lmms):  # type: ignore[misc]
             keys.append(key)
         return tuple(keys)
 
-    def _batches(self, members: Sequence[tuple[tuple[str, ...], dict[int, str]]]) -> Any:
-        batch: list[tuple[tuple[str, ...], dict[int, str]]] = []
+    def _batches(self, members: Sequence[_Group]) -> Iterator[list[_Group]]:
+        batch: list[_Group] = []
         for member in sorted(members, key=lambda member: len(member[0])):
             batch.append(member)
             if sum(len(texts) for _, texts in batch) >= self.batch_size:
@@ -120,39 +122,40 @@ class Mllm(lmms):  # type: ignore[misc]
             yield batch
 
     def _answered(
-        self, batch: Sequence[Any], sources: dict[str, ImageSource], settings: dict[str, Any]
+        self, batch: Sequence[_Group], sources: dict[str, ImageSource], settings: dict[str, Any]
     ) -> dict[int, str]:
+        """Return the answers to a batch by the requests' indices: texts after images, and texts without any."""
         template = self.model.spec.prompt.template
-        seen = [([sources[key] for key in keys], texts) for keys, texts in batch]
-        sighted = [(arrange(template, images), texts) for images, texts in seen if images]
-        found: dict[int, str] = {}
-        if sighted:
-            views = self.model.see_each([prompt for prompt, _ in sighted])
-            answers = views.continue_with([list(texts.values()) for _, texts in sighted], **settings)
-            for (_, texts), own in zip(sighted, answers, strict=True):
-                found |= dict(zip(texts, own, strict=True))
-        blind = {place: text for images, texts in seen if not images for place, text in texts.items()}
-        if blind:
-            outputs = self.model.generate([arrange(template, [], text) for text in blind.values()], **settings)
-            found |= {place: str(output) for place, output in zip(blind, outputs, strict=True)}
-        return {place: _before(text, settings.get("stop_strings", ())) for place, text in found.items()}
+        opened = [([sources[key] for key in keys], texts) for keys, texts in batch]
+        with_images = [(arrange(template, images), texts) for images, texts in opened if images]
+        answers: dict[int, str] = {}
+        if with_images:
+            views = self.model.see_each([prompt for prompt, _ in with_images])
+            continued = views.continue_with([list(texts.values()) for _, texts in with_images], **settings)
+            for (_, texts), generated in zip(with_images, continued, strict=True):
+                answers |= dict(zip(texts, generated, strict=True))
+        text_only = {index: text for images, texts in opened if not images for index, text in texts.items()}
+        if text_only:
+            outputs = self.model.generate([arrange(template, [], text) for text in text_only.values()], **settings)
+            answers |= {index: str(output) for index, output in zip(text_only, outputs, strict=True)}
+        return {index: _before(text, settings.get("stop_strings", ())) for index, text in answers.items()}
 
 
 def _decoding(settings: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """Return lmms-eval's settings as ours; what it means by temperature 0 is greedy decoding."""
-    wanted = {name: settings[name] for name in _PASSED_ON if settings.get(name) is not None}
-    if not wanted.get("temperature"):
+    """Return lmms-eval's generation settings as ours; its temperature 0 means greedy decoding."""
+    decoding = {name: settings[name] for name in _DECODING if settings.get(name) is not None}
+    if not decoding.get("temperature"):
         for name in ("temperature", "top_p", "do_sample"):
-            wanted.pop(name, None)
+            decoding.pop(name, None)
     until = settings.get("until")
     stops = tuple([until] if isinstance(until, str) else [stop for stop in until or () if stop])
     if stops:
-        wanted["stop_strings"] = stops
-    return tuple(sorted(wanted.items()))
+        decoding["stop_strings"] = stops
+    return tuple(sorted(decoding.items()))
 
 
 def _before(text: str, stops: Sequence[str]) -> str:
-    """Return what was said before the first stop."""
+    """Return the text before the first stop string."""
     for stop in stops:
         text = text.partition(stop)[0]
     return text.strip()

@@ -1,7 +1,7 @@
-"""The evaluation report: one self-contained HTML page with the results and a gallery of the items.
+"""Write the evaluation report: one self-contained HTML page with the results and a gallery of the items.
 
-The page (``page.html`` beside this file) draws itself from JSON that is put into it here. It makes no request: the
-thumbnails are data URLs and its content security policy forbids the rest.
+The page (``page.html`` next to this file) renders the JSON that is put into it here. It makes no requests: the
+thumbnails are data URLs, and its content security policy forbids anything else.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from mllm.media.images import ImageSource
 
 THUMBNAIL_SIDE = 224  # pixels, the longer side at most
-PICTURED_ROWS = 500  # rows whose images are embedded; about 10 kB each
+ROWS_WITH_IMAGES = 500  # rows whose images are embedded; about 10 kB each
 
 
 def write_page(
@@ -34,10 +34,10 @@ def write_page(
         summary: ``suite``, ``run``, ``n``, ``settings`` and ``versions`` (name to value), ``baselines`` (names),
             ``metrics``, and ``kinds`` (kind to ``n`` and each metric's value by its name). A metric has ``name``,
             ``version``, ``better`` (``higher`` or ``lower``), ``value``, its 95 % interval ``low`` and ``high``, and
-            ``baselines`` (name to ``value``, ``gain``, and the gain's own ``low`` and ``high``).
+            ``baselines`` (name to ``value``, ``gain``, and the gain's ``low`` and ``high``).
         rows: the items in their original order: ``id``, ``kind``, ``question`` (or None), ``references``,
-            ``prediction``, ``baselines`` (name to what it said) and ``scores`` (metric to the item's score).
-        images: a row's id to its pictures; rows that are missing here are text only.
+            ``prediction``, ``baselines`` (name to its answer) and ``scores`` (metric to the item's score).
+        images: a row's id to its images; rows that are missing here are text only.
 
     A number that is not finite is shown as a dash.
     """
@@ -51,14 +51,14 @@ def write_page(
 
 
 def _gallery(rows: list[dict[str, Any]], images: Mapping[str, Sequence[ImageSource]]) -> dict[str, Any]:
-    """Return the rows with indices into one table of thumbnails, where equal pictures are kept once."""
-    numbers: dict[str, int] = {}  # an image's key -> its place in the table
+    """Return the rows with indices into one table of thumbnails, where equal images are stored once."""
+    numbers: dict[str, int] = {}  # an image's key -> its index in the table
     thumbnails: list[str] = []
-    shown: list[dict[str, Any]] = []
-    for position, row in enumerate(rows):
+    with_thumbnails: list[dict[str, Any]] = []
+    for index, row in enumerate(rows):
         sources = images.get(row["id"], ())
-        row = {**row, "pictures": len(sources), "thumbnails": None}
-        if position < PICTURED_ROWS:
+        row = {**row, "images": len(sources), "thumbnails": None}
+        if index < ROWS_WITH_IMAGES:
             row["thumbnails"] = []
             for source in sources:
                 key = source.key()
@@ -66,12 +66,12 @@ def _gallery(rows: list[dict[str, Any]], images: Mapping[str, Sequence[ImageSour
                     numbers[key] = len(thumbnails)
                     thumbnails.append(_thumbnail(source))
                 row["thumbnails"].append(numbers[key])
-        shown.append(row)
-    return {"rows": shown, "thumbnails": thumbnails, "pictured": PICTURED_ROWS}
+        with_thumbnails.append(row)
+    return {"rows": with_thumbnails, "thumbnails": thumbnails, "rows_with_images": ROWS_WITH_IMAGES}
 
 
 def _thumbnail(source: ImageSource) -> str:
-    """Return the picture as a data URL of a JPEG, made smaller where it is too large."""
+    """Return the image as a data URL of a JPEG, scaled down if it is too large."""
     image = source.open().copy()
     image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
     buffer = io.BytesIO()
@@ -80,7 +80,7 @@ def _thumbnail(source: ImageSource) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """Return ``value`` with None for every number that JSON has no word for (NaN, the infinities)."""
+    """Return ``value`` with None for every number that JSON cannot represent (NaN, the infinities)."""
     if isinstance(value, dict):
         return {key: _finite(member) for key, member in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""The recipes' results: what `mllm recipes verify` wrote, as sentences and tables."""
+"""Show the recipes' results, which `mllm recipes verify` wrote, as sentences and tables."""
 
 from __future__ import annotations
 
@@ -13,56 +13,57 @@ from mllm.config import loading as recipes
 from mllm.planning.paper import on_paper
 from mllm.training.setup import parameter_groups
 
-COLUMNS = ("blind", "shuffled")  # baselines that have columns of the table
+COLUMNS = ("blind", "shuffled")  # baselines with a column in the table
 
 
 def results(name: str, folder: str | Path | None = None) -> dict[str, Any] | None:
-    """Return what `verify` found for a recipe, from a folder or as it comes with the package; None: not verified."""
+    """Return a recipe's results, from a folder or as they come with the package; None: it was not verified."""
     path = Path(folder or str(files("mllm.recipes") / "results")) / f"{name}.yaml"
     if not path.is_file():
         return None
-    found = OmegaConf.to_container(OmegaConf.load(path))
-    assert isinstance(found, dict)
-    return {str(key): value for key, value in found.items()}
+    content = OmegaConf.to_container(OmegaConf.load(path))
+    assert isinstance(content, dict)
+    return {str(key): value for key, value in content.items()}
 
 
 def summary(name: str) -> str:
-    """Return a recipe's first result in a few words, or nothing."""
-    found = results(name)
-    if found is None:
+    """Return a recipe's first result in a few words, or ``""``."""
+    content = results(name)
+    if content is None:
         return ""
-    suite, score = next(iter(found["scores"].items()))
+    suite, score = next(iter(content["scores"].items()))
     return f"{suite} {score['value']:.3f} ({score['metric']}; shuffled {score['gains']['shuffled']['value']:.3f})"
 
 
 def trained_weights(name: str) -> list[int]:
-    """Return how many weights train in each stage that has gradients; counted on the meta device."""
-    config = recipes.load(name, {"decoder": None})  # it trains nothing, and may be a run that is yet to come
-    found = []
+    """Return the number of trained weights of each stage that has gradients, counted on the meta device."""
+    config = recipes.load(name, {"decoder": None})  # it trains nothing, and may be a run that does not exist yet
+    numbers = []
     for stage in config.stages:
         if stage.train:
             groups = parameter_groups(on_paper(stage, config), stage)
-            found.append(sum(parameter.numel() for group in groups for parameter in group["params"]))
-    return found
+            numbers.append(sum(parameter.numel() for group in groups for parameter in group["params"]))
+    return numbers
 
 
 def size(name: str) -> str:
-    """Return a recipe's trained weights in words, as they come with the package; nothing is built."""
-    known: Any = OmegaConf.load(str(files("mllm.recipes") / "results" / "sizes.yaml"))
-    return ", then ".join(f"{weights:,}" for weights in known.get(name, [])) or "none by gradient"
+    """Return a recipe's numbers of trained weights in words, from the package's own list; nothing is built."""
+    sizes: Any = OmegaConf.load(str(files("mllm.recipes") / "results" / "sizes.yaml"))
+    return ", then ".join(f"{weights:,}" for weights in sizes.get(name, [])) or "none by gradient"
 
 
 def conditions(names: Sequence[str], folder: str | Path | None = None) -> str:
-    """Return how results were found, a line for each recipe that has some, and baselines that the table leaves out."""
-    return "".join(_condition(found) for name in names if (found := results(name, folder)))
+    """Return how results were measured, a line for each recipe that has any, and the baselines without a column."""
+    return "".join(_condition(content) for name in names if (content := results(name, folder)))
 
 
-def _condition(found: dict[str, Any]) -> str:
+def _condition(content: dict[str, Any]) -> str:
     lines = [
-        f"- `{found['command']}`: seeds {', '.join(map(str, found['seeds']))}; {max(found['items'].values())} items "
-        f"per suite; training takes up to {found['minutes']} minutes per seed."
+        f"- `{content['command']}`: seeds {', '.join(map(str, content['seeds']))}; "
+        f"{max(content['items'].values())} items per suite; training takes up to "
+        f"{content['minutes']} minutes per seed."
     ]
-    for suite, score in found["scores"].items():
+    for suite, score in content["scores"].items():
         lines += [
             f"    - {suite}, baseline `{name}`: {gain['value']:.3f}; gain {gain['low']:+.3f} to {gain['high']:+.3f}."
             for name, gain in score["gains"].items()
@@ -78,8 +79,8 @@ def table(names: Sequence[str], folder: str | Path | None = None) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for name in names:
-        found = results(name, folder)
-        for suite, score in (found["scores"] if found else {}).items():
+        content = results(name, folder)
+        for suite, score in (content["scores"] if content else {}).items():
             gains = score["gains"]
             lines.append(
                 f"| {name} | {suite} | {score['metric']} | {score['value']:.3f} | "

@@ -1,4 +1,4 @@
-"""A suite: one YAML file that says which data, how it is put to the model, and what is measured."""
+"""Read suites: a suite is one YAML file that names the data, the answer mode and the metrics."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from mllm.config.data import DataSpec
 from mllm.config.messages import checked
@@ -24,18 +24,18 @@ from mllm.registry import table
 
 
 class Shots(Spec):
-    """Solved examples that are shown before every item."""
+    """Solved examples before every item (k-shot)."""
 
     count: int = Field(0, ge=0)
-    select: Literal["random", "fixed", "similar"] = "random"  # for each item anew, the same for all, or by the image
-    data: DataSpec | None = None  # where they are from; None: the suite's own items, never the item itself
+    select: Literal["random", "fixed", "similar"] = "random"  # others for each item, the same for all, or by the image
+    data: DataSpec | None = None  # where they come from; None: the suite's other items
     folder: dict[str, str | None] = Field({})
-    separator: str = "\n"  # behind each example
+    separator: str = "\n"  # after each example
     seed: int = 0
 
 
 class Suite(Spec):
-    """One suite: which data, how it is put, what is measured."""
+    """The settings of one suite."""
 
     name: str
     about: str
@@ -46,13 +46,19 @@ class Suite(Spec):
     judge: str | None = None  # a language model, for metrics that ask one
     submission: tuple[str, str] | None = None  # keys of the id and the answer in the file an official server takes
     mirror: dict[str, Any] = Field({})  # columns of the data's parquet mirror (reader parquet), if --data holds that
-    # choose, order: the most likely of the item's choices, or all, the most likely first; match: images and choices,
-    # all pairs; closest, rank: by the scorer; draw: a picture; decide: whether one is looked up or made
-    answer: Literal["generate", "choose", "order", "match", "closest", "rank", "draw", "decide"] = "generate"
+    answer: str = "generate"  # the answer mode, by its name in the registry group `answers`
     shots: Shots = Shots.model_validate({})
-    calibrate: float = Field(0.0, ge=0, le=1)  # of choices: the share of their mean score over all items taken off
+    calibrate: float = Field(0.0, ge=0, le=1)  # of choices: the share of their mean score over all items to subtract
     decoding: dict[str, Any] = Field({})
     batch_size: int = Field(32, ge=1)
+
+    @field_validator("answer")
+    @classmethod
+    def _registered(cls, answer: str) -> str:
+        modes = table("answers")
+        if answer not in modes:
+            raise ValueError(f"no answer mode has this name. {near(answer, modes)}")
+        return answer
 
 
 def load_suite(name: str, overrides: Sequence[str] = ()) -> Suite:
@@ -65,17 +71,16 @@ def load_suite(name: str, overrides: Sequence[str] = ()) -> Suite:
     Raises:
         MLLMError: no suite has that name, the file cannot be read, or a key or an override is wrong.
     """
-    known = suite_names()
-    places = table("suites")
+    names, entry_points = suite_names(), table("suites")
     if name.endswith((".yaml", ".yml")):
         path: Any = Path(name)
-    elif name in places:
-        module, _, file = places[name].partition(":")
+    elif name in entry_points:
+        module, _, file = entry_points[name].partition(":")
         path = files(module) / file
-    elif name in known:
+    elif name in names:
         path = files("mllm.eval") / "suites" / f"{name}.yaml"
     else:
-        raise MLLMError(f"No suite is called {name!r}. {near(name, known)}")
+        raise MLLMError(f"No suite is called {name!r}. {near(name, names)}")
     try:
         config = OmegaConf.merge(OmegaConf.create(path.read_text()), OmegaConf.from_dotlist(list(overrides)))
         content = OmegaConf.to_container(config, resolve=True)
@@ -85,60 +90,62 @@ def load_suite(name: str, overrides: Sequence[str] = ()) -> Suite:
 
 
 def suite_names() -> list[str]:
-    """Return the names of the suites that come with the package, and of other packages'."""
-    own = (Path(entry.name) for entry in (files("mllm.eval") / "suites").iterdir())
-    return sorted({*(name.stem for name in own if name.suffix == ".yaml"), *table("suites")})
+    """Return the names of the package's suites, and of those that other packages add."""
+    paths = (Path(entry.name) for entry in (files("mllm.eval") / "suites").iterdir())
+    return sorted({*(path.stem for path in paths if path.suffix == ".yaml"), *table("suites")})
 
 
-def read_items(config: Suite, place: str | Path | None) -> list[Item]:
-    """Return a suite's items, its files looked for in ``place``: its authors' own, or parquet files of its mirror.
+def read_items(config: Suite, data: str | Path | None) -> list[Item]:
+    """Return a suite's items.
+
+    Args:
+        config: the suite.
+        data: the folder of its files: as their authors publish them, or parquet files of the mirror.
 
     Raises:
-        MLLMError: files are wanted and no place is given, or the reader finds something wrong; two items of one id.
+        MLLMError: the suite has files and no folder is given, the reader refuses a file, or two items have one id.
     """
-    items = list(read(_located(config.data, config.folder, place, config.name, config.mirror)))
-    seen: set[str] = set()
+    items = list(read(_located(config.data, config.folder, data, config.name, config.mirror)))
+    ids: set[str] = set()
     for item in items:
-        if item.id in seen:
+        if item.id in ids:
             raise MLLMError(f"The suite {config.name}: two items have the id {item.id!r}; expected each once.")
-        seen.add(item.id)
+        ids.add(item.id)
     return items
 
 
-def read_shots(config: Suite, place: str | Path | None, items: Sequence[Item]) -> list[Item]:
-    """Return the examples a suite draws its shots from: the data named for it, or the items themselves.
+def read_shots(config: Suite, data: str | Path | None, items: Sequence[Item]) -> list[Item]:
+    """Return the pool of examples that a suite's shots are taken from: ``shots.data``, or the items themselves.
 
     Raises:
-        MLLMError: fixed shots have no data of their own, or the reader finds something wrong.
+        MLLMError: fixed shots have no data of their own, or the reader refuses a file.
     """
     shots = config.shots
     if shots.count and shots.data is None and shots.select == "fixed":
         raise MLLMError("Fixed shots would be among the items: name other data in shots.data.")
     if not shots.count or shots.data is None:
         return list(items)
-    return list(read(_located(shots.data, shots.folder, place, config.name, {})))
+    return list(read(_located(shots.data, shots.folder, data, config.name, {})))
 
 
 def _located(
-    data: DataSpec, folder: Mapping[str, str | None], place: str | Path | None, label: str, mirror: Mapping[str, Any]
+    spec: DataSpec, files: Mapping[str, str | None], data: str | Path | None, label: str, mirror: Mapping[str, Any]
 ) -> DataSpec:
-    """Return the reader with its files' places."""
-    if not folder:
-        return data
-    if place is None:
-        raise MLLMError(
-            f"The suite {label} needs --data DIR, a folder with {', '.join(filter(None, folder.values()))}."
-        )
-    if mirror and any(Path(place).glob("*.parquet")):
-        return DataSpec.model_validate({"format": "parquet", "path": str(place), **mirror})
-    inside: dict[str, Any] = {name: path and str(Path(place) / path) for name, path in folder.items()}
-    return DataSpec(format=data.format, **data.options(), **inside)
+    """Return the reader's settings with the paths of its files inside the folder ``data``."""
+    if not files:
+        return spec
+    if data is None:
+        raise MLLMError(f"The suite {label} needs --data DIR, a folder with {', '.join(filter(None, files.values()))}.")
+    if mirror and any(Path(data).glob("*.parquet")):
+        return DataSpec.model_validate({"format": "parquet", "path": str(data), **mirror})
+    paths: dict[str, Any] = {name: path and str(Path(data) / path) for name, path in files.items()}
+    return DataSpec(format=spec.format, **spec.options(), **paths)
 
 
 def data_hash(items: Sequence[Item]) -> str:
-    """Return what tells these items, pixels included, from others; examples before them are not looked at."""
+    """Return a hash of the items, pixels included; examples before them are not part of it."""
     keys: dict[ImageSource, str] = {}
-    groups: dict[int, str] = {}  # a tuple that items share (all pictures, all choices) is read once
+    groups: dict[int, str] = {}  # a tuple that items share (all images, all choices) is hashed once
 
     def digest(group: tuple[Any, ...]) -> str:
         if id(group) not in groups:
@@ -149,9 +156,9 @@ def data_hash(items: Sequence[Item]) -> str:
             groups[id(group)] = hashlib.sha256(json.dumps(content).encode()).hexdigest()
         return groups[id(group)]
 
-    whole = hashlib.sha256()
+    digests = hashlib.sha256()
     for item in items:
         row = [item.id, digest(item.images), item.question, item.answers, digest(item.choices)]
         row += [digest(item.document)] if item.document else []
-        whole.update(json.dumps(row).encode())
-    return whole.hexdigest()
+        digests.update(json.dumps(row).encode())
+    return digests.hexdigest()

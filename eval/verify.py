@@ -1,17 +1,18 @@
-"""Hold a recipe against its baselines: train it with several seeds, evaluate, pool, and write the results down.
+"""Verify a recipe: train it with several seeds, evaluate it with baselines, pool the scores, write the results.
 
-The table of recipes in the documentation is made of these files; no figure of it is typed by hand.
+The table of recipes in the documentation is generated from these files; none of its figures is typed by hand.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from mllm.eval.scoring import interval
+from mllm.eval.suite import load_suite
 from omegaconf import OmegaConf
 
 from mllm.build import load
@@ -31,24 +32,23 @@ def verify(name: str, *, out: str | Path, seeds: Sequence[int] = SEEDS, runs: st
         name: a recipe's name, or the path of one.
         out: the folder of results.
         seeds: one run each.
-        runs: where the runs are kept. A finished one of the same recipe is evaluated again and not trained.
+        runs: the folder of the runs. A finished run of the same recipe is evaluated again, and not trained again.
 
     Raises:
-        MLLMError: the recipe names no suites, or there is another recipe's run in the way.
+        MLLMError: the recipe names no suites, or a folder has another recipe's run.
     """
     config = recipes.load(name)
     if not config.eval.suites:
-        raise MLLMError(f"The recipe {name} names no suites to be held against: give eval.suites.")
+        raise MLLMError(f"The recipe {name} names no suites to be evaluated by: give eval.suites.")
     reports: dict[str, list[list[dict[str, Any]]]] = {suite: [] for suite in config.eval.suites}
     minutes = []
     for seed in seeds:
-        folder = _trained(name, seed, Path(runs) / f"{config.name}-{seed}")
+        folder = _run(name, seed, Path(runs) / f"{config.name}-{seed}")
         minutes.append(json.loads((folder / "time.json").read_text())["minutes"])
         model = load(folder)
         for suite, rows in reports.items():
-            rows.append(
-                evaluate(model, suite, limit=config.eval.limit, out=folder / "eval" / suite, run=config.name).rows
-            )
+            report_folder = folder / "eval" / Path(suite).stem
+            rows.append(evaluate(model, suite, limit=config.eval.limit, out=report_folder, run=config.name).rows)
     content = {
         "recipe": config.name,
         "seeds": list(seeds),
@@ -57,10 +57,10 @@ def verify(name: str, *, out: str | Path, seeds: Sequence[int] = SEEDS, runs: st
         "scores": {suite: pooled(rows, headline(suite)) for suite, rows in reports.items()},
         "command": f"mllm recipes verify {name}",
     }
-    place = Path(out) / f"{config.name}.yaml"
-    place.parent.mkdir(parents=True, exist_ok=True)
-    write(place, lambda file: file.write_text(OmegaConf.to_yaml(OmegaConf.create(content), sort_keys=False)))
-    return place
+    path = Path(out) / f"{config.name}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, lambda file: file.write_text(OmegaConf.to_yaml(OmegaConf.create(content), sort_keys=False)))
+    return path
 
 
 def pooled(runs: Sequence[Sequence[dict[str, Any]]], name: str) -> dict[str, Any]:
@@ -70,17 +70,18 @@ def pooled(runs: Sequence[Sequence[dict[str, Any]]], name: str) -> dict[str, Any
         runs: the rows of one suite's report, run by run, over the same items in the same order.
         name: of the metric. Its value must be the mean over items.
 
-    Items are drawn with replacement, an item's gains in all runs with it: runs do not stand in for items.
+    Items are drawn with replacement, each with its gains in all runs: more runs do not make the interval narrower
+    as more items would.
     """
     ids = [[row["id"] for row in rows] for rows in runs]
-    if any(found != ids[0] for found in ids):
-        raise MLLMError("Runs are pooled over the same items in the same order; these reports have others.")
+    if any(run_ids != ids[0] for run_ids in ids):
+        raise MLLMError("Runs are pooled over the same items in the same order; these reports have different ones.")
     references = [row["references"] for row in runs[0]]
     baselines = list(runs[0][0]["baselines"])
     score = metric(name)
 
     def values(prediction: Any) -> Any:
-        """Return scores (runs, items) of a condition."""
+        """Return a condition's scores ``(runs, items)``."""
         return np.array([score([prediction(row) for row in rows], references).per_item for rows in runs])
 
     model = values(lambda row: row["prediction"])
@@ -88,31 +89,30 @@ def pooled(runs: Sequence[Sequence[dict[str, Any]]], name: str) -> dict[str, Any
         raise MLLMError(
             f"{name} scores all items together, and runs are pooled item by item: name another metric first."
         )
-    found: dict[str, Any] = {"metric": name, "value": round(float(model.mean()), 4), "gains": {}}
+    result: dict[str, Any] = {"metric": name, "value": round(float(model.mean()), 4), "gains": {}}
     for baseline in baselines:
         other = values(lambda row, baseline=baseline: row["baselines"][baseline])
-        low, high = import_module("mllm.eval.scoring").interval((model - other).mean(0))
-        found["gains"][baseline] = {
+        low, high = interval((model - other).mean(0))
+        result["gains"][baseline] = {
             "value": round(float(other.mean()), 4),
             "gain": round(float((model - other).mean()), 4),
             "low": round(low, 4),
             "high": round(high, 4),
         }
-    return found
+    return result
 
 
 def headline(suite: str) -> str:
     """Return a suite's first metric, by which recipes are compared."""
-    return str(import_module("mllm.eval.suite").load_suite(suite).metrics[0])
+    return str(load_suite(suite).metrics[0])
 
 
-def _trained(name: str, seed: int, folder: Path) -> Path:
-    """Return a run of the recipe with this seed: the one that is there, or a new one."""
+def _run(name: str, seed: int, folder: Path) -> Path:
+    """Return the folder of a run of the recipe with this seed: a finished one, or a new one."""
     wanted = recipes.dump(recipes.load(name, {"seed": seed}))
-    written = folder / "recipe.yaml"
-    if (folder / "model").is_dir() and written.read_text() == wanted:
-        return folder
     if (folder / "model").is_dir():
+        if (folder / "recipe.yaml").read_text() == wanted:
+            return folder
         raise MLLMError(f"{folder} is a run of another recipe or version. Move it away, or give another --runs folder.")
     train(name, {"seed": seed}, out=folder)
     return folder

@@ -12,18 +12,20 @@ from torch import nn
 
 from mllm.assembly import Assembly
 from mllm.config.messages import checked
-from mllm.config.parts import AssemblySpec, FitSpec, ObjectiveSpec, PartSpec
-from mllm.encoders.base import Encoder, on_paper
+from mllm.config.parts import AssemblySpec, ObjectiveSpec, PartSpec
+from mllm.config.recipe import Stage
+from mllm.encoders.base import Shape, on_meta
 from mllm.errors import MLLMError
 from mllm.fits.base import Fit
 from mllm.hub import published
 from mllm.lms.new_tokens import NewTokens
 from mllm.model import Model, trained_module
+from mllm.readout.tokens import every_token, heads_on_meta
 from mllm.registry import lookup, made
 from mllm.saving import find_folder, read_about, restore
 from mllm.scorers.own import own_scorer
-from mllm.slots import Objective
-from mllm.system import give_back
+from mllm.slots import ConditionHead, Connector, CrossAttention, Encoder, Head, Objective, PrefixAdapter
+from mllm.system import return_memory
 
 
 def assemble(
@@ -66,26 +68,26 @@ def build(spec: AssemblySpec) -> Assembly:
     """Build the parts that a specification names, wire their widths, and draw the trained parts' weights."""
     check_condition(spec)
     encoder = build_encoder(spec)
-    give_back()  # what it was tried out with
+    return_memory()  # what it was tried out with
     return join(spec, encoder=encoder, lm=build_lm(spec))
 
 
 def join(spec: AssemblySpec, *, encoder: Any, lm: Any) -> Assembly:
     """Bridge a built encoder and a built language model by new trained parts, some of them inside the latter."""
-    check_condition(spec)
     widths = {"lm_dim": lm.dim if lm is not None else None, "vis_dim": encoder.dim if encoder is not None else None}
     connector = None
     if spec.connector is not None:
         if encoder is None:
             raise MLLMError(f"The connector {spec.connector.type} reads an encoder's features: give encoder.")
         connector = build_connector(spec, encoder=encoder, lm_dim=widths["lm_dim"])
+    heads: dict[str, Head] = {part.name: _drawn(spec, "head", part, **widths) for part in spec.heads}
     model = Assembly(
         encoder=encoder,
         connector=connector,
         lm=lm,
         adapters=build_adapters(spec, lm=lm),
-        tokens=build_tokens(spec, lm=lm),
-        heads={part.type: _drawn(spec, "head", part, **widths) for part in spec.heads},
+        tokens=build_tokens(spec, every_token(spec.tokens, heads.values()), lm=lm),
+        heads=heads,
         decoder=None if spec.decoder is None else _drawn(spec, "image_decoder", spec.decoder),
         spec=spec,
         open_scorer=open_scorer,
@@ -123,23 +125,25 @@ def build_lm(spec: AssemblySpec) -> Any:
     return made(lookup("lms", spec.lm.type), f"language model {spec.lm.model}", **options, seed=spec.seed)
 
 
-def build_connector(spec: AssemblySpec, *, encoder: Any, lm_dim: int | None) -> nn.Module:
+def build_connector(spec: AssemblySpec, *, encoder: Any, lm_dim: int | None) -> Connector:
     """Build a connector between widths; ``lm_dim`` None: without the map to a language model's width."""
     assert spec.connector is not None
     widths = {"vis_dim": encoder.dim, "lm_dim": lm_dim, "num_patches": encoder.num_patches, "grid": encoder.grid}
-    connector: nn.Module = _drawn(spec, "connector", spec.connector, **widths)
+    connector = _drawn(spec, "connector", spec.connector, **widths)
+    if not isinstance(connector, Connector):
+        raise MLLMError(f"The connector {spec.connector.type} is no mllm.slots.Connector: inherit from that class.")
     return connector
 
 
-def build_tokens(spec: AssemblySpec, *, lm: Any) -> NewTokens | None:
-    """Put new tokens beside a language model's tables, and tell its tokenizer."""
-    if not spec.tokens:
+def build_tokens(spec: AssemblySpec, names: Sequence[str], *, lm: Any) -> NewTokens | None:
+    """Add new tokens to a language model: their rows are kept next to its tables, which stay as they are."""
+    if not names:
         return None
     if lm is None:
         raise MLLMError("tokens: new tokens are a language model's, and the recipe names none. Give lm.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
-        tokens = NewTokens(lm.model, spec.tokens)
+        tokens = NewTokens(lm.model, names)
     lm.new_tokens = tokens.ids()
     return tokens
 
@@ -154,28 +158,29 @@ def build_adapters(spec: AssemblySpec, *, lm: Any) -> list[nn.Module]:
             made(lookup("adapters", part.type), f"adapter {part.type}", lm.model, **part.options())
             for part in spec.adapters
         ]
-    _check_sight(spec, adapters)
+    _check_adapters(spec, adapters)
     for adapter in adapters:
-        if hasattr(adapter, "num_positions"):  # it comes before the sequence, not into a layer
+        if isinstance(adapter, PrefixAdapter):
             lm.prepend(adapter)
-        if hasattr(adapter, "places"):  # it looks beside the sequence
+        if isinstance(adapter, CrossAttention):
             lm.cross_attend()
     return adapters
 
 
-def _check_sight(spec: AssemblySpec, adapters: Sequence[nn.Module]) -> None:
-    """Refuse adapters that do not go with one that looks beside the sequence."""
-    looking = [part.type for part, adapter in zip(spec.adapters, adapters, strict=True) if hasattr(adapter, "places")]
-    leading = [part.type for part, a in zip(spec.adapters, adapters, strict=True) if hasattr(a, "num_positions")]
-    if len(looking) > 1:
-        raise MLLMError(f"adapters: {' and '.join(looking)} both decide where images stand. Leave one out.")
-    if looking and leading:
+def _check_adapters(spec: AssemblySpec, adapters: Sequence[nn.Module]) -> None:
+    """Refuse adapters that do not go with one whose blocks attend to the visual tokens."""
+    named = [(part.type, adapter) for part, adapter in zip(spec.adapters, adapters, strict=True)]
+    attending = [name for name, adapter in named if isinstance(adapter, CrossAttention)]
+    prefixes = [name for name, adapter in named if isinstance(adapter, PrefixAdapter)]
+    if len(attending) > 1:
+        raise MLLMError(f"adapters: {' and '.join(attending)} both attend to the visual tokens. Leave one out.")
+    if attending and prefixes:
         raise MLLMError(
-            f"adapters: {leading[0]} puts positions before the sequence, of which {looking[0]} does not know what they "
-            "look at. Leave one out."
+            f"adapters: {prefixes[0]} puts positions before the sequence, for which {attending[0]} has no image to "
+            "attend to. Leave one out."
         )
-    if looking and spec.connector is None:
-        raise MLLMError(f"adapters: {looking[0]} looks at a connector's visual tokens, and there is none. Give both.")
+    if attending and spec.connector is None:
+        raise MLLMError(f"adapters: {attending[0]} attends to a connector's visual tokens: give a connector.")
 
 
 def load(folder: str | Path) -> Assembly:
@@ -188,7 +193,7 @@ def load(folder: str | Path) -> Assembly:
     path = find_folder(Path(folder))
     about = read_about(path)
     model = build(about.spec)
-    if not on_paper():
+    if not on_meta():
         restore(model, path)
     model.source, model.fingerprint = str(folder), about.fingerprint
     return model
@@ -201,8 +206,8 @@ def encoder_of(spec: Any, *, seed: int) -> Encoder | nn.Module:
         MLLMError: an unknown type or argument, or a model that cannot be loaded.
     """
     known = (published.configuration(spec.model) if spec.model else None) or {}
-    if on_paper() and known.pop("model_type", None) == "shape":
-        return published.Shape(**known)
+    if on_meta() and known.pop("model_type", None) == "shape":
+        return Shape(**known)
     options = spec.options()
     if spec.of is not None:
         options["of"] = [encoder_of(member, seed=seed) for member in spec.of]
@@ -221,7 +226,7 @@ def objectives_of(specs: Sequence[ObjectiveSpec]) -> list[Objective]:
 
 
 def check_condition(spec: AssemblySpec) -> None:
-    """Hold the head that makes conditions against the image decoder, by their shapes; nothing is loaded.
+    """Compare the conditions that heads make with what the image decoder takes, by their shapes; nothing is loaded.
 
     Raises:
         MLLMError: the shapes differ, or the decoder is not there.
@@ -230,24 +235,25 @@ def check_condition(spec: AssemblySpec) -> None:
         return
     label = f"image decoder {spec.decoder.type}"
     wanted = made(lookup("image_decoders", spec.decoder.type).shape, label, **spec.decoder.options())
-    for part in spec.heads:
-        with torch.device("meta"):
-            head = made(lookup("heads", part.type), f"head {part.type}", lm_dim=8, vis_dim=8, **part.options())
-        found = getattr(head, "condition", wanted)
-        if found != wanted:
+    for name, head in heads_on_meta(spec.heads).items():
+        if isinstance(head, ConditionHead) and head.condition != wanted:
             raise MLLMError(
-                f"The head {part.type} makes conditions of {found[0]} x {found[1]}, and the image decoder takes "
-                f"{wanted[0]} x {wanted[1]}. Set the head's length and width to that, or take another decoder."
+                f"The head {name} makes conditions of {head.condition[0]} x {head.condition[1]}, and the image decoder "
+                f"takes {wanted[0]} x {wanted[1]}. Set the head's length and width to that, or take another decoder."
             )
 
 
-def fit_of(spec: FitSpec) -> Fit:
-    """Return a part's closed form with its options.
+def fit_of(stage: Stage) -> Fit:
+    """Return the closed form that a stage names, with its options; it is found by the type of its part.
 
     Raises:
-        MLLMError: a part that has none, or options that it does not take.
+        MLLMError: a part that the stage does not have or that has no closed form, or options that it does not take.
     """
-    fit: Fit = made(lookup("fits", spec.part.removeprefix("heads.")), f"fit of {spec.part}", **spec.options())
+    assert stage.fit is not None
+    path = stage.fit.part
+    types = {"connector": "connector", **{f"heads.{head.name}": head.type for head in stage.heads}}
+    name = types.get(path, path.removeprefix("heads."))
+    fit: Fit = made(lookup("fits", name), f"fit of {path}", part=path, **stage.fit.options())
     return fit
 
 

@@ -1,4 +1,7 @@
-"""The door to `mllm.eval`: run a suite, score predictions, compare evaluations, find a metric."""
+"""Open the door to `mllm.eval`: run a suite, score predictions, compare evaluations, find a metric.
+
+Nothing else in this package imports `mllm.eval`, and these functions import it only when they are called.
+"""
 
 from __future__ import annotations
 
@@ -9,65 +12,38 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from mllm.errors import MLLMError, near
 from mllm.registry import lookup
 
 if TYPE_CHECKING:
     from mllm.assembly import Assembly
+    from mllm.data.items import Item
+
+BENCHES = {"train": "train", "generate": "generate", "eval": "evaluate", "matrix": "matrix"}  # name -> module
 
 
-def evaluate(
-    model: Assembly,
-    suite: str,
-    data: str | Path | None = None,
-    *,
-    limit: int | None = None,
-    out: str | Path | None = None,
-    **options: Any,
-) -> Any:
-    """Run a suite on a model, with its baselines; see `mllm.eval.evaluate.evaluate`."""
-    return import_module("mllm.eval.evaluate").evaluate(model, suite, data, limit=limit, out=out, **options)
+@dataclass(frozen=True)
+class Report:
+    """The result of an evaluation.
 
-
-def score(path: str | Path, suite: str, data: str | Path | None = None, **options: Any) -> Any:
-    """Score a file of predictions; see `mllm.eval.predictions.score`."""
-    return import_module("mllm.eval.predictions").score(path, suite, data, **options)
-
-
-def compare(one: str | Path, other: str | Path, data: str | Path | None = None, **options: Any) -> Any:
-    """Hold one evaluation against another; see `mllm.eval.predictions.compare`."""
-    return import_module("mllm.eval.predictions").compare(one, other, data, **options)
-
-
-def verify(name: str, **options: Any) -> Path:
-    """Train a recipe with several seeds and compare it with its baselines; see `mllm.eval.verify.verify`."""
-    path: Path = import_module("mllm.eval.verify").verify(name, **options)
-    return path
-
-
-def results_table(names: Sequence[str], folder: str | Path | None = None) -> str:
-    """Return the table of the recipes' results; see `mllm.eval.results.table`."""
-    return str(import_module("mllm.eval.results").table(names, folder))
-
-
-def result_lines(name: str) -> list[str]:
-    """Return lines on a recipe's size and results, none where nothing is known of it."""
-    results = import_module("mllm.eval.results")
-    return [line for line in (f"trained weights: {results.size(name)}", results.summary(name)) if line]
-
-
-def metric(name: str) -> Callable[[Sequence[str], Sequence[Sequence[str]]], Score]:
-    """Return a metric by name (``caption/cider-d``, ``vqa/official``, ...): a function of predictions and references.
-
-    Raises:
-        MLLMError: no metric has that name.
+    Attributes:
+        summary: figures, intervals, settings, versions: what ``summary.json`` holds.
+        rows: one for each item: what ``predictions.jsonl`` holds.
+        page: the HTML report; None where nothing is written.
     """
-    found: Callable[[Sequence[str], Sequence[Sequence[str]]], Score] = lookup("metrics", name)
-    return found
+
+    summary: dict[str, Any]
+    rows: list[dict[str, Any]]
+    page: Path | None
+
+    def __getitem__(self, metric: str) -> dict[str, Any]:
+        """Return one metric's entry of the summary: value, low, high, baselines."""
+        return next(entry for entry in self.summary["metrics"] if entry["name"] == metric)
 
 
 @dataclass(frozen=True)
 class Score:
-    """One metric's result: the corpus value, the value of each item in the order given, and what computed it."""
+    """The result of one metric: the corpus value, the value of each item in the order given, and what computed it."""
 
     value: float
     per_item: list[float]  # empty where only the whole has a value
@@ -79,3 +55,78 @@ class Score:
     def of(self, items: Sequence[int]) -> float:
         """Return the value of some of the items alone, where an item may be named several times; not for all scores."""
         return self.alone(items) if self.alone else fmean(self.per_item[item] for item in items)
+
+
+def evaluate(
+    model: Assembly,
+    suite: str,
+    data: str | Path | None = None,
+    *,
+    limit: int | None = None,
+    out: str | Path | None = None,
+    **options: Any,
+) -> Report:
+    """Run a suite on a model, with its baselines; see `mllm.eval.evaluate.evaluate`."""
+    report: Report = _eval("evaluate").evaluate(model, suite, data, limit=limit, out=out, **options)
+    return report
+
+
+def score(path: str | Path, suite: str, data: str | Path | None = None, **options: Any) -> Report:
+    """Score a file of predictions; see `mllm.eval.predictions.score`."""
+    report: Report = _eval("predictions").score(path, suite, data, **options)
+    return report
+
+
+def compare(one: str | Path, other: str | Path, data: str | Path | None = None, **options: Any) -> Report:
+    """Compare two evaluations item by item; see `mllm.eval.predictions.compare`."""
+    report: Report = _eval("predictions").compare(one, other, data, **options)
+    return report
+
+
+def verify(name: str, **options: Any) -> Path:
+    """Train a recipe with several seeds and compare it with its baselines; see `mllm.eval.verify.verify`."""
+    path: Path = _eval("verify").verify(name, **options)
+    return path
+
+
+def suite_items(suite: str, data: str | Path | None = None) -> list[Item]:
+    """Return the items of a suite; see `mllm.eval.suite.read_items`."""
+    suites = _eval("suite")
+    items: list[Item] = suites.read_items(suites.load_suite(suite), data)
+    return items
+
+
+def results_table(names: Sequence[str], folder: str | Path | None = None) -> str:
+    """Return the table of the recipes' results; see `mllm.eval.results.table`."""
+    return str(_eval("results").table(names, folder))
+
+
+def result_lines(name: str) -> list[str]:
+    """Return lines on a recipe's size and results, none where neither is known."""
+    results = _eval("results")
+    return [line for line in (f"trained weights: {results.size(name)}", results.summary(name)) if line]
+
+
+def bench(name: str, **options: Any) -> None:
+    """Run a benchmark of speed, or the matrix of parts; see the ``run`` of its module in `mllm.eval.bench`.
+
+    Raises:
+        MLLMError: no benchmark has that name.
+    """
+    if name not in BENCHES:
+        raise MLLMError(f"No bench is called {name!r}. {near(name, BENCHES)}")
+    _eval(f"bench.{BENCHES[name]}").run(**options)
+
+
+def metric(name: str) -> Callable[[Sequence[str], Sequence[Sequence[str]]], Score]:
+    """Return a metric by name (``caption/cider-d``, ``vqa/official``, ...): a function of predictions and references.
+
+    Raises:
+        MLLMError: no metric has that name.
+    """
+    function: Callable[[Sequence[str], Sequence[Sequence[str]]], Score] = lookup("metrics", name)
+    return function
+
+
+def _eval(module: str) -> Any:
+    return import_module(f"mllm.eval.{module}")

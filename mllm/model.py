@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,9 @@ from mllm.hub.fingerprints import tensor_hash
 from mllm.lms.cross_attention import embed_with_memory
 from mllm.prompts.batch import Batch, Encoded, collate, encode
 from mllm.prompts.pieces import Control, Piece, arrange, images_of, without_images
-from mllm.slots import Inputs
+from mllm.slots import CrossAttention, Inputs, LanguageModel, Objective, missing
+
+Kind = TypeVar("Kind")
 
 
 class Model(nn.Module):
@@ -92,37 +94,51 @@ class Model(nn.Module):
         self.adapters.train(mode)  # peft's are inside the language model
         return self
 
-    @property
-    def speaks(self) -> bool:
-        """Whether there is a language model that makes text; one that only reads sentences has no tokens to answer."""
-        return self.lm is not None and getattr(self.lm, "speaks", True)
+    def parts(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yield every part with its path: ``encoder``, ``adapters.0``, ``heads.NAME``, ..."""
+        for name in ("encoder", "connector", "lm", "decoder"):
+            if (part := getattr(self, name)) is not None:
+                yield name, part
+        yield from ((f"adapters.{number}", adapter) for number, adapter in enumerate(self.adapters))
+        yield from ((f"heads.{name}", head) for name, head in self.heads.items())
+
+    def all(self, kind: type[Kind]) -> dict[str, Kind]:
+        """Return the parts that are of a kind (`mllm.slots`), by their paths."""
+        return {path: part for path, part in self.parts() if isinstance(part, kind)}
+
+    def has(self, *kinds: type) -> bool:
+        """Whether the model has a part of each kind (`mllm.slots`)."""
+        return all(self.all(kind) for kind in kinds)
+
+    def find(self, kind: type[Kind]) -> Kind:
+        """Return the one part that is of a kind (`mllm.slots`).
+
+        Raises:
+            MLLMError: there is none, or there are several: they are named.
+        """
+        candidates = self.all(kind)
+        if not candidates:
+            raise MLLMError(f"This model lacks a part: it needs {missing(kind)}.")
+        if len(candidates) > 1:
+            raise MLLMError(
+                f"Several parts of this model can do this ({kind.__name__}): {', '.join(candidates)}. Keep one of them."
+            )
+        return next(iter(candidates.values()))
 
     @property
-    def sees_pixels(self) -> bool:
+    def generates_text(self) -> bool:
+        """Whether there is a language model that generates text; a sentence encoder in its slot does not."""
+        return isinstance(self.lm, LanguageModel)
+
+    @property
+    def encoder_trains(self) -> bool:
         """Whether something in the encoder trains, so that features are computed anew in every step."""
         return self.encoder is not None and any(p.requires_grad for p in self.encoder.parameters())
 
     @property
-    def adapts(self) -> bool:
+    def lm_trains(self) -> bool:
         """Whether something in the language model trains, so that gradients run through all that it reads."""
         return any(p.requires_grad for part in (self.lm, self.adapters) for p in part.parameters())
-
-    @property
-    def painter(self) -> Any:
-        """The head that makes an image decoder's condition, whichever it is; None where there is none."""
-        return next((head for head in self.heads.values() if hasattr(head, "condition")), None)
-
-    @property
-    def draws(self) -> bool:
-        """Whether it can make images."""
-        return self.painter is not None and self.decoder is not None
-
-    @property
-    def image_tokens(self) -> tuple[str, ...] | None:
-        """The new tokens that stand for an image, in order; None where no head reads any."""
-        if self.painter is not None:
-            return tuple(self.painter.tokens)
-        return next(((str(head.token),) for head in self.heads.values() if hasattr(head, "token")), None)
 
     @contextlib.contextmanager
     def adapters_off(self) -> Iterator[None]:
@@ -156,7 +172,7 @@ class Model(nn.Module):
         rows: Sequence[Sequence[Piece]],
         features: Tensor | None,
         batch: Batch | None,
-        objectives: Sequence[Any],
+        objectives: Sequence[Objective],
     ) -> list[Tensor]:
         """Return each objective's summed loss.
 
@@ -167,22 +183,23 @@ class Model(nn.Module):
             batch: the rows as ids.
             objectives: see `mllm.slots.Objective`.
         """
-        if features is not None and self.sees_pixels:
+        if features is not None and self.encoder_trains:
             features = self.encoder(features)
         inputs = Inputs(self, rows, features, batch)
         return [objective(inputs) for objective in objectives]
 
     @property
-    def beside(self) -> Any:
-        """Return the adapter by which visual tokens stand beside the sequence, None where they stand in it."""
-        return next((adapter for adapter in self.adapters if getattr(adapter, "places", 0)), None)
+    def cross_attention(self) -> CrossAttention | None:
+        """Return the adapter whose blocks attend to the visual tokens; None where these are part of the sequence."""
+        return next((adapter for adapter in self.all(CrossAttention).values() if adapter.tokens_per_image), None)
 
     @property
-    def places(self) -> int:
-        """Return how many places of a prompt an image takes."""
+    def tokens_per_image(self) -> int:
+        """Return how many tokens of the sequence an image takes."""
         if self.connector is None:
             return 0
-        return int(self.connector.num_tokens if self.beside is None else self.beside.places)
+        attending = self.cross_attention
+        return int(self.connector.num_tokens if attending is None else attending.tokens_per_image)
 
     def embed(self, visual: Tensor | None, batch: Batch) -> Any:
         """Return embeddings ``(B, T, D_lm)``: the text's own, and visual tokens ``(I, Q, D_lm)`` at their places.
@@ -192,8 +209,8 @@ class Model(nn.Module):
         embeds = self.lm.embed(batch.ids)  # (B, T, D_lm)
         if visual is None:
             return embeds
-        if self.beside is not None:
-            return embed_with_memory(embeds, visual, batch, self.beside.mark)
+        if (attending := self.cross_attention) is not None:
+            return embed_with_memory(embeds, visual, batch, cast(Any, attending).mark)
         return embeds.masked_scatter(batch.visual.unsqueeze(-1), visual.to(embeds.dtype))
 
     def logits(self, visual: Tensor | None, batch: Batch, keep: Tensor | None = None) -> Tensor:
@@ -202,17 +219,17 @@ class Model(nn.Module):
 
     def encode(self, pieces: Sequence[Piece], *, start: bool = True) -> Encoded:
         """Return an interleaved prompt as ids; the places of its images are counted in."""
-        if not self.speaks:
+        if not self.generates_text:
             raise MLLMError(
                 "This model cannot answer: it has no language model that makes text. Train a recipe with one "
                 "(lm.type=transformers), or use this one as a scorer: scorer={'type': 'aligned', 'model': RUN}."
             )
-        encoded = encode(pieces, lm=self.lm, num_visual=self.places, start=start)
+        encoded = encode(pieces, lm=self.lm, num_visual=self.tokens_per_image, start=start)
         limit = self.lm.context
         if limit is not None and len(encoded.ids) >= limit:
             raise MLLMError(
                 f"The prompt takes {len(encoded.ids)} positions ({len(images_of(pieces))} images of "
-                f"{self.places} each), and the language model was made for {limit}. Shorten it."
+                f"{self.tokens_per_image} each), and the language model was made for {limit}. Shorten it."
             )
         return encoded
 

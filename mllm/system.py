@@ -47,7 +47,7 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, LARGEST)
 
 
-def give_back() -> None:
+def return_memory() -> None:
     """Give what is free back to the system: between phases that need memory of different kinds."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:

@@ -1,25 +1,121 @@
-"""Shared by all tests: no network, a cache of their own, and tiny parts that every test may build on."""
+"""Shared by all tests: no network, one thread, a cache of their own, and tiny parts that every test may build on."""
 
 from __future__ import annotations
 
+import gc
+import multiprocessing
 import os
-from collections.abc import Callable
+import signal
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ["OMP_NUM_THREADS"] = "1"  # before anything imports torch: small operations crawl on threads that share cores
 
 import pytest
 
 TESTS = Path(__file__).parent
-READ_INSTALLED = (TESTS / "test_parts.py", TESTS / "data")  # these find the installed parts by themselves
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(["mllm.training.train", "mllm.eval.evaluate"])  # imported once, which takes seconds
+READ_INSTALLED = (TESTS / "hub" / "test_embedded.py", TESTS / "data")  # these find the installed parts by themselves
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    assert all(place.exists() for place in READ_INSTALLED)  # else their tests would be skipped
     for item in items:
         if any(item.path.is_relative_to(place) for place in READ_INSTALLED):
             item.add_marker(pytest.mark.installed)
+
+
+def pytest_collection_finish() -> None:
+    """Keep the collected tests and their modules out of garbage collections, of which every training has some."""
+    gc.freeze()
+
+
+def _command(arguments: list[str], variables: dict[str, str], output: Path) -> None:
+    """Run `mllm` in a new process."""
+    from mllm.__main__ import main
+
+    os.environ.clear()
+    os.environ |= variables
+    with output.open("ab") as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+    sys.argv = ["mllm", *arguments]
+    main()
+
+
+class Command:
+    """`mllm` in processes that find each other as those of torchrun do.
+
+    Args:
+        arguments: of the command.
+        count: of processes.
+        output: the file that all of them write to.
+        variables: of their environment.
+    """
+
+    def __init__(self, arguments: list[str], count: int, output: Path, variables: dict[str, str]) -> None:
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+        self._output, variables = output, {**os.environ, **variables}
+        if count > 1:
+            self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self._store.port), "WORLD_SIZE": str(count)}
+            variables |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "ACCELERATE_USE_CPU": "true"}
+        ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {} for rank in range(count)]
+        self._processes = [
+            FORKED.Process(target=_command, args=(arguments, variables | rank, output), daemon=True) for rank in ranks
+        ]
+        for process in self._processes:
+            process.start()
+
+    def running(self) -> bool:
+        """Whether none has ended."""
+        return all(process.is_alive() for process in self._processes)
+
+    def kill(self) -> None:
+        """Kill all of them without notice."""
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+        assert self._processes[0].exitcode == -signal.SIGKILL, "it ended before it was killed"
+
+    def finish(self) -> str:
+        """Wait for all of them, which have to succeed, and return their output."""
+        for process in self._processes:
+            process.join()
+        written = self._output.read_text()
+        assert [process.exitcode for process in self._processes] == [0] * len(self._processes), written
+        return written
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Command]:
+    """Return a function that starts `mllm` with arguments in new processes, forked from one that has it imported."""
+
+    def started(*arguments: object, count: int = 1, **variables: str) -> Command:
+        output = tmp_path_factory.mktemp("command") / "output"
+        return Command([str(argument) for argument in arguments], count, output, variables)
+
+    return started
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _session_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Show the installed parts in a cache of the session's own: nothing is written into the user's."""
+    from mllm.system import cache_dir
+
+    user, own = cache_dir(), tmp_path_factory.mktemp("mllm-cache")
+    for name in ("parts", "wheels"):
+        (own / name).symlink_to(user / name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLLM_CACHE", str(own))
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -50,10 +146,10 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
 def tiny_decoder(tiny_parts: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> str:
     """The folder of a tiny image decoder: conditions of 1 x 32, images of 16 pixels."""
     from mllm.build import build
-    from mllm.config.parts import AssemblySpec, LMSpec, PartSpec
+    from mllm.config.parts import AssemblySpec, HeadSpec, LMSpec
 
     lm = LMSpec(type="sentences", model=tiny_parts[1])
-    head = PartSpec.model_validate({"type": "pixels", "side": 16, "features": 64, "rank": 8})
+    head = HeadSpec.model_validate({"type": "pixels", "side": 16, "features": 64, "rank": 8})
     return str(build(AssemblySpec(lm=lm, heads=[head])).save(tmp_path_factory.mktemp("tiny-decoder")))
 
 
@@ -63,6 +159,16 @@ def tiny_model(tiny_parts: tuple[str, str]) -> Callable[..., Any]:
     import mllm
 
     return lambda connector="linear", **options: mllm.assemble(*tiny_parts, connector, **options)
+
+
+@pytest.fixture
+def fresh_accelerator() -> Iterator[None]:
+    """Let accelerate choose device and precision anew inside this test, as in a process of its own."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

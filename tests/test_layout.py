@@ -81,6 +81,7 @@ def run(target: Path, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_wheel_holds_the_code_and_the_data_and_nothing_else(wheel: Path) -> None:
     expected = {installed_as(path) for name in FOLDERS for path in files(name) if path.suffix in {".py", *DATA}}
     assert {Path(name).suffix for name in expected} == {".py", *DATA}
@@ -89,6 +90,7 @@ def test_wheel_holds_the_code_and_the_data_and_nothing_else(wheel: Path) -> None
     assert held == expected
 
 
+@pytest.mark.slow
 def test_wheel_works_outside_of_the_checkout(target: Path) -> None:
     code = """
 import sys
@@ -113,6 +115,7 @@ print([name for name in sys.modules if name.startswith("mllm") and "/checkout/" 
     assert run(target, "-m", "mllm", "--version").strip() == namespace["__version__"]
 
 
+@pytest.mark.slow
 def test_command_is_an_entry_point(target: Path) -> None:
     (points,) = target.glob("*.dist-info/entry_points.txt")
     assert "mllm = mllm.__main__:main" in points.read_text()

@@ -7,9 +7,10 @@ from mllm.adapters.connectors.reduce import Reduce
 from torch import Tensor, nn
 
 from mllm.errors import MLLMError
+from mllm.slots import Connector
 
 
-class Linear(nn.Module):
+class Linear(Connector):
     """Features ``(B, P, D_vis)`` to visual tokens ``(B, Q, D_lm)`` by one linear map.
 
     Args:

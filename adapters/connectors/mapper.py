@@ -7,8 +7,10 @@ from einops import rearrange, repeat
 from mllm.adapters.connectors.reduce import projection
 from torch import Tensor, nn
 
+from mllm.slots import Connector
 
-class Mapper(nn.Module):
+
+class Mapper(Connector):
     """Features ``(B, P, D_vis)`` to Q visual tokens: learned vectors behind the features, through a transformer.
 
     Args:

@@ -8,9 +8,10 @@ from mllm.adapters.connectors.reduce import Reduce
 from torch import Tensor, nn
 
 from mllm.errors import MLLMError
+from mllm.slots import Connector
 
 
-class MLP(nn.Module):
+class MLP(Connector):
     """Features ``(B, P, D_vis)`` to visual tokens ``(B, Q, D_lm)``, each patch or cell on its own.
 
     Args:

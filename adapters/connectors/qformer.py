@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from typing import Any
 
 import torch
 from einops import repeat
@@ -13,9 +14,10 @@ from transformers import AutoModel, Blip2QFormerConfig, Blip2QFormerModel
 
 from mllm.errors import MLLMError
 from mllm.hub import loading as hub
+from mllm.slots import Connector
 
 
-class QFormer(nn.Module):
+class QFormer(Connector):
     """Features ``(B, P, D_vis)`` to Q visual tokens, by `transformers`' Q-Former.
 
     Args:
@@ -72,45 +74,15 @@ class QFormer(nn.Module):
             attention_probs_dropout_prob=dropout,
             use_qformer_text_input=words is not None,
         )
-        self.words = Words(hub.resolve(words, group="lms"), config) if words is not None else None
+        words_ = Words(hub.resolve(words, group="lms"), config) if words is not None else None
+        self.words: nn.Module | None = words_
         self.num_tokens, self.causal = tokens, causal
         self.norm_features = nn.LayerNorm(vis_dim, eps=1e-6) if norm else nn.Identity()
         self.queries = nn.Parameter(torch.empty(1, tokens, dim).normal_(std=config.initializer_range))
         self.qformer = Blip2QFormerModel(config)
         if init is not None:
-            _start_from_bert(self.qformer, self.words, hub.resolve(init, group="lms"))
+            _start_from_bert(self.qformer, words_, hub.resolve(init, group="lms"))
         self.project = projection(dim, lm_dim)
-
-    @property
-    def joint(self) -> Callable[..., tuple[Tensor, Tensor]]:
-        """Read features and texts in one transformer; only with ``words``.
-
-        Takes features ``(B, P, D_vis)``, text ids ``(B, T)``, their mask ``(B, T)`` and the mode (see
-        `mllm.adapters.connectors.qformer_text.joint_mask`), and returns the states of the queries ``(B, Q, dim)`` and
-        of the text ``(B, T, dim)``.
-        """
-        if self.words is None:
-            raise AttributeError("A Q-Former reads text only with connector.words.")
-        return self._joint
-
-    def _joint(self, features: Tensor, text_ids: Tensor, mask: Tensor, mode: Mode) -> tuple[Tensor, Tensor]:
-        assert self.words is not None
-        queries = repeat(self.queries, "1 q d -> b q d", b=len(features))
-        read = self.qformer(
-            query_embeds=self.words.table(input_ids=text_ids, query_embeds=queries),
-            query_length=self.num_tokens,
-            attention_mask=joint_mask(self.num_tokens, mask, mode),
-            encoder_hidden_states=self.norm_features(features),
-        ).last_hidden_state
-        return read[:, : self.num_tokens], read[:, self.num_tokens :]
-
-    def read(self, text_ids: Tensor, mask: Tensor) -> Tensor:
-        """Return the states ``(B, T, dim)`` of texts ``(B, T)`` by themselves; only with ``words``."""
-        assert self.words is not None
-        states: Tensor = self.qformer(
-            query_embeds=self.words.table(input_ids=text_ids), query_length=0, attention_mask=mask
-        ).last_hidden_state
-        return states
 
     def body(self, features: Tensor) -> Tensor:
         """Return the queries after reading the features: ``(B, Q, dim)``."""
@@ -127,6 +99,48 @@ class QFormer(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Return visual tokens ``(B, Q, D_lm)`` of features ``(B, P, D_vis)``."""
         return self.project(self.body(features))
+
+
+class TextQFormer(QFormer):
+    """A Q-Former that also reads texts (BLIP-2's first stage)."""
+
+    words: Words
+
+    def joint(self, features: Tensor, text_ids: Tensor, mask: Tensor, mode: Mode) -> tuple[Tensor, Tensor]:
+        """Read features and texts in one transformer.
+
+        Args:
+            features: ``(B, P, D_vis)``.
+            text_ids: ``(B, T)``.
+            mask: of the texts, ``(B, T)``.
+            mode: who attends to whom, see `mllm.adapters.connectors.qformer_text.joint_mask`.
+
+        Returns:
+            The states of the queries ``(B, Q, dim)`` and of the text ``(B, T, dim)``.
+        """
+        queries = repeat(self.queries, "1 q d -> b q d", b=len(features))
+        states = self.qformer(
+            query_embeds=self.words.table(input_ids=text_ids, query_embeds=queries),
+            query_length=self.num_tokens,
+            attention_mask=joint_mask(self.num_tokens, mask, mode),
+            encoder_hidden_states=self.norm_features(features),
+        ).last_hidden_state
+        return states[:, : self.num_tokens], states[:, self.num_tokens :]
+
+    def read(self, text_ids: Tensor, mask: Tensor) -> Tensor:
+        """Return the states ``(B, T, dim)`` of texts ``(B, T)`` by themselves."""
+        states: Tensor = self.qformer(
+            query_embeds=self.words.table(input_ids=text_ids), query_length=0, attention_mask=mask
+        ).last_hidden_state
+        return states
+
+
+def qformer(*, words: str | None = None, **options: Any) -> QFormer:
+    """Build a Q-Former; with ``words``, one that reads texts. The arguments are those of `QFormer`."""
+    return QFormer(**options) if words is None else TextQFormer(words=words, **options)
+
+
+qformer.__signature__ = inspect.signature(QFormer)  # type: ignore[attr-defined]
 
 
 def _start_from_bert(qformer: nn.Module, words: Words | None, init: str) -> None:

@@ -8,8 +8,10 @@ from torch import Tensor, nn
 from transformers.models.idefics2.configuration_idefics2 import Idefics2PerceiverConfig
 from transformers.models.idefics2.modeling_idefics2 import Idefics2PerceiverResampler
 
+from mllm.slots import Connector
 
-class Resampler(nn.Module):
+
+class Resampler(Connector):
     """Features ``(B, P, D_vis)`` to Q visual tokens, by `transformers`' resampler of Idefics2 (arXiv:2405.02246).
 
     Args:

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from mllm.errors import MLLMError
 from mllm.registry import lookup, made
+from mllm.slots import Connector
 
 
-class Temporal(nn.Module):
+class Temporal(Connector):
     """Features of T frames ``(B, T * P, D_vis)`` to those of one picture ``(B, P, D_vis)``, and on by a connector.
 
     What the frames of a place learn of one another is added to their mean. The encoder leaves the frames apart:
@@ -68,16 +69,20 @@ class Temporal(nn.Module):
         self.then: Any = made(lookup("connectors", kind), f"connector {kind}", **widths, grid=inner, **options)
         self.num_tokens = self.then.num_tokens
 
-    @property
-    def project(self) -> Any:
-        """Return the connector's last linear map, whose scale is set before training."""
-        return self.then.project
+    def linear(self) -> nn.Linear | None:
+        """Return the linear map of the connector behind."""
+        linear: nn.Linear | None = self.then.linear()
+        return linear
 
-    @property
-    def body(self) -> Any:
-        """Return all that comes before that map: the map alone can be fitted in closed form."""
-        inner = self.then.body
-        return lambda features: inner(self.pooled(features))
+    def output(self) -> nn.Module | None:
+        """Return the last module of the connector behind."""
+        last: nn.Module | None = self.then.output()
+        return last
+
+    def body(self, features: Tensor) -> Tensor:
+        """Return what that linear map is applied to."""
+        inner: Tensor = self.then.body(self.pooled(features))
+        return inner
 
     def pooled(self, features: Tensor) -> Tensor:
         """Return features of one picture ``(B, P, D_vis)``."""

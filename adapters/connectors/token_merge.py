@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 from mllm.errors import MLLMError
+from mllm.slots import Connector
 
 
-class TokenMerge(nn.Module):
+class TokenMerge(Connector):
     """Features ``(B, P, D_vis)`` to ``P - layers * merge`` visual tokens: each layer joins the most similar tokens.
 
     Args:

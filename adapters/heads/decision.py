@@ -5,8 +5,10 @@ from __future__ import annotations
 from mllm.adapters.heads.generation import needed
 from torch import Tensor, nn
 
+from mllm.slots import DECISIONS, ImageTokenHead
 
-class Decision(nn.Module):
+
+class Decision(ImageTokenHead):
     """A linear classifier on the state at the first token of an image (GILL, arXiv:2305.17216).
 
     Args:
@@ -23,9 +25,9 @@ class Decision(nn.Module):
         self, *, lm_dim: int | None, vis_dim: int | None = None, token: str = "[IMG0]", dropout: float = 0.5
     ) -> None:
         super().__init__()
-        self.token = token
+        self.tokens, self.labels = (token,), DECISIONS
         self.dropout, self.judge = nn.Dropout(dropout), nn.Linear(needed(lm_dim, "decision"), 2)
 
     def forward(self, states: Tensor) -> Tensor:
-        """Return logits ``(N, 2)``, in the order of `mllm.readout.decision.LABELS`, of states ``(N, D_lm)``."""
+        """Return logits ``(N, 2)``, in the order of `mllm.slots.DECISIONS`, of states ``(N, D_lm)``."""
         return self.judge(self.dropout(states.to(self.judge.weight.dtype)))

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from mllm.errors import MLLMError
+from mllm.slots import ImageTokenHead
 
 
-class Generation(nn.Module):
+class Generation(ImageTokenHead):
     """A transformer with learned queries, from states to a condition (GILL, arXiv:2305.17216).
 
     Args:
         lm_dim: D_lm.
         vis_dim: not used.
-        tokens: r; they are called ``[IMG0]``, ``[IMG1]``, ..., and the recipe's ``tokens`` must hold them.
+        tokens: r; they are called ``[IMG0]``, ``[IMG1]``, ...
         length: L of the condition.
         width: W of the condition.
         dim: width inside.
@@ -58,7 +59,7 @@ class Generation(nn.Module):
         return self.leave(self.transformer(entered, self.queries.expand(len(states), -1, -1)))
 
 
-class Bridge(nn.Module):
+class Bridge(ImageTokenHead):
     """A linear map without bias and a LayerNorm, token by token, as VisCPM-Paint has them (arXiv:2308.12038).
 
     Args:
@@ -83,7 +84,7 @@ class Bridge(nn.Module):
         return self.norm(self.map(states.to(self.map.weight.dtype)))
 
 
-class Affine(nn.Module):
+class Affine(ImageTokenHead):
     """One linear map of all states together, which is fitted in closed form (`mllm.fits.affine`).
 
     Args:
@@ -111,7 +112,7 @@ class Affine(nn.Module):
         return flat.unflatten(1, self.condition)
 
 
-class Aligner(nn.Module):
+class Aligner(ImageTokenHead):
     """A transformer into the condition's space, and one back, which trains alone (AlignerNet, arXiv:2310.02992).
 
     Args:

@@ -8,8 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from mllm.slots import Head
 
-class Contrast(nn.Module):
+
+class Contrast(Head):
     """Two maps into one space, and a temperature that is learnt.
 
     Args:
@@ -49,7 +51,7 @@ class Contrast(nn.Module):
         return nn.functional.normalize(self.text(states), dim=-1)
 
 
-class Match(nn.Module):
+class Match(Head):
     """Logits of no and yes, averaged over the queries.
 
     Args:
@@ -62,6 +64,6 @@ class Match(nn.Module):
         super().__init__()
         self.judge = nn.Linear(inside, 2)
 
-    def forward(self, queries: Tensor) -> Tensor:
-        """Return ``(B, 2)`` of the states ``(B, Q, D)``."""
+    def match(self, queries: Tensor) -> Tensor:
+        """Return logits of no and yes ``(B, 2)`` of the queries' states ``(B, Q, D)``."""
         return self.judge(queries).mean(1)

@@ -9,9 +9,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mllm.errors import MLLMError
+from mllm.slots import Head
 
 
-class Pixels(nn.Module):
+class Pixels(Head):
     """Random Fourier features of a vector, and a linear map from them to the main components of pictures.
 
     A linear map of these features is a kernel machine with a Gaussian kernel (Rahimi and Recht 2007).

@@ -9,16 +9,17 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from mllm.errors import MLLMError
+from mllm.slots import ImageTokenHead
 
 
-class Retrieval(nn.Module):
+class Retrieval(ImageTokenHead):
     """Two linear maps into a shared space, and how sharply its cosines are read (arXiv:2301.13823).
 
     Args:
         lm_dim: D_lm.
         vis_dim: D_vis.
         dim: width D of the shared space.
-        token: the new token that stands for an image; the recipe's ``tokens`` must hold it.
+        token: the new token that stands for an image.
 
     Attributes:
         scale: logarithm of what cosines are multiplied by before the softmax; trained, from ln(1/0.07).
@@ -31,7 +32,7 @@ class Retrieval(nn.Module):
         super().__init__()
         if lm_dim is None or vis_dim is None:
             raise MLLMError("The head retrieval joins a language model and an encoder: give lm and encoder.")
-        self.dim, self.token = dim, token
+        self.dim, self.tokens = dim, (token,)
         self.text, self.image = nn.Linear(lm_dim, dim), nn.Linear(vis_dim, dim)
         self.scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 

@@ -52,8 +52,8 @@ class Gated(Switched):
             self._put(block, layer)
 
     @property
-    def places(self) -> int:
-        """Return how many places of the sequence an image takes; 0: the adapter is off, and it takes its own."""
+    def tokens_per_image(self) -> int:
+        """Return how many tokens of the sequence an image takes; 0 while the adapter is off: the connector's number."""
         return int(self.on)
 
     def _put(self, block: Block, layer: nn.Module) -> None:

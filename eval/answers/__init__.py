@@ -1,1 +1,1 @@
-"""The ways a suite is answered."""
+"""Answer a suite's items: the answer modes, the registry group ``answers``."""

@@ -1,61 +1,50 @@
-"""Suites that make pictures of what items say, and suites that ask where a picture is to come from."""
+"""Answer by generated images (``answer: draw``): the image decoder draws what each item's text says."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
+from mllm.eval.answers.base import Context
 from mllm.eval.baselines import derangement
-from mllm.eval.scoring import OWN
+from mllm.eval.scoring import MODEL
 
 from mllm.assembly import Assembly
 from mllm.data.items import Item
 from mllm.errors import MLLMError
+from mllm.media.images import ImageSource
 from mllm.processes import progress
 from mllm.prompts.pieces import answer_text
-from mllm.readout.decision import HEAD, LABELS, decided, states_at
-
-BASELINES = {"draw": ("shuffled",), "decide": LABELS}  # another item's picture; always the same
 
 
-def drawings(
-    model: Assembly, items: Sequence[Item], place: Path | None, baselines: Sequence[str], batch_size: int
-) -> dict[str, list[str]]:
-    """Return the paths of pictures that a model makes of what items say; ``shuffled`` has other items' pictures.
+class Draw:
+    """Generate an image for each item's text, saved as ``images/NUMBER.png`` in the report's folder."""
 
-    Raises:
-        MLLMError: there is no place for the pictures, or the model makes none.
-    """
-    if place is None:
-        raise MLLMError("This suite makes pictures, and no place is given for them: out=FOLDER.")
-    (place / "images").mkdir(parents=True, exist_ok=True)
-    own = []
-    with progress() as bar:
-        task = bar.add_task(OWN, total=None, note="")
-        for start in bar.track(range(0, len(items), batch_size), task_id=task):
-            for number, part in enumerate(model.draw(_prompts(model, items[start : start + batch_size])), start):
-                own.append(str(place / "images" / f"{number}.png"))
-                part.image.save(own[-1])
-    found = {OWN: own}
-    if "shuffled" in baselines:
-        found["shuffled"] = [own[other] for other in derangement(items)]
-    return found
+    def baselines(self, items: Sequence[Item]) -> dict[str, bool]:
+        """Return ``shuffled``: the image that was generated for another item."""
+        return {"shuffled": True}
 
+    def answers(self, model: Assembly, items: Sequence[Item], context: Context) -> dict[str, list[str]]:
+        """Return the paths of the generated images."""
+        if context.folder is None:
+            raise MLLMError("This suite generates images, and there is no folder to save them in: give out=FOLDER.")
+        folder, size = context.folder / "images", context.suite.batch_size
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = []
+        with progress() as bar:
+            task = bar.add_task(MODEL, total=None, note="")
+            for start in bar.track(range(0, len(items), size), task_id=task):
+                images = model.draw(caption_prompts(model, items[start : start + size]))
+                for number, part in enumerate(images, start):
+                    paths.append(str(folder / f"{number}.png"))
+                    part.image.save(paths[-1])
+        baselines = {name: [paths[other] for other in derangement(items)] for name in context.baselines}
+        return {MODEL: paths, **baselines}
 
-def decisions(
-    model: Assembly, items: Sequence[Item], baselines: Sequence[str], batch_size: int
-) -> dict[str, list[str]]:
-    """Return a model's decisions about what items say; a baseline always decides the same."""
-    if HEAD not in model.heads:
-        raise MLLMError("This suite asks a decision head, and the model has none. Add heads: [{type: decision}].")
-    own: list[str] = []
-    with progress() as bar:
-        task = bar.add_task(OWN, total=None, note="")
-        for start in bar.track(range(0, len(items), batch_size), task_id=task):
-            own += decided(model, states_at(model, _prompts(model, items[start : start + batch_size]), None))
-    return {OWN: own, **{name: [name] * len(items) for name in baselines}}
+    def shown_images(self, item: Item, answer: str) -> tuple[ImageSource, ...]:
+        """Return the item's real images, if there are any."""
+        return item.images
 
 
-def _prompts(model: Assembly, items: Sequence[Item]) -> list[list[str]]:
-    """Return what items say, their question or else their first caption, behind the caption prompt."""
+def caption_prompts(model: Assembly, items: Sequence[Item]) -> list[list[str]]:
+    """Return a prompt for each item: its question, or else its first caption, after the recipe's caption prompt."""
     return [[model.spec.prompt.caption + answer_text(item.question or item.answers[0])] for item in items]

@@ -1,7 +1,7 @@
-"""Rankings: what a scorer finds closest to each item's query, among all candidates.
+"""Answer by rankings of all candidates (``answer: rank``): retrieval, by the similarities of a scorer.
 
-A query is a picture (of the item's choices one is its text), a caption, or an interleaved prompt (of the item's
-images one is what it asks for).
+A query is an image (the item's choices are the candidates), a caption, or an interleaved prompt (the item's images are
+the candidates).
 """
 
 from __future__ import annotations
@@ -13,140 +13,169 @@ from random import Random
 from typing import Any
 
 import torch
+from mllm.eval.answers.base import Context
+from mllm.eval.scoring import MODEL
 
+from mllm.assembly import Assembly
 from mllm.data.items import Item
 from mllm.errors import MLLMError
 from mllm.media.images import ImageSource
+from mllm.slots import MatchesPairs, ReadsPrompts, Scorer
 
-FIRST = 100  # places of a ranking that are told
-SHOWN = 5  # of a ranking's pictures, in the report
-BASELINES = ("shuffled", "blind")  # another item's query; the query without its pictures
+LONGEST = 100  # candidates in a ranking; the others are left out
+SHOWN = 5  # of a ranking's images, in the report
+
+Candidate = str | ImageSource
+Document = tuple[Candidate, ...]  # an interleaved prompt
+
+
+class Rank:
+    """Rank the candidates of each item with the suite's scorer, or the model's own."""
+
+    def baselines(self, items: Sequence[Item]) -> dict[str, bool]:
+        """Return ``shuffled``, another item's query, and if prompts have images ``blind``, the query without them."""
+        pieces = itertools.chain.from_iterable(item.document for item in items)
+        return {"shuffled": True, "blind": True} if any(map(_is_image, pieces)) else {"shuffled": True}
+
+    def answers(self, model: Assembly, items: Sequence[Item], context: Context) -> dict[str, list[str]]:
+        """Return the candidates' indices, the most similar first."""
+        ranking = Ranking(items, context.helpers.scorer)
+        return {name: ranking.rows(name) for name in (MODEL, *context.baselines)}
+
+    def shown_images(self, item: Item, answer: str) -> tuple[ImageSource, ...]:
+        """Return the images of the query, and the first of the ranking."""
+        if item.choices or not item.images:
+            return item.images
+        ranked = tuple(item.images[int(index)] for index in answer.split()[:SHOWN])
+        return (*(piece for piece in item.document if not isinstance(piece, str)), *ranked)
 
 
 class Ranking:
-    """The vectors of a suite's items, each made once, and the rankings they give.
+    """Embed a suite's images and texts once, and rank each item's candidates by similarity.
 
     Args:
         items: the suite's.
-        scorer: puts pictures and texts into one space, and interleaved prompts, if it can.
+        scorer: embeds images and texts, and perhaps interleaved prompts (`ReadsPrompts`); it may rerank the first
+            candidates by reading each pair (`MatchesPairs`).
 
     Raises:
-        MLLMError: an item with nothing to rank, or prompts that the scorer cannot read.
+        MLLMError: an item with nothing to rank.
     """
 
-    def __init__(self, items: Sequence[Item], scorer: Any) -> None:
+    def __init__(self, items: Sequence[Item], scorer: Scorer) -> None:
         self._items, self._scorer = items, scorer
         for item in items:
             if not item.choices and not (item.images and (item.question or item.document)):
                 raise MLLMError(f"Item {item.id!r}: nothing to rank; expected choices, or images and a question.")
         groups = {id(group): group for item in items for group in (item.images, item.choices)}  # most are shared
-        pictures = dict.fromkeys(one for group in groups.values() for one in group if not isinstance(one, str))
-        words = dict.fromkeys(one for group in groups.values() for one in group if isinstance(one, str))
-        words |= dict.fromkeys(item.question for item in items if item.question and not item.choices)
-        self._pictures = _Vectors(list(pictures), scorer.embed_images)
-        self._words = _Vectors(list(words), scorer.embed_texts)
-        self._places: dict[int, torch.Tensor] = {}  # of candidates that items share
-        self._orders: dict[Any, torch.Tensor] = {}  # of a query and its candidates, read pair by pair
+        candidates = list(itertools.chain.from_iterable(groups.values()))
+        texts = dict.fromkeys(one for one in candidates if isinstance(one, str))
+        texts |= dict.fromkeys(item.question for item in items if item.question and not item.choices)
+        images = dict.fromkeys(one for one in candidates if not isinstance(one, str))
+        self._images = _Vectors(list(images), scorer.embed_images)
+        self._texts = _Vectors(list(texts), scorer.embed_texts)
+        self._rows: dict[int, torch.Tensor] = {}  # the vectors' rows of candidates that items share
+        self._orders: dict[Any, torch.Tensor] = {}  # reranked, by the query and its candidates
 
     def rows(self, condition: str) -> list[str]:
-        """Return for each item the places of its first candidates, the closest first.
+        """Return for each item the indices of its first candidates, the most similar first.
 
         Args:
-            condition: ``model``, or one of `baselines`.
-        """
-        asked = self._items if condition != "shuffled" else [self._items[place] for place in partners(self._items)]
-        prompts = [_without_pictures(item) if condition == "blind" else item.document for item in asked]
-        told = _Vectors(list(dict.fromkeys(filter(None, prompts))), self._prompted)
-        return [self._row(*each, told) for each in zip(self._items, asked, prompts, strict=True)]
+            condition: ``model``, ``shuffled`` or ``blind``.
 
-    def _row(self, item: Item, asked: Item, prompt: tuple[Any, ...], told: _Vectors) -> str:
-        many: Sequence[Any] = item.choices or item.images
-        table = self._words if item.choices else self._pictures
-        if id(many) not in self._places:
-            self._places[id(many)] = torch.tensor([table.places[one] for one in many])
+        Raises:
+            MLLMError: prompts that the scorer cannot read, or of which nothing is left without images.
+        """
+        items = self._items
+        queries = [items[index] for index in partners(items)] if condition == "shuffled" else items
+        prompts = [_without_images(query) if condition == "blind" else query.document for query in queries]
+        embedded = _Vectors(list(dict.fromkeys(filter(None, prompts))), self._embed_prompts)
+        return [self._row(*row, embedded) for row in zip(items, queries, prompts, strict=True)]
+
+    def _row(self, item: Item, query: Item, prompt: Document, embedded: _Vectors) -> str:
+        """Return the ranking of an item's candidates by another item's query, or its own."""
+        candidates: Sequence[Candidate] = item.choices or item.images
         if item.choices:
-            query = self._pictures.of(asked.images[0])
+            vector = self._images.of(query.images[0])
         else:
-            query = told.of(prompt) if prompt else self._words.of(asked.question)
-        # Where a picture has several vectors, that counts which is closest.
-        alike = torch.tensordot(table.vectors[self._places[id(many)]], query, ([-1], [-1]))
-        closeness = alike.reshape(len(many), -1).amax(1)
-        seen = set(filter(_is_picture, item.document))  # what stands in the prompt is not what is looked for
-        hidden = [place for place, one in enumerate(many) if one in seen] if seen else []
-        closeness[hidden] = -torch.inf
-        count = min(FIRST, len(many) - len(hidden))
-        order = closeness.topk(count).indices
-        if hasattr(self._scorer, "matches") and not prompt:
-            order = self._matched(order, many, asked, closeness)
+            vector = embedded.of(prompt) if prompt else self._texts.of(query.question)
+        vectors = (self._texts if item.choices else self._images).vectors[self._rows_of(candidates, item)]
+        products = torch.tensordot(vectors, vector, ([-1], [-1]))
+        similarity = products.reshape(len(candidates), -1).amax(1)  # of an image's several vectors the most similar
+        in_prompt = set(filter(_is_image, item.document))  # the images of a prompt are no candidates
+        hidden = [index for index, one in enumerate(candidates) if one in in_prompt] if in_prompt else []
+        similarity[hidden] = -torch.inf
+        order = similarity.topk(min(LONGEST, len(candidates) - len(hidden))).indices
+        if isinstance(self._scorer, MatchesPairs) and not prompt:
+            order = self._reranked(self._scorer, order, candidates, query, similarity)
         return " ".join(map(str, order.tolist()))
 
-    def _matched(self, order: torch.Tensor, many: Sequence[Any], asked: Item, closeness: torch.Tensor) -> torch.Tensor:
-        """Return the order, its first places put anew by what the scorer says of each pair, read at once."""
-        first, rest = order[: self._scorer.rerank], order[self._scorer.rerank :]
-        query: Any = asked.images[0] if asked.choices else asked.question
-        if (query, id(many)) not in self._orders:
-            own, same = [many[place] for place in first.tolist()], [query] * len(first)
-            odds = self._scorer.matches(*((same, own) if asked.choices else (own, same)))
-            self._orders[query, id(many)] = first[(odds + closeness[first]).argsort(descending=True)]
-        return torch.cat([self._orders[query, id(many)], rest])
+    def _rows_of(self, candidates: Sequence[Candidate], item: Item) -> torch.Tensor:
+        if id(candidates) not in self._rows:
+            table = self._texts if item.choices else self._images
+            self._rows[id(candidates)] = torch.tensor([table.rows[one] for one in candidates])
+        return self._rows[id(candidates)]
 
-    def _prompted(self, prompts: Sequence[tuple[Any, ...]]) -> torch.Tensor:
-        found: torch.Tensor
-        if hasattr(self._scorer, "embed_prompts"):
-            found = self._scorer.embed_prompts([list(prompt) for prompt in prompts])
-        elif any(_is_picture(piece) for prompt in prompts for piece in prompt):
-            raise MLLMError("These prompts hold pictures, which this scorer cannot read: take one of type retrieval.")
-        else:
-            found = self._scorer.embed_texts(["".join(prompt) for prompt in prompts])
-        return found
+    def _reranked(
+        self,
+        scorer: MatchesPairs,
+        order: torch.Tensor,
+        candidates: Sequence[Candidate],
+        query: Item,
+        similarity: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return the order, its first candidates sorted by the log-odds that the scorer gives to each pair."""
+        first, rest = order[: scorer.rerank], order[scorer.rerank :]
+        asked: Any = query.images[0] if query.choices else query.question
+        key = (asked, id(candidates))
+        if key not in self._orders:
+            ranked, repeated = [candidates[index] for index in first.tolist()], [asked] * len(first)
+            images, texts = (repeated, ranked) if query.choices else (ranked, repeated)
+            log_odds = scorer.matches(images, texts)
+            self._orders[key] = first[(log_odds + similarity[first]).argsort(descending=True)]
+        return torch.cat([self._orders[key], rest])
+
+    def _embed_prompts(self, prompts: Sequence[Document]) -> torch.Tensor:
+        if isinstance(self._scorer, ReadsPrompts):
+            return self._scorer.embed_prompts([list(prompt) for prompt in prompts])
+        texts = [[piece for piece in prompt if isinstance(piece, str)] for prompt in prompts]
+        if list(map(len, texts)) != list(map(len, prompts)):
+            raise MLLMError("These prompts have images, which this scorer cannot read: take one of type retrieval.")
+        return self._scorer.embed_texts(list(map("".join, texts)))
 
 
 class _Vectors:
-    """Things and their vectors ``(N, D)``."""
+    """Distinct things and their vectors ``(N, D)``."""
 
     def __init__(self, things: Sequence[Any], embed: Callable[[Any], torch.Tensor]) -> None:
-        self.places = {thing: place for place, thing in enumerate(things)}
+        self.rows = {thing: row for row, thing in enumerate(things)}
         self.vectors = embed(things) if things else torch.empty(0)
 
     def of(self, thing: Any) -> torch.Tensor:
-        """Return one's vector."""
-        return self.vectors[self.places[thing]]
-
-
-def baselines(items: Sequence[Item]) -> tuple[str, ...]:
-    """Return what rankings of items can be held against."""
-    return BASELINES if any(map(_is_picture, itertools.chain(*(item.document for item in items)))) else BASELINES[:1]
+        """Return the vector of one thing."""
+        return self.vectors[self.rows[thing]]
 
 
 def partners(items: Sequence[Item]) -> list[int]:
-    """Give each item another one of its kind, with other answers where there is one, in an order fixed by a seed."""
-    kinds: dict[Any, list[int]] = defaultdict(list)
-    for place, item in enumerate(items):
-        kinds[(item.kind, bool(item.choices))].append(place)
-    found = [0] * len(items)
+    """Give each item another one of its kind, with other answers if there is one, in an order fixed by a seed."""
+    kinds: dict[tuple[str, bool], list[int]] = defaultdict(list)
+    for index, item in enumerate(items):
+        kinds[(item.kind, bool(item.choices))].append(index)
+    partner = [0] * len(items)
     for members in kinds.values():
         Random(0).shuffle(members)
-        for at, place in enumerate(members):
-            others = [*members[at + 1 :], *members[:at]]
-            found[place] = next((other for other in others if items[other].answers != items[place].answers), place)
-    return found
+        for position, index in enumerate(members):
+            others = [*members[position + 1 :], *members[:position]]
+            partner[index] = next((other for other in others if items[other].answers != items[index].answers), index)
+    return partner
 
 
-def shown(item: Item, ranking: str) -> tuple[ImageSource, ...]:
-    """Return the pictures that a report shows of an item: those it asks with, and the first that were found."""
-    if item.choices or not item.images:
-        return item.images
-    found = tuple(item.images[int(place)] for place in ranking.split()[:SHOWN])
-    asked = tuple(piece for piece in item.document if not isinstance(piece, str))
-    return (*asked, *found)
-
-
-def _is_picture(piece: Any) -> bool:
+def _is_image(piece: Candidate) -> bool:
     return not isinstance(piece, str)
 
 
-def _without_pictures(item: Item) -> tuple[Any, ...]:
-    words = tuple(piece for piece in item.document if isinstance(piece, str))
-    if item.document and not words:
-        raise MLLMError(f"Item {item.id!r}: without its pictures nothing is left to ask with. Leave out 'blind'.")
-    return words
+def _without_images(item: Item) -> Document:
+    texts = tuple(piece for piece in item.document if isinstance(piece, str))
+    if item.document and not texts:
+        raise MLLMError(f"Item {item.id!r}: without its images the query is empty. Leave out the baseline 'blind'.")
+    return texts

@@ -1,1 +1,1 @@
-"""Speed, side by side with the alternative: the same weights, tokens and pictures, in one run; ratios, not seconds."""
+"""Measure speed next to the alternative: the same weights, tokens and images in one run; ratios, not seconds."""

@@ -1,4 +1,4 @@
-"""Evaluating: questions shaped as VQAv2's, beside lmms-eval's own model for `transformers`' LLaVA class."""
+"""Time an evaluation with as many questions per image as VQAv2, next to lmms-eval's model for `transformers`' LLaVA."""
 
 from __future__ import annotations
 
@@ -10,28 +10,27 @@ from operator import eq
 from pathlib import Path
 from typing import Any
 
-from mllm.eval.answers.text import Answering
-from mllm.eval.baselines import Condition
+from mllm.eval.answers.base import Context
+from mllm.eval.answers.text import Generate
 from mllm.eval.bench.generate import THINGS, TOKENS
-from mllm.eval.bench.shapes import IMAGE_TOKEN, llava, pictures
+from mllm.eval.bench.shapes import IMAGE_TOKEN, llava, noise_images
 from mllm.eval.bench.table import Row, paired, ratio, report
-from mllm.eval.journal import Journal
+from mllm.eval.scoring import MODEL
 from mllm.eval.suite import load_suite
 
 from mllm.assembly import Assembly
 from mllm.data.items import Item, question_text
 from mllm.errors import MLLMError
 from mllm.media.images import ImageBytes
-from mllm.processes import progress as bars
 
 IMAGES = 8
 EACH = (5, 6, 5, 6, 5)  # questions on an image, in turn: 5.4 on average, as in VQAv2
-WANTED = 4.0
-AGREE = 0.95  # of the answers: a batch rounds otherwise than a single row, which decides where two words are level
+TARGET = 4.0
+AGREE = 0.95  # of the answers: a batch is rounded differently from a single row, which decides between equal tokens
 
 
 def run(*, out: Path | None = None, repeats: int = 3, progress: Callable[[str], None] = print) -> list[Row]:
-    """Measure, print the table, and write it to ``out``.
+    """Run the measurement, print the table, and write it to ``out``.
 
     Raises:
         MLLMError: lmms-eval is not installed, or the two models answer differently.
@@ -45,13 +44,13 @@ def run(*, out: Path | None = None, repeats: int = 3, progress: Callable[[str], 
 
 
 def alternative(ours: Assembly, stock: Any, folder: Path) -> Any:
-    """Return lmms-eval's model of a stock LLaVA, saved as its class and processor are."""
+    """Return lmms-eval's model of a stock LLaVA, which is saved with its processor."""
     try:
         from lmms_eval.models.simple.llava_hf import LlavaHf
     except ImportError as error:
         raise MLLMError(
-            f"`mllm bench eval` runs beside lmms-eval, and {error.name} is missing: "
-            f"pip install 'mllm-assembly[lmms-eval]' {error.name}, in an environment as `make test-extras` makes it."
+            f"`mllm bench eval` needs lmms-eval, and {error.name} is missing: "
+            f"pip install 'mllm-assembly[lmms-eval]' {error.name}, in an environment like that of `make test-extras`."
         ) from None
     from transformers import CLIPImageProcessorPil, LlavaProcessor
 
@@ -59,7 +58,7 @@ def alternative(ours: Assembly, stock: Any, folder: Path) -> Any:
     stock.save_pretrained(folder)
     images = CLIPImageProcessorPil.from_pretrained(folder.parent / "encoder")
     ours.lm.tokenizer.save_pretrained(folder)
-    for file in folder.glob("*token*.json"):  # a token that no prompt has is the one of an image
+    for file in folder.glob("*token*.json"):  # the image token is one that no prompt has
         file.write_text(file.read_text().replace(IMAGE_TOKEN, "<image>"))
     tokenizer = type(ours.lm.tokenizer).from_pretrained(folder)
     LlavaProcessor(
@@ -77,24 +76,24 @@ def alternative(ours: Assembly, stock: Any, folder: Path) -> Any:
 
 
 def items(images: int) -> list[Item]:
-    """Return questions on pictures of 640 x 480 pixels, JPEG."""
-    found = []
-    for number, picture in enumerate(pictures(images)):
+    """Return questions on JPEG images of 640 x 480 pixels."""
+    questions = []
+    for number, image in enumerate(noise_images(images)):
         buffer = io.BytesIO()
-        picture.resize((640, 480)).save(buffer, "JPEG")
-        source = ImageBytes(buffer.getvalue(), f"picture {number}")
-        asked = [f"Is there a {thing} in the picture?" for thing in THINGS[: EACH[number % len(EACH)]]]
-        found += [Item(f"{number}/{n}", (source,), ("yes",), text) for n, text in enumerate(asked)]
-    return found
+        image.resize((640, 480)).save(buffer, "JPEG")
+        source = ImageBytes(buffer.getvalue(), f"image {number}")
+        texts = [f"Is there a {thing} in the picture?" for thing in THINGS[: EACH[number % len(EACH)]]]
+        questions += [Item(f"{number}/{n}", (source,), ("yes",), text) for n, text in enumerate(texts)]
+    return questions
 
 
 def questions(
     ours: Assembly, theirs: Any, asked: Sequence[Item], *, repeats: int, progress: Callable[[str], None]
 ) -> Row:
-    """Time all questions on both sides, the pictures' decoding and preparation included."""
+    """Time all questions on both sides, including the decoding and preprocessing of images."""
     same = sum(map(eq, answered(ours, asked), requested(ours, theirs, asked)))
     if same < AGREE * len(asked):
-        raise MLLMError(f"{same} of {len(asked)} answers are the same, so the two models' times compare nothing.")
+        raise MLLMError(f"{same} of {len(asked)} answers are the same, so the two models' times cannot be compared.")
     progress(f"{same} of {len(asked)} answers are the same")
     a, b = paired(
         lambda: answered(ours, asked), lambda: requested(ours, theirs, asked), repeats=repeats, progress=progress
@@ -105,16 +104,15 @@ def questions(
         ours=len(asked) / statistics.median(a),
         alternative=len(asked) / statistics.median(b),
         ratio=ratio(a, b),
-        wanted=WANTED,
+        wanted=TARGET,
     )
 
 
 def answered(ours: Assembly, asked: Sequence[Item]) -> list[str]:
     """Answer as `mllm eval` does."""
-    config = load_suite("vqav2", [f"decoding.max_new_tokens={TOKENS}"])
-    condition = Condition(ours, lambda index: asked[index].images)
-    with bars() as bar:
-        return Answering(config, asked, Journal(None, {})).answers(condition, "model", bar)
+    suite = load_suite("vqav2", [f"decoding.max_new_tokens={TOKENS}"])
+    answers: list[str] = Generate().answers(ours, asked, Context(suite))[MODEL]
+    return answers
 
 
 def requested(ours: Assembly, theirs: Any, asked: Sequence[Item]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Answering: many questions on an image, a second turn, and a server's clients, beside `transformers`' LLaVA class."""
+"""Time answers to many questions on an image, a second turn, and a server's clients, next to `transformers`' LLaVA."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mllm.eval.bench.shapes import LM, image_token, llava, pictures
+from mllm.eval.bench.shapes import LM, image_token, llava, noise_images
 from mllm.eval.bench.table import Row, paired, ratio, report
 
 from mllm.assembly import Assembly
@@ -27,11 +27,11 @@ THINGS = (
     *("boat", "bird", "fish", "door", "lamp", "book", "desk", "chair", "clock"),
 )
 TOKENS = 4  # of an answer
-SHAPES = ((5, 8, 3.4), (18, 4, 8.0))  # questions on an image, images, the ratio that is wanted
+SHAPES = ((5, 8, 3.4), (18, 4, 8.0))  # questions on an image, images, the target ratio
 
 
 def run(*, out: Path | None = None, repeats: int = 3, progress: Callable[[str], None] = print) -> list[Row]:
-    """Measure all, print the table, and write it to ``out``."""
+    """Run all measurements, print the table, and write it to ``out``."""
     with tempfile.TemporaryDirectory() as folder:
         ours, stock = llava(Path(folder))
         agree(ours, stock, progress)
@@ -43,11 +43,17 @@ def run(*, out: Path | None = None, repeats: int = 3, progress: Callable[[str], 
 
 
 def agree(ours: Assembly, stock: Any, progress: Callable[[str], None]) -> None:
-    """Refuse to time models that do not say the same: greedy tokens on a few prompts."""
-    found = _ours(ours, pictures(2), [QUESTION.format(thing) for thing in THINGS[:2]])
-    expected = _theirs(ours, stock, _asked(ours, pictures(2), 2))
-    if found != expected:
-        raise MLLMError(f"The two models answer differently, so their times compare nothing: {found} and {expected}.")
+    """Check that both models generate the same greedy tokens on a few prompts.
+
+    Raises:
+        MLLMError: they do not.
+    """
+    answers = _ours(ours, noise_images(2), [QUESTION.format(thing) for thing in THINGS[:2]])
+    expected = _theirs(ours, stock, _requests(ours, noise_images(2), 2))
+    if answers != expected:
+        raise MLLMError(
+            f"The two models answer differently, so their times cannot be compared: {answers} and {expected}."
+        )
     progress("both answer the same")
 
 
@@ -55,16 +61,16 @@ def questions(
     ours: Assembly, stock: Any, each: int, images: int, wanted: float, *, repeats: int, progress: Callable[[str], None]
 ) -> Row:
     """Time ``each`` questions on each of ``images`` images; both sides batched."""
-    seen = pictures(images)
+    opened = noise_images(images)
     texts = [QUESTION.format(thing) for thing in THINGS[:each]]
-    asked = _asked(ours, seen, each)  # the alternative's pixels are made before the clock starts; ours are not
+    requests = _requests(ours, opened, each)  # the alternative's preprocessing is not timed; ours is
     progress(f"{each} questions on each of {images} images")
     mine, theirs = paired(
-        lambda: _ours(ours, seen, texts), lambda: _theirs(ours, stock, asked), repeats=repeats, progress=progress
+        lambda: _ours(ours, opened, texts), lambda: _theirs(ours, stock, requests), repeats=repeats, progress=progress
     )
     count = each * images
     return Row(
-        name=f"{each} questions an image, {images} images",
+        name=f"{each} questions per image, {images} images",
         unit="questions/s",
         ours=count / statistics.median(mine),
         alternative=count / statistics.median(theirs),
@@ -75,29 +81,29 @@ def questions(
 
 
 def bound(model: Assembly, each: int, question: int) -> float:
-    """Return what arithmetic allows: multiply-adds of both sides, two for each weight and token, attention left out."""
+    """Return the bound of the ratio by FLOPs: two for each weight and token, without attention."""
     tower = sum(p.numel() for p in model.encoder.parameters()) * (model.connector.num_tokens + 1)
     body = sum(p.numel() for p in model.lm.parameters())
     rest = body * (question + TOKENS - 1)
-    prefix = tower + body * model.places
+    prefix = tower + body * model.tokens_per_image
     return each * (prefix + rest) / (prefix + each * rest)
 
 
 def second_turn(ours: Assembly, stock: Any, *, repeats: int, progress: Callable[[str], None]) -> Row:
-    """Time the first token of a second question on an image: a conversation that goes on, and the whole read again."""
+    """Time the first token of a second question on an image: a continued conversation, and the whole read again."""
     first, second = (QUESTION.format(thing) for thing in THINGS[:2])
-    (picture,) = pictures(1)
+    (image,) = noise_images(1)
     times: list[float] = []
 
     def mine() -> None:
         chat = ours.chat()
-        chat.send(first, [picture], max_new_tokens=TOKENS, min_new_tokens=TOKENS)
+        chat.send(first, [image], max_new_tokens=TOKENS, min_new_tokens=TOKENS)
         started = time.perf_counter()
         chat.send(second, max_new_tokens=1)
         times.append(time.perf_counter() - started)
 
     whole = " ".join([first, "x " * TOKENS, second])
-    inputs = _inputs(ours, [(ours.encoder.preprocess([picture]), whole)])
+    inputs = _inputs(ours, [(ours.encoder.preprocess([image]), whole)])
     progress("the first token of a second turn")
     _, theirs = paired(mine, lambda: _generate(stock, inputs, 1), repeats=repeats, progress=progress)
     return Row(
@@ -111,10 +117,10 @@ def second_turn(ours: Assembly, stock: Any, *, repeats: int, progress: Callable[
 
 
 def clients(*, count: int = 16, tokens: int = 32, repeats: int, progress: Callable[[str], None]) -> Row:
-    """Time requests that arrive together against the same, one after another; the embedded parts."""
+    """Time requests that arrive together and the same ones after one another, with the embedded parts."""
     encoder = {"model": "mllm/mobilenet-v2", "select": "pooled"}
     model = assemble(encoder, {"model": LM, "dtype": "float32"}, {"type": "linear", "tokens": 4})
-    prompts = [arrange(model.spec.prompt.template, [picture], QUESTION.format("cat")) for picture in pictures(count)]
+    prompts = [arrange(model.spec.prompt.template, [image], QUESTION.format("cat")) for image in noise_images(count)]
     batcher = Batcher(model, size=count, waiting=count)
 
     def ask(prompt: Sequence[Any]) -> None:
@@ -137,38 +143,38 @@ def clients(*, count: int = 16, tokens: int = 32, repeats: int, progress: Callab
         alternative=count / statistics.median(theirs),
         ratio=ratio(mine, theirs),
         wanted=3.0,
-        note=f"against one after another; embedded parts, answers of {tokens} tokens",
+        note=f"compared with one after another; embedded parts, answers of {tokens} tokens",
     )
 
 
 def _ours(model: Assembly, images: Sequence[Any], texts: Sequence[str]) -> list[str]:
-    views = model.see_each([[picture] for picture in images])
-    found = views.continue_with([texts] * len(images), max_new_tokens=TOKENS, min_new_tokens=TOKENS)
-    return [answer for own in found for answer in own]
+    views = model.see_each([[image] for image in images])
+    answers = views.continue_with([texts] * len(images), max_new_tokens=TOKENS, min_new_tokens=TOKENS)
+    return [answer for row in answers for answer in row]
 
 
-def _asked(model: Assembly, images: Sequence[Any], each: int) -> list[tuple[torch.Tensor, str]]:
-    pixels = [model.encoder.preprocess([picture]) for picture in images]
-    return [(own, QUESTION.format(thing)) for own in pixels for thing in THINGS[:each]]
+def _requests(model: Assembly, images: Sequence[Any], each: int) -> list[tuple[torch.Tensor, str]]:
+    pixels = [model.encoder.preprocess([image]) for image in images]
+    return [(image, QUESTION.format(thing)) for image in pixels for thing in THINGS[:each]]
 
 
-def _theirs(model: Assembly, stock: Any, asked: Sequence[tuple[torch.Tensor, str]], batch: int = 16) -> list[str]:
+def _theirs(model: Assembly, stock: Any, requests: Sequence[tuple[torch.Tensor, str]], batch: int = 16) -> list[str]:
     answers: list[str] = []
-    for start in range(0, len(asked), batch):
-        inputs = _inputs(model, asked[start : start + batch])
+    for start in range(0, len(requests), batch):
+        inputs = _inputs(model, requests[start : start + batch])
         rows = _generate(stock, inputs, TOKENS)
         answers += [model.lm.decode(row).strip() for row in rows[:, inputs["input_ids"].shape[1] :].tolist()]
     return answers
 
 
-def _inputs(model: Assembly, asked: Sequence[tuple[torch.Tensor, str]]) -> dict[str, torch.Tensor]:
-    """Return the alternative's batch: an image's places, then the question, padded on the left."""
-    places = [image_token(model)] * model.places
-    rows = [[*places, *model.lm.tokenize(text)] for _, text in asked]
+def _inputs(model: Assembly, requests: Sequence[tuple[torch.Tensor, str]]) -> dict[str, torch.Tensor]:
+    """Return the alternative's batch: an image's tokens, then the question, padded on the left."""
+    visual = [image_token(model)] * model.tokens_per_image
+    rows = [[*visual, *model.lm.tokenize(text)] for _, text in requests]
     width = max(map(len, rows))
     ids = torch.tensor([[model.lm.eos] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    return {"input_ids": ids, "attention_mask": mask, "pixel_values": torch.cat([pixels for pixels, _ in asked])}
+    return {"input_ids": ids, "attention_mask": mask, "pixel_values": torch.cat([pixels for pixels, _ in requests])}
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
-"""Every encoder with every language model and every connector, tiny: what works, and why what does not.
+"""Test every combination of encoder, language model and connector at tiny size, and list the failures.
 
-Notable: parts are built once, and connectors change between them. Each triple is a line of JSON on the disk before the
-next begins, so a run that was stopped goes on.
+Parts are built once, and only connectors change between them. Each triple's result is a line of JSON on disk before the
+next one begins, so a run that was stopped continues.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from mllm.system import write
 from mllm.testing import ENCODER_FAMILIES, LM_FAMILIES, tiny_image
 from mllm.training.run import environment
 
-# Small sizes; a connector that is not named here is built with its own defaults.
+# Small sizes; other connectors are built with their defaults.
 OPTIONS: dict[str, dict[str, Any]] = {
     "mapper": {"tokens": 5, "dim": 16, "layers": 2, "heads": 2, "ffn": 32},
     "resampler": {"tokens": 4, "depth": 2, "heads": 2},
@@ -45,13 +45,13 @@ FIRST, SECOND, THIRD = (tiny_image(seed) for seed in range(3))
 PROMPTS: list[list[Any]] = [
     [FIRST, "A cat, and ", SECOND, "what is this?"],
     ["Short", THIRD],
-    ["No picture in this one"],
+    ["No image in this one"],
 ]
 FILE, PAGE = "matrix.jsonl", "matrix.md"
 
 
 class Triple(NamedTuple):
-    """One line: a combination, and what does not work in it ("": all does)."""
+    """One line: a combination, and why it fails ("": it works)."""
 
     encoder: str
     lm: str
@@ -70,7 +70,7 @@ class Parts:
         self.encoder, self.lm = cache(self._encoder), cache(self._lm)
 
     def spec(self, encoder: str, lm: str, connector: str) -> AssemblySpec:
-        """Return what a triple is built from."""
+        """Return the specification of a triple."""
         values = {
             "encoder": {"model": self._made(self.encoders, "encoder", encoder)},
             "lm": {"model": self._made(self.lms, "lm", lm), "dtype": "float32"},
@@ -79,8 +79,8 @@ class Parts:
         return checked(AssemblySpec, values)
 
     def _made(self, families: dict[str, Callable[[Path], str]], kind: str, name: str) -> str:
-        place = self.folder / kind / name
-        return str(place) if place.exists() else families[name](place)
+        folder = self.folder / kind / name
+        return str(folder) if folder.exists() else families[name](folder)
 
     def _encoder(self, name: str) -> Any:
         return build_encoder(self.spec(name, next(iter(self.lms)), "linear"))
@@ -90,12 +90,12 @@ class Parts:
 
 
 def run(*, out: Path | None = None, repeats: int = 1, progress: Callable[[str], None] = print) -> list[Triple]:
-    """Try every triple that ``out`` does not have yet, and write the table there.
+    """Test every triple that ``out`` does not have yet, and write the table there.
 
     Args:
-        out: the folder of `matrix.jsonl` and `matrix.md`; None: nothing is kept.
-        repeats: not used: what works, works.
-        progress: is given a line for each pair of encoder and language model.
+        out: the folder of `matrix.jsonl` and `matrix.md`; None: nothing is written.
+        repeats: not used: each triple is tested once.
+        progress: called with a line for each pair of encoder and language model.
     """
     names = [*itertools.product(ENCODER_FAMILIES, LM_FAMILIES, sorted(table("connectors")))]
     with tempfile.TemporaryDirectory() as folder:
@@ -109,48 +109,46 @@ def run(*, out: Path | None = None, repeats: int = 1, progress: Callable[[str], 
             for name in left:
                 done[name] = add(out / FILE, tried(parts, *name))
             if left:
-                wrong = sum(bool(done[name].why) for name in left)
-                progress(
-                    f"{len(done)} of {len(names)}: {' + '.join(pair)}, {wrong or 'none'} of {len(left)} do not work"
-                )
-    found = [done[name] for name in names]
-    write(out / PAGE, lambda file: file.write_text(page(found), encoding="utf-8"))
-    return found
+                failures = sum(bool(done[name].why) for name in left)
+                progress(f"{len(done)} of {len(names)}: {' + '.join(pair)}, {failures or 'none'} of {len(left)} fail")
+    triples = [done[name] for name in names]
+    write(out / PAGE, lambda file: file.write_text(page(triples), encoding="utf-8"))
+    return triples
 
 
 def tried(parts: Parts, encoder: str, lm: str, connector: str) -> Triple:
-    """Try one triple."""
+    """Return the result of one triple."""
     started, why = time.perf_counter(), ""
     try:
         check(parts, parts.spec(encoder, lm, connector), parts.encoder(encoder), parts.lm(lm))
-    except Exception as error:  # whatever it is, it is what does not work
+    except Exception as error:  # any error is the reason for the failure
         why = " ".join((str(error) or type(error).__name__).split())[:300]
     return Triple(encoder, lm, connector, why, round(time.perf_counter() - started, 3))
 
 
 def check(parts: Parts, spec: AssemblySpec, encoder: Any, lm: Any) -> None:
-    """Train a step, hold a batch against its members, generate, save and load.
+    """Train a step, compare a batch with its members, generate, save and load.
 
     Raises:
-        AssertionError: what does not hold. Any other error is one of the parts.
+        AssertionError: a check failed. Any other error comes from the parts.
     """
     model = join(spec, encoder=encoder, lm=lm)
     _trains(model)
     with torch.no_grad():
         logits = _batch_is_its_members(model)
         again = join(spec, encoder=encoder, lm=lm)
-        saved = model.save(parts.folder / "saved")  # over the last triple's
-        restore(again, saved)  # into the same parts, which need not be built again
-        assert torch.equal(_next(again, PROMPTS), logits), "saved and loaded gives other logits"
+        saved = model.save(parts.folder / "saved")  # overwrites the last triple's
+        restore(again, saved)  # into the same parts, which are not built again
+        assert torch.equal(_next(again, PROMPTS), logits), "the saved and loaded model gives different logits"
 
 
 def _trains(model: Assembly) -> None:
-    """Take a step of gradient descent on the connector; nothing else may have a gradient."""
+    """Check that a step of gradient descent reaches the connector, and nothing else."""
     model.requires_grad_(False)
     model.connector.requires_grad_(True)
     batch = collate([model.encode([*prompt, Target(" yes")]) for prompt in PROMPTS], model.lm.pad)
-    pictures = [image for prompt in PROMPTS for image in images_of(prompt)]
-    embeds = model.embed(model.connector(model.features(pictures)), batch)
+    images = [image for prompt in PROMPTS for image in images_of(prompt)]
+    embeds = model.embed(model.connector(model.features(images)), batch)
     loss = model.lm.losses(embeds, batch.mask, batch.labels).sum()
     loss.backward()
     reached = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.grad is not None}
@@ -163,22 +161,24 @@ def _trains(model: Assembly) -> None:
 
 
 def _batch_is_its_members(model: Assembly) -> torch.Tensor:
-    """Return the next token's logits; in a padded batch they are what each prompt gives alone, and so are answers."""
+    """Return the next token's logits, and check that a padded batch gives each prompt the logits that it gets alone."""
     together = _next(model, PROMPTS)
     assert together.isfinite().all(), "logits are not finite"
-    apart = _apart(model, together)
-    if apart > 1e-4:
-        exact = _apart(model.double(), _next(model, PROMPTS))
+    difference = _difference(model, together)
+    if difference > 1e-4:
+        exact = _difference(model.double(), _next(model, PROMPTS))
         model.float()
-        raise AssertionError(f"a batch gives other logits, by {apart:.2g} of the largest; in float64 by {exact:.2g}")
+        raise AssertionError(
+            f"a batch gives different logits, by {difference:.2g} of the largest; in float64 by {exact:.2g}"
+        )
     answers = model.generate(PROMPTS, max_new_tokens=3)
     alone = model.generate(PROMPTS[1:2], max_new_tokens=3)
-    assert str(answers[1]) == str(alone[0]), "a batch gives another answer"
+    assert str(answers[1]) == str(alone[0]), "a batch gives a different answer"
     return together
 
 
-def _apart(model: Assembly, together: torch.Tensor) -> float:
-    """Return how far a batch's logits are from those of its members alone, as a share of the largest."""
+def _difference(model: Assembly, together: torch.Tensor) -> float:
+    """Return the relative difference of a batch's logits from those of its members alone."""
     alone = torch.cat([_next(model, [prompt]) for prompt in PROMPTS])
     return float(((together - alone).abs().amax(1) / together.abs().amax(1)).max())
 
@@ -190,7 +190,7 @@ def _next(model: Assembly, prompts: Sequence[Sequence[Any]]) -> torch.Tensor:
 
 
 def read(path: Path) -> dict[tuple[str, str, str], Triple]:
-    """Return the triples of a file, begun where it is not there; a last line that was cut short is taken off.
+    """Return the triples of a file, which is created if it is missing; an incomplete last line is removed.
 
     Raises:
         MLLMError: the file was made with other versions.
@@ -198,17 +198,18 @@ def read(path: Path) -> dict[tuple[str, str, str], Triple]:
     if not path.exists():
         path.write_text(json.dumps(_versions()) + "\n")
     text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        write(path, lambda file: file.write_text(whole, encoding="utf-8"))
-    first, *lines = whole.splitlines()
+    complete = text[: text.rfind("\n") + 1]
+    if complete != text:
+        write(path, lambda file: file.write_text(complete, encoding="utf-8"))
+    first, *lines = complete.splitlines()
     if json.loads(first) != _versions():
-        raise MLLMError(f"{path} was begun with {first}, and here it is {json.dumps(_versions())}. Give another --out.")
-    return {(one.encoder, one.lm, one.connector): one for one in (Triple(*json.loads(line)) for line in lines)}
+        raise MLLMError(f"{path} was begun with {first}, and this is {json.dumps(_versions())}. Give another --out.")
+    triples = [Triple(*json.loads(line)) for line in lines]
+    return {triple[:3]: triple for triple in triples}
 
 
 def add(path: Path, triple: Triple) -> Triple:
-    """Write a line, and wait until the disk has it."""
+    """Append a line, and return when it is on disk."""
     with path.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(triple) + "\n")
         stream.flush()
@@ -217,8 +218,8 @@ def add(path: Path, triple: Triple) -> Triple:
 
 
 def _versions() -> dict[str, str]:
-    found = environment()
-    return {name: found[name] for name in ("torch", "transformers")}
+    versions = environment()
+    return {name: versions[name] for name in ("torch", "transformers")}
 
 
 PAGE_TEXT = """\
@@ -251,35 +252,35 @@ A number in the table is how many of the {connectors} connectors work:
 """
 
 
-def page(found: Sequence[Triple]) -> str:
-    """Return the table as Markdown."""
-    encoders, lms, connectors = (list(dict.fromkeys(column)) for column in list(zip(*found, strict=True))[:3])
-    good = Counter((one.encoder, one.lm) for one in found if not one.why)
+def page(triples: Sequence[Triple]) -> str:
+    """Return the page with the table, as Markdown."""
+    encoders, lms, connectors = (list(dict.fromkeys(column)) for column in list(zip(*triples, strict=True))[:3])
+    good = Counter((triple.encoder, triple.lm) for triple in triples if not triple.why)
     head = f"{'':<12}" + "".join(f"{index:>3}" for index, _ in enumerate(encoders, 1))
     rows = [f"{lm:<12}" + "".join(f"{good[encoder, lm]:>3}" for encoder in encoders) for lm in lms]
     return PAGE_TEXT.format(
         encoders=len(encoders),
         lms=len(lms),
         connectors=len(connectors),
-        all=len(found),
+        all=len(triples),
         works=good.total(),
-        minutes=sum(one.seconds for one in found) / 60,
+        minutes=sum(triple.seconds for triple in triples) / 60,
         versions=", ".join(f"{name} {value}" for name, value in _versions().items()),
         connector_names=", ".join(f"`{name}`" for name in connectors),
         encoder_names=textwrap.fill(", ".join(f"{index} {name}" for index, name in enumerate(encoders, 1)) + ".", 118),
         table="\n".join([head, *rows]),
-        reasons="\n".join(_reasons(found)) or "Nothing: all combinations work.",
+        reasons="\n".join(_reasons(triples)) or "Nothing: all combinations work.",
     )
 
 
-def _reasons(found: Iterable[Triple]) -> list[str]:
-    """Return each reason once, with the parts it was found with."""
+def _reasons(triples: Iterable[Triple]) -> list[str]:
+    """Return each reason for a failure once, with its parts."""
     groups: dict[str, list[Triple]] = defaultdict(list)
-    for one in found:
-        if one.why:
-            groups[one.why].append(one)
+    for triple in triples:
+        if triple.why:
+            groups[triple.why].append(triple)
     lines = []
-    for why, triples in groups.items():
-        parts = [", ".join(dict.fromkeys(column)) for column in list(zip(*triples, strict=True))[:3]]
-        lines.append(f"- {' | '.join(parts)} ({len(triples)}): {why}.")
+    for why, members in groups.items():
+        parts = [", ".join(dict.fromkeys(column)) for column in list(zip(*members, strict=True))[:3]]
+        lines.append(f"- {' | '.join(parts)} ({len(members)}): {why}.")
     return lines

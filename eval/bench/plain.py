@@ -1,4 +1,4 @@
-"""The alternative to `mllm train`: `transformers`' Trainer on its LLaVA class, or on the module a user would write."""
+"""Train the alternative to `mllm train`: `transformers`' Trainer on its LLaVA class, or on a hand-written module."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from mllm.prompts.batch import IGNORED
 
 
 class Joined(nn.Module):
-    """Encoder, one linear map, language model: patches averaged to cells, the loss of the language model's class."""
+    """An encoder, one linear layer and a language model; patches are average-pooled to cells."""
 
     def __init__(self, encoder: nn.Module, lm: nn.Module, *, cells: int, dim: int, lm_dim: int) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Joined(nn.Module):
         lm.requires_grad_(False)
 
     def train(self, mode: bool = True) -> Joined:
-        """Set training mode for the map alone."""
+        """Set training mode for the connector alone."""
         super().train(mode)
         self.encoder.eval()
         self.lm.eval()
@@ -45,7 +45,7 @@ class Joined(nn.Module):
     def forward(
         self, pixel_values: Tensor, input_ids: Tensor, visual: Tensor, attention_mask: Tensor, labels: Tensor
     ) -> Any:
-        """Return the language model's output, ``loss`` among it."""
+        """Return the language model's output, including ``loss``."""
         with torch.no_grad():
             maps = self.encoder(pixel_values).last_hidden_state
             embeds = self.lm.get_input_embeddings()(input_ids)  # type: ignore[operator]
@@ -57,13 +57,13 @@ class Joined(nn.Module):
 
 
 class Collator:
-    """Rows of a JSON file to a batch, padded on the right."""
+    """Collate rows of a JSON file to a batch, padded on the right."""
 
     def __init__(self, processor: Any, options: dict[str, Any], *, visual: bool) -> None:
         self.processor, self.options, self.visual = processor, options, visual
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """Open the pictures, and stack everything."""
+        """Return the tensors of a batch, with the images opened and preprocessed."""
         images = [Image.open(row["image"]).convert("RGB") for row in rows]
         batch = self.processor(images=images, return_tensors="pt", **self.options)
         width = max(len(row["ids"]) for row in rows)
@@ -81,7 +81,7 @@ class Collator:
 
 
 class Log(TrainerCallback):
-    """A line for each step, as `mllm train` writes them."""
+    """Write a line for each step, as `mllm train` does."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -92,31 +92,31 @@ class Log(TrainerCallback):
             stream.write(json.dumps(row) + "\n")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Say that the parts are loaded."""
+        """Write a file when the parts are loaded."""
         (self.path.parent / "recipe.yaml").touch()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Say that a step has ended."""
+        """Write a line when a step has ended."""
         self.write(step=state.global_step, loss=None)
 
 
 def train(description: str, *, out: str) -> None:
-    """Train as a JSON file has it, and log it to ``out``.
+    """Train as a JSON file describes, and log to ``out``.
 
-    The file says ``kind`` (``llava``: a folder of that class in ``model``; ``joined``: ``parts``, see `joined`),
+    The file has ``kind`` (``llava``: a folder of that class in ``model``; ``joined``: ``parts``, see `joined`),
     ``processor`` and its ``options``, ``rows``, ``val``, ``batch_size``, ``steps`` and ``rate``.
     """
-    own = json.loads(Path(description).read_text())
+    settings = json.loads(Path(description).read_text())
     Path(out).mkdir(parents=True)
     torch.manual_seed(0)
-    model = llava(own["model"]) if own["kind"] == "llava" else joined(**own["parts"])
+    model = llava(settings["model"]) if settings["kind"] == "llava" else joined(**settings["parts"])
     log = Log(Path(out) / "log.jsonl")
-    collator = collator_of(own)
+    collator = collator_of(settings)
     arguments = TrainingArguments(
         output_dir=out,
-        per_device_train_batch_size=own["batch_size"],
-        max_steps=own["steps"],
-        learning_rate=own["rate"],
+        per_device_train_batch_size=settings["batch_size"],
+        max_steps=settings["steps"],
+        learning_rate=settings["rate"],
         lr_scheduler_type="cosine",
         warmup_steps=10,
         save_strategy="no",
@@ -127,25 +127,29 @@ def train(description: str, *, out: str) -> None:
         use_cpu=True,
         dataloader_pin_memory=False,
     )
-    Trainer(model, arguments, data_collator=collator, train_dataset=own["rows"], callbacks=[log]).train()
-    if own["val"]:
-        log.write(step=own["steps"], val_loss=validation_loss(model, collator, own["val"]))
+    Trainer(model, arguments, data_collator=collator, train_dataset=settings["rows"], callbacks=[log]).train()
+    if settings["val"]:
+        log.write(step=settings["steps"], val_loss=validation_loss(model, collator, settings["val"]))
 
 
-def collator_of(own: dict[str, Any]) -> Collator:
-    """Return what makes batches of a description's rows."""
-    return Collator(AutoImageProcessor.from_pretrained(own["processor"]), own["options"], visual=own["kind"] != "llava")
+def collator_of(settings: dict[str, Any]) -> Collator:
+    """Return the collator of a description's rows."""
+    return Collator(
+        AutoImageProcessor.from_pretrained(settings["processor"]),
+        settings["options"],
+        visual=settings["kind"] != "llava",
+    )
 
 
 def llava(folder: str) -> nn.Module:
-    """Return `transformers`' LLaVA class, all but its projector frozen."""
+    """Return `transformers`' LLaVA class, frozen except for its projector."""
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).requires_grad_(False)
     model.model.multi_modal_projector.requires_grad_(True)
     return model
 
 
 def joined(encoder: str, lm: str, cells: int, dim: int) -> Joined:
-    """Return the plain module, its map newly drawn; ``dim`` is the encoder's width."""
+    """Return the hand-written module with a randomly initialized connector; ``dim`` is the encoder's width."""
     language = AutoModelForCausalLM.from_pretrained(lm, dtype=torch.float32)
     vision = AutoModel.from_pretrained(encoder, dtype=torch.float32)
     table: Any = language.get_input_embeddings()
@@ -154,7 +158,7 @@ def joined(encoder: str, lm: str, cells: int, dim: int) -> Joined:
 
 @torch.no_grad()
 def validation_loss(model: nn.Module, collator: Collator, rows: Sequence[dict[str, Any]], size: int = 32) -> float:
-    """Return the mean over target tokens."""
+    """Return the mean loss over target tokens."""
     model.eval()
     total, count = 0.0, 0
     for start in range(0, len(rows), size):

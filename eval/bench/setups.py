@@ -1,4 +1,4 @@
-"""What both sides of `mllm bench train` train: the same parts, pictures, captions, tokens and batch, on disk."""
+"""Write the training setup of both sides of `mllm bench train`: the same parts, images, captions, tokens and batch."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ from mllm.prompts.batch import IGNORED, collate
 from mllm.prompts.pieces import images_of
 
 WORDS = 12  # of a caption; COCO's have 11
-AGREE = 1e-4  # of the mean loss, float32
+TOLERANCE = 1e-4  # of the mean loss, float32
 
 
 @dataclass(frozen=True)
 class Setup:
-    """Our recipe and the alternative's description, and figures that a bound needs."""
+    """Our recipe and the alternative's description, and the lengths that the bound is computed from."""
 
     recipe: Path
     plain: Path
-    positions: int  # of an example
-    targets: int  # of an example
+    tokens: int  # sequence length of an example
+    targets: int  # target tokens of an example
 
 
-def captions(folder: Path, pictures: Sequence[Image.Image], texts: Sequence[str] | None = None) -> str:
-    """Write pictures and a caption for each (random words where none is given); return the annotations' path."""
+def captions(folder: Path, images: Sequence[Image.Image], texts: Sequence[str] | None = None) -> str:
+    """Write images and a caption for each (random words if none are given); return the path of the annotations."""
     folder.mkdir(parents=True, exist_ok=True)
     draw = random.Random(0)
     listed: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": []}
-    for number, picture in enumerate(pictures):
+    for number, image in enumerate(images):
         text = texts[number] if texts else " ".join(draw.choice(THINGS) for _ in range(WORDS))
-        picture.save(folder / f"{number}.png")
+        image.save(folder / f"{number}.png")
         listed["images"].append({"id": number, "file_name": f"{number}.png"})
         listed["annotations"].append({"image_id": number, "caption": text})
     path = folder / "captions.json"
@@ -56,7 +56,7 @@ def captions(folder: Path, pictures: Sequence[Image.Image], texts: Sequence[str]
 
 
 def source(annotations: str) -> dict[str, Any]:
-    """Return pictures and captions as a recipe names them."""
+    """Return a recipe's data entry for images and captions."""
     return {"format": "coco-captions", "annotations": annotations, "images": str(Path(annotations).parent)}
 
 
@@ -64,10 +64,10 @@ def setup(folder: Path, recipe: dict[str, Any], stock: dict[str, Any], *, steps:
     """Write both sides' descriptions.
 
     Args:
-        folder: for them.
-        recipe: ours; its last stage is the one that is compared.
-        stock: the alternative's, without rows and processor.
-        steps: that the alternative trains.
+        folder: where they are written.
+        recipe: ours; its last stage is compared.
+        stock: the alternative's description, without rows and processor options.
+        steps: how long the alternative trains.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
@@ -81,36 +81,36 @@ def setup(folder: Path, recipe: dict[str, Any], stock: dict[str, Any], *, steps:
     size = {"height": model.encoder.size, "width": model.encoder.size}
     options: dict[str, Any] = {"size": size}
     if hasattr(model.encoder.processor, "do_center_crop"):
-        options["do_center_crop"] = False  # the whole picture is seen
+        options["do_center_crop"] = False  # both use the whole image
     common = {"options": options, "rows": train, "val": val, "batch_size": stage.batch_size, "steps": steps}
     (folder / "plain.json").write_text(json.dumps({"rate": 1e-3, **common, **stock}))
     made = Setup(
         folder / "recipe.yaml",
         folder / "plain.json",
-        positions=round(sum(len(row["ids"]) for row in train) / len(train)),
+        tokens=round(sum(len(row["ids"]) for row in train) / len(train)),
         targets=round(sum(label != IGNORED for row in train for label in row["labels"]) / len(train)),
     )
     return made, model
 
 
 def agree(made: Setup, ours: Assembly, stock: nn.Module, *, size: int = 4) -> float:
-    """Return the mean loss of one batch; refuse to time sides whose losses differ.
+    """Return the mean loss of one batch, which must be the same on both sides.
 
     Raises:
-        MLLMError: they do.
+        MLLMError: the losses differ.
     """
-    own = json.loads(made.plain.read_text())
-    rows = own["rows"][:size]
+    description = json.loads(made.plain.read_text())
+    rows = description["rows"][:size]
     with torch.no_grad():
-        theirs = float(stock.eval()(**plain.collator_of(own)(rows)).loss)
+        theirs = float(stock.eval()(**plain.collator_of(description)(rows)).loss)
         mine = float(ours_losses(ours, *batch_of(ours, made, size)).mean())
-    if not abs(mine - theirs) <= AGREE:
-        raise MLLMError(f"The losses of one batch are {mine:.6f} and {theirs:.6f}, so the times compare nothing.")
+    if not abs(mine - theirs) <= TOLERANCE:
+        raise MLLMError(f"The losses of one batch are {mine:.6f} and {theirs:.6f}, so their times cannot be compared.")
     return mine
 
 
 def batch_of(model: Assembly, made: Setup, size: int) -> tuple[Tensor, Any]:
-    """Return features and ids of the first examples of our recipe."""
+    """Return the features and the batch of our recipe's first examples."""
     config = recipes.load(str(made.recipe))
     stage = config.stages[-1]
     items = read(stage.data.train[0])[:size]
@@ -120,12 +120,12 @@ def batch_of(model: Assembly, made: Setup, size: int) -> tuple[Tensor, Any]:
 
 
 def ours_losses(model: Assembly, features: Tensor, batch: Any) -> Tensor:
-    """Return our loss of each target token."""
+    """Return our losses of the target tokens."""
     return model.lm.losses(model.embed(model.connector(features), batch), batch.mask, batch.labels)
 
 
 def _row(model: Assembly, pieces: Sequence[Any]) -> dict[str, Any]:
-    """Return an example as the alternative reads it: our ids, its own token at the visual tokens' places."""
+    """Return an example for the alternative: our ids, with its image token in the place of each visual token."""
     encoded = model.encode(pieces)
     token = image_token(model)
     ids = [token if visual else id_ for id_, visual in zip(encoded.ids, encoded.visual, strict=True)]

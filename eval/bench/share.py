@@ -1,4 +1,4 @@
-"""The share of the machine's own matrix-multiply peak that a step on cached features reaches."""
+"""Measure the share of the machine's matrix-multiply peak that a step on cached features reaches."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from mllm.eval.bench.costs import shape_of
 from mllm.eval.bench.setups import batch_of, captions, ours_losses, setup, source
-from mllm.eval.bench.shapes import LM, pictures, save_vision
+from mllm.eval.bench.shapes import LM, noise_images, save_vision
 from mllm.eval.bench.table import Row
 
 from mllm.prompts.batch import Batch
@@ -32,9 +32,9 @@ def share(
     lm: str = LM,
     side: int = SIDE,
 ) -> list[Row]:
-    """Measure steps of the LLaVA shape, `Shape.step` FLOPs an example, against products of square matrices."""
+    """Compare the FLOP/s of steps of the LLaVA shape with those of products of square matrices."""
     vision = save_vision(folder / "encoder", size)
-    annotations = captions(folder / "data", pictures(BATCH))
+    annotations = captions(folder / "data", noise_images(BATCH))
     rows = []
     for dtype, wanted in WANTED.items():
         recipe = {
@@ -50,27 +50,27 @@ def share(
         step = _step(model, *batch_of(model, made, BATCH))
         product = _product(getattr(torch, dtype), side)
         reached, peak = [], []
-        for _ in range(repeats + 1):  # in turns; the first is not counted
+        for _ in range(repeats + 1):  # in turns; the first turn is not counted
             peak.append(2 * side**3 / _seconds(product, 5))
             reached.append(BATCH * shape_of(model, made).step() / _seconds(step, steps))
-        found = statistics.median(a / b for a, b in zip(reached[1:], peak[1:], strict=True))
-        progress(f"{dtype}: {found:.0%} of the matrix-multiply peak")
+        ratio = statistics.median(a / b for a, b in zip(reached[1:], peak[1:], strict=True))
+        progress(f"{dtype}: {ratio:.0%} of the matrix-multiply peak")
         ours, best = statistics.median(reached[1:]) / 1e9, statistics.median(peak[1:]) / 1e9
-        note = f"a cached step of the LLaVA shape, batch {BATCH}, beside products of {side} x {side}"
-        rows.append(Row(f"share of the peak, {dtype}", "GFLOP/s", ours, best, found, wanted, 1.0, note))
+        note = f"a cached step of the LLaVA shape, batch {BATCH}, next to products of {side} x {side}"
+        rows.append(Row(f"share of the peak, {dtype}", "GFLOP/s", ours, best, ratio, wanted, 1.0, note))
         del model, step
     return rows
 
 
 def _step(model: Any, features: torch.Tensor, batch: Batch) -> Callable[[], None]:
-    """Return a step of the optimizer on this batch, cut as training cuts it."""
+    """Return a step of the optimizer on this batch, in micro-batches as in training."""
     model.requires_grad_(False)
     size = rows_at_once(len(batch.ids), batch.ids.shape[1], model.lm.model.dtype)
     optimizer = torch.optim.AdamW(model.connector.requires_grad_(True).parameters(), lr=1e-3)
 
     def step() -> None:
-        for _, own, part in split([[own] for own in features], features, batch, size=size):
-            losses = ours_losses(model, own, part)
+        for _, some, part in split([[image] for image in features], features, batch, size=size):
+            losses = ours_losses(model, some, part)
             (losses.sum() / len(batch.ids)).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -85,9 +85,9 @@ def _product(dtype: torch.dtype, side: int) -> Callable[[], torch.Tensor]:
 
 def _seconds(work: Callable[[], Any], times: int) -> float:
     """Return the median time of a call."""
-    found = []
+    seconds = []
     for _ in range(times):
         started = time.perf_counter()
         work()
-        found.append(time.perf_counter() - started)
-    return statistics.median(found)
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)

@@ -1,4 +1,4 @@
-"""What a bench prints and writes: the ratio of each measurement, the one wanted, and what arithmetic allows."""
+"""Print and write the results of a bench: each measurement's ratio, its target, and its bound by FLOPs."""
 
 from __future__ import annotations
 
@@ -29,34 +29,34 @@ class Row:
     alternative: float
     ratio: float
     wanted: float
-    bound: float | None = None  # what arithmetic allows
+    bound: float | None = None  # of the ratio, by FLOPs
     note: str = ""
 
 
 def paired(
     ours: Callable[[], Any], alternative: Callable[[], Any], *, repeats: int, progress: Callable[[str], None]
 ) -> tuple[list[float], list[float]]:
-    """Return the seconds of both, run in turns, after one run of each that is not counted."""
+    """Return the times of both in seconds, run in turns after one warm-up run of each."""
     ours()
     alternative()
     seconds: tuple[list[float], list[float]] = ([], [])
     for repeat in range(repeats):
-        for run, found in zip((ours, alternative), seconds, strict=True):
+        for run, times in zip((ours, alternative), seconds, strict=True):
             started = time.perf_counter()
             run()
-            found.append(time.perf_counter() - started)
+            times.append(time.perf_counter() - started)
         progress(f"{repeat + 1} of {repeats}: ours {seconds[0][-1]:.2f} s, the alternative {seconds[1][-1]:.2f} s")
     return seconds
 
 
 def ratio(ours: Sequence[float], alternative: Sequence[float]) -> float:
-    """Return the median over the pairs of how many times faster ours is."""
+    """Return the median over the pairs of our speedup."""
     return statistics.median(b / a for a, b in zip(ours, alternative, strict=True))
 
 
 def report(name: str, rows: Sequence[Row], out: Path | None) -> None:
-    """Print the table, and write it as JSON where a folder is given."""
-    table = Table(Column("measurement"), "unit", "ours", "alternative", "ratio", "wanted", "arithmetic allows")
+    """Print the table, and write it as JSON if a folder is given."""
+    table = Table(Column("measurement"), "unit", "ours", "alternative", "ratio", "target", "bound by FLOPs")
     for row in rows:
         bound = "" if row.bound is None else f"{row.bound:.1f}"
         label = row.name + (f"\n{row.note}" if row.note else "")

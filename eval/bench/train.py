@@ -1,4 +1,4 @@
-"""Training: `mllm train` beside `transformers`' Trainer, same parts, tokens and batch; each run in its own process."""
+"""Time `mllm train` next to `transformers`' Trainer: same parts, tokens and batch, each run in its own process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from mllm.eval.bench import plain
 from mllm.eval.bench.costs import shape_of
 from mllm.eval.bench.setups import Setup, agree, captions, setup, source
-from mllm.eval.bench.shapes import LM, llava_class, pictures, save_vision
+from mllm.eval.bench.shapes import LM, llava_class, noise_images, save_vision
 from mllm.eval.bench.share import share
 from mllm.eval.bench.table import Row, ratio, report
 from mllm.eval.bench.watched import POLL, Watched, watch
@@ -31,8 +31,8 @@ BATCH = 8
 EPOCHS = 2
 LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}  # ViT-L
 SMALL_BATCH = 8
-FITTED = 1500  # pictures of the closed form
-RATES = (1e-4, 3e-4, 1e-3)  # of the alternative
+FITTED = 1500  # images of the closed-form fit
+RATES = (1e-4, 3e-4, 1e-3)  # learning rates of the alternative
 PROMPT = {"template": "A photo of{images}.\n{prompt}", "caption": "A picture of"}
 
 Progress = Callable[[str], None]
@@ -46,14 +46,14 @@ def run(
     only: str | None = None,
     steps: int | None = None,
 ) -> list[Row]:
-    """Measure, print the table, and write it to ``out``.
+    """Run the measurements, print the table, and write it to ``out``.
 
     Args:
-        out: the folder of the figures.
+        out: the folder of the results.
         repeats: pairs of runs of the two shapes.
-        progress: is told what is under way.
+        progress: called with a line on each finished measurement.
         only: one of ``llava``, ``heavy``, ``target``, ``share``; None: all.
-        steps: of an epoch (4), and a 75th of the alternative's on the way to its loss.
+        steps: of an epoch (4 by default); for ``target`` the alternative trains 75 times as many.
 
     Raises:
         MLLMError: there is no such part, or the sides' losses differ.
@@ -78,7 +78,7 @@ def llava(
     size: dict[str, Any] | None = None,
     lm: str = LM,
 ) -> list[Row]:
-    """Time ViT-B/16 and a two-layer MLP beside LlavaForConditionalGeneration; measure both sides' memory."""
+    """Time ViT-B/16 and a two-layer MLP next to LlavaForConditionalGeneration, and measure both sides' memory."""
     vision = save_vision(folder / "encoder", size)
     made, ours = _llava_setup(folder, vision, lm, steps)
     stock = llava_class(ours, folder / "encoder", lm)
@@ -108,9 +108,9 @@ def llava(
 def heavy(
     folder: Path, *, repeats: int, steps: int, progress: Progress, size: dict[str, Any] | None = None, lm: str = LM
 ) -> list[Row]:
-    """Time ViT-L/14, its patches averaged to 16 tokens, beside a plain module under Trainer."""
+    """Time ViT-L/14, its patches average-pooled to 16 tokens, next to a hand-written module with Trainer."""
     vision = save_vision(folder / "encoder", {**LARGE, "patch_size": 14} if size is None else size)
-    annotations = captions(folder / "data", pictures(steps * BATCH))
+    annotations = captions(folder / "data", noise_images(steps * BATCH))
     recipe = _recipe(vision, lm, {"type": "linear", "tokens": 16}, annotations, steps)
     made, ours = _joined_setup(folder, recipe, vision, lm, cells=4, steps=EPOCHS * steps, progress=progress)
     shape = shape_of(ours, made)
@@ -134,35 +134,35 @@ def target(
     lm: str = LM,
     rates: Sequence[float] = RATES,
 ) -> list[Row]:
-    """Time both sides to the validation loss that the alternative ends at; parts, pictures, everything counted."""
+    """Time both sides, with all loading included, until they have the alternative's final validation loss."""
     steps = 75 * steps
-    place = str(parts.locate(encoder)) if encoder.startswith("mllm/") else encoder
+    encoder_folder = str(parts.locate(encoder)) if encoder.startswith("mllm/") else encoder
     recipe = _target_recipe(folder, encoder, lm, steps)
-    made, _ = _joined_setup(folder, recipe, place, lm, cells=2, steps=steps, progress=progress)
-    own = json.loads(made.plain.read_text())
-    found = []
+    made, _ = _joined_setup(folder, recipe, encoder_folder, lm, cells=2, steps=steps, progress=progress)
+    description = json.loads(made.plain.read_text())
+    results = []
     for rate in rates:
-        made.plain.write_text(json.dumps({**own, "rate": rate}))
-        seen = watch("plain", made.plain, folder / f"plain-{rate}")
-        found.append((seen.lines[-1][1]["val_loss"], seen.at(steps) - seen.began))
-        progress(f"the alternative at {rate:g}: {found[-1][0]:.3f} after {steps} steps, {found[-1][1]:.0f} s")
-    loss, theirs = min(found)
+        made.plain.write_text(json.dumps({**description, "rate": rate}))
+        watched = watch("plain", made.plain, folder / f"plain-{rate}")
+        results.append((watched.lines[-1][1]["val_loss"], watched.at(steps) - watched.began))
+        progress(f"the alternative at {rate:g}: {results[-1][0]:.3f} after {steps} steps, {results[-1][1]:.0f} s")
+    loss, theirs = min(results)
 
     def reached(row: dict[str, Any]) -> bool:
         return float(row.get("val_loss", float("inf"))) <= loss
 
-    seen = watch("ours", made.recipe, folder / "ours", environment=_cache(folder / "cache"), until=reached)
-    last, row = seen.lines[-1]
+    watched = watch("ours", made.recipe, folder / "ours", environment=_cache(folder / "cache"), until=reached)
+    last, row = watched.lines[-1]
     if not reached(row):
         raise MLLMError(f"Ours did not reach the alternative's loss of {loss:.3f}: it ended at {row}.")
-    mine = last - seen.began
+    mine = last - watched.began
     progress(f"ours: {row['val_loss']:.3f} after {row['step']} steps, {mine:.0f} s")
     note = f"{loss:.3f}: the best of {len(rates)} learning rates after {steps} steps; ours after {row['step']}"
     return [Row("time to the same loss", "s", mine, theirs, theirs / mine, 5.0, note=note)]
 
 
 def _target_recipe(folder: Path, encoder: str, lm: str, steps: int) -> dict[str, Any]:
-    """Return ours on the way to a loss: the closed form on few pictures, then gradient steps, validated often."""
+    """Return our recipe for ``target``: a closed-form fit on few images, then steps with frequent validation."""
     train = _scenes(folder / "train", "train", steps * SMALL_BATCH)
     few = _scenes(folder / "few", "train", min(FITTED, steps * SMALL_BATCH))
     recipe = _recipe(encoder, lm, {"type": "linear", "tokens": 4}, train, steps)
@@ -175,7 +175,7 @@ def _target_recipe(folder: Path, encoder: str, lm: str, steps: int) -> dict[str,
 
 
 def _llava_setup(folder: Path, vision: str, lm: str, steps: int) -> tuple[Setup, Assembly]:
-    annotations = captions(folder / "data", pictures(steps * BATCH))
+    annotations = captions(folder / "data", noise_images(steps * BATCH))
     recipe = _recipe(vision, lm, {"type": "mlp"}, annotations, steps)
     recipe["encoder"]["layer"] = -1
     stock = {"kind": "llava", "model": str(folder / "stock"), "processor": vision}
@@ -185,14 +185,14 @@ def _llava_setup(folder: Path, vision: str, lm: str, steps: int) -> tuple[Setup,
 def _joined_setup(
     folder: Path, recipe: dict[str, Any], vision: str, lm: str, *, cells: int, steps: int, progress: Progress
 ) -> tuple[Setup, Assembly]:
-    """Write both descriptions where the alternative is the plain module, and see that the losses agree."""
-    place = str(parts.locate(lm)) if lm.startswith("mllm/") else lm
+    """Write both descriptions with the hand-written module as the alternative, and check that the losses agree."""
+    lm_folder = str(parts.locate(lm)) if lm.startswith("mllm/") else lm
     stock: dict[str, Any] = {"kind": "joined", "processor": vision, "parts": {}}
     made, ours = setup(folder, recipe, stock, steps=steps)
-    own = json.loads(made.plain.read_text())
-    own["parts"] = {"encoder": vision, "lm": place, "cells": cells, "dim": ours.encoder.dim}
-    made.plain.write_text(json.dumps(own))
-    joined = plain.joined(**own["parts"])
+    description = json.loads(made.plain.read_text())
+    description["parts"] = {"encoder": vision, "lm": lm_folder, "cells": cells, "dim": ours.encoder.dim}
+    made.plain.write_text(json.dumps(description))
+    joined = plain.joined(**description["parts"])
     joined.connector.load_state_dict(ours.connector.project.state_dict())
     progress(f"both have a loss of {agree(made, ours, joined):.4f} on one batch")
     return made, ours
@@ -219,24 +219,24 @@ def _scenes(folder: Path, split: str, size: int) -> str:
 
 
 def _pairs(folder: Path, made: Setup, repeats: int, progress: Progress) -> list[tuple[Watched, Watched]]:
-    """Run both sides in turns; each time with an empty cache of features."""
-    found = []
+    """Run both sides in turns, each time with an empty feature cache."""
+    pairs = []
     for repeat in range(repeats):
         ours = watch("ours", made.recipe, folder / f"ours-{repeat}", environment=_cache(folder / f"cache-{repeat}"))
         theirs = watch("plain", made.plain, folder / f"plain-{repeat}")
-        found.append((ours, theirs))
-        mine, other = (seen.lines[-1][0] - seen.began for seen in (ours, theirs))
-        progress(f"{repeat + 1} of {repeats}: ours {mine:.0f} s, the alternative {other:.0f} s, all counted")
-    return found
+        pairs.append((ours, theirs))
+        mine, other = (watched.lines[-1][0] - watched.began for watched in (ours, theirs))
+        progress(f"{repeat + 1} of {repeats}: ours {mine:.0f} s, the alternative {other:.0f} s, loading included")
+    return pairs
 
 
 def _rate(
     name: str, note: str, pairs: Sequence[tuple[Watched, Watched]], steps: tuple[int, int], wanted: float, bound: float
 ) -> Row:
-    """Return images a second between the ends of two steps."""
+    """Return the row of images per second between the ends of two steps."""
     first, last = steps
-    mine, theirs = (  # nothing shorter than the time between two looks is told from it
-        [max(POLL, seen.at(last) - seen.at(first)) for seen in side] for side in zip(*pairs, strict=True)
+    mine, theirs = (  # the log is polled, so no shorter time can be measured
+        [max(POLL, watched.at(last) - watched.at(first)) for watched in side] for side in zip(*pairs, strict=True)
     )
     images = (last - first) * BATCH
     return Row(
@@ -252,7 +252,7 @@ def _rate(
 
 
 def _cache(folder: Path) -> dict[str, str]:
-    """Return variables for an empty cache that has the embedded parts."""
+    """Return environment variables for a cache that is empty except for the embedded parts."""
     folder.mkdir()
     for name in ("parts", "wheels"):
         if (cache_dir() / name).exists():

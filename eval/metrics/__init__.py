@@ -1,1 +1,1 @@
-"""Metrics, each a function from predictions and references to a `mllm.evaluation.Score`."""
+"""Score predictions: each metric is a function of predictions and references that returns a `mllm.evaluation.Score`."""

@@ -1,4 +1,4 @@
-"""Score short answers by the rules of single data sets: near spellings, numbers within a tolerance."""
+"""Score short answers by the rules of single data sets: similar spellings, numbers within a tolerance."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _TOLERANCE = 0.05  # of a number, relative to the reference
 
 
 def anls(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Score:
-    """Return the average normalised Levenshtein similarity: of the nearest reference, 0 below one half.
+    """Return the average normalised Levenshtein similarity to the most similar reference, 0 below one half.
 
-    The similarity is one less the edit distance over the longer one's length, in any case (Biten et al. 2019,
+    The similarity is 1 - edit distance / length of the longer text, in lower case (Biten et al. 2019,
     https://arxiv.org/abs/1905.13648).
     """
 
@@ -30,7 +30,7 @@ def anls(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Sco
 
 
 def relaxed(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Score:
-    """Return the relaxed accuracy: numbers may be off by 5 % of the reference, words must be equal in any case.
+    """Return the relaxed accuracy: numbers may differ by 5 % of the reference, words must be equal in lower case.
 
     Masry et al. 2022 (ChartQA), https://arxiv.org/abs/2203.10244. As there, "12%" is the number 0.12, a number with
     thousands separators is a word, and so is a reference of 0.
@@ -63,7 +63,7 @@ def _similarity(one: str, other: str) -> float:
 
 
 def _distance(one: str, other: str) -> int:
-    """Return the insertions, deletions and replacements that make one text the other (Levenshtein)."""
+    """Return the edit distance: insertions, deletions and replacements that turn one text into the other."""
     row = list(range(len(other) + 1))
     for i, a in enumerate(one, 1):
         above, row[0] = row[0], i
@@ -72,9 +72,9 @@ def _distance(one: str, other: str) -> int:
     return row[-1]
 
 
-def _close(said: str, answer: str) -> bool:
-    a, b = _number(said), _number(answer)
-    return said == answer if a is None or not b else abs(a - b) <= _TOLERANCE * abs(b)
+def _close(prediction: str, answer: str) -> bool:
+    a, b = _number(prediction), _number(answer)
+    return prediction == answer if a is None or not b else abs(a - b) <= _TOLERANCE * abs(b)
 
 
 def _number(text: str) -> float | None:

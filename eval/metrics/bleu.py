@@ -1,6 +1,6 @@
-"""BLEU-1 to BLEU-4 of captions, with the conventions of the COCO caption evaluation.
+"""Compute BLEU-1 to BLEU-4 of captions, with the conventions of the COCO caption evaluation.
 
-The corpus value is not the mean of the items': matches and lengths are summed over the corpus first (Papineni et al.
+The corpus value is not the mean over items: matches and lengths are summed over the corpus first (Papineni et al.
 2002, https://aclanthology.org/P02-1040). Captions are PTB-tokenised; the reference length is the closest one.
 """
 
@@ -24,7 +24,7 @@ _TINY, _SMALL = 1e-15, 1e-9
 
 
 class _Matches(NamedTuple):
-    """What BLEU sums over the corpus; position n - 1 is for n-grams."""
+    """The counts that BLEU sums over the corpus; index n - 1 is for n-grams."""
 
     matched: list[int]
     possible: list[int]
@@ -38,16 +38,16 @@ class _Matches(NamedTuple):
 
 
 def _matches(order: int, prediction: str, references: Sequence[str]) -> _Matches:
-    said = words(prediction)
+    predicted = words(prediction)
     answers = [words(reference) for reference in references]
     most = Ngrams()
     for answer in answers:
         most |= count_ngrams(answer, order)  # the largest count in any reference
     matched = [0] * order
-    for ngram, count in (count_ngrams(said, order) & most).items():
+    for ngram, count in (count_ngrams(predicted, order) & most).items():
         matched[len(ngram) - 1] += count
-    closest = min((abs(len(answer) - len(said)), len(answer)) for answer in answers)[1]
-    return _Matches(matched, [max(0, len(said) - n) for n in range(order)], len(said), closest)
+    closest = min((abs(len(answer) - len(predicted)), len(answer)) for answer in answers)[1]
+    return _Matches(matched, [max(0, len(predicted) - n) for n in range(order)], len(predicted), closest)
 
 
 def _bleu(order: int, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Score:

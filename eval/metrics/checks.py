@@ -1,4 +1,4 @@
-"""What every metric asks of its arguments."""
+"""Check the arguments of a metric."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from mllm.errors import MLLMError
 
 
 def check(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> None:
-    """Make sure that there is one string per item, and at least one reference string for each.
+    """Check that there is one prediction, a string, and at least one reference string for each item.
 
     Raises:
         MLLMError: no items, lengths that differ, a prediction or reference that is not a string, an item without
@@ -20,10 +20,10 @@ def check(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> No
             "each, in the same order. Score the same items on both sides."
         )
     if not len(predictions):
-        raise MLLMError("There is nothing to score: 0 predictions, expected at least 1. Check the data and its limit.")
+        raise MLLMError("There is nothing to score: 0 predictions, expected at least 1. Check the data and the limit.")
     for item, (prediction, answers) in enumerate(zip(predictions, references, strict=True)):
         if not isinstance(prediction, str):
-            raise MLLMError(f"The prediction of item {item} is {_told(prediction)}: expected a string. {_MEND}")
+            raise MLLMError(f"The prediction of item {item} is {_described(prediction)}: expected a string. {_ADVICE}")
         if isinstance(answers, str):
             raise MLLMError(
                 f"The references of item {item} are one string, {answers!r}: expected a list of strings. "
@@ -33,11 +33,11 @@ def check(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> No
             raise MLLMError(f"Item {item} has no reference: expected at least one. Leave the item out, or add one.")
         for answer in answers:
             if not isinstance(answer, str):
-                raise MLLMError(f"A reference of item {item} is {_told(answer)}: expected a string. {_MEND}")
+                raise MLLMError(f"A reference of item {item} is {_described(answer)}: expected a string. {_ADVICE}")
 
 
-_MEND = 'Pass "" for an answer that is missing.'
+_ADVICE = 'Pass "" for an answer that is missing.'
 
 
-def _told(value: object) -> str:
+def _described(value: object) -> str:
     return f"{value!r} ({type(value).__name__})"

@@ -1,11 +1,11 @@
-"""CIDEr and CIDEr-D of captions: agreement with the references, rare n-grams counting more.
+"""Compute CIDEr and CIDEr-D of captions: agreement with the references, with higher weights for rare n-grams.
 
 Vedantam et al. 2015, https://arxiv.org/abs/1411.5726. An n-gram of a caption weighs its count times its inverse
 document frequency, ``log(N / number of items whose references have it)`` over the N items given. So values of different
-sets (or of a subset) do not compare, and a single item always scores 0. Captions are PTB-tokenised; values are times
-10, as in the released code. What papers report as "CIDEr" is CIDEr-D.
+sets (or of a subset) cannot be compared, and a single item always scores 0. Captions are PTB-tokenised; values are
+multiplied by 10, as in the released code. What papers report as "CIDEr" is CIDEr-D.
 
-All captions are weighed at once: the rows of one table, sorted, are the distinct n-grams of every caption.
+All captions are weighted at once: the rows of one table, sorted, are the distinct n-grams of every caption.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ Floats = npt.NDArray[np.float64]
 
 
 def cider_d(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Score:
-    """Score with the guards against gaming: weights clipped to the reference's, lengths that differ penalised."""
+    """Return CIDEr-D, guarded against gaming: weights are clipped to the reference's, length differences penalised."""
     return _score(predictions, references, guarded=True)
 
 
 def cider(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Score:
-    """Score by the paper's equations 1 to 3: the plain cosine of the weights, averaged over n = 1 to 4."""
+    """Return CIDEr by the paper's equations 1 to 3: the cosine of the weights, averaged over n = 1 to 4."""
     return _score(predictions, references, guarded=False)
 
 
@@ -44,7 +44,7 @@ class _Table(NamedTuple):
 
     caption: Ints  # (rows,)
     ngram: Ints  # (rows,)
-    times: Ints  # (rows,): how often the caption has it
+    counts: Ints  # (rows,): of the n-gram in the caption
 
 
 def _score(predictions: Sequence[str], references: Sequence[Sequence[str]], guarded: bool) -> Score:
@@ -54,7 +54,7 @@ def _score(predictions: Sequence[str], references: Sequence[Sequence[str]], guar
         return _score([predictions[i] for i in chosen], [references[i] for i in chosen], guarded).value
 
     num_references = np.array([len(answers) for answers in references])
-    item = np.repeat(np.arange(len(references)), num_references)  # (references,): whose reference it is
+    item = np.repeat(np.arange(len(references)), num_references)  # (references,): the item of each
     captions = [words(caption) for caption in predictions]
     captions += [words(caption) for answers in references for caption in answers]
     similarity = sum((_cosines(table, item, guarded) for table in _tables(captions)), start=np.zeros(len(item)))
@@ -82,12 +82,12 @@ def _tables(captions: Sequence[list[str]]) -> Iterator[_Table]:
             longer = ngram[inside] * len(vocabulary) + ids[start + n - 1]
             ngram = np.unique(longer, return_inverse=True)[1]
         size = ngram.max(initial=0) + 1
-        key, times = np.unique(owner[start] * size + ngram, return_counts=True)
-        yield _Table(key // size, key % size, times)
+        key, counts = np.unique(owner[start] * size + ngram, return_counts=True)
+        yield _Table(key // size, key % size, counts)
 
 
 def _cosines(table: _Table, item: Ints, clip: bool) -> Floats:
-    """Return each reference's cosine with its prediction; with ``clip`` no weight counts above the reference's."""
+    """Return each reference's cosine with its prediction; ``clip``: weights are clipped to the reference's."""
     num_items = item[-1] + 1
     size = table.ngram.max(initial=0) + 1
     first = np.searchsorted(table.caption, num_items)  # the references' first row
@@ -96,14 +96,14 @@ def _cosines(table: _Table, item: Ints, clip: bool) -> Floats:
     item_ngram = np.sort(key[first:])
     item_ngram = item_ngram[np.diff(item_ngram, prepend=-1) > 0]  # numpy's unique hashes here, which is far slower
     frequency = np.bincount(item_ngram % size, minlength=size)
-    weight = table.times * np.log(num_items / np.maximum(frequency, 1))[table.ngram]
+    weight = table.counts * np.log(num_items / np.maximum(frequency, 1))[table.ngram]
     norm = np.sqrt(np.bincount(table.caption, weight**2, minlength=num_items + len(item)))
 
-    said, answer = weight[:first], weight[first:]
-    place = np.searchsorted(key[:first], key[first:])  # where the prediction has the same n-gram, if it does
-    same = np.append(key[:first], -1)[place] == key[first:]
-    said = np.append(said, 0.0)[place] * same
-    product = (np.minimum(said, answer) if clip else said) * answer
+    predicted, answer = weight[:first], weight[first:]
+    row = np.searchsorted(key[:first], key[first:])  # of the same n-gram in the prediction, if it has it
+    same = np.append(key[:first], -1)[row] == key[first:]
+    predicted = np.append(predicted, 0.0)[row] * same
+    product = (np.minimum(predicted, answer) if clip else predicted) * answer
     total = np.bincount(table.caption[first:] - num_items, product, minlength=len(item))
     scale = norm[item] * norm[num_items:]
     cosines: Floats = np.divide(total, scale, out=np.zeros(len(item)), where=scale > 0)

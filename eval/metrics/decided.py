@@ -1,4 +1,4 @@
-"""Score decisions between labels."""
+"""Score labels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ VERSION = "1"
 
 
 def f1(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Score:
-    """Return the mean over labels of F1: always the same answer has a third of it, where two are equally frequent."""
+    """Return macro F1, the mean over labels of F1; a constant answer to two equally frequent labels has 1/3."""
     check(predictions, references)
     true = [answers[0] for answers in references]
     labels = sorted({*true, *predictions})
@@ -25,5 +25,5 @@ def f1(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Score
 
 
 def _f1(pairs: Sequence[tuple[bool, bool]]) -> float:
-    right = sum(said and so for said, so in pairs)
-    return 2 * right / max(1, sum(said for said, _ in pairs) + sum(so for _, so in pairs))
+    right = sum(predicted and true for predicted, true in pairs)
+    return 2 * right / max(1, sum(predicted for predicted, _ in pairs) + sum(true for _, true in pairs))

@@ -1,4 +1,4 @@
-"""Score generated pictures: a prediction is a picture's path, an item's last image the one it is held against."""
+"""Score generated images: a prediction is an image's path, and an item's last image is the real one."""
 
 from __future__ import annotations
 
@@ -13,17 +13,22 @@ from mllm.eval.metrics.checks import check
 
 from mllm.errors import MLLMError
 from mllm.evaluation import Score
-from mllm.media.images import open_image
+from mllm.media.images import ImageSource, open_image
+from mllm.slots import Scorer
 
 VERSION = "1"
 
-_SIDE = {"fid": 299, "lpips": 256}  # pixels that pictures are stretched to
+_SIDE = {"fid": 299, "lpips": 256}  # pixels that images are resized to
 
 
 def clip_similarity(
-    predictions: Sequence[str], references: Sequence[Sequence[str]], *, images: Sequence[Sequence[Any]], scorer: Any
+    predictions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    *,
+    images: Sequence[Sequence[ImageSource]],
+    scorer: Scorer,
 ) -> Score:
-    """Return the mean cosine of each picture and the real one, in the scorer's space."""
+    """Return the mean cosine similarity of each image and the real one, in the scorer's space."""
     real = _real(predictions, references, images)
     cosines = (scorer.embed_images(list(predictions)) * scorer.embed_images(real)).sum(-1)
     return Score(float(cosines.mean()), cosines.tolist(), "generation/clip-similarity", VERSION)
@@ -33,15 +38,15 @@ def fid(
     predictions: Sequence[str],
     references: Sequence[Sequence[str]],
     *,
-    images: Sequence[Sequence[Any]],
-    feature: Any = 2048,
+    images: Sequence[Sequence[ImageSource]],
+    feature: int | torch.nn.Module = 2048,
 ) -> Score:
     """Return the Fréchet distance of Inception features, by torchmetrics (Heusel et al. 2017, arXiv:1706.08500).
 
-    It has no value for an item. Of few pictures it is biased upwards: papers use some 30,000.
+    It has no values for items. For few images it is biased upwards: papers use some 30,000.
 
     Args:
-        feature: another module ``(N, 3, 299, 299)`` of uint8 to ``(N, D)``, in Inception's place.
+        feature: the size of Inception's features, or another module, ``(N, 3, 299, 299)`` of uint8 to ``(N, D)``.
 
     Raises:
         MLLMError: torchmetrics is not installed, or its weights cannot be downloaded.
@@ -54,8 +59,10 @@ def fid(
     return Score(float(metric.compute()), [], "generation/fid", VERSION, better="lower")
 
 
-def lpips(predictions: Sequence[str], references: Sequence[Sequence[str]], *, images: Sequence[Sequence[Any]]) -> Score:
-    """Return the mean perceptual distance at 256 x 256 pixels, AlexNet's, by torchmetrics (arXiv:1801.03924).
+def lpips(
+    predictions: Sequence[str], references: Sequence[Sequence[str]], *, images: Sequence[Sequence[ImageSource]]
+) -> Score:
+    """Return the mean LPIPS distance by AlexNet at 256 x 256 pixels, by torchmetrics (arXiv:1801.03924).
 
     Raises:
         MLLMError: torchmetrics is not installed, or its weights cannot be downloaded.
@@ -72,19 +79,19 @@ def lpips(predictions: Sequence[str], references: Sequence[Sequence[str]], *, im
 
 
 def _real(
-    predictions: Sequence[str], references: Sequence[Sequence[str]], images: Sequence[Sequence[Any]]
-) -> list[Any]:
+    predictions: Sequence[str], references: Sequence[Sequence[str]], images: Sequence[Sequence[ImageSource]]
+) -> list[ImageSource]:
     check(predictions, references)
-    for item, own in enumerate(images):
-        if not own:
-            raise MLLMError(f"Item {item} has no picture that a generated one could be held against.")
-    return [own[-1] for own in images]
+    for item, sources in enumerate(images):
+        if not sources:
+            raise MLLMError(f"Item {item} has no image that a generated one could be compared with.")
+    return [sources[-1] for sources in images]
 
 
-def _pixels(image: Any, metric: str) -> torch.Tensor:
+def _pixels(image: str | ImageSource, metric: str) -> torch.Tensor:
     """Return ``(1, 3, S, S)`` of uint8."""
-    picture = open_image(image).resize((_SIDE[metric], _SIDE[metric]))
-    return torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)[None]
+    resized = open_image(image).resize((_SIDE[metric], _SIDE[metric]))
+    return torch.from_numpy(np.asarray(resized).copy()).permute(2, 0, 1)[None]
 
 
 def _torchmetrics(make: Callable[[], Any]) -> Any:

@@ -1,7 +1,7 @@
-"""Whether a made picture shows what was asked for, by a judge that training never sees.
+"""Judge whether a generated image shows the requested object, by a classifier that is not used in training.
 
-The judge is a ridge classifier on EfficientNet-Lite's features, fitted to emoji scenes of the training split; those are
-made as small as the pictures that are judged.
+The judge is a ridge classifier on EfficientNet-Lite's features, fitted to emoji scenes of the training split, which are
+resized to the size of the images that are judged.
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ _STRENGTH = 0.01
 
 @dataclass(frozen=True)
 class Small:
-    """A picture at the size that pictures are judged at."""
+    """An image at the size that images are judged at."""
 
     source: ImageSource
 
     def open(self) -> Image.Image:
-        """Return the picture."""
+        """Return the resized image, RGB."""
         return self.source.open().convert("RGB").resize((_SIDE, _SIDE))
 
     def key(self) -> str:
-        """Return what tells it from others."""
+        """Return a hash of the image and its size."""
         return f"{self.source.key()} {_SIDE}"
 
 
 def emoji(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Score:
-    """Return the share of pictures in which the judge, out of all known kinds, finds the one that was asked for.
+    """Return the accuracy of the judge, which chooses among all known kinds, at finding the requested object.
 
     Raises:
-        MLLMError: a reference that names no kind of object the judge knows.
+        MLLMError: a reference that is not the name of a kind of object that the judge knows.
     """
     check(predictions, references)
     store, weights, intercept, names = _judge()
@@ -60,8 +60,8 @@ def emoji(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Sc
         if not {*answers} & {*names}:
             raise MLLMError(f"The judge knows no {answers[0]!r}: expected a caption of emoji-scenes' task 'name'.")
     features = _features(store, [source_of(Path(path)) for path in predictions])
-    said = [names[place] for place in (features @ weights + intercept).argmax(1).tolist()]
-    per_item = [float(one in answers) for one, answers in zip(said, references, strict=True)]
+    recognized = [names[index] for index in (features @ weights + intercept).argmax(1).tolist()]
+    per_item = [float(name in answers) for name, answers in zip(recognized, references, strict=True)]
     return Score(fmean(per_item), per_item, "generation/emoji", VERSION)
 
 
@@ -71,7 +71,7 @@ def _features(store: FeatureStore, images: Sequence[ImageSource]) -> Tensor:
 
 @functools.cache
 def _judge() -> tuple[FeatureStore, Tensor, Tensor, tuple[str, ...]]:
-    """Return the judge's features, its weights ``(D, K)`` and intercept, and its K names."""
+    """Return the judge: the store of its features, its weights ``(D, K)``, its intercept ``(K,)`` and its K names."""
     items = emoji_scenes(split="train", task="name", size=_SCENES, seed=_SEED, still=True)
     names = items[0].choices
     store = open_store(build(AssemblySpec(encoder=EncoderSpec(model="mllm/efficientnet-lite0"))), "auto")

@@ -1,4 +1,4 @@
-"""Score images matched with captions (Winoground): a prediction holds the tests that were passed, with blanks between.
+"""Score images matched with captions (Winoground): a prediction lists the passed tests, separated by spaces.
 
 Thrush et al. 2022, https://arxiv.org/abs/2204.03162. ``text``: each image prefers its own caption; ``image``: each
 caption its own image; ``group``: both.
@@ -18,7 +18,7 @@ VERSION = "1"
 
 
 def _passed(test: str, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Score:
-    """Return the share of items that passed a test."""
+    """Return the share of items that pass a test."""
     check(predictions, references)
     per_item = [float(test in prediction.split()) for prediction in predictions]
     return Score(fmean(per_item), per_item, f"match/{test}", VERSION)

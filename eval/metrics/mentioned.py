@@ -1,4 +1,4 @@
-"""Which of the things that are in a picture a caption names."""
+"""Score which of the objects in an image a caption names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ VERSION = "1"
 
 
 def mentioned(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Score:
-    """Return the share of an item's references that its prediction holds as whole words, in any case: a recall."""
+    """Return the recall of an item's references in its prediction, as whole words in lower case."""
     check(predictions, references)
     per_item = [
         fmean(_holds(prediction, name) for name in names)

@@ -11,7 +11,7 @@ Ngrams = Counter[tuple[str, ...]]
 
 
 def words(caption: str) -> list[str]:
-    """Return the caption's words; a token with a no-break space in it (1 1/2) is several, as in published scores."""
+    """Return the caption's words; a token that contains a no-break space (1 1/2) is several, as in published scores."""
     tokens: str = tokenize(caption)
     return tokens.split()
 

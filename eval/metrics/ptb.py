@@ -5,16 +5,16 @@ from which the evaluation code then drops a fixed list of punctuation. This modu
 rules were found by observing that program; the tests compare against its recorded output and, where Java is there,
 against the program itself.
 
-At each place every rule tries its longest match, what must follow the token included. The longest wins, and of equally
-long ones the first. Where no rule matches, the character is dropped.
+At each character every rule tries its longest match, including what must follow the token. The longest match wins, and
+among equally long ones the first. If no rule matches, the character is dropped.
 
-What differs: a caption is read as if it stood alone. The Java program reads all captions as one text, where
+One thing differs: each caption is read alone. The Java program reads all captions as one text, where
 
-- a vertical tab, form feed, carriage return, U+2028 or U+2029 begins a new line, so that every later caption is given
+- a vertical tab, form feed, carriage return, U+2028 or U+2029 begins a new line, so that every later caption gets
   its neighbour's words (here these are spaces);
 - a few rules look into the next line: a caption that ends in "no." before one that begins with a digit, in a single
   letter and a full stop before one that begins with "A", "The" or the like, or in an unclosed tag (``<a b="``);
-- and a capital sigma is lower-cased differently where a word goes on with a digit or another script's letters.
+- and a capital sigma is lower-cased differently if a digit or a letter of another script follows in the word.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _DROPPED = frozenset(["", "''", "'", "``", "`", '"', ".", "?", "!", ",", ":", ";
 
 _TOKEN = re.compile("".join(f"(?=(({rule.token})(?:{rule.context}))?)" for rule in RULES))
 _ENDS = range(1, 2 * len(RULES), 2)  # the groups of whole matches; each is followed by the group of its token
-_PLAIN = re.compile("[ \n]*(?:[A-Za-z]+[ \n]+)+|[ \n]+")  # most of a caption; here the rules cannot but agree
+_PLAIN = re.compile("[ \n]*(?:[A-Za-z]+[ \n]+)+|[ \n]+")  # most of a caption; here all rules agree
 _SPLIT = {"".join(pair.split()): pair for pair in SPLIT_WORDS}
 _NEW_LINES = str.maketrans("\n\v\f\r\u2028\u2029", "      ")
 
@@ -46,15 +46,15 @@ def tokenize(caption: str) -> str:
 
 def _tokens(text: str) -> Iterator[str]:
     """Yield the tokens of a text that ends in a line feed, as they are written."""
-    place = 0
-    while place < len(text):
-        if plain := _PLAIN.match(text, place):
+    position = 0
+    while position < len(text):
+        if plain := _PLAIN.match(text, position):
             yield from (_SPLIT.get(word, word) for word in plain[0].lower().split())
-            place = plain.end()
+            position = plain.end()
         else:
-            token, length = _first(text[place:])
+            token, length = _first(text[position:])
             yield token
-            place += length
+            position += length
 
 
 @lru_cache(maxsize=2**16)  # captions end alike

@@ -12,7 +12,7 @@ def _ranges(table: str) -> str:
     return "".join("-".join(f"\\u{int(end, 16):04x}" for end in entry.split("-")) for entry in table.split())
 
 
-# What may stand in any kind of word (Unicode 6.1's letters).
+# What may occur in any kind of word (Unicode 6.1's letters).
 LETTERS = _ranges(
     """
     41-5a 61-7a aa b5 ba c0-d6 d8-f6 f8-2c1 2c6-2d1 2e0-2e4 2ec 2ee 370-374 376-377 37a-37d 386 388-38a 38c 38e-3a1

@@ -1,6 +1,6 @@
-"""Score rankings: a prediction holds ids, the best first, with blanks between; references are the ids that are right.
+"""Score rankings: a prediction lists ids, the best first, separated by spaces; the references are the relevant ids.
 
-An id that is not in the ranking was not found. A ranking that names an id twice is refused.
+A relevant id that is not in the ranking is missed. A ranking that has an id twice is refused.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ VERSION = "1"
 
 
 def recall(k: int, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Score:
-    """Return R@k as image-text retrieval has it: 1 where any right id is among the first k, else 0."""
+    """Return R@k as in image-text retrieval: 1 if any relevant id is among the first k, else 0."""
     return _mean(lambda hits, _: float(any(hits[:k])), predictions, references, f"retrieval/r@{k}")
 
 
@@ -29,7 +29,7 @@ recall_1, recall_5, recall_10 = partial(recall, 1), partial(recall, 5), partial(
 
 
 def median_rank(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Score:
-    """Return the median over items of the first right id's rank, from 1; one that was not found is behind the last."""
+    """Return the median rank of the first relevant id, from 1; a missed one has the rank after the last."""
     ranks = _mean(
         lambda hits, _: float(hits.index(True) + 1 if any(hits) else len(hits) + 1),
         predictions,
@@ -44,41 +44,41 @@ def median_rank(predictions: Sequence[str], references: Sequence[Sequence[str]])
 
 
 def mrr(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Score:
-    """Return the mean reciprocal rank of the first right id; 0 where none was found."""
+    """Return the mean reciprocal rank of the first relevant id; 0 if all are missed."""
     return _mean(
         lambda hits, _: 1 / (hits.index(True) + 1) if any(hits) else 0.0, predictions, references, "retrieval/mrr"
     )
 
 
 def ndcg(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Score:
-    """Return the discounted gain (1 / log2(rank + 1) of each right id) over that of the best ranking."""
+    """Return NDCG: the sum of 1 / log2(rank + 1) over relevant ids, divided by that of the best ranking."""
 
-    def gain(hits: Sequence[bool], right: int) -> float:
-        return _discounted(hits) / _discounted([True] * right)
+    def gain(hits: Sequence[bool], relevant: int) -> float:
+        return _discounted(hits) / _discounted([True] * relevant)
 
     return _mean(gain, predictions, references, "retrieval/ndcg")
 
 
 def ndcg_relevant(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Score:
-    """Return VisDial's gain: graded, and over as many first places as there are right ids (arXiv:1611.08669, v1.0).
+    """Return VisDial's NDCG, with graded relevance, cut off at the number of relevant ids (arXiv:1611.08669, v1.0).
 
-    An id is as relevant as it is often told among the references.
+    An id's relevance is how often it is among the references.
     """
-    found = _mean(lambda hits, _: 0.0, predictions, references, "retrieval/ndcg-relevant")
+    checked = _mean(lambda hits, _: 0.0, predictions, references, "retrieval/ndcg-relevant")
     per_item = []
     for prediction, answers in zip(predictions, references, strict=True):
-        told = Counter(answers)
-        gains = [told[name] for name in prediction.split()[: len(told)]]
-        best = sorted(told.values(), reverse=True)
+        relevance = Counter(answers)
+        gains = [relevance[name] for name in prediction.split()[: len(relevance)]]
+        best = sorted(relevance.values(), reverse=True)
         per_item.append(_discounted(gains) / _discounted(best))
-    return replace(found, value=fmean(per_item), per_item=per_item)
+    return replace(checked, value=fmean(per_item), per_item=per_item)
 
 
 def mean_average_precision(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Score:
-    """Return the mean over right ids of the precision at their rank; an id that was not found counts 0."""
+    """Return MAP: the mean over relevant ids of the precision at their rank, which is 0 for a missed one."""
 
-    def average(hits: Sequence[bool], right: int) -> float:
-        return sum(sum(hits[: rank + 1]) / (rank + 1) for rank, hit in enumerate(hits) if hit) / right
+    def average(hits: Sequence[bool], relevant: int) -> float:
+        return sum(sum(hits[: rank + 1]) / (rank + 1) for rank, hit in enumerate(hits) if hit) / relevant
 
     return _mean(average, predictions, references, "retrieval/map")
 
@@ -96,8 +96,8 @@ def _mean(
     check(predictions, references)
     per_item = []
     for item, (prediction, answers) in enumerate(zip(predictions, references, strict=True)):
-        ranked, right = prediction.split(), set(answers)
+        ranked, relevant = prediction.split(), set(answers)
         if len(set(ranked)) < len(ranked):
-            raise MLLMError(f"The ranking of item {item} names an id twice: expected each at most once.")
-        per_item.append(rule([name in right for name in ranked], len(right)))
+            raise MLLMError(f"The ranking of item {item} has an id twice: expected each at most once.")
+        per_item.append(rule([name in relevant for name in ranked], len(relevant)))
     return Score(fmean(per_item), per_item, name, VERSION)

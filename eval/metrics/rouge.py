@@ -1,4 +1,4 @@
-"""ROUGE-L of captions, with the conventions of the COCO caption evaluation.
+"""Compute ROUGE-L of captions, with the conventions of the COCO caption evaluation.
 
 Lin 2004, https://aclanthology.org/W04-1013. Captions are PTB-tokenised.
 """
@@ -19,17 +19,17 @@ _BETA = 1.2  # how much more recall counts than precision
 
 
 def rouge_l(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Score:
-    """Score by the longest common subsequence of words: best precision and best recall over the references."""
+    """Return ROUGE-L: longest common subsequences of words, with the best precision and recall over references."""
     check(predictions, references)
     per_item = [_rouge_l(*item) for item in zip(predictions, references, strict=True)]
     return Score(fmean(per_item), per_item, "caption/rouge-l", VERSION)
 
 
 def _rouge_l(prediction: str, references: Sequence[str]) -> float:
-    said = tokenize(prediction).split(" ")  # unlike BLEU, an empty caption counts as one empty word
+    predicted = tokenize(prediction).split(" ")  # unlike BLEU, an empty caption counts as one empty word
     answers = [tokenize(reference).split(" ") for reference in references]
-    common = [_common(said, answer) for answer in answers]
-    precision = max(common) / len(said)
+    common = [_common(predicted, answer) for answer in answers]
+    precision = max(common) / len(predicted)
     recall = max(length / len(answer) for length, answer in zip(common, answers, strict=True))
     if precision == 0:
         return 0.0
@@ -37,17 +37,17 @@ def _rouge_l(prediction: str, references: Sequence[str]) -> float:
 
 
 def _common(first: list[str], second: list[str]) -> int:
-    """Return the length of the longest common subsequence, a row of the usual table at a time as the bits of a number.
+    """Return the length of the longest common subsequence; the bits of a number are a row of the usual table.
 
-    A zero bit is a place of ``first`` where the row's value rises by one (Hyyrö 2004, "Bit-parallel LCS-length
+    A zero bit is an index of ``first`` where the row's value rises by one (Hyyrö 2004, "Bit-parallel LCS-length
     computation revisited").
     """
-    places: dict[str, int] = {}
-    for place, word in enumerate(first):
-        places[word] = places.get(word, 0) | 1 << place
+    positions: dict[str, int] = {}  # of each word, as bits
+    for position, word in enumerate(first):
+        positions[word] = positions.get(word, 0) | 1 << position
     full = (1 << len(first)) - 1
     row = full
     for word in second:
-        match = row & places.get(word, 0)
+        match = row & positions.get(word, 0)
         row = (row + match | row - match) & full
     return len(first) - row.bit_count()

@@ -1,9 +1,9 @@
-"""Score short answers against the annotators' answers: the official VQA accuracy and two simpler readings.
+"""Score short answers against the annotators' answers: the official VQA accuracy and its variants.
 
 An answer scores ``min(1, matches among the other annotators / 3)``, averaged over the annotators left out in turn, of
 whom there are ten (Antol et al. 2015, https://arxiv.org/abs/1505.00468). With a single reference, such as a synthetic
 set's, there is nobody to leave out: accuracy is 1 if the answers are equal, else 0. With two or three references the
-formula stands as it is, and cannot reach 1.
+formula is applied as it is, and cannot reach 1.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _trimmed(answer: str) -> str:
 
 
 def _unpunctuated(answer: str) -> str:
-    """Delete the punctuation that touches a space (where a number has a comma, all of it); make the rest spaces."""
+    """Delete punctuation next to a space (all of it, if a number has a comma), and replace the rest by spaces."""
     written = answer
     number = _COMMA_IN_NUMBER.search(answer) is not None
     for sign in _PUNCTUATION:
@@ -67,15 +67,15 @@ def _split_and_normalised(answer: str) -> str:
 
 
 def official(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Score:
-    """Score as the newest revision of the official program: both sides are normalised only where annotators disagree.
+    """Return the accuracy of the official program's newest revision, which normalises only if annotators disagree.
 
-    So where all annotators gave one answer, only that very string (but for space around it) is right.
+    So if all annotators gave the same answer, only that exact string (apart from space around it) is right.
     """
     return _score(predictions, references, _official, "vqa/official")
 
 
 def normalise_both(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Score:
-    """Score by the official formula, with both sides normalised always."""
+    """Return the accuracy by the official formula, with both sides always normalised."""
 
     def accuracy(prediction: str, answers: list[str]) -> float:
         return _agreement(_normalised(prediction), [_normalised(answer) for answer in answers])
@@ -84,9 +84,9 @@ def normalise_both(predictions: Sequence[str], references: Sequence[Sequence[str
 
 
 def textvqa(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Score:
-    """Score as TextVQA's program (M4C's "EvalAI processor"): as `normalise_both`, after a simple split into words.
+    """Return the accuracy by TextVQA's program (M4C's "EvalAI processor"): `normalise_both` after a simple word split.
 
-    Commas and question marks go first, and "'s" is a word of its own (Singh et al. 2019,
+    Commas and question marks are deleted, and "'s" is a separate word (Singh et al. 2019,
     https://arxiv.org/abs/1904.08920).
     """
 
@@ -97,7 +97,7 @@ def textvqa(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> 
 
 
 def a_okvqa(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Score:
-    """Score as A-OKVQA's program: min(1, annotators who said just that / 3), with nobody left out.
+    """Return the accuracy by A-OKVQA's program: min(1, annotators who gave the answer / 3), with nobody left out.
 
     Schwenk et al. 2022, https://arxiv.org/abs/2206.01718. Here both sides are trimmed and in lower case.
     """
@@ -109,7 +109,7 @@ def a_okvqa(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> 
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Score:
-    """Score 1 if the answer equals any reference (lower-cased, stripped, a final full stop dropped), else 0."""
+    """Return the share of answers that equal a reference (lower-cased, stripped, a final full stop dropped)."""
 
     def accuracy(prediction: str, answers: list[str]) -> float:
         return float(_plain(prediction) in map(_plain, answers))

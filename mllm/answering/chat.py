@@ -175,7 +175,7 @@ class Chat:
         """Extend the cache to all of the conversation but its last token."""
         model, known, end = self._model, len(self._cached), len(encoded.ids) - 1
         part = Encoded(encoded.ids[known:end], encoded.visual[known:end], encoded.labels[known:end])
-        before = sum(encoded.visual[:known]) // model.places
+        before = sum(encoded.visual[:known]) // model.tokens_per_image
         new = images[before:]
         batch = collate([part], model.lm.pad).to(model.device)
         embeds = model.embed(model.connector(model.features(new)) if new else None, batch)

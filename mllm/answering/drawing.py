@@ -13,7 +13,8 @@ from mllm.errors import MLLMError
 from mllm.model import Model
 from mllm.outputs import ImagePart
 from mllm.prompts.pieces import Control, Piece
-from mllm.readout.tokens import HEAD, known_tokens
+from mllm.readout.tokens import can_draw, image_tokens
+from mllm.slots import ConditionHead, RetrievalHead
 
 
 @torch.no_grad()
@@ -24,7 +25,7 @@ def draw(model: Model, prompts: Sequence[Sequence[Piece]], count: int = 1, seed:
         MLLMError: the model cannot draw, or a count below 1.
     """
     check_drawing(model)
-    tokens = known_tokens(model)
+    tokens = image_tokens(model)
     embeds, batch = model.prepare([[*prompt, Control("".join(tokens))] for prompt in prompts])
     states = model.lm.hidden(embeds, batch.mask)[:, -len(tokens) :]  # (B, r, D_lm)
     embeddings = model.lm.embed(batch.ids[:, -len(tokens) :])
@@ -51,7 +52,7 @@ def draw_from_states(
     """
     if count < 1:
         raise MLLMError(f"{count} images are asked for: expected 1 or more.")
-    conditions = model.painter(states, embeddings)
+    conditions = model.find(ConditionHead)(states, embeddings)
     drawings = []
     for state, condition, first in zip(states, conditions, seeds, strict=True):
         image_seeds = [first + number for number in range(count)]
@@ -69,17 +70,17 @@ def draw_from_states(
 
 def _similarities(model: Model, state: Tensor, images: Sequence[Any]) -> list[float | None]:
     """Return the cosine of each image and the states ``(r, D_lm)``; None where the model has no retrieval head."""
-    if HEAD not in model.heads or model.encoder is None:
+    if not model.has(RetrievalHead) or model.encoder is None:
         return [None] * len(images)
-    head: Any = model.heads[HEAD]
-    query = head.of_states(state[[known_tokens(model).index(head.token)]])  # (1, D)
+    head = model.find(RetrievalHead)
+    query = head.of_states(state[[image_tokens(model).index(head.tokens[0])]])  # (1, D)
     scores: list[float | None] = (head.of_features(model.features(images)) @ query[0]).tolist()
     return scores
 
 
 def check_drawing(model: Model) -> None:
     """Raise an `MLLMError` for a model that cannot draw images."""
-    if not model.draws:
+    if not can_draw(model):
         raise MLLMError(
             "This model makes no images: it needs a head that computes conditions, its tokens, and an image decoder "
             "(heads: [{type: generation}], tokens, decoder; docs/retrieval.md)."

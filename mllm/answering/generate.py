@@ -16,6 +16,7 @@ from mllm.media.images import source_of
 from mllm.model import Model
 from mllm.outputs import Output
 from mllm.prompts.pieces import Control, Piece, arrange
+from mllm.readout.tokens import can_draw
 from mllm.scorers.index import ImageIndex
 
 BATCH = 16
@@ -74,7 +75,7 @@ def _answers(
         raise MLLMError("'nearest_words' and answers with images cannot be combined: leave one out.")
     if decoding.nearest_words is not None:
         return answer_in_words(model, prompts, decoding)
-    if images and (index is not None or model.draws or image_logit_bias):
+    if images and (index is not None or can_draw(model) or image_logit_bias):
         if decoding.candidates > 1:
             raise MLLMError("Answers with images are not reranked: leave out 'candidates', or set images=0.")
         decodings = [decoding] * len(prompts)

@@ -19,11 +19,11 @@ from mllm.lms.decoding import Decoding
 from mllm.model import Model
 from mllm.outputs import ImagePart, Output, Text
 from mllm.prompts.pieces import Piece
-from mllm.readout.decision import HEAD as DECISION
-from mllm.readout.decision import decided
-from mllm.readout.tokens import HEAD, known_tokens, token_id
+from mllm.readout.decision import decide
+from mllm.readout.tokens import can_draw, image_tokens
 from mllm.scorers.index import ImageIndex, hash_of, opened
 from mllm.scorers.retrieval import of_prompts
+from mllm.slots import DecisionHead, RetrievalHead
 
 
 class ImageTokenBias:
@@ -96,13 +96,13 @@ def answer_with_images(
     Raises:
         MLLMError: there is no index and the model draws no images, or the index is another model's.
     """
-    if index is None and not model.draws:
+    if index is None and not can_draw(model):
         raise MLLMError(
             "image_logit_bias raises or lowers how often images are shown, and there are none here: give an index that "
             "the model finds them in, or a model that makes them (docs/retrieval.md)."
         )
     image_index = None if index is None else _open_index(model, index)
-    tokens = [model.lm.new_tokens[token] for token in known_tokens(model)]
+    tokens = [model.lm.new_tokens[token] for token in image_tokens(model)]
     sequence = [ImageTokenSequence(tokens)] if len(tokens) > 1 else []
     processors = (*sequence, ImageTokenBias(tokens, image_logit_bias))
     embeds, batch = model.prepare(prompts)
@@ -129,8 +129,8 @@ def _images(
     """Return an image for each of the states and embeddings ``(N, r, D_lm)`` at an image's tokens."""
     if index is None:
         decisions = ["generate"] * len(states)
-    elif DECISION in model.heads and model.draws:
-        decisions = decided(model, states[:, known_tokens(model).index(model.heads[DECISION].token)])
+    elif model.has(DecisionHead) and can_draw(model):
+        decisions = decide(model, states[:, image_tokens(model).index(model.find(DecisionHead).tokens[0])])
     else:
         decisions = ["retrieve"] * len(states)
     images: list[ImagePart] = []
@@ -140,8 +140,8 @@ def _images(
             images += draw_from_states(model, states[one], embeddings[one], count, [seed + number * count])
             continue
         assert index is not None
-        head: Any = model.heads[HEAD]
-        (best, *rest), *_ = index.search(head.of_states(states[one, known_tokens(model).index(head.token)]), count)
+        head = model.find(RetrievalHead)
+        (best, *rest), *_ = index.search(head.of_states(states[one, image_tokens(model).index(head.tokens[0])]), count)
         images.append(replace(best, candidates=tuple(rest)))
     return images
 
@@ -163,7 +163,7 @@ def _compose(model: Model, ids: Sequence[int], starts: Sequence[int], images: Se
 
 def _open_index(model: Model, index: str | Path | ImageIndex) -> ImageIndex:
     """Return the index, checked to be the model's."""
-    token_id(model)
+    model.find(RetrievalHead)
     image_index = opened(index)
     image_index.check(hash_of(model))
     return image_index

@@ -66,11 +66,12 @@ def chat(
     """Talk about pictures; /help lists what else can be typed."""
     from mllm.build import load
     from mllm.cli.terminal import converse, read_history
+    from mllm.readout.tokens import can_draw
 
     messages = read_history(history) if history else []
     options = _showing(run, index, image_logit_bias, eager)
     model = load(run)
-    shown = {"folder": show, **options} if options or model.draws else None
+    shown = {"folder": show, **options} if options or can_draw(model) else None
     converse(model.chat(system, messages), images or [], shown, **_decoding(max_new_tokens))
 
 
@@ -94,6 +95,7 @@ def serve(
 ) -> None:
     """Serve a model over HTTP: OpenAI's chat completions, and a chat page at /."""
     from mllm.build import load
+    from mllm.readout.tokens import can_draw
 
     try:
         import uvicorn
@@ -114,7 +116,7 @@ def serve(
     )
     options = _showing(run, index, image_logit_bias, eager)
     model = load(run)
-    show = {"index": None, "image_logit_bias": 0.0, **options} if options or model.draws else None
+    show = {"index": None, "image_logit_bias": 0.0, **options} if options or can_draw(model) else None
     server = create_app(model, run.resolve().name, limits, show)
     uvicorn.run(server, host=host, port=port, log_level="info", timeout_keep_alive=5)
 

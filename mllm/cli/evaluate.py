@@ -1,14 +1,17 @@
-"""Commands that evaluate models, score predictions, and measure speed."""
+"""Define the commands that evaluate models, score predictions and measure speed."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mllm.cli.options import DataFolder, RunPath, SuiteName, SuiteOverrides
 from mllm.errors import MLLMError
+
+if TYPE_CHECKING:
+    from mllm.evaluation import Report
 
 
 def evaluate(
@@ -17,17 +20,16 @@ def evaluate(
     overrides: SuiteOverrides = None,
     data: DataFolder = None,
     limit: Annotated[int | None, typer.Option(min=1, help="The first items only.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Where the report goes; RUN/eval/SUITE if left out.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the report; RUN/eval/SUITE by default.")] = None,
     baselines: Annotated[
         str | None,
-        typer.Option(help="Of blind, shuffled (usual), mean-image, random-connector; with commas, or all, or none."),
+        typer.Option(help="Names with commas (blind,shuffled), all, or none; the suite's usual ones by default."),
     ] = None,
 ) -> None:
-    """Run a suite on a model, beside baselines; one that was killed goes on."""
+    """Run a suite on a model and its baselines; an evaluation that was killed continues."""
     from mllm.build import load
     from mllm.evaluation import evaluate as run_suite
 
-    every = {"all": ["blind", "shuffled", "mean-image", "random-connector"], "none": []}
     report = run_suite(
         load(run),
         suite,
@@ -35,10 +37,10 @@ def evaluate(
         limit=limit,
         out=out or run / "eval" / Path(suite).stem,
         run=str(run),
-        baselines=None if baselines is None else every.get(baselines, baselines.split(",")),
+        baselines=[] if baselines == "none" else baselines and baselines.split(","),
         overrides=overrides or [],
     )
-    if report.page:  # of several processes the main one alone
+    if report.page:  # only in the main process
         _print_table(report)
         typer.echo(f"Report: {report.page}")
 
@@ -49,24 +51,24 @@ def score(
     overrides: SuiteOverrides = None,
     data: DataFolder = None,
     limit: Annotated[int | None, typer.Option(min=1, help="The first items only.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Where the report goes; beside FILE if left out.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the report; next to FILE by default.")] = None,
 ) -> None:
     """Score a file of predictions that any system wrote."""
     from mllm.evaluation import score as run_score
 
-    place = out or predictions.with_name(f"{predictions.stem}-{Path(suite).stem}")
-    report = run_score(predictions, suite, data, limit=limit, out=place, overrides=overrides or [])
+    folder = out or predictions.with_name(f"{predictions.stem}-{Path(suite).stem}")
+    report = run_score(predictions, suite, data, limit=limit, out=folder, overrides=overrides or [])
     _print_table(report)
     typer.echo(f"Report: {report.page}")
 
 
 def compare(
     one: Annotated[Path, typer.Argument(metavar="EVAL", help="An evaluation's folder, RUN/eval/SUITE.")],
-    other: Annotated[Path, typer.Argument(metavar="OTHER", help="The one it is held against.")],
+    other: Annotated[Path, typer.Argument(metavar="OTHER", help="The evaluation to compare it with.")],
     data: DataFolder = None,
-    out: Annotated[Path | None, typer.Option(help="Where the report goes; EVAL/against-OTHER if left out.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the report; EVAL/against-OTHER by default.")] = None,
 ) -> None:
-    """Hold one evaluation against another of the same items and metrics, item by item."""
+    """Compare two evaluations of the same items and metrics, item by item."""
     from mllm.evaluation import compare as run_compare
 
     name = "-".join(part for part in other.parts if part not in ("/", "..", ".", "eval"))
@@ -76,46 +78,43 @@ def compare(
 
 
 def bench(
-    what: Annotated[str, typer.Argument(metavar="train|generate|eval|matrix", help="What is measured.")],
-    out: Annotated[Path, typer.Option(help="Folder of the figures, as JSON.")] = Path("runs/bench"),
-    repeats: Annotated[int, typer.Option(min=1, help="Pairs of runs; medians are shown.")] = 3,
-    only: Annotated[str | None, typer.Option(help="Of train: llava, heavy, target or share.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Of train: steps of an epoch, 4 by default.")] = None,
+    what: Annotated[str, typer.Argument(metavar="train|generate|eval|matrix", help="What to measure.")],
+    out: Annotated[Path, typer.Option(help="Folder of the results, as JSON.")] = Path("runs/bench"),
+    repeats: Annotated[int, typer.Option(min=1, help="Pairs of runs; the table has medians.")] = 3,
+    only: Annotated[str | None, typer.Option(help="Only for train: llava, heavy, target or share.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Only for train: steps of an epoch, 4 by default.")] = None,
 ) -> None:
-    """Measure speed beside the alternatives, or try all parts together (matrix). Speed wants a quiet machine."""
-    from importlib import import_module
+    """Measure speed next to the alternatives, on an otherwise idle machine, or try all parts together (matrix)."""
+    from mllm.evaluation import bench as run_bench
 
-    modules = {"train": "train", "generate": "generate", "eval": "evaluate", "matrix": "matrix"}
-    if what not in modules:
-        raise MLLMError(f"No bench is called {what!r}. There are: {', '.join(modules)}.")
-    own = {key: value for key, value in (("only", only), ("steps", steps)) if value is not None}
-    if own and what != "train":
-        raise MLLMError(f"--{next(iter(own))} is for `mllm bench train`. Leave it out.")
-    import_module(f"mllm.eval.bench.{modules[what]}").run(out=out, repeats=repeats, progress=typer.echo, **own)
+    options = {key: value for key, value in (("only", only), ("steps", steps)) if value is not None}
+    if options and what != "train":
+        raise MLLMError(f"--{next(iter(options))} is for `mllm bench train`. Leave it out.")
+    run_bench(what, out=out, repeats=repeats, progress=typer.echo, **options)
 
 
-def _print_table(report: Any) -> None:
+def _print_table(report: Report) -> None:
     from rich.console import Console
     from rich.table import Column, Table
 
     summary = report.summary
     table = Table(Column("metric", no_wrap=True), "of", Column("value", no_wrap=True), "gain over it")
     for entry in summary["metrics"]:
-        table.add_row(entry["name"], "the model", _figure(entry), "")
+        table.add_row(entry["name"], "the model", _value(entry), "")
         for name, other in entry["baselines"].items():
-            table.add_row("", name, f"{other['value']:.3f}", _signed(other))
+            table.add_row("", name, f"{other['value']:.3f}", _gain(other))
         table.add_section()
     Console().print(table)
     first = summary["metrics"][0]["name"] if summary["metrics"] else None
-    if first and 1 < len(summary["kinds"]) <= 10:  # of more the report tells
-        for kind, found in summary["kinds"].items():
-            typer.echo(f"{kind}: {first} {found[first]:.3f}, {found['n']} items" if first in found else kind)
+    if first and 1 < len(summary["kinds"]) <= 10:  # the page has them all
+        for kind, values in summary["kinds"].items():
+            typer.echo(f"{kind}: {first} {values[first]:.3f}, {values['n']} items" if first in values else kind)
     typer.echo(f"{summary['suite']}: {summary['n']} items; intervals are 95 %, by bootstrap over items.")
 
 
-def _figure(entry: dict[str, Any]) -> str:
+def _value(entry: dict[str, Any]) -> str:
     return f"{entry['value']:.3f}" + ("" if entry["low"] is None else f" [{entry['low']:.3f}, {entry['high']:.3f}]")
 
 
-def _signed(other: dict[str, Any]) -> str:
+def _gain(other: dict[str, Any]) -> str:
     return f"{other['gain']:+.3f}" + ("" if other["low"] is None else f" [{other['low']:+.3f}, {other['high']:+.3f}]")

@@ -6,7 +6,16 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 PARTS = ("encoder", "lm", "connector", "adapters", "heads", "tokens", "decoder")
 
@@ -29,6 +38,27 @@ class PartSpec(BaseModel):
     def options(self) -> dict[str, Any]:
         """Return the arguments of the part."""
         return dict(self.__pydantic_extra__ or {})
+
+
+class HeadSpec(PartSpec):
+    """A head by its registry name; a model has several of one type under different names."""
+
+    name: str = ""  # its type if left out; its path is heads.NAME
+
+    @model_validator(mode="after")
+    def _named(self) -> HeadSpec:
+        self.name = self.name or self.type
+        return self
+
+
+def _distinct(heads: list[HeadSpec]) -> list[HeadSpec]:
+    names = [head.name for head in heads]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"two heads are called {twice[0]!r}: give one of them another name, name: ...")
+    return heads
+
+
+Heads = Annotated[list[HeadSpec], AfterValidator(_distinct)]
 
 
 def listed(value: Any) -> Any:
@@ -147,7 +177,7 @@ class AssemblySpec(Spec):
     lm: LMSpec | None = None
     connector: PartSpec | None = None
     adapters: list[PartSpec] = []
-    heads: list[PartSpec] = []
+    heads: Heads = []
     tokens: list[str] = []
     decoder: PartSpec | None = None
     scorer: PartSpec | None = None

@@ -16,6 +16,7 @@ from mllm.config.parts import (
     AssemblySpec,
     EncoderSpec,
     FitSpec,
+    Heads,
     InitSpec,
     LMSpec,
     ObjectiveSpec,
@@ -56,7 +57,7 @@ class Settings(Spec):
     lm: LMSpec | None = None
     connector: PartSpec | None = None
     adapters: list[PartSpec] = []
-    heads: list[PartSpec] = []
+    heads: Heads = []
     tokens: list[str] = []
     decoder: PartSpec | None = None
     scorer: PartSpec | None = None

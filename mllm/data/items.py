@@ -53,15 +53,12 @@ def pieces_of(item: Item, prompt: PromptSpec, answer: str | None = None, lm: Any
     return [*before(item, prompt), *arrange(prompt.template, item.images, question_text(item, prompt)), *target]
 
 
-def before(item: Item, prompt: PromptSpec, separator: str = SEPARATOR, *, sighted: bool = True) -> tuple[Piece, ...]:
-    """Return an item's examples as the pieces that stand before it; without their pictures if not ``sighted``.
-
-    Of an example's several answers the most frequent one is told.
-    """
+def before(item: Item, prompt: PromptSpec, separator: str = SEPARATOR) -> tuple[Piece, ...]:
+    """Return an item's examples as the pieces before it; of an example's answers the most frequent one is used."""
     pieces: list[Piece] = []
     for shot in item.shots:
         answer = Counter(shot.answers).most_common(1)[0][0]
-        pieces += arrange(prompt.template, shot.images if sighted else (), question_text(shot, prompt))
+        pieces += arrange(prompt.template, shot.images, question_text(shot, prompt))
         pieces.append(answer_text(answer) + separator)
     return tuple(pieces)
 

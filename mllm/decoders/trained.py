@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from mllm.errors import MLLMError
 from mllm.model import Model
 from mllm.saving import trained_on
+from mllm.slots import ImageHead
 
 
-class Trained(nn.Module):
+class RunDecoder(nn.Module):
     """The model of such a run (``mllm train emoji-decoder``); a condition is one sentence vector ``(1, D)``.
 
     Args:
@@ -64,6 +65,6 @@ class Trained(nn.Module):
     @torch.no_grad()
     def draw(self, conditions: Tensor, seeds: Sequence[int]) -> list[Any]:
         """Return a PIL image for each of the conditions ``(N, 1, D)``, drawn with its seed."""
-        pixels = self.model.heads["pixels"](conditions[:, 0].float(), list(seeds))
+        pixels = self.model.find(ImageHead)(conditions[:, 0].float(), list(seeds))
         rows = (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         return [Image.fromarray(np.ascontiguousarray(row)) for row in rows]

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from transformers import AutoFeatureExtractor, AutoModel
 
-from mllm.encoders.base import Encoder, layer_of
+from mllm.encoders.base import PretrainedEncoder, layer_of
 from mllm.encoders.truncate import cut, until
 from mllm.errors import MLLMError
 from mllm.hub import loading as hub
 from mllm.media.sounds import Sound, open_sound
 
 
-class AudioModel(Encoder):
+class AudioModel(PretrainedEncoder):
     """An audio model of `transformers`, cut after what is used. A sound is padded with silence to one length.
 
     Args:
@@ -27,7 +27,7 @@ class AudioModel(Encoder):
         layer: index into the hidden states; None: the model's own output.
         select: ``patches`` or ``all``: a feature for each frame of time; ``pooled``: their mean.
         seconds: the length every sound is padded to, and may have; None: the model's own (Whisper: 30), else 10.
-        init: ``random`` keeps the architecture and draws new weights (a control).
+        init: ``random`` cacheable the architecture and draws new weights (a control).
         seed: of the random weights.
 
     Raises:
@@ -55,7 +55,7 @@ class AudioModel(Encoder):
         self.rate = int(self.processor.sampling_rate)
         own: Any = getattr(self.processor, "chunk_length", 10)
         self.seconds = float(own if seconds is None else seconds)
-        self.name_weights(folder, init)
+        self.set_fingerprint(folder, init)
         takes = inspect.signature(self.model.forward).parameters
         self._masks = "attention_mask" in takes and bool(getattr(self.processor, "return_attention_mask", False))
         self._states = {} if layer is None else {"output_hidden_states": True}
@@ -74,11 +74,6 @@ class AudioModel(Encoder):
         if cuts:
             self._states = {}
         self.num_patches, self.dim = (1 if select == "pooled" else raw.shape[1]), raw.shape[2]
-
-    @property
-    def fingerprint(self) -> str:
-        """Return what tells these weights from others."""
-        return self.weights_name()
 
     def settings(self) -> dict[str, Any]:
         """Return what, beside the weights, decides the features."""

@@ -1,4 +1,4 @@
-"""What every encoder is: pixels (or frames, or sound) to features ``(B, P, D_vis)``. The kinds are in ``encoders/``."""
+"""Share what encoders have in common: fingerprints, hidden states and the selection of patches."""
 
 from __future__ import annotations
 
@@ -6,71 +6,54 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mllm.errors import MLLMError
 from mllm.hub.fingerprints import fingerprint, tensor_hash
-from mllm.media.images import ImageSource, open_image
+from mllm.slots import Encoder
 
 
-class Encoder(nn.Module):
-    """A frozen part that features come from.
+class PretrainedEncoder(Encoder):
+    """An encoder with weights of its own, which its fingerprint is a hash of."""
 
-    Attributes:
-        dim: D_vis.
-        grid: (rows, columns) of the patches, or None where the features are no grid.
-        num_patches: P.
-        shape: of one picture as `preprocess` returns it.
-        keeps: whether features cost enough to be kept in the cache.
-    """
+    _folder: str
+    _hash: str | None
 
-    dim: int
-    grid: tuple[int, int] | None
-    num_patches: int
-    shape: tuple[int, ...]
-    keeps = True
+    def set_fingerprint(self, folder: str = "", init: str = "random") -> None:
+        """Choose what the fingerprint is a hash of: pretrained weights' files, or random weights as they are now.
+
+        Called at the end of the constructor, ``init`` says how the weights came.
+        """
+        self._folder = folder
+        self._hash = tensor_hash(self) if init == "random" and not on_meta() else None
 
     @property
     def fingerprint(self) -> str:
-        """Return what tells these weights from others."""
-        raise NotImplementedError
+        """Return a hash of the weights."""
+        return self._hash or fingerprint(self._folder)
 
-    def settings(self) -> dict[str, Any]:
-        """Return what, beside the weights, decides the features: part of a cache's key."""
-        raise NotImplementedError
 
-    def open(self, piece: Any) -> Any:
-        """Return a piece of a prompt as `preprocess` takes it: a picture. What is open already is returned as it is."""
-        return open_image(piece)
+class Shape(Encoder):
+    """An encoder of which only the shape of the features is known: enough for sizes, not for images.
 
-    def key(self, source: ImageSource) -> str:
-        """Return what a source's features are kept under: equal keys, equal features."""
-        return source.key()
+    Args:
+        dim: D_vis.
+        grid: rows and columns of the patches, or None.
+        patches: P, where there is no grid.
+    """
 
-    def preprocess(self, items: Sequence[Any]) -> Tensor:
-        """Return what the forward takes of opened pieces: pixels ``(B, 3, H, W)``, or of another form."""
-        raise NotImplementedError
+    def __init__(self, *, dim: int, grid: tuple[int, int] | None = None, patches: int | None = None) -> None:
+        super().__init__()
+        assert grid or patches
+        self.dim, self.grid = dim, grid and (grid[0], grid[1])
+        self.num_patches = grid[0] * grid[1] if grid else int(patches or 0)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Return features ``(B, P, D_vis)``."""
-        raise NotImplementedError
-
-    def name_weights(self, folder: str, init: str) -> None:
-        """Take the fingerprint: of pretrained weights from their files, of random ones before any is dropped."""
-        self._folder = folder
-        drawn = init == "random" and not on_paper()
-        self._drawn = tensor_hash(self) if drawn else None
-
-    def name_drawn(self) -> None:
-        """Take the fingerprint of tensors that are in memory, before any is dropped."""
-        self._drawn = None if on_paper() else tensor_hash(self)
-
-    def weights_name(self) -> str:
-        """Return the fingerprint that `name_weights` took."""
-        return self._drawn or fingerprint(self._folder)
+        """Return features of the right shape and no content ``(B, P, D_vis)``."""
+        return torch.zeros(len(pixels), self.num_patches, self.dim)
 
 
-def on_paper() -> bool:
+def on_meta() -> bool:
     """Whether parts are built on the meta device, from configurations alone."""
     return torch.get_default_device().type == "meta"
 

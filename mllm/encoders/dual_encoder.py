@@ -10,11 +10,11 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModel, AutoProcessor, BatchEncoding
 
-from mllm.encoders.base import Encoder
 from mllm.errors import MLLMError
 from mllm.hub import loading as hub
 from mllm.hub.fingerprints import fingerprint
 from mllm.media.images import open_image
+from mllm.slots import Encoder
 
 
 class JointSpace(Encoder):

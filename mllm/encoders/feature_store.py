@@ -85,7 +85,7 @@ class FeatureStore:
     def _awaited(self, source: ImageSource) -> Any:
         """Return an opened picture, or None where its features are kept."""
         encoder = self._model.encoder
-        if not self._model.sees_pixels:
+        if not self._model.encoder_trains:
             key = encoder.key(source)
             if key in self._kept or key in self._stored:
                 return None
@@ -134,7 +134,7 @@ def open_store(model: Any, cache: str) -> FeatureStore:
         cache: ``auto`` keeps up to 4 GiB in memory and in the user's cache folder, ``on`` without a limit, ``off``
             computes every feature each time it is needed.
     """
-    if cache == "off" or not model.encoder.keeps:
+    if cache == "off" or not model.encoder.cacheable:
         return FeatureStore(model, limit=0)
     return FeatureStore(model, limit=LIMIT if cache == "auto" else None, folder=place_of(model))
 

@@ -9,9 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mllm.encoders.base import Encoder
 from mllm.errors import MLLMError
 from mllm.media.images import ImageSource
+from mllm.slots import Encoder
 
 
 class Opened(tuple[Any, ...]):
@@ -49,7 +49,7 @@ class Fuse(Encoder):
         grids = {member.grid for member in self.of}
         self.dim, self.num_patches = (sum(widths), patches[0]) if fuse == "width" else (widths[0], sum(patches))
         self.grid = grids.pop() if fuse == "width" and len(grids) == 1 else None
-        self.keeps = any(getattr(member, "keeps", True) for member in self.of)
+        self.cacheable = any(member.cacheable for member in self.of)
 
     @property
     def fingerprint(self) -> str:

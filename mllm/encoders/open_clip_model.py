@@ -10,14 +10,14 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 
-from mllm.encoders.base import Encoder, on_paper
+from mllm.encoders.base import PretrainedEncoder, on_meta
 from mllm.encoders.preprocess import normalised
 from mllm.encoders.timm_model import explained, tokens_of
 from mllm.encoders.truncate import cut, until
 from mllm.errors import MLLMError, near
 
 
-class OpenClipModel(Encoder):
+class OpenClipModel(PretrainedEncoder):
     """The image tower of an open_clip model, whatever it is made of (ViT, ResNet, or one of timm's).
 
     Args:
@@ -50,7 +50,7 @@ class OpenClipModel(Encoder):
         name = model.removeprefix("open-clip/")
         self.model: Any
         self.model, self.config = _created(name, weights, init, resolution, seed)
-        self.name_drawn()
+        self.set_fingerprint()
         size = self.config["size"]
         self.size = int(size if isinstance(size, int) else size[0])
         self.shape = (3, self.size, self.size)
@@ -58,11 +58,6 @@ class OpenClipModel(Encoder):
         self._prefix = self._count_prefix(raw)
         features, self.grid = tokens_of(raw, self.select, self._prefix)
         self.num_patches, self.dim = features.shape[1], features.shape[2]
-
-    @property
-    def fingerprint(self) -> str:
-        """Return a hash of all tensors that were loaded."""
-        return self.weights_name()
 
     def settings(self) -> dict[str, Any]:
         """Return what, beside the weights, decides the features."""
@@ -113,7 +108,7 @@ def _created(
         raise MLLMError("encoder.type=open-clip needs open_clip: pip install 'mllm-assembly[open-clip]'.") from None
     if name not in open_clip.list_models():
         raise MLLMError(f"open_clip has no model {name!r}. {near(name, open_clip.list_models())}")
-    loads = init == "pretrained" and not on_paper()
+    loads = init == "pretrained" and not on_meta()
     if loads and weights is None:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
         raise MLLMError(f"encoder.weights is missing: give a file, or a tag of open_clip ({name} has: {tags}).")

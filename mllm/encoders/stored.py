@@ -14,10 +14,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mllm.encoders.base import Encoder
 from mllm.errors import MLLMError, near
 from mllm.hub.fingerprints import file_hash
 from mllm.media.images import ImageFile, ImageSource, source_of
+from mllm.slots import Encoder
 
 
 class StoredFeatures(Encoder):
@@ -35,7 +35,7 @@ class StoredFeatures(Encoder):
         MLLMError: no such file, or no tensor of the right form in it.
     """
 
-    keeps = False
+    cacheable = False
 
     def __init__(
         self,

@@ -13,13 +13,13 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 
-from mllm.encoders.base import Encoder, on_paper, selected
+from mllm.encoders.base import PretrainedEncoder, on_meta, selected
 from mllm.encoders.preprocess import normalised
 from mllm.encoders.truncate import cut, until
 from mllm.errors import MLLMError, near
 
 
-class TimmModel(Encoder):
+class TimmModel(PretrainedEncoder):
     """An image model of timm.
 
     Args:
@@ -51,18 +51,13 @@ class TimmModel(Encoder):
         self.layer, self.select = layer, select
         timm = _timm()
         self.model: Any = _created(timm, model.removeprefix("timm/"), weights, init, seed)
-        self.name_drawn()
+        self.set_fingerprint()
         self.config = timm.data.resolve_model_data_config(self.model)
         self.size, self.model = _resized(self.model, resolution, self.config)
         self.shape = (3, self.size, self.size)
         raw, _ = explained(lambda: cut(self.model, lambda: self._raw(torch.zeros(1, *self.shape))), model, self.size)
         features, self.grid = self._tokens(raw)
         self.num_patches, self.dim = features.shape[1], features.shape[2]
-
-    @property
-    def fingerprint(self) -> str:
-        """Return a hash of all tensors that were loaded."""
-        return self.weights_name()
 
     def settings(self) -> dict[str, Any]:
         """Return what, beside the weights, decides the features."""
@@ -161,7 +156,7 @@ def _created(timm: Any, name: str, weights: str | None, init: str, seed: int) ->
     """Return a model without its classifier, its weights loaded or drawn."""
     if not timm.is_model(name):
         raise MLLMError(f"timm has no model {name!r}. {near(name, timm.list_models())}")
-    loads = init == "pretrained" and not on_paper()
+    loads = init == "pretrained" and not on_meta()
     options = {"pretrained_cfg_overlay": {"file": weights}} if weights is not None else {}
     try:
         with torch.random.fork_rng(devices=[]):

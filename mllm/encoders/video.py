@@ -14,10 +14,10 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from mllm.encoders.base import Encoder
 from mllm.errors import MLLMError
 from mllm.media.images import ImageSource
 from mllm.media.videos import Clip, open_clip
+from mllm.slots import Encoder
 
 
 class Video(Encoder):
@@ -55,8 +55,8 @@ class Video(Encoder):
         self.dim, self.num_patches = self.of.dim, left * self.of.num_patches
         grid = self.of.grid
         self.grid = (left * grid[0], grid[1]) if grid else None  # the frames, one below the other
-        self.keeps = getattr(self.of, "keeps", True)
-        self.shape = (frames, *getattr(self.of, "shape", ()))
+        self.cacheable = self.of.cacheable
+        self.shape = (frames, *self.of.shape)
 
     @property
     def fingerprint(self) -> str:

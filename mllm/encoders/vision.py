@@ -19,13 +19,13 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModel
 
-from mllm.encoders.base import Encoder, layer_of, selected, sizes_of
+from mllm.encoders.base import PretrainedEncoder, layer_of, selected, sizes_of
 from mllm.encoders.truncate import cut, until
 from mllm.errors import MLLMError
 from mllm.hub import loading as hub
 
 
-class VisionModel(Encoder):
+class VisionModel(PretrainedEncoder):
     """A vision model of `transformers`, or the vision tower of a model with several, cut after what is used.
 
     Args:
@@ -34,7 +34,7 @@ class VisionModel(Encoder):
         select: ``patches`` (no CLS or register tokens), ``pooled`` (one vector: the model's own, or the mean of the
             patches), ``all`` (every token).
         resolution: side of the square input in pixels; None: the image processor's.
-        init: ``random`` keeps the architecture and draws new weights (a control).
+        init: ``random`` cacheable the architecture and draws new weights (a control).
         seed: of the random weights.
 
     Raises:
@@ -60,7 +60,7 @@ class VisionModel(Encoder):
         native = _side(self.processor, self.model.config)
         self.size = resolution or native
         _check_divides(self.size, native, self.model.config)
-        self.name_weights(folder, init)
+        self.set_fingerprint(folder, init)
         self._states = {} if layer is None else {"output_hidden_states": True}
         self._constant = self._constants()
         raw, cuts = self._try(model, native)
@@ -68,11 +68,6 @@ class VisionModel(Encoder):
             self._states = {}  # the forward ends before they would be returned
         features, self.grid = self._tokens(raw)
         self.num_patches, self.dim = features.shape[1], features.shape[2]
-
-    @property
-    def fingerprint(self) -> str:
-        """Return what tells these weights from others."""
-        return self.weights_name()
 
     def settings(self) -> dict[str, Any]:
         """Return what, beside the weights, decides the features: part of a cache's key."""

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from mllm.data.items import Item
 from mllm.errors import MLLMError
 from mllm.fits.regression import NormalEquations, put
+from mllm.model import Model
 from mllm.prompts.pieces import Piece
+from mllm.slots import missing
 
 
 @dataclass(frozen=True)
@@ -74,41 +76,48 @@ class Fit:
     """A closed form of one part.
 
     Args:
+        part: the path of what is fitted: ``connector``, or ``heads.NAME``.
         strength: what is added to the sides' covariance, as a share of their mean variance.
         chunk: rows at once.
     """
 
-    told = "explained"  # what the number is that it returns
+    measure = "explained"  # the name of the number that it returns
+    needs: Sequence[type] = ()  # contracts of `mllm.slots` that the model must have a part for
 
-    def __init__(self, *, strength: float = 0.01, chunk: int = 64) -> None:
-        self.strength, self.chunk = strength, chunk
+    def __init__(self, *, part: str, strength: float = 0.01, chunk: int = 64) -> None:
+        self.path, self.strength, self.chunk = part, strength, chunk
 
-    def problems(self, model: Any) -> list[str]:
-        """Return what the model has not that this needs, and what to give; called before there are weights, too."""
-        raise NotImplementedError
+    def part(self, model: Model) -> Any:
+        """Return the part of the model that is fitted."""
+        return model.get_submodule(self.path)
 
-    def sums(self, model: Any) -> Any:
+    def problems(self, model: Model) -> list[str]:
+        """Return what the model lacks, and what to give; called on the meta device, too."""
+        absent = [f"fits {self.path}, which the model does not have."] if self.path not in dict(model.parts()) else []
+        return absent + [f"fits {self.path}, for which it needs {missing(k)}." for k in self.needs if not model.has(k)]
+
+    def sums(self, model: Model) -> Any:
         """Return the sums, empty: ``add(x, y)`` takes rows of the widths ``x_dim`` and ``y_dim``."""
         raise NotImplementedError
 
-    def rows(self, model: Any, data: Material) -> Iterator[tuple[Tensor, Tensor]]:
+    def rows(self, model: Model, data: Material) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield rows of both sides, ``(N, X)`` and ``(N, Y)``."""
         raise NotImplementedError
 
-    def solve(self, model: Any, sums: Any) -> Any:
+    def solve(self, model: Model, sums: Any) -> Any:
         """Return the sums' solution."""
         raise NotImplementedError
 
-    def put(self, model: Any, sums: Any, solution: Any) -> float:
+    def put(self, model: Model, sums: Any, solution: Any) -> float:
         """Set the part to the solution, and return how well it could be done, from 0 to 1."""
         raise NotImplementedError
 
     @torch.no_grad()
-    def __call__(self, model: Any, data: Material) -> float:
+    def __call__(self, model: Model, data: Material) -> float:
         """Fit the part, and return how well it could be done, from 0 to 1.
 
         Raises:
-            MLLMError: the model has not what is needed, or the data holds nothing to learn from.
+            MLLMError: the model lacks what is needed, or the data holds nothing to learn from.
         """
         for problem in self.problems(model):
             raise MLLMError(f"stages.fit {problem}")
@@ -119,25 +128,26 @@ class Fit:
 
 
 class Ridge(Fit):
-    """A closed form of one linear map: a ridge from what it is applied to, to what is to come of it.
+    """A closed form of one linear map: a ridge regression from its inputs to its targets.
 
     It returns the share of the targets' variance that the map explains.
     """
 
-    def project(self, model: Any) -> nn.Linear:
-        """Return the map."""
-        raise NotImplementedError
+    def project(self, model: Model) -> nn.Linear:
+        """Return the map: the part's ``project``."""
+        project: nn.Linear = self.part(model).project
+        return project
 
-    def sums(self, model: Any) -> NormalEquations:
+    def sums(self, model: Model) -> NormalEquations:
         """Return the sums, empty."""
         project = self.project(model)
         return NormalEquations(project.in_features, project.out_features)
 
-    def solve(self, model: Any, sums: NormalEquations) -> tuple[Tensor, Tensor]:
+    def solve(self, model: Model, sums: NormalEquations) -> tuple[Tensor, Tensor]:
         """Return weights ``(X, Y)`` and intercept ``(Y,)``."""
         return sums.solve("ridge", self.strength)
 
-    def put(self, model: Any, sums: NormalEquations, solution: tuple[Tensor, Tensor]) -> float:
+    def put(self, model: Model, sums: NormalEquations, solution: tuple[Tensor, Tensor]) -> float:
         """Set the map."""
         put(self.project(model), *solution)
         return sums.explained(solution[0])

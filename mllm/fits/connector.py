@@ -14,19 +14,21 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mllm.data.items import Item
 from mllm.errors import MLLMError
 from mllm.fits.base import Fit, Material
 from mllm.fits.regression import NormalEquations
 from mllm.lms.vocabulary import lexicon
+from mllm.model import Model
 from mllm.prompts.pieces import answer_text
+from mllm.slots import EmbedsTexts, SentenceModel
 
 SOLVERS = ("ridge", "least-squares", "procrustes")
 
 
-class Connector(Fit):
+class ConnectorFit(Fit):
     """Sets the connector's last linear map, so that its output has the scale of embeddings.
 
     Every token gets the same map. What stands before the map (pooling, or a body with random weights) stays as it is.
@@ -43,32 +45,38 @@ class Connector(Fit):
     """
 
     def __init__(
-        self, *, solver: str = "ridge", targets: str = "caption-words", strength: float = 0.01, chunk: int = 64
+        self,
+        *,
+        part: str = "connector",
+        solver: str = "ridge",
+        targets: str = "caption-words",
+        strength: float = 0.01,
+        chunk: int = 64,
     ) -> None:
-        super().__init__(strength=strength, chunk=chunk)
+        super().__init__(part=part, strength=strength, chunk=chunk)
         if solver not in SOLVERS:
             raise MLLMError(f"stages.fit of connector has solver {solver!r}: expected one of {', '.join(SOLVERS)}.")
         self.solver, self.targets = solver, targets
 
-    def problems(self, model: Any) -> list[str]:
-        """Return what the model has not that this needs, and what to give."""
-        found = []
-        if not can_be_fitted(model.connector):
-            found.append("fits the connector, which does not end in a linear map: take another type.")
-        if self.targets == "tokens" and not hasattr(model.encoder, "embed_texts"):
-            found.append("fits tokens, whose strings this encoder has no place for: encoder.type=dual-encoder.")
+    def problems(self, model: Model) -> list[str]:
+        """Return what the model lacks, and what to give."""
+        problems = []
+        if model.connector is None or model.connector.linear() is None:
+            problems.append("fits the connector, which does not end in a linear map: take another type.")
+        if self.targets == "tokens" and not model.has(EmbedsTexts):
+            problems.append("fits tokens, whose strings this encoder does not embed: encoder.type=dual-encoder.")
         if self.targets == "sentences":
-            if not hasattr(model.lm, "sentences"):
-                found.append("fits sentences, and the model has no vectors of them: lm.type=sentences.")
-        elif not model.speaks:
-            found.append("fits words, and this lm has sentences only: stages.fit.targets=sentences.")
-        return found
+            if not model.has(SentenceModel):
+                problems.append("fits sentences, and the model has no vectors of them: lm.type=sentences.")
+        elif not model.generates_text:
+            problems.append("fits words, and this lm has sentences only: stages.fit.targets=sentences.")
+        return problems
 
-    def sums(self, model: Any) -> NormalEquations:
+    def sums(self, model: Model) -> NormalEquations:
         """Return the sums, empty."""
-        return NormalEquations(model.connector.project.in_features, model.lm.dim)
+        return NormalEquations(_linear(model).in_features, model.lm.dim)
 
-    def rows(self, model: Any, data: Material) -> Iterator[tuple[Tensor, Tensor]]:
+    def rows(self, model: Model, data: Material) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield what the map is applied to ``(N, X)``, and the embeddings ``(N, D_lm)`` that are to come of it."""
         if self.targets == "tokens":
             yield from self._tokens(model, data)
@@ -77,20 +85,20 @@ class Connector(Fit):
         for part, seen in data.seen(self.chunk):
             yield model.connector.body(seen).mean(1), target(part)
 
-    def solve(self, model: Any, sums: NormalEquations) -> tuple[Tensor, Tensor]:
+    def solve(self, model: Model, sums: NormalEquations) -> tuple[Tensor, Tensor]:
         """Return weights ``(X, D_lm)`` and intercept ``(D_lm,)``."""
         return sums.solve(self.solver, self.strength)
 
-    def put(self, model: Any, sums: NormalEquations, solution: tuple[Tensor, Tensor]) -> float:
+    def put(self, model: Model, sums: NormalEquations, solution: tuple[Tensor, Tensor]) -> float:
         """Set the map, and return the share of the targets' variance that it explains."""
         weights, intercept = solution
-        project = model.connector.project
+        project = _linear(model)
         tokens = project.out_features // len(intercept)  # one vector may give several tokens
         project.weight.copy_(weights.T.repeat(tokens, 1))
         project.bias.copy_(intercept.repeat(tokens))
         return sums.explained(weights)
 
-    def _tokens(self, model: Any, data: Material) -> Iterator[tuple[Tensor, Tensor]]:
+    def _tokens(self, model: Model, data: Material) -> Iterator[tuple[Tensor, Tensor]]:
         words = lexicon(model.lm)
         for start in data.track(range(0, len(words), self.chunk)):
             part = words[start : start + self.chunk]
@@ -102,7 +110,7 @@ class Connector(Fit):
 class _Words:
     """The words' embeddings ``(N, D_lm)`` of items, weighted by how rare they are in all of them."""
 
-    def __init__(self, model: Any, items: Sequence[Item]) -> None:
+    def __init__(self, model: Model, items: Sequence[Item]) -> None:
         self.lm, self.weight = model.lm, rarity(model.lm, items)
 
     def __call__(self, part: Sequence[Item]) -> Tensor:
@@ -112,7 +120,7 @@ class _Words:
 class _Sentences:
     """The mean vectors ``(N, D_lm)`` of items' captions."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Model) -> None:
         self.lm = model.lm
 
     def __call__(self, part: Sequence[Item]) -> Tensor:
@@ -121,9 +129,10 @@ class _Sentences:
         return torch.stack([torch.stack([vectors[text] for text in item.answers]).mean(0) for item in part])
 
 
-def can_be_fitted(connector: Any) -> bool:
-    """Whether a connector is a ``body`` and a linear map, ``project``, behind it."""
-    return hasattr(connector, "body") and isinstance(getattr(connector, "project", None), torch.nn.Linear)
+def _linear(model: Model) -> nn.Linear:
+    linear: nn.Linear | None = model.connector.linear()
+    assert linear is not None
+    return linear
 
 
 def words_embedding(lm: Any, item: Item, weight: dict[int, float]) -> Tensor:

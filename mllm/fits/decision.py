@@ -7,32 +7,31 @@ it is taken off as their mean.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mllm.fits.base import Material, Ridge
+from mllm.model import Model
 from mllm.prompts.pieces import images_of
-from mllm.readout.decision import HEAD, LABELS, labelled, states_at
+from mllm.readout.decision import labelled, states_at
+from mllm.slots import DECISIONS, DecisionHead, LanguageModel
 
 
-class Decision(Ridge):
+class DecisionFit(Ridge):
     """Sets the head's map. Examples of about one length are read together."""
 
-    def __init__(self, *, strength: float = 0.01, chunk: int = 32) -> None:
-        super().__init__(strength=strength, chunk=chunk)
+    needs = (LanguageModel, DecisionHead)
 
-    def problems(self, model: Any) -> list[str]:
-        """Return what the model has not that this needs, and what to give."""
-        return [] if HEAD in model.heads else [f"fits decisions: give heads: [{{type: {HEAD}}}]."]
+    def __init__(self, *, part: str, strength: float = 0.01, chunk: int = 32) -> None:
+        super().__init__(part=part, strength=strength, chunk=chunk)
 
-    def project(self, model: Any) -> nn.Linear:
+    def project(self, model: Model) -> nn.Linear:
         """Return the head's map."""
-        project: nn.Linear = model.heads[HEAD].judge
+        project: nn.Linear = self.part(model).judge
         return project
 
-    def rows(self, model: Any, data: Material) -> Iterator[tuple[Tensor, Tensor]]:
+    def rows(self, model: Model, data: Material) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield states ``(N, D_lm)`` at the head's token, and labels ``(N, 2)``, one of a row's being 1."""
         known = [labelled(row) for row in data.examples()]
         known.sort(key=lambda example: sum(len(piece) for piece in example[0] if isinstance(piece, str)))
@@ -40,4 +39,4 @@ class Decision(Ridge):
             prompts, labels = zip(*known[start : start + self.chunk], strict=True)
             images = [image for prompt in prompts for image in images_of(prompt)]
             states = states_at(model, prompts, model.connector(model.features(images)) if images else None)
-            yield states.float(), torch.eye(len(LABELS))[list(labels)]
+            yield states.float(), torch.eye(len(DECISIONS))[list(labels)]

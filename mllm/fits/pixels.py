@@ -7,40 +7,32 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 
 from mllm.data.items import Item
 from mllm.errors import MLLMError
 from mllm.fits.base import Material, Ridge
+from mllm.model import Model
+from mllm.slots import SentenceModel
 
-HEAD = "pixels"
 ITERATIONS = 2  # of the components' randomised search
 
 
-class Pictures(Ridge):
+class PixelsFit(Ridge):
     """Sets the head's components to the pictures' main ones, and its map from captions to those.
 
     Every caption of a picture is a row of the regression. Components that there are too few pictures for are 0.
     """
 
-    def __init__(self, *, strength: float = 0.01, chunk: int = 256) -> None:
-        super().__init__(strength=strength, chunk=chunk)
+    needs = (SentenceModel,)
 
-    def problems(self, model: Any) -> list[str]:
-        """Return what the model has not that this needs, and what to give."""
-        if HEAD in model.heads and hasattr(model.lm, "sentences"):
-            return []
-        return [f"fits pictures: give lm.type=sentences and heads: [{{type: {HEAD}}}]."]
+    def __init__(self, *, part: str, strength: float = 0.01, chunk: int = 256) -> None:
+        super().__init__(part=part, strength=strength, chunk=chunk)
 
-    def project(self, model: Any) -> nn.Linear:
-        """Return the head's map."""
-        project: nn.Linear = model.heads[HEAD].project
-        return project
-
-    def rows(self, model: Any, data: Material) -> Iterator[tuple[Tensor, Tensor]]:
+    def rows(self, model: Model, data: Material) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield what the map is applied to, of captions' vectors, and their pictures' places among the components."""
-        head = model.heads[HEAD]
+        head = self.part(model)
         items = data.readable([item for item in data.captioned if item.images])
         places = _places(head, items)
         known = _vectors(model.lm, items)

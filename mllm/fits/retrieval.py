@@ -8,19 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from random import Random
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
 from mllm.errors import MLLMError
 from mllm.fits.base import Fit, Material
 from mllm.fits.regression import Correlation, Maps, put
+from mllm.model import Model
 from mllm.prompts.pieces import answer_text
 from mllm.readout.states import read_texts
-from mllm.readout.tokens import HEAD, known_tokens, token_id
+from mllm.readout.tokens import image_tokens
+from mllm.slots import Encoder, LanguageModel, RetrievalHead
 
 
-class Retrieval(Fit):
+class RetrievalFit(Fit):
     """Sets the head's two maps; its scale stays. Of each picture's captions one is drawn.
 
     Args:
@@ -32,40 +34,33 @@ class Retrieval(Fit):
         MLLMError: another solver.
     """
 
-    told = "correlation"
+    measure = "correlation"
+    needs = (LanguageModel, Encoder, RetrievalHead)
 
-    def __init__(self, *, solver: Literal["correlation"], strength: float = 0.01, chunk: int = 64) -> None:
-        super().__init__(strength=strength, chunk=chunk)
+    def __init__(self, *, part: str, solver: Literal["correlation"], strength: float = 0.01, chunk: int = 64) -> None:
+        super().__init__(part=part, strength=strength, chunk=chunk)
         if solver != "correlation":
             raise MLLMError(f"stages.fit of heads.retrieval has solver {solver!r}: expected correlation.")
 
-    def problems(self, model: Any) -> list[str]:
-        """Return what the model has not that this needs, and what to give."""
-        try:
-            token_id(model)
-        except MLLMError as error:
-            return [f"fits the retrieval head. {error}"]
-        return []
-
-    def sums(self, model: Any) -> Correlation:
+    def sums(self, model: Model) -> Correlation:
         """Return the sums, empty."""
-        head = model.heads[HEAD]
+        head = self.part(model)
         return Correlation(head.text.in_features, head.image.in_features)
 
-    def rows(self, model: Any, data: Material) -> Iterator[tuple[Tensor, Tensor]]:
+    def rows(self, model: Model, data: Material) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield captions' states ``(N, D_lm)`` at the head's token, and pictures' mean features ``(N, D_vis)``."""
-        which = known_tokens(model).index(model.heads[HEAD].token)
+        which = image_tokens(model).index(self.part(model).tokens[0])
         for part, seen in data.seen(self.chunk):
             texts = [answer_text(Random(f"{data.seed}/{item.id}").choice(item.answers)) for item in part]
             yield read_texts(model, texts)[0][:, which], seen.float().mean(1)
 
-    def solve(self, model: Any, sums: Correlation) -> Maps:
+    def solve(self, model: Model, sums: Correlation) -> Maps:
         """Return the maps."""
-        return sums.solve(model.heads[HEAD].dim, self.strength)
+        return sums.solve(self.part(model).dim, self.strength)
 
-    def put(self, model: Any, sums: Correlation, solution: Maps) -> float:
+    def put(self, model: Model, sums: Correlation, solution: Maps) -> float:
         """Set the maps, and return the mean of the correlations, as they are scaled."""
-        head = model.heads[HEAD]
+        head = self.part(model)
         put(head.text, solution.x.T, solution.x_bias)
         put(head.image, solution.y.T, solution.y_bias)
         return float(solution.correlations.mean())

@@ -1,4 +1,4 @@
-"""Learning to say what is in a picture: the language model's own loss."""
+"""Train on captions and answers: the language model's own loss."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor
 
 from mllm.prompts.batch import IGNORED, Batch
 from mllm.prompts.pieces import Piece
-from mllm.slots import Inputs
+from mllm.slots import Inputs, LanguageModel
 
 
 class Caption:
     """The negative log-likelihood of the target tokens: captions, answers, what an assistant says."""
 
-    needs = ("lm",)
-    apart = True  # its sum is of each example's own, whichever stand beside it
+    needs = (LanguageModel,)
+    per_example = True
 
     def count(self, rows: Sequence[Sequence[Piece]], batch: Batch | None) -> int:
         """Return the number of target tokens."""

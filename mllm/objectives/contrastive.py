@@ -12,11 +12,13 @@ from torch.nn.functional import cross_entropy, normalize
 from mllm.errors import MLLMError
 from mllm.prompts.batch import Batch
 from mllm.prompts.pieces import Piece, Target, images_of
-from mllm.slots import Inputs
+from mllm.slots import Connector, Inputs, LanguageModel, SentenceModel
 
 
 class ImageTextPairs:
-    """What these objectives share: they count pairs."""
+    """What objectives on pairs share: they count pairs, and the other pairs of the batch are negatives."""
+
+    per_example = False
 
     def count(self, rows: Sequence[Sequence[Piece]], batch: Batch | None) -> int:
         """Return the number of pairs."""
@@ -33,7 +35,7 @@ class Contrastive(ImageTextPairs):
         temperature: what the cosines are divided by.
     """
 
-    needs = ("lm.sentences", "connector")
+    needs = (SentenceModel, Connector)
 
     def __init__(self, *, temperature: float = 0.05) -> None:
         if temperature <= 0:
@@ -62,7 +64,7 @@ class PatchContrastive(ImageTextPairs):
         temperature: what similarities are divided by.
     """
 
-    needs = ("lm", "connector")
+    needs = (LanguageModel, Connector)
 
     def __init__(self, *, temperature: float = 0.07) -> None:
         self.temperature = temperature

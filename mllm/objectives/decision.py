@@ -10,14 +10,15 @@ from torch.nn.functional import cross_entropy
 
 from mllm.prompts.batch import Batch
 from mllm.prompts.pieces import Piece
-from mllm.readout.decision import HEAD, labelled, states_at
-from mllm.slots import Inputs
+from mllm.readout.decision import labelled, states_at
+from mllm.slots import DecisionHead, Inputs, LanguageModel
 
 
 class Decision:
     """The negative log-likelihood of an example's label, its target, at the token put behind what stands before it."""
 
-    needs = ("lm", "tokens", f"heads.{HEAD}")
+    needs = (LanguageModel, DecisionHead)
+    per_example = False
 
     def count(self, rows: Sequence[Sequence[Piece]], batch: Batch | None) -> int:
         """Return the number of examples."""
@@ -26,8 +27,8 @@ class Decision:
     def __call__(self, inputs: Inputs) -> Tensor:
         """Return the sum over examples."""
         prompts, labels = zip(*map(labelled, inputs.rows), strict=True)
-        trains = inputs.model.adapts or any(p.requires_grad for p in inputs.model.tokens.parameters())
+        trains = inputs.model.lm_trains or any(p.requires_grad for p in inputs.model.tokens.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
             states = states_at(inputs.model, prompts, inputs.visual)
-        logits = inputs.model.heads[HEAD](states)
+        logits = inputs.model.find(DecisionHead)(states)
         return cross_entropy(logits, torch.tensor(labels, device=logits.device), reduction="sum")

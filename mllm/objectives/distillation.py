@@ -12,7 +12,7 @@ from mllm.errors import MLLMError
 from mllm.prompts.batch import Batch
 from mllm.prompts.pieces import Piece, images_of
 from mllm.readout.states import captions, read_captions
-from mllm.slots import Inputs
+from mllm.slots import ConditionHead, Denoises, ImageDecoder, Inputs, LanguageModel, RestoresStates
 
 LIMIT = 2 * 2**30  # bytes of conditions that are kept
 
@@ -28,7 +28,8 @@ class Distillation:
             language model's states from the condition is held against those by the same distance.
     """
 
-    needs = ("lm", "tokens", "painter", "decoder")
+    needs = (LanguageModel, ConditionHead, ImageDecoder)
+    per_example = False
 
     def __init__(self, *, distance: Literal["norm", "squared"] = "norm") -> None:
         self.distance = distance
@@ -40,25 +41,26 @@ class Distillation:
 
     def __call__(self, inputs: Inputs) -> Tensor:
         """Return the sum over captions."""
-        said, head = read_captions(inputs), inputs.model.painter
-        made = head(said.states, said.embeddings)  # (N, L, W)
-        loss = self._apart(made, self._wanted(inputs.model.decoder, [text.strip() for text in said.texts]))
-        if hasattr(head, "restore"):
-            loss = loss + self._apart(head.restore(made), said.states.detach())
+        captions_read, head = read_captions(inputs), inputs.model.find(ConditionHead)
+        conditions = head(captions_read.states, captions_read.embeddings)  # (N, L, W)
+        targets = self._targets(inputs.model.find(ImageDecoder), [text.strip() for text in captions_read.texts])
+        loss = self._distance(conditions, targets)
+        if isinstance(head, RestoresStates):
+            loss = loss + self._distance(head.restore(conditions), captions_read.states.detach())
         return loss.sum()
 
-    def _apart(self, one: Tensor, other: Tensor) -> Tensor:
+    def _distance(self, one: Tensor, other: Tensor) -> Tensor:
         """Return the distance ``(N,)`` of ``(N, L, W)`` and the same."""
         difference = one.float() - other.to(one.device).float()
         return difference.norm(dim=-1).mean(-1) if self.distance == "norm" else difference.square().mean((-1, -2))
 
     @torch.no_grad()
-    def _wanted(self, decoder: object, texts: list[str]) -> Tensor:
+    def _targets(self, decoder: ImageDecoder, texts: list[str]) -> Tensor:
         """Return the text encoder's output ``(N, L, W)``, that of new texts computed and, up to a limit, kept."""
         new = [text for text in dict.fromkeys(texts) if text not in self._known]
-        found = dict(zip(new, decoder.encode(new), strict=True)) if new else {}  # type: ignore[attr-defined]
-        known = {**found, **{text: self._known[text] for text in texts if text in self._known}}
-        for text, condition in found.items():
+        computed = dict(zip(new, decoder.encode(new), strict=True)) if new else {}
+        known = {**computed, **{text: self._known[text] for text in texts if text in self._known}}
+        for text, condition in computed.items():
             if (len(self._known) + 1) * condition.numel() * condition.element_size() <= LIMIT:
                 self._known[text] = condition.clone()
         return torch.stack([known[text] for text in texts])
@@ -71,7 +73,8 @@ class ScoreDistillation:
     head has to say is what helps to take noise off the image, whatever a text encoder would say.
     """
 
-    needs = ("lm", "tokens", "painter", "decoder.denoise")
+    needs = (LanguageModel, ConditionHead, Denoises)
+    per_example = False
 
     def count(self, rows: Sequence[Sequence[Piece]], batch: Batch | None) -> int:
         """Return the number of captions that have an image before them."""
@@ -79,12 +82,12 @@ class ScoreDistillation:
 
     def __call__(self, inputs: Inputs) -> Tensor:
         """Return the sum over captions."""
-        said = read_captions(inputs)
+        captions_read = read_captions(inputs)
         images = [image for row in inputs.rows for image in images_of(row)]
-        pairs = [(row, images[place]) for row, place in enumerate(said.images) if place is not None]
+        pairs = [(row, images[index]) for row, index in enumerate(captions_read.images) if index is not None]
         if not pairs:
-            raise MLLMError("No example of a batch has a caption behind an image, which the condition is learnt from.")
-        own = [row for row, _ in pairs]
-        conditions = inputs.model.painter(said.states[own], said.embeddings[own])
-        losses: Tensor = inputs.model.decoder.denoise([image for _, image in pairs], conditions)
-        return losses.sum()
+            raise MLLMError("No example of a batch has a caption behind an image, which the condition is learned from.")
+        rows = [row for row, _ in pairs]
+        head = inputs.model.find(ConditionHead)
+        conditions = head(captions_read.states[rows], captions_read.embeddings[rows])
+        return inputs.model.find(Denoises).denoise([image for _, image in pairs], conditions).sum()

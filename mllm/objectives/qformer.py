@@ -6,13 +6,15 @@ each looks at its own share. Every pair counts the same.
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from mllm.errors import MLLMError
 from mllm.objectives.contrastive import ImageTextPairs, both_ways, captions_of
-from mllm.slots import Inputs
+from mllm.slots import ContrastHead, Inputs, MatchHead, ReadsText
 
 
 class ImageTextContrast(ImageTextPairs):
@@ -22,7 +24,7 @@ class ImageTextContrast(ImageTextPairs):
         smoothing: of the labels.
     """
 
-    needs = ("connector.joint", "heads.contrast")
+    needs = (ReadsText, ContrastHead)
 
     def __init__(self, *, smoothing: float = 0.1) -> None:
         self.smoothing = smoothing
@@ -39,7 +41,7 @@ class ImageTextMatching(ImageTextPairs):
     picture, drawn from the batch, the more likely the more alike the contrast finds them.
     """
 
-    needs = ("connector.joint", "heads.contrast", "heads.match")
+    needs = (ReadsText, ContrastHead, MatchHead)
 
     def __call__(self, inputs: Inputs) -> Tensor:
         """Return the sum over pairs, of each the mean over the three."""
@@ -56,13 +58,13 @@ class ImageTextMatching(ImageTextPairs):
             "matching",
         )
         true = torch.arange(3 * len(ids), device=ids.device) < len(ids)
-        return cross_entropy(inputs.model.heads["match"](queries).float(), true.long(), reduction="sum") / 3
+        return cross_entropy(inputs.model.find(MatchHead).match(queries).float(), true.long(), reduction="sum") / 3
 
 
 class ImageTextGeneration(ImageTextPairs):
     """A caption's words, each from the picture and those before it, guessed by the connector (BLIP-2's ITG)."""
 
-    needs = ("connector.joint",)
+    needs = (ReadsText,)
 
     def __call__(self, inputs: Inputs) -> Tensor:
         """Return the sum over captions of their words' mean negative log-likelihood."""
@@ -86,9 +88,11 @@ def tokens_of(inputs: Inputs) -> tuple[Tensor, Tensor]:
 def similarities(inputs: Inputs) -> Tensor:
     """Return how alike the contrast finds the pictures and captions of a batch, over its temperature ``(B, B)``."""
     if "similarities" not in inputs.shared:
-        head, (ids, mask) = inputs.model.heads["contrast"], tokens_of(inputs)
+        head, (ids, mask) = inputs.model.find(ContrastHead), tokens_of(inputs)
         queries, text = inputs.model.connector.joint(inputs.features, ids, mask, "contrastive")
-        inputs.shared["similarities"] = head(queries, text[:, 0]).float() / head.temperature
+        inputs.shared["similarities"] = (head.of_queries(queries) @ head.of_texts(text[:, 0]).T).amax(1).float() / cast(
+            Any, head
+        ).temperature
     found: Tensor = inputs.shared["similarities"]
     return found
 

@@ -7,6 +7,7 @@ an image. All objectives on captions look at the same pass.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, distributed
@@ -17,14 +18,14 @@ from mllm.processes import gathered
 from mllm.prompts.batch import Batch
 from mllm.prompts.pieces import Piece
 from mllm.readout.states import captions, read_captions
-from mllm.readout.tokens import HEAD
-from mllm.slots import Inputs
+from mllm.slots import Encoder, ImageTokenHead, Inputs, LanguageModel, RetrievalHead
 
 
-class Contrast:
+class RetrievalContrast:
     """InfoNCE between captions and images, the mean of both directions; negatives come from all processes."""
 
-    needs = ("lm", "encoder", "tokens", f"heads.{HEAD}")
+    needs = (LanguageModel, Encoder, RetrievalHead)
+    per_example = False
 
     def count(self, rows: Sequence[Sequence[Piece]], batch: Batch | None) -> int:
         """Return the number of captions that have an image before them."""
@@ -32,20 +33,20 @@ class Contrast:
 
     def __call__(self, inputs: Inputs) -> Tensor:
         """Return the sum over captions."""
-        head = inputs.model.heads[HEAD]
-        said = read_captions(inputs)
-        pairs = [(row, place) for row, place in enumerate(said.images) if place is not None]
+        head = inputs.model.find(RetrievalHead)
+        captions_read = read_captions(inputs)
+        pairs = [(row, index) for row, index in enumerate(captions_read.images) if index is not None]
         if not pairs or inputs.features is None:
             raise MLLMError("No example of a batch has a caption behind an image, which the head learns from.")
-        rows, places = map(list, zip(*pairs, strict=True))
-        texts = head.of_states(said.states[rows, said.tokens.index(head.token)])  # (N, D)
-        images = head.of_features(inputs.features[places])  # (N, D)
+        rows, indices = map(list, zip(*pairs, strict=True))
+        texts = head.of_states(captions_read.states[rows, captions_read.tokens.index(head.tokens[0])])  # (N, D)
+        images = head.of_features(inputs.features[indices])  # (N, D)
         every_text, every_image, start = texts, images, 0
         if inputs.model.training and distributed.is_initialized():
             every_text, start = gathered(texts)
             every_image, start = gathered(images)
         right = torch.arange(start, start + len(texts), device=texts.device)
-        sharp = head.scale.exp()
+        sharp = cast(Any, head).scale.exp()
         to_images = cross_entropy(sharp * texts @ every_image.T, right, reduction="sum")
         to_texts = cross_entropy(sharp * images @ every_text.T, right, reduction="sum")
         return (to_images + to_texts) / 2
@@ -57,7 +58,8 @@ class TokenPrediction:
     The tokens behind the first always follow it, so nothing is learnt of them (GILL, arXiv:2305.17216).
     """
 
-    needs = ("lm", "tokens", "image_tokens")
+    needs = (LanguageModel, ImageTokenHead)
+    per_example = False
 
     def count(self, rows: Sequence[Sequence[Piece]], batch: Batch | None) -> int:
         """Return the number of captions."""
@@ -65,7 +67,7 @@ class TokenPrediction:
 
     def __call__(self, inputs: Inputs) -> Tensor:
         """Return the sum over captions."""
-        said = read_captions(inputs)
-        first = inputs.model.lm.new_tokens[said.tokens[0]]
-        wanted = torch.full((len(said.logits),), first, device=said.logits.device)
-        return cross_entropy(said.logits.float(), wanted, reduction="sum")
+        captions_read = read_captions(inputs)
+        first = inputs.model.lm.new_tokens[captions_read.tokens[0]]
+        targets = torch.full((len(captions_read.logits),), first, device=captions_read.logits.device)
+        return cross_entropy(captions_read.logits.float(), targets, reduction="sum")

@@ -17,8 +17,8 @@ from mllm.lms.decoding import Decoding
 from mllm.prompts.batch import IGNORED, Batch, Encoded, collate
 from mllm.prompts.pieces import Control, Piece, Target, answer_text
 from mllm.readout.states import captions
-from mllm.readout.tokens import known_tokens
-from mllm.slots import Inputs
+from mllm.readout.tokens import image_tokens
+from mllm.slots import ImageTokenHead, Inputs, LanguageModel
 
 
 class Silence:
@@ -35,7 +35,8 @@ class Silence:
         together: of the batch's captions, and of these texts, that a step looks at, drawn each time.
     """
 
-    needs = ("lm", "tokens", "image_tokens")
+    needs = (LanguageModel, ImageTokenHead)
+    per_example = False
 
     def __init__(self, *, texts: int = 32, length: int = 24, together: int = 4) -> None:
         if min(texts, length, together) < 1:
@@ -98,6 +99,6 @@ def _start(model: Any) -> Encoded:
 
 def _shown(model: Any, caption: str) -> Encoded:
     """Return a caption, its words as targets, with its image's tokens behind it."""
-    tokens, target = Control("".join(known_tokens(model))), Target(answer_text(caption), ends=False)
+    tokens, target = Control("".join(image_tokens(model))), Target(answer_text(caption), ends=False)
     encoded: Encoded = model.encode([model.spec.prompt.caption, target, tokens])
     return encoded

@@ -7,11 +7,8 @@ training; so what is found here is what training would have run into.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
-
-from torch import nn
 
 from mllm.assembly import Assembly
 from mllm.build import fit_of, objectives_of
@@ -23,7 +20,9 @@ from mllm.data.sources import reader
 from mllm.errors import MLLMError
 from mllm.model import trained_module
 from mllm.planning.paper import assembled, noted
-from mllm.readout.tokens import known_tokens
+from mllm.readout.tokens import image_tokens
+from mllm.slots import ImageTokenHead, missing
+from mllm.transfer import check_source
 
 
 def problems(recipe: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> list[str]:
@@ -68,25 +67,24 @@ def _of_model(model: Assembly, stage: Stage) -> list[str]:
     found += [f"Stage {stage.name}: {problem}" for problem in unmet(model, stage)]
     with noted(found):
         if stage.fit is not None:
-            found += [f"Stage {stage.name} {problem}" for problem in fit_of(stage.fit).problems(model)]
+            found += [f"Stage {stage.name} {problem}" for problem in fit_of(stage).problems(model)]
     with noted(found):
         if stage.init.source is not None:
-            import_module("mllm.saving").check_source(model, stage)
+            check_source(model, stage)
     with noted(found):
-        finds = stage.fit is not None and stage.fit.part == "heads.retrieval"  # said above
-        if model.image_tokens is not None and model.speaks and not finds:
-            known_tokens(model)
+        if model.has(ImageTokenHead):
+            image_tokens(model)
     if (
-        not model.speaks or connector is None or lm.tokenizer is None
+        not model.generates_text or connector is None or lm.tokenizer is None
     ):  # only its configuration is here: the words cannot be counted
         return found
     with noted(found):
         _ = lm.eos
-    length = model.places + len(lm.tokenize(stage.prompt.question))
+    length = model.tokens_per_image + len(lm.tokenize(stage.prompt.question))
     length += int(stage.decoding.get("max_new_tokens", 20))
     if lm.context is not None and length > lm.context:
         found.append(
-            f"One image ({model.places} tokens), the prompt and the answer take {length} positions, and the "
+            f"One image ({model.tokens_per_image} tokens), the prompt and the answer take {length} positions, and the "
             f"language model was made for {lm.context}. Set connector.tokens lower, or take another one."
         )
     return found
@@ -98,12 +96,9 @@ def unmet(model: Assembly, stage: Stage) -> list[str]:
         return []
     found = []
     for spec, objective in zip(stage.objectives, objectives_of(stage.objectives), strict=True):
-        for need in objective.needs:
-            part: Any = model
-            for step in need.split("."):
-                part = part[step] if isinstance(part, nn.ModuleDict) and step in part else getattr(part, step, None)
-            if part is None:
-                found.append(f"the objective {spec.type!r} needs {need}, which the model has not. Add that part.")
+        for kind in objective.needs:
+            if not model.has(kind):
+                found.append(f"the objective {spec.type!r} needs {missing(kind)}.")
     return found
 
 

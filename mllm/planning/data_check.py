@@ -6,7 +6,6 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from mllm.data.items import Item, pieces_of
 from mllm.data.sources import Source, read
 from mllm.data.stream import Stream
 from mllm.errors import MLLMError
+from mllm.evaluation import suite_items
 from mllm.media.images import ImageSource
 from mllm.planning.paper import on_paper
 from mllm.prompts.batch import IGNORED, encode
@@ -113,7 +113,7 @@ def _source(found: Found, source: Source, stage: Stage, model: Any, track: Track
             continue
         if any(PLACEHOLDER in text for pieces in examples for text in _texts(pieces)):
             wrong[f"items hold the text {PLACEHOLDER!r}, which is read as words here"].append(item.id)
-        if model.speaks and model.lm.tokenizer is not None:
+        if model.generates_text and model.lm.tokenizer is not None:
             _measure(found, wrong, item, examples, stage, model)
     wrong["ids stand for several items"] = [key for key, count in ids.items() if count > 1]
     found.problems = [f"{found.name}: {len(names)} {what}: {some(names)}" for what, names in wrong.items() if names]
@@ -153,7 +153,7 @@ def _measure(
     found: Found, wrong: dict[str, list[str]], item: Item, examples: list[list[Piece]], stage: Stage, model: Any
 ) -> None:
     """Note how long an item's examples are, and whether there is anything to learn."""
-    encoded = [encode(pieces, lm=model.lm, num_visual=model.places) for pieces in examples]
+    encoded = [encode(pieces, lm=model.lm, num_visual=model.tokens_per_image) for pieces in examples]
     found.lengths += [len(one.ids) for one in encoded]
     longest, limit = max(len(one.ids) for one in encoded), stage.data.max_length
     if model.lm.context is not None and longest >= model.lm.context:
@@ -169,12 +169,11 @@ def _measure(
 def _together(source: Source, stage: Stage, model: Any) -> list[int]:
     """Return the lengths of as many examples as there are items, with what stands before them."""
     stream = Stream([source], stage.prompt, seed=0, lm=model.lm)
-    return [length_of(pieces, model.lm, model.places) for pieces in stream.take(len(source.items))]
+    return [length_of(pieces, model.lm, model.tokens_per_image) for pieces in stream.take(len(source.items))]
 
 
 def _suite(name: str, data: str | Path | None, limit: int | None, track: Track) -> Found:
-    suites = import_module("mllm.eval.suite")
-    items = suites.read_items(suites.load_suite(name), data)[:limit]
+    items = suite_items(name, data)[:limit]
     opened: dict[ImageSource, str] = {}
     for item in track(items):
         _opened(item, opened)

@@ -58,7 +58,7 @@ class Draft:
         else:
             self.model, self.paper = on_paper(stage, config), Paper()
             self.paper.put(self.model)
-            if self.model.speaks:
+            if self.model.generates_text:
                 self.model.lm.runner.separable = True  # a probe compares values, which are not here
         self.model.requires_grad_(False)
         self.trained: list[nn.Parameter] = []
@@ -86,7 +86,7 @@ class Draft:
         if rows.packed:
             return self._step(rows)
         objectives = objectives_of(self.stage.objectives)
-        if self.device == "cpu" and rows.batch is not None and all(getattr(one, "apart", False) for one in objectives):
+        if self.device == "cpu" and rows.batch is not None and all(one.per_example for one in objectives):
             size = rows_at_once(len(rows.pieces), rows.positions, self.model.lm.model.dtype)
             part = self._step(rows.first(size))
             return Cost(part.peak, round(part.flops * len(rows.pieces) / size))
@@ -116,7 +116,7 @@ class Draft:
     def connector(self, rows: Rows) -> Cost:
         """Return what the connector takes of a step."""
         connector, features = self.model.connector, self._features(rows)
-        if connector is None or features is None or self.model.sees_pixels:
+        if connector is None or features is None or self.model.encoder_trains:
             return Cost()
         trains = any(parameter.requires_grad for parameter in connector.parameters())
 
@@ -130,7 +130,7 @@ class Draft:
 
     def validation(self, rows: Rows | None) -> Cost:
         """Return what a batch of the validation takes."""
-        if rows is None or not self.trained or self.model.sees_pixels:
+        if rows is None or not self.trained or self.model.encoder_trains:
             return Cost()
         objectives = objectives_of(self.stage.objectives)
         self.model.eval()
@@ -142,7 +142,7 @@ class Draft:
         """Return what the closed form takes."""
         if self.stage.fit is None:
             return Cost()
-        fit = fit_of(self.stage.fit)
+        fit = fit_of(self.stage)
 
         def solve() -> None:
             with self.paper.mode:
@@ -177,7 +177,7 @@ class Draft:
         if lm is None or self.model.connector is None:
             return 0
         text = 16 if lm.tokenizer is None else len(lm.tokenize(self.stage.prompt.question))
-        length = self.model.places + text + int(self.stage.decoding.get("max_new_tokens", 20))
+        length = self.model.tokens_per_image + text + int(self.stage.decoding.get("max_new_tokens", 20))
         self.model.eval()
         embeds = self.paper.empty(1, length, lm.dim, dtype=next(lm.parameters()).dtype)
         with torch.no_grad():
@@ -204,7 +204,8 @@ class Draft:
         """Return the bytes of what is frozen in each layer of the language model: what FSDP divides."""
         lm = self.model.lm
         frozen = [
-            [p for p in layer.parameters() if not p.requires_grad] for layer in (lm.layers if self.model.speaks else [])
+            [p for p in layer.parameters() if not p.requires_grad]
+            for layer in (lm.layers if self.model.generates_text else [])
         ]
         return [sum(p.numel() * p.element_size() for p in layer) for layer in frozen]
 
@@ -213,7 +214,7 @@ class Draft:
         encoder = self.model.encoder
         if encoder is None or not rows.images:
             return None
-        if self.model.sees_pixels:
+        if self.model.encoder_trains:
             return self.paper.empty(rows.images, *encoder.shape)
         dtype = next((p.dtype for p in encoder.parameters()), torch.float32)
         return self.paper.empty(rows.images, encoder.num_patches, encoder.dim, dtype=dtype)

@@ -151,7 +151,7 @@ def plan_stage(draft: Draft, config: Recipe, setting: Setting) -> StagePlan:
         pictures=load.pictures,
         rows=len(load.largest.pieces),
         positions=load.largest.positions,
-        tokens_per_image=draft.model.places,
+        tokens_per_image=draft.model.tokens_per_image,
         kv_bytes=draft.kv_bytes(),
         parts=draft.parts(),
         memory=_memory(draft, load, step, cache, setting),
@@ -174,9 +174,9 @@ def _memory(draft: Draft, load: Workload, step: Cost, cache: Cache, setting: Set
         layers = draft.frozen_layers()
         activations += 2 * max(layers, default=0)  # one at a time is put together, from what was gathered
         weights -= sum(layers) - -(-sum(layers) // setting.processes)
-    kept = 0 if draft.stage.cache == "off" or draft.model.sees_pixels else cache.bytes
+    kept = 0 if draft.stage.cache == "off" or draft.model.encoder_trains else cache.bytes
     features = min(kept, LIMIT) if draft.stage.cache == "auto" else kept
-    encoding = 0 if draft.model.sees_pixels else draft.encode(load.largest.images).peak
+    encoding = 0 if draft.model.encoder_trains else draft.encode(load.largest.images).peak
     phases = {
         "a step": gradients + activations,
         "the encoder": encoding,
@@ -194,7 +194,7 @@ def _memory(draft: Draft, load: Workload, step: Cost, cache: Cache, setting: Set
 
 def _flops(draft: Draft, load: Workload, step: int, setting: Setting) -> Flops:
     """Return the work, given the FLOPs of a step on one process."""
-    stage, trains = draft.stage, draft.model.sees_pixels
+    stage, trains = draft.stage, draft.model.encoder_trains
     times = stage.optim.accumulate * setting.processes
     connector = draft.connector(load.typical).flops if draft.trained else 0
     encoder = draft.picture.flops
@@ -215,7 +215,7 @@ def _cache(draft: Draft, load: Workload, flops: Flops) -> Cache:
     """Recommend the features' cache, or not, and say why."""
     if draft.model.encoder is None:
         return Cache(0, 0.0, 0.0, False, "there is no encoder")
-    if draft.model.sees_pixels:
+    if draft.model.encoder_trains:
         return Cache(0, 0.0, 0.0, False, "the encoder trains, so its features change")
     size = draft.feature_bytes() * load.pictures
     weight = f"{size / 1e9:,.1f} GB"

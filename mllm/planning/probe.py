@@ -57,7 +57,7 @@ def probe(recipe: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> tup
         optimizer.zero_grad()
 
     rate = draft.step(rows).flops / _seconds(step)
-    if pixels is None or model.sees_pixels or not draft.picture.flops:
+    if pixels is None or model.encoder_trains or not draft.picture.flops:
         return rate, None
     with torch.no_grad():
         return rate, draft.picture.flops * PICTURES / _seconds(lambda: model.encoder(pixels))

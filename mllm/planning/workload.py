@@ -106,7 +106,7 @@ def _read(
     model: Any, stage: Stage, config: Recipe, sources: Sequence[Source], processes: int, images: int | None
 ) -> Workload:
     """Draw the first batches as training will, and pick the largest and the one in the middle."""
-    options = {"lm": model.lm, "num_visual": model.places, "data": stage.data}
+    options = {"lm": model.lm, "num_visual": model.tokens_per_image, "data": stage.data}
     stream = Stream(sources, stage.prompt, seed=config.seed, **options)
     examples = _examples(stage, sources)
     number = max(1, min(examples, SAMPLE) // stage.batch_size)
@@ -143,7 +143,7 @@ _PIECES: list[Piece] = [object(), "A picture", Target(" of something.")]
 
 def _made(model: Any, text: int) -> Encoded:
     """Return a row of one picture and ``text`` tokens, half of them learnt."""
-    visual = model.places
+    visual = model.tokens_per_image
     learnt = max(1, text // 2)
     labels = [IGNORED] * (visual + text - learnt) + [1] * learnt
     return Encoded([1] * (visual + text), [True] * visual + [False] * text, labels)

@@ -1,59 +1,53 @@
-"""The decision between retrieving and generating an image, read at the head's token."""
+"""Decide between retrieving and generating an image, by the language model's state at the decision head's token."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mllm.errors import MLLMError
+from mllm.model import Model
 from mllm.prompts.batch import collate
 from mllm.prompts.pieces import Control, Piece, Target
-from mllm.readout.tokens import known_tokens
-
-HEAD = "decision"
-
-
-LABELS = ("retrieve", "generate")
+from mllm.slots import DECISIONS, DecisionHead
 
 
 def labelled(row: Sequence[Piece]) -> tuple[list[Piece], int]:
-    """Return an example's prompt, and the place of its label.
+    """Return an example's prompt, and the index of its label.
 
     Raises:
         MLLMError: it does not end with one label.
     """
     *prompt, last = row
     label = last.text.strip() if isinstance(last, Target) else None
-    if label not in LABELS or any(isinstance(piece, Target) for piece in prompt):
-        raise MLLMError(f"The decision is learnt from examples with one answer, of {', '.join(LABELS)}: got {label!r}.")
-    return list(prompt), LABELS.index(label)
+    if label not in DECISIONS or any(isinstance(piece, Target) for piece in prompt):
+        raise MLLMError(
+            f"The decision is learned from examples with one answer, of {', '.join(DECISIONS)}: got {label!r}."
+        )
+    return list(prompt), DECISIONS.index(label)
 
 
-def states_at(model: Any, prompts: Sequence[Sequence[Piece]], visual: Tensor | None) -> Tensor:
-    """Return the states ``(N, D_lm)`` at the head's token, put behind each prompt.
+def states_at(model: Model, prompts: Sequence[Sequence[Piece]], visual: Tensor | None) -> Tensor:
+    """Return the states ``(N, D_lm)`` at the decision head's token, put behind each prompt.
 
     Args:
-        model: the assembly.
+        model: with a decision head.
         prompts: interleaved.
         visual: the visual tokens ``(I, Q, D_lm)`` of their images.
     """
-    known_tokens(model)
-    token = Control(model.heads[HEAD].token)
+    token = Control(model.find(DecisionHead).tokens[0])
     batch = collate([model.encode([*prompt, token]) for prompt in prompts], model.lm.pad).to(model.device)
     states: Tensor = model.lm.hidden(model.embed(visual, batch), batch.mask)[:, -1]
     return states
 
 
 @torch.no_grad()
-def decided(model: Any, states: Tensor) -> list[str]:
-    """Return the label of each of the states ``(N, D_lm)`` at the head's token.
+def decide(model: Model, states: Tensor) -> list[str]:
+    """Return the decision on each of the states ``(N, D_lm)`` at the head's token.
 
     Raises:
-        MLLMError: the model has no such head.
+        MLLMError: the model has no decision head.
     """
-    if HEAD not in model.heads:
-        raise MLLMError("This model has no decision head. Add heads: [{type: decision}], and train it on labels.")
-    return [LABELS[place] for place in model.heads[HEAD](states).argmax(-1).tolist()]
+    return [DECISIONS[index] for index in model.find(DecisionHead)(states).argmax(-1).tolist()]

@@ -1,27 +1,28 @@
-"""The language model's states at a head's tokens, behind captions."""
+"""Read captions: the language model's states at the tokens that stand for an image, behind each caption."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mllm.errors import MLLMError
+from mllm.model import Model
 from mllm.prompts.batch import collate, encode
 from mllm.prompts.pieces import Control, Piece, Target
-from mllm.readout.tokens import known_tokens
+from mllm.readout.tokens import image_tokens
 from mllm.slots import Inputs
 
 TOGETHER = 16  # captions that a CPU reads at once
 
 
-class Said(NamedTuple):
-    """Captions as the language model read them, with an image's r tokens behind each."""
+class CaptionStates(NamedTuple):
+    """The language model's output on captions, each with an image's r tokens behind it."""
 
     texts: list[str]
-    images: list[int | None]  # the place of each caption's image among the batch's; None: it has none
+    images: list[int | None]  # index of each caption's image among the batch's; None: it has none
     tokens: tuple[str, ...]
     states: Tensor  # (N, r, D_lm) at the tokens
     embeddings: Tensor  # (N, r, D_lm) of the tokens
@@ -29,49 +30,47 @@ class Said(NamedTuple):
 
 
 def captions(rows: Sequence[Sequence[Piece]]) -> list[tuple[int | None, str]]:
-    """Return every target: the place, among all rows' images, of the last one before it in its row, and the text."""
-    found: list[tuple[int | None, str]] = []
-    place = -1
+    """Return every target: the index, among all rows' images, of the last one before it in its row, and the text."""
+    targets: list[tuple[int | None, str]] = []
+    images = 0
     for pieces in rows:
-        seen = False
+        image: int | None = None
         for piece in pieces:
             if isinstance(piece, Target):
-                found.append((place if seen else None, piece.text))
+                targets.append((image, piece.text))
             elif not isinstance(piece, str | Control):
-                place, seen = place + 1, True
-    return found
+                image, images = images, images + 1
+    return targets
 
 
-def read_captions(inputs: Inputs) -> Said:
-    """Return what the language model made of a batch's captions; it reads them once for all objectives.
+def read_captions(inputs: Inputs) -> CaptionStates:
+    """Return the language model's states behind a batch's captions; they are computed once for all objectives.
 
     Raises:
-        MLLMError: there is no caption, or a head's tokens are not among the model's.
+        MLLMError: there is no caption, or no head that shows images.
     """
-    if "said" not in inputs.shared:
-        model = inputs.model
-        tokens = known_tokens(model)
-        found = captions(inputs.rows)
-        if not found:
+    if "captions" not in inputs.shared:
+        tokens, targets = image_tokens(inputs.model), captions(inputs.rows)
+        if not targets:
             raise MLLMError("No example of a batch has a caption, which a head that shows images learns from.")
-        places, texts = map(list, zip(*found, strict=True))
-        inputs.shared["said"] = Said(texts, places, tokens, *read_texts(model, texts))
-    return inputs.shared["said"]
+        images, texts = map(list, zip(*targets, strict=True))
+        inputs.shared["captions"] = CaptionStates(texts, images, tokens, *read_texts(inputs.model, texts))
+    return inputs.shared["captions"]
 
 
-def read_texts(model: Any, texts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+def read_texts(model: Model, texts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
     """Return states and embeddings ``(N, r, D_lm)`` of an image's tokens behind captions, and logits ``(N, V)`` before.
 
     On a CPU, where padding costs as much as words, captions of about one length are read together; but where a gradient
     is wanted at the last tokens alone, all are: for few positions, or many, the weights are gone through once.
     """
-    tokens = known_tokens(model)
+    tokens = image_tokens(model)
     count, behind = len(tokens), Control("".join(tokens))
     rows = [encode([model.spec.prompt.caption + text, behind], lm=model.lm, num_visual=0) for text in texts]
-    at_the_end = torch.is_grad_enabled() and not model.adapts
+    at_the_end = torch.is_grad_enabled() and not model.lm_trains
     together = TOGETHER if model.device.type == "cpu" and not at_the_end else len(rows)
     order = sorted(range(len(rows)), key=lambda row: len(rows[row].ids))
-    found = []
+    chunks = []
     for start in range(0, len(rows), together):
         batch = collate([rows[row] for row in order[start : start + together]], model.lm.pad).to(model.device)
         length = batch.ids.shape[1]
@@ -80,7 +79,7 @@ def read_texts(model: Any, texts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor
         fixed = length - count - 1 if at_the_end else 0
         embeds = model.lm.embed(batch.ids)
         states, logits = model.lm.read(embeds, batch.mask, last, fixed, num_logits=1)
-        found.append((states[:, 1:], embeds[:, -count:], logits[:, 0]))
+        chunks.append((states[:, 1:], embeds[:, -count:], logits[:, 0]))
     back = torch.tensor(order, device=model.device).argsort()
-    states, embeddings, logits = (torch.cat(each)[back] for each in zip(*found, strict=True))
+    states, embeddings, logits = (torch.cat(each)[back] for each in zip(*chunks, strict=True))
     return states, embeddings, logits

@@ -1,40 +1,52 @@
-"""The tokens that heads read."""
+"""Name the new tokens that heads read, and those that stand for an image in an answer."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
+import torch
+
+from mllm.config.parts import HeadSpec
 from mllm.errors import MLLMError
-
-HEAD = "retrieval"
-
-
-def token_id(model: Any) -> int:
-    """Return the id of the retrieval head's token.
-
-    Raises:
-        MLLMError: the model has no such head, or its tokens do not hold the head's.
-    """
-    if HEAD not in model.heads:
-        raise MLLMError("This model has no retrieval head. Add heads: [{type: retrieval}] and tokens: ['[RET]'].")
-    known_tokens(model)
-    return int(model.lm.new_tokens[model.heads[HEAD].token])
+from mllm.model import Model
+from mllm.registry import lookup, made
+from mllm.slots import ConditionHead, Head, ImageDecoder, ImageTokenHead
 
 
-def known_tokens(model: Any) -> tuple[str, ...]:
-    """Return the tokens that stand for an image, held against the language model's.
+def every_token(tokens: Sequence[str], heads: Iterable[Head]) -> list[str]:
+    """Return the recipe's tokens and those that heads read, each once."""
+    return list(dict.fromkeys([*tokens, *(token for head in heads for token in head.tokens)]))
+
+
+def image_tokens(model: Model) -> tuple[str, ...]:
+    """Return the tokens that stand for an image, in order: all that a head which shows images reads.
 
     Raises:
-        MLLMError: no head reads tokens, or its tokens are not the language model's, or those of other heads.
+        MLLMError: no head shows images, or two of them read different tokens.
     """
-    tokens = model.image_tokens
-    if tokens is None:
-        raise MLLMError("This model has no head that shows images. Add one, and its tokens (docs/retrieval.md).")
-    for name, head in model.heads.items():
-        own = getattr(head, "tokens", None) or [getattr(head, "token", tokens[0])]
-        if missing := [token for token in own if token not in model.lm.new_tokens]:
-            known = [*model.lm.new_tokens]
-            raise MLLMError(f"The head {name} reads the token {missing[0]!r}, and tokens is {known}. Add it there.")
-        if not {*own} <= {*tokens}:
-            raise MLLMError(f"The head {name} reads {own[0]!r}, and an image's tokens are {[*tokens]}: set its token.")
-    return tuple(tokens)
+    heads = model.all(ImageTokenHead)
+    if not heads:
+        raise MLLMError(
+            "This model has no head that shows images. Add one: heads: [{type: retrieval}] (docs/retrieval.md)."
+        )
+    tokens = max((head.tokens for head in heads.values()), key=len)
+    for path, head in heads.items():
+        if not {*head.tokens} <= {*tokens}:
+            raise MLLMError(
+                f"The head {path} reads {head.tokens[0]!r}, and an image's tokens are {[*tokens]}: set its token."
+            )
+    return tokens
+
+
+def can_draw(model: Model) -> bool:
+    """Whether the model can generate images: it has a head that makes conditions, and an image decoder."""
+    return model.has(ConditionHead, ImageDecoder)
+
+
+def heads_on_meta(specs: Sequence[HeadSpec]) -> Mapping[str, Head]:
+    """Return heads by name on the meta device, to see what they can do before anything is loaded."""
+    with torch.device("meta"):
+        return {
+            spec.name: made(lookup("heads", spec.type), f"head {spec.type}", lm_dim=8, vis_dim=8, **spec.options())
+            for spec in specs
+        }

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from mllm.errors import MLLMError
 from mllm.model import Model
+from mllm.slots import Connector, SentenceModel
 
 _BATCH = 64
 
 
-class Aligned(nn.Module):
+class AlignedScorer(nn.Module):
     """The model of such a run (``mllm train emoji-scorer``), both sides of it in the space of its sentences.
 
     Args:
@@ -27,7 +28,7 @@ class Aligned(nn.Module):
     def __init__(self, *, model: Model) -> None:
         super().__init__()
         self.model = model
-        if self.model.connector is None or not hasattr(self.model.lm, "sentences"):
+        if not model.has(Connector, SentenceModel):
             raise MLLMError(
                 "The scorer's model does not put images and sentences into one space: expected a run whose lm.type "
                 "is sentences, such as one of the recipe emoji-scorer."

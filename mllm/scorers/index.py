@@ -20,10 +20,12 @@ from torch import Tensor
 
 from mllm.errors import MLLMError
 from mllm.media.images import ImageFile
+from mllm.model import Model
 from mllm.outputs import ImagePart
-from mllm.readout.tokens import HEAD, token_id
+from mllm.readout.tokens import heads_on_meta
 from mllm.saving import trained_on
 from mllm.scorers.retrieval import CHUNK, of_images
+from mllm.slots import RetrievalHead
 from mllm.system import write
 
 FORMAT = "mllm-index-1"
@@ -50,13 +52,13 @@ class ImageIndex:
         return len(self.paths)
 
     @classmethod
-    def build(cls, model: Any, paths: Sequence[Path]) -> ImageIndex:
+    def build(cls, model: Model, paths: Sequence[Path]) -> ImageIndex:
         """Return the index of picture files, made with a model's encoder and retrieval head.
 
         Raises:
             MLLMError: no picture, one that cannot be read, or a model without the head.
         """
-        token_id(model)
+        model.find(RetrievalHead)
         parts = [paths[start : start + CHUNK] for start in range(0, len(paths), CHUNK)]
         vectors = [of_images(model, [ImageFile(path) for path in part]) for part in parts]
         places = [str(path.resolve()) for path in paths]
@@ -149,18 +151,21 @@ def opened(index: str | Path | ImageIndex, run: str | Path | None = None) -> Ima
     found = index if isinstance(index, ImageIndex) else ImageIndex.load(index)
     if run is not None:
         spec, fingerprints, tensors = trained_on(Path(run))
-        found.check(_hash(tensors, fingerprints.get("encoder", ""), spec.encoder))
+        heads = heads_on_meta(spec.heads).items()
+        paths = [f"heads.{name}" for name, head in heads if isinstance(head, RetrievalHead)]
+        found.check(_hash(tensors, paths, fingerprints.get("encoder", ""), spec.encoder))
     return found
 
 
-def hash_of(model: Any) -> str:
+def hash_of(model: Model) -> str:
     """Return what tells a model that made vectors of images from others."""
-    return _hash(model.trained_state(), str(model.encoder.fingerprint), model.spec.encoder)
+    paths = list(model.all(RetrievalHead))
+    return _hash(model.trained_state(), paths, str(model.encoder.fingerprint), model.spec.encoder)
 
 
-def _hash(tensors: Mapping[str, Tensor], fingerprint: str, encoder: Any) -> str:
+def _hash(tensors: Mapping[str, Tensor], heads: Sequence[str], fingerprint: str, encoder: Any) -> str:
     whole = hashlib.sha256(f"{fingerprint} {encoder.model_dump_json() if encoder else ''}".encode())
     for name, tensor in sorted(tensors.items()):
-        if name.startswith((f"heads.{HEAD}.", "encoder.")):
+        if name.startswith((*(f"{path}." for path in heads), "encoder.")):
             whole.update(name.encode() + tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return whole.hexdigest()

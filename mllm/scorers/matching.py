@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from mllm.encoders.feature_store import FeatureStore
 from mllm.errors import MLLMError
 from mllm.model import Model
+from mllm.slots import ContrastHead, MatchHead, ReadsText
 
 CHUNK = 32  # pictures, texts or pairs that are read at once
 
 
-class Matcher(nn.Module):
+class MatchingScorer(nn.Module):
     """A scorer made of a connector that reads texts and the heads ``contrast`` and ``match``.
 
     Args:
@@ -33,13 +34,13 @@ class Matcher(nn.Module):
     def __init__(self, *, model: Model, rerank: int = 128) -> None:
         super().__init__()
         self.model, self.rerank = model, rerank
-        if not hasattr(self.model.connector, "joint") or not {"contrast", "match"} <= set(self.model.heads):
+        if not model.has(ReadsText, ContrastHead, MatchHead):
             raise MLLMError(
                 "Matching needs connector={type: qformer, words: ...} and the heads contrast and match; the model has "
                 f"{', '.join(self.model.heads) or 'no head'}. Train the first stage of such a recipe (blip2-stage1)."
             )
         self._connector: Any = self.model.connector
-        self._contrast: Any = self.model.heads["contrast"]
+        self._contrast = model.find(ContrastHead)
         self._features = FeatureStore(self.model)
 
     def image_text(self, images: Sequence[Any], texts: Sequence[str]) -> Tensor:
@@ -62,7 +63,7 @@ class Matcher(nn.Module):
     @torch.no_grad()
     def matches(self, images: Sequence[Any], texts: Sequence[str]) -> Tensor:
         """Return the log-odds ``(N,)`` that each picture and the text at its side belong together."""
-        connector, match = self._connector, self.model.heads["match"]
+        connector, match = self._connector, self.model.find(MatchHead).match
         found = []
         for some, own in zip(_chunks(images), _chunks(texts), strict=True):
             queries, _ = connector.joint(self._features(some), *connector.words.tokenize(own), "matching")

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from mllm.errors import MLLMError
 from mllm.model import Model
 from mllm.registry import lookup
+from mllm.slots import Connector, ContrastHead, MatchHead, ReadsText, RetrievalHead, Scorer, SentenceModel
+
+OWN: dict[str, tuple[type, ...]] = {
+    "aligned": (Connector, SentenceModel),
+    "retrieval": (RetrievalHead,),
+    "matching": (ReadsText, ContrastHead, MatchHead),
+}
 
 
-def own_scorer(model: Model) -> Any:
+def own_scorer(model: Model) -> Scorer:
     """Return the model as its own scorer.
 
     Raises:
         MLLMError: it has no parts that compare images with texts.
     """
-    if hasattr(model.lm, "sentences"):
-        return lookup("scorers", "aligned")(model=model)
-    if "retrieval" in model.heads:
-        return lookup("scorers", "retrieval")(model=model)
-    if {"contrast", "match"} <= set(model.heads):
-        return lookup("scorers", "matching")(model=model)
+    for name, kinds in OWN.items():
+        if model.has(*kinds):
+            scorer: Scorer = lookup("scorers", name)(model=model)
+            return scorer
     raise MLLMError(
         "This needs a scorer: set scorer={'type': 'dual-encoder', 'model': ...} (CLIP, ...), "
         "{'type': 'aligned', 'model': RUN} with a run of emoji-scorer, or {'type': 'retrieval', 'model': RUN} "

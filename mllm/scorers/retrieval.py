@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from mllm.media.images import source_of
 from mllm.model import Model
 from mllm.prompts.pieces import Control, Piece, answer_text, images_of
-from mllm.readout.tokens import HEAD, known_tokens, token_id
+from mllm.readout.tokens import image_tokens
+from mllm.slots import RetrievalHead
 
 CHUNK = 32  # pictures, or prompts of about one length, that are read at once
 
 
-class Finder(nn.Module):
+class RetrievalScorer(nn.Module):
     """A scorer made of a retrieval head (`mllm.registry`: scorers).
 
     Args:
@@ -29,7 +30,7 @@ class Finder(nn.Module):
     def __init__(self, *, model: Model) -> None:
         super().__init__()
         self.model = model
-        token_id(self.model)
+        model.find(RetrievalHead)
 
     def image_text(self, images: Sequence[Any], texts: Sequence[str]) -> Tensor:
         """Return the cosine similarities ``(I, N)`` of images and texts."""
@@ -52,17 +53,17 @@ class Finder(nn.Module):
 
 
 @torch.no_grad()
-def of_images(model: Any, images: Sequence[Any]) -> Tensor:
+def of_images(model: Model, images: Sequence[Any]) -> Tensor:
     """Return what the head makes of pictures, ``(I, D)``."""
-    vectors: Tensor = model.heads[HEAD].of_features(model.features(images))
+    vectors: Tensor = model.find(RetrievalHead).of_features(model.features(images))
     return vectors.float().cpu()
 
 
 @torch.no_grad()
-def of_prompts(model: Any, prompts: Sequence[Sequence[Piece]]) -> Tensor:
+def of_prompts(model: Model, prompts: Sequence[Sequence[Piece]]) -> Tensor:
     """Return what the head makes of its token behind each prompt, ``(N, D)``."""
-    head, tokens = model.heads[HEAD], known_tokens(model)
-    behind = Control("".join(tokens[: tokens.index(head.token) + 1]))  # of several tokens the head reads one
+    head, tokens = model.find(RetrievalHead), image_tokens(model)
+    behind = Control("".join(tokens[: tokens.index(head.tokens[0]) + 1]))  # of several tokens the head reads one
     embeds, batch = model.prepare([[*prompt, behind] for prompt in prompts])
     vectors: Tensor = head.of_states(model.lm.hidden(embeds, batch.mask)[:, -1])
     return vectors.float().cpu()

@@ -66,11 +66,11 @@ def inputs(model: Model, rows: Sequence[list[Piece]], store: FeatureStore, *, pa
     """
     images = [image for pieces in rows for image in images_of(pieces)]
     batch = None
-    if model.speaks:
+    if model.generates_text:
         batch = collate([model.encode(pieces) for pieces in rows], model.lm.pad, pack=pack).to(model.device)
     if not images or model.encoder is None:
         return rows, None, batch
-    if model.sees_pixels:
+    if model.encoder_trains:
         return rows, model.encoder.preprocess([store.opened(image) for image in images]).to(model.device), batch
     return rows, store(images).to(model.device), batch
 
@@ -81,7 +81,7 @@ def parts(model: Model, objectives: Sequence[Objective], micro: Micro) -> Sequen
     Processes that share the weights pass through them together, so they go by whole batches.
     """
     rows, features, batch = micro
-    apart = all(getattr(objective, "apart", False) for objective in objectives)
+    apart = all(objective.per_example for objective in objectives)
     if batch is None or batch.mask.dim() == 3 or not apart or model.device.type != "cpu":  # 3: packed
         return [micro]
     if divided(model.lm):

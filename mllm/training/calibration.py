@@ -14,14 +14,9 @@ def calibrate(model: Model, features: Tensor) -> None:
 
     A start far from that scale does not learn at usual learning rates. Args: features ``(I, P, D_vis)`` of real images.
     """
-    last = next((getattr(model.connector, name, None) for name in ("norm", "project") if _scales(model, name)), None)
+    last = model.connector.output()
     if last is None:
         return
     spread = float(model.connector(features).float().std())
     for parameter in last.parameters():
         parameter.mul_(model.lm.embedding_scale() / max(spread, 1e-12))
-
-
-def _scales(model: Model, name: str) -> bool:
-    """Whether the connector has a module of this name with weights: its last one, by convention."""
-    return any(True for _ in getattr(model.connector, name, torch.nn.Identity()).parameters())

@@ -60,7 +60,7 @@ class Loop:
                 "processes, each of which needs an example."
             )
         groups = parameter_groups(model, stage)
-        if asked() and self.accelerator.num_processes > 1 and model.speaks:
+        if asked() and self.accelerator.num_processes > 1 and model.generates_text:
             self._divide()
         model.to(self.accelerator.device)
         self.sources = data(stage, config.seed)
@@ -150,8 +150,8 @@ class Loop:
             self.sources,
             self.stage.prompt,
             seed=self.config.seed,
-            lm=self.model.lm if self.model.speaks else None,
-            num_visual=self.model.places,
+            lm=self.model.lm if self.model.generates_text else None,
+            num_visual=self.model.tokens_per_image,
             data=self.stage.data,
         )
 
@@ -162,7 +162,7 @@ class Loop:
         """
 
         def read(pieces: list[Piece]) -> None:
-            if self.model.speaks:
+            if self.model.generates_text:
                 self.model.encode(pieces)
             for image in images_of(pieces) if self.model.encoder is not None else []:
                 self.model.encoder.open(image)
@@ -185,7 +185,7 @@ class Loop:
         if self.stage.data.pack is None:
             return
         named = zip(self.stage.objectives, self.objectives, strict=True)
-        together = [spec.type for spec, objective in named if not getattr(objective, "apart", False)]
+        together = [spec.type for spec, objective in named if not objective.per_example]
         if together:
             raise MLLMError(f"data.pack: the objective {together[0]!r} needs a row for each example. Leave it out.")
         if not self.model.lm.can_pack():
@@ -209,7 +209,7 @@ class Loop:
     def _calibrate(self) -> None:
         """Bring a new connector's output, if the stage trains it, to the scale of the language model's embeddings."""
         trains = any(path.split(".")[0] == "connector" for path in self.stage.train)
-        if self.model.calibrated or not trains or not self.model.speaks:
+        if self.model.calibrated or not trains or not self.model.generates_text:
             return
         rows, _, _ = self._readable(self._stream().take(CALIBRATION_EXAMPLES))
         images = [image for pieces in rows for image in images_of(pieces)]

@@ -17,7 +17,7 @@ from mllm.fits.base import Material
 from mllm.media.images import open_image
 from mllm.model import Model
 from mllm.processes import progress
-from mllm.system import give_back
+from mllm.system import return_memory
 from mllm.training.batches import data
 from mllm.training.checkpoint import State
 from mllm.training.loop import Loop
@@ -63,7 +63,7 @@ def carried(model: Model, spec: AssemblySpec, run: Run | None = None) -> Model:
 
 def run_stage(run: Run, model: Model, stage: Stage, config: Recipe, state: State) -> Model:
     """Fit or train one stage, and record that what it does not train hashes the same afterwards."""
-    give_back()  # what loading and the stage before left
+    return_memory()  # what loading and the stage before left
     store = open_store(model, "off" if _encoder_trains(stage) else stage.cache)
     trained = [stage.fit.part] if stage.fit else list(stage.train)
     before = _hashes(model, trained)
@@ -96,13 +96,13 @@ def _hashes(model: Model, trained: Sequence[str]) -> dict[str, str]:
 
 def _fit(run: Run, model: Model, stage: Stage, config: Recipe, store: FeatureStore) -> None:
     assert stage.fit is not None
-    fit = fit_of(stage.fit)
+    fit = fit_of(stage)
     with progress() as bar:
         task = bar.add_task(stage.name, total=None, note="")
         material = _material(run, model, stage, config, store)
         found = fit(model, replace(material, track=lambda chunks: bar.track(chunks, task_id=task)))
-        bar.update(task, note=f"{fit.told} {found:.0%}")
-    run.log(stage=stage.name, **{fit.told: found})
+        bar.update(task, note=f"{fit.measure} {found:.0%}")
+    run.log(stage=stage.name, **{fit.measure: found})
     model.calibrated = model.calibrated or stage.fit.part == "connector"
 
 

@@ -43,7 +43,11 @@ def validation_rows(stage: Stage, model: Model) -> list[list[Piece]]:
     """Return the validation examples as interleaved prompts; an image that cannot be opened is an error now."""
     sources = read_all(stage.data.val)
     number = min(VALIDATION_ITEMS, sum(len(source.items) for source in sources))
-    rows = Stream(sources, stage.prompt, seed=0, lm=model.lm if model.speaks else None).take(number) if sources else []
+    rows = (
+        Stream(sources, stage.prompt, seed=0, lm=model.lm if model.generates_text else None).take(number)
+        if sources
+        else []
+    )
     for image in (image for pieces in rows for image in images_of(pieces) if model.encoder is not None):
         model.encoder.open(image)  # one that cannot be read is found now, not after hours
     return rows

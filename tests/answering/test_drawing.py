@@ -16,9 +16,9 @@ from mllm.fits.base import Material
 from mllm.objectives.decision import Decision
 from mllm.outputs import ImagePart, Text
 from mllm.prompts.pieces import Target
-from mllm.readout.decision import decided, states_at
+from mllm.readout.decision import decide, states_at
 from mllm.scorers.index import ImageIndex
-from mllm.slots import Inputs
+from mllm.slots import ConditionHead, Inputs
 from mllm.testing import tiny_image
 from mllm.training.batches import inputs
 
@@ -57,7 +57,7 @@ def condition(model, prompt):
     behind = model.lm.embed(torch.tensor([[model.lm.new_tokens[token] for token in TOKENS]]))
     embeds = torch.cat([embeds, behind], 1)
     states = model.lm.hidden(embeds, torch.ones(embeds.shape[:2], dtype=torch.long))[:, -3:]
-    return model.painter(states, behind), states[0, 0]
+    return model.find(ConditionHead)(states, behind), states[0, 0]
 
 
 @torch.no_grad()
@@ -142,14 +142,14 @@ def test_the_decision_in_closed_form_is_sklearns_ridge_of_states_to_labels(model
     prompts[3] = [tiny_image(3), "a picture"]
     labels = ["retrieve", "generate", "generate"] * 4
     rows = [[*prompt, Target(f" {label}")] for prompt, label in zip(prompts, labels, strict=True)]
-    explained = fits.Decision(strength=0.001, chunk=5)(model, Material(examples=lambda: rows))
+    explained = fits.DecisionFit(part="heads.decision", strength=0.001, chunk=5)(model, Material(examples=lambda: rows))
     states = torch.stack([condition(model, prompt)[1] for prompt in prompts]).detach().double().numpy()
     wanted = np.array([[label == "retrieve", label == "generate"] for label in labels], float)
     expected = Ridge(alpha=0.001 * states.var(0).mean() * len(states)).fit(states, wanted)
     assert np.allclose(model.heads["decision"].judge.weight.detach().numpy(), expected.coef_, atol=1e-3)
     assert explained == pytest.approx(expected.score(states, wanted), abs=1e-3)
     visual = model.connector(model.features([tiny_image(3)]))
-    found = decided(model, states_at(model, prompts, visual))
+    found = decide(model, states_at(model, prompts, visual))
     assert np.array_equal(found, np.where(expected.predict(states).argmax(1) == 0, "retrieve", "generate"))
 
 

@@ -16,14 +16,14 @@ import mllm
 from mllm.build import load
 from mllm.config.loading import check
 from mllm.decoders.diffusion import DiffusionPipeline
-from mllm.decoders.trained import Trained
+from mllm.decoders.trained import RunDecoder
 from mllm.errors import MLLMError
 from mllm.hub.fingerprints import tensor_hash
 from mllm.objectives.distillation import ScoreDistillation
 from mllm.planning.check import problems, unmet
 from mllm.prompts.pieces import Target
 from mllm.readout.states import read_captions
-from mllm.slots import Inputs
+from mllm.slots import ConditionHead, Inputs
 from mllm.testing import tiny_image
 from mllm.training.batches import inputs
 from mllm.training.setup import parameter_groups
@@ -102,7 +102,7 @@ def test_a_head_learns_a_pipelines_condition(pipeline, tiny_model):
     decoder = {"type": "diffusers", "model": folder, "steps": 2}
     tokens = ["[IMG0]", "[IMG1]"]
     model = tiny_model(heads=[head], tokens=tokens, decoder=decoder)
-    assert model.decoder.draw(model.painter(*torch.randn(2, 1, 2, 32)), [0])[0].size == (8, 8)
+    assert model.decoder.draw(model.find(ConditionHead)(*torch.randn(2, 1, 2, 32)), [0])[0].size == (8, 8)
     with pytest.raises(MLLMError, match="makes conditions of 77 x 16, and the image decoder takes 8 x 16"):
         tiny_model(heads=[{**head, "length": 77}], tokens=tokens, decoder=decoder)
 
@@ -175,7 +175,7 @@ def test_a_head_learns_through_the_frozen_pipeline(pipeline, tiny_model):
     assert objective.count(ROWS, None) == 2
     said = read_captions(given(model))
     torch.manual_seed(0)
-    conditions = model.painter(said.states[[0, 2]], said.embeddings[[0, 2]])
+    conditions = model.find(ConditionHead)(said.states[[0, 2]], said.embeddings[[0, 2]])
     expected = model.decoder.denoise([tiny_image(0), tiny_image(1)], conditions).sum()
     torch.manual_seed(0)
     torch.testing.assert_close(objective(given(model)), expected)
@@ -208,7 +208,7 @@ def test_score_distillation_is_refused_where_nothing_takes_noise_off(tiny_model,
     wanted = {"name": "s", "train": ["heads"], "steps": 1, "objectives": [{"type": "score-distillation"}]}
     (stage,) = check({"name": "x", "stages": [wanted]}, "x").stages
     (found,) = unmet(tiny_model(**made, decoder={"type": "trained", "model": tiny_decoder}), stage)
-    assert "needs decoder.denoise, which the model has not" in found
+    assert "needs an image decoder with a denoising loss" in found
     model = of_pipeline(tiny_model, pipeline[1])
     assert unmet(model, stage) == []
     with pytest.raises(MLLMError, match="No example of a batch has a caption behind an image"):
@@ -246,9 +246,9 @@ def walls(tmp_path_factory, tiny_parts):
 
 
 def test_a_decoder_that_was_fitted_here_draws_what_it_is_told(walls):
-    decoder = Trained(model=load(walls))
+    decoder = RunDecoder(model=load(walls))
     conditions = decoder.encode(list(CAPTIONS))
-    assert decoder.condition == Trained.shape(model=walls) == tuple(conditions.shape[1:])
+    assert decoder.condition == RunDecoder.shape(model=walls) == tuple(conditions.shape[1:])
     images = decoder.draw(conditions, [0, 0, 0])
     for image, colour in zip(images, CAPTIONS.values(), strict=True):
         mean = np.asarray(image).reshape(-1, 3).mean(0)
@@ -263,13 +263,17 @@ def test_what_is_fitted_to_pictures_is_checked(tiny_parts):
     fit = {"part": "heads.pixels"}
     (found,) = problems("emoji-decoder", {"lm.model": tiny_parts[1], "stages.0.fit.targets": "sentences"})
     assert "fit of heads.pixels does not take" in found and "targets" in found
-    (found,) = problems("limber-cpu", {"encoder.model": tiny_parts[0], "lm.model": tiny_parts[1], "stages.0.fit": fit})
-    assert "Stage fit fits pictures: give lm.type=sentences and heads" in found
-    (found,) = problems("emoji-decoder", {"lm.model": tiny_parts[1], "heads": []})
-    assert "fits pictures" in found
+    several = problems("limber-cpu", {"encoder.model": tiny_parts[0], "lm.model": tiny_parts[1], "stages.0.fit": fit})
+    assert several == [
+        "Stage fit fits heads.pixels, which the model does not have.",
+        "Stage fit fits heads.pixels, for which it needs a sentence encoder in the language model's slot: lm: "
+        "{type: sentences, model: mllm/minilm}.",
+    ]
+    (absent,) = problems("emoji-decoder", {"lm.model": tiny_parts[1], "heads": []})
+    assert "fits heads.pixels, which the model does not have" in absent
 
 
 def test_a_run_that_draws_nothing_is_no_decoder(tiny_model, tmp_path):
     tiny_model().save(tmp_path)
     with pytest.raises(MLLMError, match="makes no pictures of sentences"):
-        Trained.shape(model=str(tmp_path))
+        RunDecoder.shape(model=str(tmp_path))

@@ -1,11 +1,8 @@
-"""The runner: what each condition sees, intervals, and a report that says what was measured."""
+"""Evaluations: the images of each condition, intervals, and what a report holds."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from importlib import import_module
 from typing import Any
 
@@ -21,7 +18,7 @@ from mllm.testing import tiny_image
 
 @pytest.fixture
 def captions(tmp_path):
-    """A folder as the suite coco-captions reads it: six pictures, two captions each."""
+    """A folder as the suite coco-captions reads it: six images, two captions each."""
     (tmp_path / "images").mkdir()
     images, annotations = [], []
     for index in range(6):
@@ -37,17 +34,17 @@ def model(tiny_parts):
     return mllm.assemble(tiny_parts[0], tiny_parts[1], {"type": "linear", "tokens": 4})
 
 
-def test_each_condition_sees_what_its_name_says(model, captions, monkeypatch):
-    seen: list[list[list[Any]]] = []
+def test_each_condition_gets_the_images_of_its_name(model, captions, monkeypatch):
+    batches: list[list[list[Any]]] = []
     see_each = model.see_each
 
     def watched(prompts):
-        seen.append(prompts)
+        batches.append(prompts)
         return see_each(prompts)
 
     monkeypatch.setattr(model, "see_each", watched)
     report = mllm.evaluate(model, "coco-captions", captions)
-    ours, blind = seen  # the shuffled condition puts what was put before: its answers are known
+    ours, blind = batches  # the shuffled condition asks nothing new: its answers are known
     assert len(ours) == 6 and all(len([p for p in prompt if not isinstance(p, str)]) == 1 for prompt in ours)
     assert blind == [["A picture of"]]  # equal prompts are answered once
     predictions = {row["id"]: row["prediction"] for row in report.rows}
@@ -56,9 +53,9 @@ def test_each_condition_sees_what_its_name_says(model, captions, monkeypatch):
     assert all(row["baselines"]["shuffled"] != row["prediction"] for row in report.rows)
 
 
-def test_choosing_takes_the_answers_own_likeliness_off():
-    chosen = import_module("mllm.eval.answers.text").chosen
-    # "yes" is always likely; what the picture adds decides once half of its mean is taken off.
+def test_choosing_subtracts_each_choices_mean_likelihood():
+    chosen = import_module("mllm.eval.answers.choices").chosen
+    # "yes" is always likely; the image decides once half of the mean is subtracted.
     scores = [{"yes": -1.0, "no": -3.0}, {"yes": -1.4, "no": -1.6}, {"yes": -0.2, "no": -4.0}]
     assert chosen(scores, 0.0) == ["yes", "yes", "yes"]
     assert chosen(scores, 0.5) == ["yes", "no", "yes"]  # means: yes -0.867, no -2.867
@@ -79,7 +76,7 @@ def test_predictions_are_the_models_answers_and_scores_the_metrics(model, captio
     assert again.rows == report.rows and again.summary == report.summary
 
 
-def test_what_is_written_is_what_was_found(model, captions, tmp_path):
+def test_the_files_hold_the_report(model, captions, tmp_path):
     report = mllm.evaluate(model, "coco-captions", captions, limit=4, out=tmp_path / "out", run="mine")
     summary = json.loads((tmp_path / "out/summary.json").read_text())
     rows = [json.loads(line) for line in (tmp_path / "out/predictions.jsonl").read_text().splitlines()]
@@ -128,7 +125,7 @@ def test_mentioned_counts_whole_words():
     assert score.per_item == [pytest.approx(2 / 3), 0.0, 0.0]
 
 
-def test_a_killed_evaluation_goes_on_and_ends_with_the_same_files(model, captions, tmp_path, monkeypatch):
+def test_a_killed_evaluation_continues_and_ends_with_the_same_files(model, captions, tmp_path, monkeypatch):
     options: dict[str, Any] = {
         "overrides": ["batch_size=2"],
         "baselines": ["blind", "shuffled", "mean-image", "random-connector"],
@@ -159,16 +156,16 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_files(model, caption
     assert not journal.exists()
 
 
-def test_the_further_baselines_see_what_their_names_say(model, captions):
+def test_the_further_baselines_have_the_images_of_their_names(model, captions):
     baselines = import_module("mllm.eval.baselines")
     suite = import_module("mllm.eval.suite")
     config = suite.load_suite("coco-captions")
     items = suite.read_items(config, captions)
-    found = baselines.conditions(model, items, ["mean-image", "random-connector"])
-    (mean,) = found["mean-image"].images(0)
+    conditions = baselines.conditions(model, items, ["mean-image", "random-connector"])
+    (mean,) = conditions["mean-image"].items[0].images
     expected = np.mean([np.asarray(i.images[0].open().resize((224, 224)), dtype=float) for i in items], axis=0)
     assert np.abs(np.asarray(mean.open()) - expected).max() <= 0.5
-    other = found["random-connector"].model
+    other = conditions["random-connector"].model
     assert other.lm is model.lm and other.encoder is model.encoder
     mine, theirs = (m.connector(m.features(items[0].images)) for m in (model, other))
     assert not np.allclose(mine.detach().numpy(), theirs.detach().numpy())
@@ -228,14 +225,14 @@ def test_winoground_compares_the_likelihoods_of_all_pairs(model, tmp_path):
         assert row["scores"] == {name: float(passed) for name, passed in expected.items()}
     blind = [entry["baselines"]["blind"]["value"] for entry in report.summary["metrics"]]
     assert blind == [0.0, 0.0, 0.0]  # without the images nothing is preferred
-    matched, item = import_module("mllm.eval.answers.text").matched, import_module("mllm.data.items").Item
+    matched, item = import_module("mllm.eval.answers.choices").matched, import_module("mllm.data.items").Item
     pair = item("w", (), ("text",), choices=("x", "y"))
     assert matched(pair, [{"x": -1.0, "y": -2.0}, {"x": -5.0, "y": -4.0}]) == "text"
     assert matched(pair, [{"x": -1.0, "y": -2.0}, {"x": -3.0, "y": -1.0}]) == "text image group"
     assert matched(pair, [{"x": -3.0, "y": -2.0}, {"x": -4.0, "y": -1.0}]) == "image"
 
 
-def test_examples_stand_before_an_item_and_are_seen_once(model, captions):
+def test_examples_come_before_an_item_and_are_encoded_once(model, captions):
     options = ["shots.count=2", "batch_size=4"]
     inline = mllm.evaluate(model, "coco-captions", captions, overrides=[*options, "batch_size=1"], limit=3)
     suite, shots = import_module("mllm.eval.suite"), import_module("mllm.eval.shots")
@@ -248,7 +245,7 @@ def test_examples_stand_before_an_item_and_are_seen_once(model, captions):
         assert row["prediction"] == str(expected)
         blind = "".join(f"A picture of {shot.answers[0]}\n" for shot in item.shots)
         assert row["baselines"]["blind"] == str(model.generate([[f"{blind}A picture of"]], max_new_tokens=30)[0])
-    # Fixed examples are seen once for a whole batch; what is said is what is said to the whole prompt.
+    # Fixed examples are encoded once for a whole batch; the answers are those to the whole prompt.
     config = suite.load_suite("coco-captions", [*options, "shots.select=fixed", "shots.seed=1"])
     fixed = shots.with_shots(items[:1], items[2:], config.shots, model)[0].shots
     (captions / "three.json").write_text(
@@ -278,20 +275,20 @@ def test_examples_stand_before_an_item_and_are_seen_once(model, captions):
         assert row["prediction"] == str(model.generate([whole], max_new_tokens=30)[0])
     with pytest.raises(MLLMError, match="Fixed shots"):
         mllm.evaluate(model, "coco-captions", captions, overrides=["shots={count: 1, select: fixed}"])
-    with pytest.raises(MLLMError, match="7 are wanted"):
+    with pytest.raises(MLLMError, match="needs 7 examples, and there are 5"):
         mllm.evaluate(model, "coco-captions", captions, overrides=["shots.count=7"])
 
 
-def test_similar_examples_are_those_of_the_most_alike_pictures(model, tmp_path):
+def test_similar_examples_are_those_of_the_most_similar_images(model, tmp_path):
     item, source = import_module("mllm.data.items").Item, import_module("mllm.media.images").source_of
     shots, suite = import_module("mllm.eval.shots"), import_module("mllm.eval.suite")
     pool = [item(str(i), (source_of_file(tmp_path, i),), ("x",)) for i in range(5)]
     array = np.asarray(tiny_image(3)).copy()
-    array[0, 0] = 0  # a picture that is almost the fourth
+    array[0, 0] = 0  # an image that is almost the fourth
     asked = item("asked", (source(array),), ("x",))
     config = suite.Shots.model_validate({"count": 2, "select": "similar"})
-    (found,) = shots.with_shots([asked], pool, config, model)
-    assert found.shots[-1].id == "3" and found.shots[0].id != "3"
+    (item_with_shots,) = shots.with_shots([asked], pool, config, model)
+    assert item_with_shots.shots[-1].id == "3" and item_with_shots.shots[0].id != "3"
 
 
 def source_of_file(folder, index):
@@ -324,22 +321,13 @@ def test_retrieval_ranks_by_the_scorer(model, tiny_clip, tmp_path, find):
         mllm.evaluate(model, f"coco-{find}-retrieval", tmp_path, baselines=["blind"])
 
 
-def test_several_processes_leave_the_files_of_one(model, captions, tmp_path):
+def test_several_processes_leave_the_files_of_one(model, captions, start, tmp_path):
     model.save(tmp_path / "model")
-    command = ["-m", "mllm", "eval", str(tmp_path / "model"), "batch_size=2", "--suite", "coco-captions"]
-    command += ["--data", str(captions), "--baselines", "all", "--out"]
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]  # two, whatever accelerate finds
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    for name, start in (("one", []), ("two", launch)):
-        done = subprocess.run(
-            [sys.executable, *start, *command, str(tmp_path / name)],
-            env=environment if start else None,
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stdout.count("Report: ") == 1  # two that know nothing of each other would say it twice
+    command = ["eval", tmp_path / "model", "batch_size=2", "--suite", "coco-captions"]
+    command += ["--data", captions, "--baselines", "all", "--out"]
+    for count, name in ((1, "one"), (2, "two")):
+        output = start(*command, tmp_path / name, count=count).finish()
+        assert output.count("Report: ") == 1  # two that know nothing of each other would say it twice
     for name in ("summary.json", "predictions.jsonl", "report.html"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     assert not list((tmp_path / "two").glob("*.partial.jsonl"))

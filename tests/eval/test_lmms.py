@@ -1,4 +1,4 @@
-"""A run as a model of lmms-eval, in the environment of `make test-extras`: its own program, a task of its own kind."""
+"""A run as a model of lmms-eval, in the environment of `make test-extras`: by lmms-eval's command, on test tasks."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def task(tmp_path: Path) -> Path:
 
 
 def lmms_eval(run: Path, task: Path, name: str, out: Path) -> list[dict[str, Any]]:
-    """Run lmms-eval's own command on a task, and return its samples in their order."""
+    """Run lmms-eval's command on a task, and return its samples in their order."""
     command = [sys.executable, "-m", "lmms_eval", "--model", "mllm", "--model_args", f"run={run},device=cpu"]
     command += ["--tasks", name, "--include_path", str(task), "--batch_size", "4", "--log_samples"]
     command += ["--output_path", str(out)]
@@ -124,7 +124,7 @@ def test_requests_in_any_order_with_any_settings(tmp_path: Path, tiny_model: Cal
     assert cut == full[: full.index(full[2])].strip()
 
 
-def test_the_bench_times_models_that_say_the_same(tmp_path: Path) -> None:
+def test_the_bench_times_models_that_answer_the_same(tmp_path: Path) -> None:
     pytest.importorskip("decord", reason="lmms-eval's model for LLaVA imports decord")
     evaluate, shapes = (import_module(f"mllm.eval.bench.{name}") for name in ("evaluate", "shapes"))
 

@@ -1,4 +1,4 @@
-"""Predictions that are already there: scored from files of any system, and one evaluation against another."""
+"""Predictions that already exist: scored from files of any system, and two evaluations compared."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mllm.testing import tiny_image
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Five pictures, two captions each."""
+    """Five images, two captions each."""
     folder = tmp_path / "data"
     (folder / "images").mkdir(parents=True)
     images, annotations = [], []
@@ -35,17 +35,17 @@ def data(tmp_path: Path) -> Path:
 ROWS = [{"image_id": index, "caption": f"a dog {index} of them"} for index in (3, 1, 0, 4, 2)]
 
 
-def written(folder: Path, content: Any, name: str = "said.json") -> Path:
+def written(folder: Path, content: Any, name: str = "answers.json") -> Path:
     (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
     return folder / name
 
 
 def test_an_official_result_file_is_scored_whatever_its_order(data: Path, tmp_path: Path) -> None:
     report = score(written(tmp_path, ROWS), "coco-captions", data, out=tmp_path / "out")
-    said = [f"a dog {index} of them" for index in range(5)]
-    told = [[f"a dog {index} of them", f"the cat {index} of them"] for index in range(5)]
+    predictions = [f"a dog {index} of them" for index in range(5)]
+    references = [[f"a dog {index} of them", f"the cat {index} of them"] for index in range(5)]
     for name in ("caption/cider-d", "caption/bleu-4", "caption/rouge-l"):
-        assert report[name]["value"] == mllm.metric(name)(said, told).value
+        assert report[name]["value"] == mllm.metric(name)(predictions, references).value
         low, value, high = (report[name][key] for key in ("low", "value", "high"))
         assert low - 1e-6 <= value <= high + 1e-6
     assert [row["id"] for row in report.rows] == ["0", "1", "2", "3", "4"]
@@ -58,14 +58,14 @@ def test_an_official_result_file_is_scored_whatever_its_order(data: Path, tmp_pa
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (ROWS[:4], r"1 of the suite's 5 items have no prediction: 2\. A part is not scored as the whole"),
+        (ROWS[:4], r"1 of the suite's 5 items have no prediction: 2\. A part of the items is not scored as the whole"),
         ([*ROWS, {"image_id": 9, "caption": "x"}], r"1 ids are not in the suite coco-captions: 9\."),
         ([*ROWS, ROWS[1]], r"row 6: item '1' is there twice"),
         ([*ROWS[:4], {"image_id": 2, "caption": float("nan")}], r"row 5: the prediction of item '2' is NaN"),
         ([*ROWS[:4], {"image_id": 2, "caption": None}], r"row 5: the prediction of item '2' is NoneType"),
         ([*ROWS[:4], {"image_id": 2}], r"row 5: expected a prediction under one of the keys caption"),
         ([*ROWS[:4], {"caption": "x"}], r"row 5: expected an id under one of the keys image_id"),
-        (json.dumps(ROWS)[:-20], r"said\.json is not JSON"),
+        (json.dumps(ROWS)[:-20], r"answers\.json is not JSON"),
         ({"annotations": ROWS}, "holds a dict"),
     ],
 )
@@ -77,11 +77,11 @@ def test_what_is_wrong_in_a_result_file_is_named(data: Path, tmp_path: Path, con
 
 def test_a_half_written_line_is_named(data: Path, tmp_path: Path) -> None:
     lines = "".join(json.dumps(row) + "\n" for row in ROWS)
-    with pytest.raises(MLLMError, match=r"said\.jsonl, line 5 is not JSON"):
-        score(written(tmp_path, lines[:-12], "said.jsonl"), "coco-captions", data)
+    with pytest.raises(MLLMError, match=r"answers\.jsonl, line 5 is not JSON"):
+        score(written(tmp_path, lines[:-12], "answers.jsonl"), "coco-captions", data)
 
 
-def test_one_evaluation_against_another(data: Path, tmp_path: Path, tiny_model: Callable[..., Any]) -> None:
+def test_two_evaluations_are_compared(data: Path, tmp_path: Path, tiny_model: Callable[..., Any]) -> None:
     mine, theirs = tmp_path / "mine", tmp_path / "theirs"
     first = score(written(tmp_path, ROWS), "coco-captions", data, out=mine)
     second = mllm.evaluate(tiny_model({"type": "linear", "tokens": 4}), "coco-captions", data, out=theirs, run="tiny")
@@ -96,11 +96,11 @@ def test_one_evaluation_against_another(data: Path, tmp_path: Path, tiny_model: 
     assert entry["baselines"]["tiny"]["gain"] == pytest.approx(np.mean(gains))
     assert entry["baselines"]["tiny"]["low"] <= np.mean(gains) <= entry["baselines"]["tiny"]["high"]
     assert "data:image/jpeg" in (tmp_path / "both/report.html").read_text()
-    bare = compare(mine, theirs)  # without the pictures
+    bare = compare(mine, theirs)  # without the images
     assert bare.rows == report.rows and bare["caption/rouge-l"] == entry
 
 
-def test_evaluations_that_do_not_compare_are_refused(data: Path, tmp_path: Path) -> None:
+def test_evaluations_that_cannot_be_compared_are_refused(data: Path, tmp_path: Path) -> None:
     mine, part, other = tmp_path / "mine", tmp_path / "part", tmp_path / "other"
     file = written(tmp_path, ROWS)
     score(file, "coco-captions", data, out=mine)

@@ -1,4 +1,4 @@
-"""The report in a real browser: a script put behind the page's own acts as the reader and says what it saw."""
+"""The report in a real browser: a script added after the page's own acts as the reader and returns what it read."""
 
 import base64
 import contextlib
@@ -37,16 +37,16 @@ const set = (id, value, kind) => {
   const field = document.getElementById(id); field.value = value; field.dispatchEvent(new Event(kind));
 };
 addEventListener("load", () => {
-  const seen = (() => { %s })();
+  const result = (() => { %s })();
   document.body.replaceChildren(Object.assign(document.createElement("pre"),
-    {textContent: JSON.stringify({seen, complaints})}));
+    {textContent: JSON.stringify({result, complaints})}));
 });
 </script>"""
 
 
 @dataclass(frozen=True)
 class Plain:
-    """A picture of one colour."""
+    """An image of one colour."""
 
     size: tuple[int, int]
     colour: str
@@ -104,9 +104,9 @@ def write(folder: Path, rows: list[dict[str, Any]], images: Any = None, **change
 
 def embedded(page: Path) -> Any:
     """The JSON inside a page; its script element ends at the first closing tag, as in a browser."""
-    found = re.search(r'<script id="data" type="application/json">(.*?)</script', page.read_text("utf-8"), re.S)
-    assert found
-    return json.loads(found[1], parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+    element = re.search(r'<script id="data" type="application/json">(.*?)</script', page.read_text("utf-8"), re.S)
+    assert element
+    return json.loads(element[1], parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
 
 
 def chromium() -> str:
@@ -134,12 +134,12 @@ def browse(page: Path, script: str) -> Any:
     head, end, tail = text.rpartition("</body>")
     acted = page.with_name("acted.html")
     acted.write_text(head + ACT % script + end + tail, "utf-8")
-    shown = dumped(acted)
-    found = re.search(r"<pre>(.*)</pre>", shown, re.S)
-    assert found, shown[-2000:]
-    answer = json.loads(html.unescape(found[1]))
+    rendered = dumped(acted)
+    element = re.search(r"<pre>(.*)</pre>", rendered, re.S)
+    assert element, rendered[-2000:]
+    answer = json.loads(html.unescape(element[1]))
     assert answer["complaints"] == []
-    return answer["seen"]
+    return answer["result"]
 
 
 def test_headline_and_kinds_are_shown(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_headline_and_kinds_are_shown(tmp_path: Path) -> None:
         metric("caption/rouge-l", 0.1, -0.2, -0.1),
         metric("caption/bleu-1", 0.3, 0.0, 0.0) | {"low": None, "high": None, "baselines": {}},  # a corpus figure
     ]
-    seen = browse(
+    shown = browse(
         write(tmp_path, [row("one")], metrics=metrics),
         """return {
           title: document.title, heading: texts("h1"), results: texts("#headline tbody tr"),
@@ -158,12 +158,12 @@ def test_headline_and_kinds_are_shown(tmp_path: Path) -> None:
           bars: [...document.querySelectorAll("#kinds .bar div")].map((bar) => bar.style.width),
           about: texts("#about dd"), cards: document.querySelectorAll(".card").length};""",
     )
-    assert seen["heading"] == ["tiny-captions"] and "runs/tiny" in seen["title"]
-    assert "0.750 [0.700, 0.800]" in seen["results"][0] and "+0.500 [+0.400, +0.600]" in seen["results"][0]
-    assert seen["marks"] == ["mark good", None, "mark bad", None]  # an interval that contains 0 has no mark
-    assert seen["results"][3] == "caption/bleu-1 v10.300––"  # no interval, no baseline
-    assert seen["bars"][0] == "100%" and "50%" in seen["bars"]
-    assert seen["about"] == ["A picture of", "0", "0.1"] and seen["cards"] == 1
+    assert shown["heading"] == ["tiny-captions"] and "runs/tiny" in shown["title"]
+    assert "0.750 [0.700, 0.800]" in shown["results"][0] and "+0.500 [+0.400, +0.600]" in shown["results"][0]
+    assert shown["marks"] == ["mark good", None, "mark bad", None]  # an interval that contains 0 has no mark
+    assert shown["results"][3] == "caption/bleu-1 v10.300––"  # no interval, no baseline
+    assert shown["bars"][0] == "100%" and "50%" in shown["bars"]
+    assert shown["about"] == ["A picture of", "0", "0.1"] and shown["cards"] == 1
 
 
 def test_search_kind_and_order(tmp_path: Path) -> None:
@@ -173,38 +173,38 @@ def test_search_kind_and_order(tmp_path: Path) -> None:
         row("worst", 0.1, kind="pair", question="Which zebra?"),
         row("best", 0.9, kind="pair"),
     ]
-    seen = browse(
+    shown = browse(
         write(tmp_path, rows),
-        """const seen = {original: ids()};
-        set("search", "ZEBRA", "input"); seen.search = ids(); seen.count = texts("#count");
-        set("search", "which zebra", "input"); seen.words = ids();
-        set("search", "no such thing", "input"); seen.nothing = ids();
+        """const shown = {original: ids()};
+        set("search", "ZEBRA", "input"); shown.search = ids(); shown.count = texts("#count");
+        set("search", "which zebra", "input"); shown.words = ids();
+        set("search", "no such thing", "input"); shown.nothing = ids();
         set("search", "", "input");
-        set("sort", "worst", "change"); seen.worst = ids();
-        set("sort", "best", "change"); seen.best = ids();
-        set("kind", "=pair", "change"); seen.kind = ids();
-        return seen;""",
+        set("sort", "worst", "change"); shown.worst = ids();
+        set("sort", "best", "change"); shown.best = ids();
+        set("kind", "=pair", "change"); shown.kind = ids();
+        return shown;""",
     )
-    assert seen["original"] == ["middle", "unscored", "worst", "best"]
-    assert seen["search"] == ["unscored", "worst"] and seen["count"] == ["Showing 2 of 2 items"]
-    assert seen["words"] == ["worst"] and seen["nothing"] == []
-    assert seen["worst"] == ["worst", "middle", "best", "unscored"]
-    assert seen["best"] == ["best", "middle", "worst", "unscored"]
-    assert seen["kind"] == ["best", "worst"]
+    assert shown["original"] == ["middle", "unscored", "worst", "best"]
+    assert shown["search"] == ["unscored", "worst"] and shown["count"] == ["Showing 2 of 2 items"]
+    assert shown["words"] == ["worst"] and shown["nothing"] == []
+    assert shown["worst"] == ["worst", "middle", "best", "unscored"]
+    assert shown["best"] == ["best", "middle", "worst", "unscored"]
+    assert shown["kind"] == ["best", "worst"]
 
 
 def test_where_lower_is_better_a_fall_is_good_and_the_highest_comes_first_as_the_worst(tmp_path: Path) -> None:
     chair = metric("caption/chair-s", 0.1, -0.2, -0.1) | {"better": "lower"}
     rows = [row(name, scores={"caption/chair-s": score}) for name, score in (("good", 0.0), ("bad", 1.0))]
-    seen = browse(
+    shown = browse(
         write(tmp_path, rows, metrics=[chair]),
-        """const seen = {mark: document.querySelector("#headline .mark").className, name: texts("#headline td")[0]};
-        set("sort", "worst", "change"); seen.worst = ids();
-        set("sort", "best", "change"); seen.best = ids();
-        return seen;""",
+        """const shown = {mark: document.querySelector("#headline .mark").className, name: texts("#headline td")[0]};
+        set("sort", "worst", "change"); shown.worst = ids();
+        set("sort", "best", "change"); shown.best = ids();
+        return shown;""",
     )
-    assert seen["mark"] == "mark good" and "lower is better" in seen["name"]
-    assert (seen["worst"], seen["best"]) == (["bad", "good"], ["good", "bad"])
+    assert shown["mark"] == "mark good" and "lower is better" in shown["name"]
+    assert (shown["worst"], shown["best"]) == (["bad", "good"], ["good", "bad"])
 
 
 def test_markup_in_any_text_is_shown_as_text(tmp_path: Path) -> None:
@@ -212,35 +212,35 @@ def test_markup_in_any_text_is_shown_as_text(tmp_path: Path) -> None:
     rows = [row(evil, kind=evil, question=evil, references=[evil], prediction=evil, baselines={"blind": evil})]
     page = write(tmp_path, rows, suite=evil, run=evil, settings={evil: evil}, kinds={evil: {"n": 1}})
     assert embedded(page)["rows"][0]["prediction"] == evil
-    seen = browse(
+    shown = browse(
         page,
         """return {harmed: window.harmed ?? null, heading: texts("h1"), images: document.images.length,
           card: [".label span", ".question", ".prediction", ".baseline"].flatMap((part) => texts(`.card ${part}`)),
           setting: texts("#about dt")[0]};""",
     )
-    assert seen["harmed"] is None and seen["images"] == 0
-    assert seen["heading"] == [evil] and seen["card"] == [evil] * 5 and seen["setting"] == evil
+    assert shown["harmed"] is None and shown["images"] == 0
+    assert shown["heading"] == [evil] and shown["card"] == [evil] * 5 and shown["setting"] == evil
 
 
-def test_many_rows_are_drawn_sixty_at_a_time_and_pictured_up_to_a_limit(tmp_path: Path) -> None:
+def test_many_rows_are_rendered_sixty_at_a_time_and_have_images_up_to_a_limit(tmp_path: Path) -> None:
     rows = [row(f"item {n}") for n in range(510)]
     images = {item["id"]: [Plain((64, 32), "red")] for item in rows}
     page = write(tmp_path, rows, images)
-    seen = browse(
+    shown = browse(
         page,
-        """const button = document.getElementById("more"), seen = {drawn: [ids().length]};
-        button.click(); seen.drawn.push(ids().length);
+        """const button = document.getElementById("more"), shown = {drawn: [ids().length]};
+        button.click(); shown.drawn.push(ids().length);
         while (!button.hidden) button.click();
-        seen.drawn.push(ids().length);
-        seen.note = document.getElementById("omitted").checkVisibility() && texts("#omitted")[0];
-        seen.pictures = document.querySelectorAll(".card img").length;
-        seen.missing = texts(".card .missing");
-        return seen;""",
+        shown.drawn.push(ids().length);
+        shown.note = document.getElementById("omitted").checkVisibility() && texts("#omitted")[0];
+        shown.images = document.querySelectorAll(".card img").length;
+        shown.missing = texts(".card .missing");
+        return shown;""",
     )
-    assert seen["drawn"] == [60, 120, 510]
-    assert seen["pictures"] == 500 and seen["missing"] == ["image not embedded"] * 10
-    assert "first 500 items" in seen["note"]
-    assert len(embedded(page)["thumbnails"]) == 1  # the picture they share is kept once
+    assert shown["drawn"] == [60, 120, 510]
+    assert shown["images"] == 500 and shown["missing"] == ["image not embedded"] * 10
+    assert "first 500 items" in shown["note"]
+    assert len(embedded(page)["thumbnails"]) == 1  # the image that they share is stored once
 
 
 def test_thumbnails_are_small_jpegs_in_the_order_given(tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def test_thumbnails_are_small_jpegs_in_the_order_given(tmp_path: Path) -> None:
         assert isinstance(pixel, tuple) and max(abs(a - b) for a, b in zip(pixel, colour, strict=True)) < 8
 
 
-def test_numbers_that_json_has_no_word_for_become_null(tmp_path: Path) -> None:
+def test_numbers_that_json_cannot_represent_become_null(tmp_path: Path) -> None:
     content = embedded(write(tmp_path, [row("one", math.nan), row("two", -math.inf)], settings={"t": math.inf}))
     assert [item["scores"]["caption/cider-d"] for item in content["rows"]] == [None, None]
     assert content["summary"]["settings"] == {"t": None}
@@ -266,17 +266,17 @@ def test_the_page_may_request_nothing(tmp_path: Path) -> None:
     assert "default-src 'none'" in text and "://" not in text
 
 
-def test_the_pictures_that_were_found_stand_with_a_ranking(tmp_path: Path) -> None:
+def test_a_ranking_is_shown_with_its_first_images(tmp_path: Path) -> None:
     suite, item = importlib.import_module("mllm.eval.suite"), importlib.import_module("mllm.data.items").Item
     scoring, metric = importlib.import_module("mllm.eval.scoring"), importlib.import_module("mllm.registry").lookup
-    pictures = tuple(Plain((10 + number, 20), "red") for number in range(8))
-    asked = item("a", pictures, ("2",), document=("A cat.", pictures[7], "And then?"))
+    images = tuple(Plain((10 + number, 20), "red") for number in range(8))
+    asked = item("a", images, ("2",), document=("A cat.", images[7], "And then?"))
     name, ranking = "retrieval/r@1", ["4 2 0 1 3 5 6"]
-    found = scoring.Result(ranking, {name: metric("metrics", name)(ranking, [("2",)])})
+    result = scoring.Result(ranking, {name: metric("metrics", name)(ranking, [("2",)])})
     report = importlib.import_module("mllm.eval.report").report
     config = suite.load_suite("vist", [f"metrics=[{name}]"])
-    page = report(config, [asked], {"model": found}, tmp_path, run="x", settings={}, about={}).page
-    seen = browse(page, "return {wide: [...document.querySelectorAll('.card img')].map((one) => one.naturalWidth),"
+    page = report(config, [asked], {"model": result}, tmp_path, run="x", settings={}, about={}).page
+    shown = browse(page, "return {wide: [...document.querySelectorAll('.card img')].map((one) => one.naturalWidth),"
                         "text: document.querySelector('.card').textContent}")  # fmt: skip
-    assert seen["wide"] == [17, 14, 12, 10, 11, 13]  # what asked, and the first five
-    assert "A cat.And then?" in seen["text"]
+    assert shown["wide"] == [17, 14, 12, 10, 11, 13]  # the query's, and the first five
+    assert "A cat.And then?" in shown["text"]

@@ -1,4 +1,4 @@
-"""Recipes held against their baselines: pooling over seeds, what is written, the table."""
+"""Verified recipes: pooling over seeds, the file of results, the table."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from mllm.config.data import DataSpec
 from mllm.errors import MLLMError
 from mllm.evaluation import metric
 from mllm.testing import tiny_image
@@ -31,16 +30,16 @@ def run(right: set[int], blind: set[int], size: int = 40) -> list[dict[str, Any]
     return [row(i, f"thing {i}" if i in right else "no", f"thing {i}" if i in blind else "no") for i in range(size)]
 
 
-def test_pooled_is_the_mean_over_runs_and_its_interval_holds_the_gain() -> None:
+def test_pooled_is_the_mean_over_runs_and_its_interval_contains_the_gain() -> None:
     runs = [run(set(range(20)), {0, 1}), run(set(range(10, 30)), {0, 1})]
-    found = verify.pooled(runs, "vqa/exact-match")
-    assert found["value"] == 0.5
-    gain = found["gains"]["blind"]
+    scores = verify.pooled(runs, "vqa/exact-match")
+    assert scores["value"] == 0.5
+    gain = scores["gains"]["blind"]
     assert (gain["value"], gain["gain"]) == (0.05, 0.45)
     assert 0 < gain["low"] < 0.45 < gain["high"] < 1
 
 
-def test_runs_do_not_stand_in_for_items() -> None:
+def test_more_runs_do_not_count_as_more_items() -> None:
     once = verify.pooled([run({0, 1, 2}, set())], "vqa/exact-match")["gains"]["blind"]
     thrice = verify.pooled([run({0, 1, 2}, set())] * 3, "vqa/exact-match")["gains"]["blind"]
     assert (once["low"], once["high"]) == (thrice["low"], thrice["high"])
@@ -49,8 +48,8 @@ def test_runs_do_not_stand_in_for_items() -> None:
 def test_baselines_without_a_column_have_a_line(tmp_path: Path) -> None:
     gain = {"value": 0.5, "gain": 0.25, "low": 0.2, "high": 0.3}
     scores = {"decide": {"metric": "m", "value": 0.75, "gains": {"always": gain, "shuffled": gain}}}
-    found = {"command": "c", "seeds": [0, 1], "minutes": 2.0, "items": {"decide": 9}, "scores": scores}
-    (tmp_path / "r.yaml").write_text(json.dumps(found))
+    content = {"command": "c", "seeds": [0, 1], "minutes": 2.0, "items": {"decide": 9}, "scores": scores}
+    (tmp_path / "r.yaml").write_text(json.dumps(content))
     assert results.conditions(["r", "unknown"], tmp_path) == (
         "- `c`: seeds 0, 1; 9 items per suite; training takes up to 2.0 minutes per seed.\n"
         "    - decide, baseline `always`: 0.500; gain +0.200 to +0.300.\n"
@@ -70,7 +69,7 @@ def test_other_items_are_not_pooled() -> None:
 
 @pytest.fixture
 def recipe_file(tmp_path: Path, tiny_parts: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> str:
-    """A recipe on tiny parts, and a suite of three pictures, in the working directory."""
+    """A recipe on tiny parts, and a suite of three images, in the working directory."""
     monkeypatch.chdir(tmp_path)
     for name in "abc":
         tiny_image().save(tmp_path / f"{name}.png")
@@ -82,44 +81,35 @@ lm: {{model: {tiny_parts[1]}}}
 connector: {{type: linear}}
 data: {{train: {{format: table, path: train.csv}}}}
 stages: [{{name: align, train: {{connector: 1.0e-3}}, steps: 2, batch_size: 2}}]
-eval: {{suites: [small]}}
+eval: {{suites: [three.yaml]}}
 """
     (tmp_path / "small.yaml").write_text(text)
+    suite = {"name": "three", "about": "three images", "data": {"format": "table", "path": "train.csv"}}
+    (tmp_path / "three.yaml").write_text(json.dumps(suite | {"metrics": ["caption/rouge-l"]}))
     return str(tmp_path / "small.yaml")
 
 
 def test_verify_refuses_a_recipe_without_suites(recipe_file: str) -> None:
-    Path(recipe_file).write_text(Path(recipe_file).read_text().replace("eval: {suites: [small]}", ""))
+    Path(recipe_file).write_text(Path(recipe_file).read_text().replace("eval: {suites: [three.yaml]}", ""))
     with pytest.raises(MLLMError, match="names no suites"):
         verify.verify(recipe_file, out="results")
 
 
-def test_verify_trains_evaluates_and_writes_what_the_table_shows(
-    recipe_file: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    suites, runner = (import_module(f"mllm.eval.{name}") for name in ("suite", "runner"))  # both, before one is changed
-    suite = suites.Suite(
-        name="small",
-        about="three pictures",
-        data=DataSpec.model_validate({"format": "table", "path": str(tmp_path / "train.csv")}),
-        metrics=["caption/rouge-l"],
-    )
-    monkeypatch.setattr(suites, "load_suite", lambda name, overrides=(): suite)
-    monkeypatch.setattr(runner, "load_suite", lambda name, overrides=(): suite)
-    place = verify.verify(recipe_file, out="results", seeds=(0, 1), runs="runs")
-    found = results.results("small", "results")
-    assert found is not None and place == Path("results/small.yaml")
-    assert found["items"] == {"small": 3} and found["seeds"] == [0, 1]
+def test_verify_trains_evaluates_and_writes_what_the_table_shows(recipe_file: str) -> None:
+    path = verify.verify(recipe_file, out="results", seeds=(0, 1), runs="runs")
+    content = results.results("small", "results")
+    assert content is not None and path == Path("results/small.yaml")
+    assert content["items"] == {"three.yaml": 3} and content["seeds"] == [0, 1]
     rows = [
-        [json.loads(x) for x in Path(f"runs/small-{seed}/eval/small/predictions.jsonl").read_text().splitlines()]
+        [json.loads(x) for x in Path(f"runs/small-{seed}/eval/three/predictions.jsonl").read_text().splitlines()]
         for seed in (0, 1)
     ]
     score = metric("caption/rouge-l")
     by_hand = [score([r["prediction"] for r in run_], [r["references"] for r in run_]).value for run_ in rows]
-    assert found["scores"]["small"]["value"] == pytest.approx(sum(by_hand) / 2, abs=1e-4)
+    assert content["scores"]["three.yaml"]["value"] == pytest.approx(sum(by_hand) / 2, abs=1e-4)
     assert f"{sum(by_hand) / 2:.3f}" in results.table(["small"], "results")
     minutes = [json.loads(Path(f"runs/small-{seed}/time.json").read_text())["minutes"] for seed in (0, 1)]
-    assert found["minutes"] == round(max(minutes), 1), "not the time of the evaluation, nor of a second look"
+    assert content["minutes"] == round(max(minutes), 1), "not the time of the evaluation, nor of a second run of verify"
     trained = (Path("runs") / "small-0" / "model" / "assembly.json").stat().st_mtime_ns
     verify.verify(recipe_file, out="results", seeds=(0,), runs="runs")
     assert (Path("runs") / "small-0" / "model" / "assembly.json").stat().st_mtime_ns == trained, "trained again"

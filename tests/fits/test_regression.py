@@ -9,7 +9,7 @@ import mllm
 from mllm.encoders.dual_encoder import DualEncoder
 from mllm.errors import MLLMError
 from mllm.fits.base import Material
-from mllm.fits.connector import Connector
+from mllm.fits.connector import ConnectorFit
 from mllm.lms.vocabulary import lexicon
 from mllm.planning.check import problems
 from mllm.testing import tiny_image
@@ -34,7 +34,7 @@ def test_it_is_least_squares_from_strings_to_embeddings(model):
     assert [text for _, text in words if text.isascii()] == sorted(
         [chr(letter) for letter in (*range(65, 91), *range(97, 123))]
     )
-    explained = Connector(targets="tokens", solver="least-squares", chunk=20)(model, Material())
+    explained = ConnectorFit(targets="tokens", solver="least-squares", chunk=20)(model, Material())
     x = model.encoder.embed_texts([text for _, text in words]).double()
     y = model.lm.embed(torch.tensor([token for token, _ in words])).double()
     solution = torch.linalg.lstsq(torch.cat([x, torch.ones(len(x), 1).double()], dim=1), y).solution
@@ -62,9 +62,9 @@ def test_it_is_a_stage_that_needs_no_data(tiny_clip, tiny_parts, tmp_path, solve
 
 def test_a_retrieval_heads_solver_is_refused():
     with pytest.raises(MLLMError, match="connector has solver 'correlation': expected one of ridge, least-squares"):
-        Connector(solver="correlation")
+        ConnectorFit(solver="correlation")
 
 
 def test_an_encoder_without_texts_is_refused(tiny_parts):
     with pytest.raises(MLLMError, match="dual-encoder"):
-        Connector(targets="tokens")(mllm.assemble(*tiny_parts), Material())
+        ConnectorFit(targets="tokens")(mllm.assemble(*tiny_parts), Material())

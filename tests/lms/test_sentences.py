@@ -122,7 +122,7 @@ def test_a_run_is_a_scorer_that_finds_what_it_was_fitted_to(recipe, tiny_model, 
         Item(text, (source_of(picture),), (text,), choices=tuple(TEXTS))
         for picture, text in zip(pictures, TEXTS, strict=True)
     ]
-    assert import_module("mllm.eval.answers.text").closest(items, own.scorer, 0.0) == TEXTS
+    assert import_module("mllm.eval.answers.closest").closest(items, own.scorer, 0.0) == TEXTS
 
 
 def test_what_does_not_fit_is_refused(recipe, tiny_parts, tiny_model, tmp_path):

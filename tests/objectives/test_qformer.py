@@ -22,7 +22,7 @@ from mllm.objectives.contrastive import PatchContrastive, captions_of
 from mllm.objectives.qformer import ImageTextContrast, ImageTextGeneration, ImageTextMatching, drawn
 from mllm.prompts.batch import collate
 from mllm.prompts.pieces import Target
-from mllm.scorers.matching import Matcher
+from mllm.scorers.matching import MatchingScorer
 from mllm.slots import Inputs
 from mllm.testing import tiny_image
 from mllm.testing.lms import spread, tiny_tokenizer
@@ -125,7 +125,7 @@ def test_pictures_and_texts_are_found_by_contrast_and_put_in_order_by_matching(
 ) -> None:
     scorer, reference = reader.scorer, blip2(reader)
     pictures, (ids, mask) = [row[0] for row in inputs.rows], reader.connector.words.tokenize(TEXTS)
-    assert isinstance(scorer, Matcher) and scorer.rerank == 128
+    assert isinstance(scorer, MatchingScorer) and scorer.rerank == 128
     alike = by_features(reference, inputs.features, ids, mask, match=False)
     torch.testing.assert_close(scorer.image_text(pictures, TEXTS), alike, atol=1e-4, rtol=1e-4)
     odds = by_features(reference, inputs.features, ids, mask, match=True).diff(dim=1)[:, 0]
@@ -143,7 +143,7 @@ def test_pictures_and_texts_are_found_by_contrast_and_put_in_order_by_matching(
             assert rows == [*sorted(first[:kept], key=lambda place: -both[place]), *first[kept:]]
     scorer.rerank = 128
     with pytest.raises(MLLMError, match=r"heads contrast and match; the model has match\. Train the first stage"):
-        Matcher(model=mllm.assemble(*tiny_parts, {"type": "linear"}, heads=[{"type": "match", "inside": 16}]))
+        MatchingScorer(model=mllm.assemble(*tiny_parts, {"type": "linear"}, heads=[{"type": "match", "inside": 16}]))
 
 
 def ranked(items: list[Item], scorer: Any) -> list[list[int]]:

@@ -9,10 +9,10 @@ from torch.nn.functional import cosine_similarity, log_softmax, normalize
 
 from mllm.build import join
 from mllm.config.loading import check
-from mllm.config.parts import AssemblySpec, PartSpec
+from mllm.config.parts import AssemblySpec, HeadSpec
 from mllm.errors import MLLMError
 from mllm.objectives.caption import Caption
-from mllm.objectives.retrieval import Contrast, TokenPrediction
+from mllm.objectives.retrieval import RetrievalContrast, TokenPrediction
 from mllm.processes import gathered
 from mllm.prompts.pieces import Target
 from mllm.readout.states import captions
@@ -54,10 +54,10 @@ def test_losses_are_the_papers_formulas(tiny_model):
     images = torch.stack([f.mean(0) @ head.image.weight.T + head.image.bias for f in given.features])
     table = cosine_similarity(texts[:, None], images[None], dim=-1) / 0.07
     expected = -(log_softmax(table, 1).diagonal().sum() + log_softmax(table, 0).diagonal().sum()) / 2
-    torch.testing.assert_close(Contrast()(given), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(RetrievalContrast()(given), expected, atol=1e-4, rtol=1e-4)
     wanted = -sum(log_softmax(logits, -1)[model.lm.new_tokens["[RET]"]] for _, logits in [unseen, *alone])
     torch.testing.assert_close(TokenPrediction()(given), wanted, atol=1e-4, rtol=1e-4)
-    assert Contrast().count(ROWS, given.batch) == 3
+    assert RetrievalContrast().count(ROWS, given.batch) == 3
     assert TokenPrediction().count(ROWS, given.batch) == 4  # it looks at no image
 
 
@@ -67,7 +67,7 @@ def test_the_head_and_the_new_row_train_and_nothing_else(tiny_model):
     stage = check({"name": "x", "stages": [{"name": "s", "train": train, "steps": 1}]}, "x").stages[0]
     groups = parameter_groups(model, stage)
     given = inputs_of(model)
-    (Contrast()(given) + TokenPrediction()(given)).backward()
+    (RetrievalContrast()(given) + TokenPrediction()(given)).backward()
     assert all(p.grad.abs().sum() > 0 for group in groups for p in group["params"])
     assert all(p.grad is None for n, p in model.named_parameters() if n.split(".")[0] not in train)
 
@@ -75,7 +75,7 @@ def test_the_head_and_the_new_row_train_and_nothing_else(tiny_model):
 def gradients(model):
     given = inputs_of(model)
     model.zero_grad()
-    loss = Contrast()(given) + TokenPrediction()(given)
+    loss = RetrievalContrast()(given) + TokenPrediction()(given)
     loss.backward()
     trained = [(name, p.grad) for part in ("heads", "tokens") for name, p in getattr(model, part).named_parameters()]
     return loss.detach(), {name: gradient.clone() for name, gradient in trained}
@@ -92,11 +92,11 @@ def test_where_nothing_before_the_token_trains_no_gradient_is_kept_for_it(tiny_m
 
     monkeypatch.setattr(model.lm, "prefill", counted)
     monkeypatch.setattr("mllm.readout.states.TOGETHER", 2)  # captions of about one length are read together
-    assert not model.adapts
+    assert not model.lm_trains
     loss, short = gradients(model)
     assert [shape[:2] for shape in seen] == [(4, len("A picture of two red birds") - 1)]
     model.lm.model.requires_grad_(True)  # now the whole caption's gradient is wanted
-    assert model.adapts
+    assert model.lm_trains
     again, full = gradients(model)
     assert len(seen) == 1 and model.lm.model.get_input_embeddings().weight.grad.abs().sum() > 0
     torch.testing.assert_close(loss, again)
@@ -106,9 +106,9 @@ def test_where_nothing_before_the_token_trains_no_gradient_is_kept_for_it(tiny_m
 def test_an_adapter_that_trains_keeps_the_whole_gradient(tiny_model):
     model = tiny_model(**PARTS, adapters=[{"type": "lora", "r": 2}]).requires_grad_(False)
     model.heads.requires_grad_(True), model.tokens.requires_grad_(True)
-    assert not model.adapts
+    assert not model.lm_trains
     model.adapters.requires_grad_(True)
-    assert model.adapts
+    assert model.lm_trains
     gradients(model)
     assert any(p.grad.abs().sum() > 0 for p in model.adapters.parameters())
 
@@ -119,17 +119,24 @@ def test_captioning_is_what_it_was_without_the_head(tiny_model):
         assert torch.equal(Caption()(inputs_of(plain)), Caption()(inputs_of(model)))
 
 
+def test_a_head_brings_its_own_token(tiny_model):
+    by_itself, named = tiny_model(heads=PARTS["heads"]), tiny_model(**PARTS)
+    assert by_itself.lm.new_tokens == named.lm.new_tokens
+    assert by_itself.trained_state().keys() == named.trained_state().keys()
+    assert [*tiny_model(heads=PARTS["heads"], tokens=["[IMG]"]).lm.new_tokens] == ["[IMG]", "[RET]"]
+
+
 def test_what_does_not_fit_is_said(tiny_model):
-    with pytest.raises(MLLMError, match=r"reads the token '\[RET\]', and tokens is \['\[IMG\]'\]"):
-        TokenPrediction()(inputs_of(tiny_model(heads=PARTS["heads"], tokens=["[IMG]"])))
+    with pytest.raises(MLLMError, match="no head that shows images"):
+        TokenPrediction()(inputs_of(tiny_model(tokens=["[IMG]"])))
     with pytest.raises(MLLMError, match="No example of a batch has a caption behind an image"):
-        Contrast()(inputs_of(tiny_model(**PARTS), [["no image", Target(" at all")]]))
+        RetrievalContrast()(inputs_of(tiny_model(**PARTS), [["no image", Target(" at all")]]))
     with pytest.raises(MLLMError, match="No example of a batch has a caption, which"):
         TokenPrediction()(inputs_of(tiny_model(**PARTS), [[tiny_image(0), "no target"]]))
     with pytest.raises(MLLMError, match="does not take these arguments"):
         tiny_model(heads=[{"type": "retrieval", "width": 6}])
     with pytest.raises(MLLMError, match="give lm and encoder"):
-        join(AssemblySpec(heads=[PartSpec(type="retrieval")]), encoder=None, lm=None)
+        join(AssemblySpec(heads=[HeadSpec(type="retrieval")]), encoder=None, lm=None)
 
 
 def one_process(rank, world, place, values, found):
@@ -149,7 +156,7 @@ def one_process(rank, world, place, values, found):
 @pytest.mark.timeout(120)
 def test_processes_together_compute_what_one_does(tmp_path):
     values = torch.randn(2, 5, 4)
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
     found = context.Queue()
     own = [context.Process(target=one_process, args=(r, 2, tmp_path / "meet", values, found)) for r in range(2)]
     for process in own:

@@ -18,6 +18,7 @@ from mllm.config import loading as recipe
 from mllm.errors import MLLMError
 from mllm.planning.check import problems
 from mllm.planning.paper import on_paper
+from mllm.slots import Connector
 from mllm.testing import tiny_image, tiny_lm
 
 
@@ -82,7 +83,7 @@ def test_recipe_on_folders_checks_clean(file: Path) -> None:
 def test_parts_that_a_recipe_does_not_name_are_missed_by_what_needs_them(file: Path) -> None:
     assert problems(str(file), ["encoder=null"]) == ["The connector linear reads an encoder's features: give encoder."]
     found = problems(str(file), ["lm=null", "connector=null", "stages.0.train={}"])
-    assert any("the objective 'caption' needs lm" in problem for problem in found), found
+    assert any("the objective 'caption' needs a language model: lm" in problem for problem in found), found
 
 
 def test_model_on_paper_has_shapes_and_no_weights(file: Path) -> None:
@@ -170,11 +171,13 @@ def test_a_run_that_parts_are_taken_from_is_held_against_the_recipe(
         assert sentence in found
 
 
-def test_a_heads_token_must_be_among_the_new_ones(file: Path) -> None:
-    heads = ["heads=[{type: retrieval, dim: 6}]"]
-    (found,) = problems(str(file), heads)
-    assert found == "The head retrieval reads the token '[RET]', and tokens is []. Add it there."
-    assert problems(str(file), [*heads, "tokens=['[RET]']"]) == []
+def test_heads_have_distinct_names_and_agree_on_an_images_tokens(file: Path) -> None:
+    two = "{type: retrieval, dim: 6}, {type: retrieval, dim: 8"
+    (problem,) = problems(str(file), [f"heads=[{two}}}]"])
+    assert "two heads are called 'retrieval': give one of them another name" in problem
+    assert problems(str(file), [f"heads=[{two}, name: second}}]"]) == []
+    (problem,) = problems(str(file), [f"heads=[{two}, name: second, token: '[IMG]'}}]"])
+    assert "The head heads.second reads '[IMG]', and an image's tokens are ['[RET]']: set its token" in problem
 
 
 def test_several_problems_are_all_reported(file: Path) -> None:
@@ -187,7 +190,7 @@ def test_several_problems_are_all_reported(file: Path) -> None:
             "stages.1.objectives=[{type: x}]",
         ],
     )
-    for sentence in ("./no-encoder", "./no-lm", "none.csv", "'x' in mllm.slots"):
+    for sentence in ("./no-encoder", "./no-lm", "none.csv", "'x' in mllm.objectives"):
         assert sum(sentence in problem for problem in found) == 1, found
     assert len(found) == 4
 
@@ -198,12 +201,12 @@ def test_a_later_stages_own_problem_is_found(file: Path) -> None:
 
 
 def test_a_fit_needs_a_linear_connector(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Bent(torch.nn.Module):
+    class Bent(Connector):
         num_tokens = 1
 
         def __init__(self, **_: Any) -> None:
             super().__init__()
-            self.project = torch.nn.Linear(1, 1)
+            self.project = torch.nn.GELU()
 
     monkeypatch.setitem(registry.table("connectors"), "bent", f"{__name__}:Bent")
     monkeypatch.setitem(sys.modules, __name__, type("Module", (), {"Bent": Bent}))
@@ -217,7 +220,7 @@ def test_check_does_without_what_only_training_needs(file: Path) -> None:
 import sys
 from mllm.planning.check import problems
 assert problems({str(file)!r}) == []
-heavy = ("peft", "bitsandbytes", "matplotlib", "mllm.training.train", "mllm.saving")
+heavy = ("peft", "bitsandbytes", "matplotlib", "mllm.training.train")
 print([name for name in heavy if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

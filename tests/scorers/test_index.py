@@ -70,7 +70,7 @@ def test_an_index_of_another_model_and_an_empty_one_are_refused(tiny_model, path
         other.retrieve([["A cat"]], index)
     with pytest.raises(MLLMError, match="The index is empty"):
         ImageIndex.build(model, [])
-    with pytest.raises(MLLMError, match="no retrieval head"):
+    with pytest.raises(MLLMError, match="needs a retrieval head"):
         ImageIndex.build(tiny_model(), paths)
     (tmp_path / "broken").write_bytes(b"nothing")
     with pytest.raises(MLLMError, match="cannot be read"):

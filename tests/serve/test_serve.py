@@ -325,6 +325,7 @@ def test_sigterm_finishes_what_is_running(model, tmp_path):
     assert "Traceback" not in rest
 
 
+@pytest.mark.slow
 def test_a_soak_loses_no_good_request_and_keeps_no_memory(model):
     good: dict[str, Any] = {"messages": [user("what?", A)], "max_tokens": 2}
     bad: list[Any] = [

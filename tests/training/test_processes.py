@@ -18,6 +18,7 @@ from mllm.testing import tiny_image
 from mllm.training.checkpoint import NAME
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m", "mllm", "train"]
+SHARED = {"ACCELERATE_USE_FSDP": "true"}
 
 
 @pytest.fixture(scope="module")
@@ -49,33 +50,22 @@ stages:
     return str(path)
 
 
-def launch(arguments: list[str], fsdp: bool) -> subprocess.Popen[str]:
-    """Start two processes on the CPU."""
-    settings = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_FSDP": str(fsdp).lower()}
-    return subprocess.Popen(
-        [*LAUNCH, *arguments],
-        env={**os.environ, **settings},
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-    )
-
-
-def finished(process: subprocess.Popen[str]) -> None:
-    _, said = process.communicate()
-    assert process.returncode == 0, said
-
-
 def log(path: Path, key: str) -> list[Any]:
     rows = [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
     return [row[key] for row in rows if key in row]
 
 
 @pytest.fixture(scope="module")
-def two(request, recipe, tmp_path_factory) -> tuple[Path, bool]:
+def two(request, recipe, start, tmp_path_factory) -> tuple[Path, bool]:
     """Return a run of two processes, and whether they shared the frozen weights."""
     folder = tmp_path_factory.mktemp("two") / "run"
-    finished(launch([recipe, "--out", str(folder)], request.param))
+    if request.param:
+        start("train", recipe, "--out", folder, count=2, **SHARED).finish()
+    else:  # by torchrun itself
+        command = [*LAUNCH, recipe, "--out", str(folder)]
+        settings = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+        done = subprocess.run(command, env=settings, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
     return folder, request.param
 
 
@@ -96,17 +86,15 @@ def test_two_processes_train_as_one_does(two, recipe, tmp_path):
 
 @pytest.mark.parametrize("two", [True], ids=["fsdp"], indirect=True)
 @pytest.mark.timeout(200)
-def test_killed_and_resumed_they_are_the_run_they_would_have_been(two, recipe, tmp_path):
-    whole, fsdp = two
+def test_killed_and_resumed_they_are_the_run_they_would_have_been(two, recipe, start, tmp_path):
+    whole, _ = two
     folder = tmp_path / "killed"
-    process = launch([recipe, "--out", str(folder)], fsdp)
+    process = start("train", recipe, "--out", folder, count=2, **SHARED)
     until = time.monotonic() + 100
     while not (folder / NAME).is_file() or len(log(folder, "loss")) < 8:
-        assert time.monotonic() < until and process.poll() is None, process.communicate()
+        assert time.monotonic() < until and process.running(), process.finish()
         time.sleep(0.005)
-    subprocess.run(["pkill", "-KILL", "-P", str(process.pid)], check=True)  # the two, without notice
     process.kill()
-    process.communicate()
     assert not (folder / "model").exists()
-    finished(launch([recipe, "--resume", str(folder)], fsdp))
+    start("train", recipe, "--resume", folder, count=2, **SHARED).finish()
     assert log(folder, "loss") == log(whole, "loss")

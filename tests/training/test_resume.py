@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import tarfile
 import threading
 import time
@@ -68,25 +64,24 @@ def log(path: Path) -> list[str]:
     return (path / "log.jsonl").read_text().splitlines()
 
 
-def killed(recipe: str, folder: Path, lines: int) -> None:
-    """Train in another process, and kill it without notice once so many lines are logged."""
-    command = [sys.executable, "-m", "mllm", "train", recipe, "--out", str(folder)]
-    with subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=dict(os.environ)
-    ) as process:
-        until = time.monotonic() + 120
-        while time.monotonic() < until and process.poll() is None:
-            if (folder / "log.jsonl").is_file() and len(log(folder)) >= lines:
-                process.send_signal(signal.SIGKILL)
-                break
+@pytest.fixture
+def killed(recipe, start):
+    """Return a function that trains in another process, and kills it without notice once so many lines are logged."""
+
+    def kill(folder: Path, lines: int) -> None:
+        process, until = start("train", recipe, "--out", folder), time.monotonic() + 120
+        while not (folder / "log.jsonl").is_file() or len(log(folder)) < lines:
+            assert time.monotonic() < until and process.running(), process.finish()
             time.sleep(0.002)
-    assert process.returncode == -signal.SIGKILL, "it ended before it was killed"
+        process.kill()
+
+    return kill
 
 
 @pytest.mark.parametrize("lines", [1, 4, 30])
-def test_killed_and_resumed_it_is_the_run_it_would_have_been(recipe, whole, tmp_path, lines):
+def test_killed_and_resumed_it_is_the_run_it_would_have_been(recipe, whole, killed, tmp_path, lines):
     folder = tmp_path / "run"
-    killed(recipe, folder, lines)
+    killed(folder, lines)
     assert not (folder / "model").exists()
     run = mllm.train(recipe, resume=folder)
     assert log(run.path) == log(whole.path)
@@ -97,9 +92,9 @@ def test_killed_and_resumed_it_is_the_run_it_would_have_been(recipe, whole, tmp_
         mllm.train(recipe, resume=folder)
 
 
-def test_changed_data_or_a_changed_recipe_is_named_and_stops(recipe, tmp_path):
+def test_changed_data_or_a_changed_recipe_is_named_and_stops(recipe, killed, tmp_path):
     folder = tmp_path / "run"
-    killed(recipe, folder, 30)
+    killed(folder, 30)
     with pytest.raises(MLLMError, match=r"(?s)--accept-changes.*stages\.2\.steps: 60 -> 30") as caught:
         mllm.train(recipe, ["stages.2.steps=30"], resume=folder)
     assert len(str(caught.value).splitlines()) == 2
@@ -114,11 +109,11 @@ def test_changed_data_or_a_changed_recipe_is_named_and_stops(recipe, tmp_path):
     assert mllm.config.loading.load(str(folder / "recipe.yaml")).stages[2].steps == 30
 
 
-def test_what_is_no_run_or_damaged_is_said(recipe, tmp_path):
+def test_what_is_no_run_or_damaged_is_said(recipe, killed, tmp_path):
     with pytest.raises(MLLMError, match="There is no run in"):
         mllm.train(recipe, resume=tmp_path)
     folder = tmp_path / "run"
-    killed(recipe, folder, 10)
+    killed(folder, 10)
     (folder / NAME).write_bytes((folder / NAME).read_bytes()[:200])
     with pytest.raises(MLLMError, match="cannot be read"):
         mllm.train(recipe, resume=folder)

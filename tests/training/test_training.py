@@ -19,7 +19,7 @@ from mllm.data.items import Item
 from mllm.encoders.feature_store import FeatureStore
 from mllm.errors import MLLMError
 from mllm.fits.base import Material
-from mllm.fits.connector import Connector
+from mllm.fits.connector import ConnectorFit
 from mllm.fits.regression import NormalEquations
 from mllm.media.images import source_of
 from mllm.testing import tiny_image
@@ -124,7 +124,7 @@ def test_a_batch_of_eight_is_two_of_four_accumulated(recipe, tmp_path):
 
 
 def test_what_was_trained_reads_the_picture(recipe, tmp_path):
-    model = mllm.load(mllm.train(recipe, ["stages.0.steps=400"], out=tmp_path / "run").path)
+    model = mllm.load(mllm.train(recipe, ["stages.0.steps=150"], out=tmp_path / "run").path)
     pictures = [source_of(recipe.replace("recipe.yaml", f"{index}.png")) for index in range(32, 48)]
     scores = torch.tensor([model.score([picture, "A picture of"], list(COLOURS)) for picture in pictures])
     # A language model with random weights has likings of its own: what the picture adds is what counts.
@@ -198,7 +198,7 @@ def test_the_closed_form_start_points_features_at_their_words(tiny_parts):
     items = [
         Item(str(index), (source_of(picture),), (list(COLOURS)[index % 4],)) for index, picture in enumerate(pictures)
     ]
-    explained = Connector(strength=0.001)(model, Material(items[:16], model.features))
+    explained = ConnectorFit(strength=0.001)(model, Material(items[:16], model.features))
     assert 0.5 < explained <= 1
     predicted = model.connector(model.features(pictures[16:])).mean(1)
     targets = torch.stack(

@@ -7,7 +7,7 @@ from pathlib import Path
 from mllm.data.files import json_lines
 from mllm.data.items import Item
 from mllm.errors import MLLMError
-from mllm.readout.decision import LABELS
+from mllm.slots import DECISIONS
 
 
 def decisions(*, path: str) -> list[Item]:
@@ -22,10 +22,10 @@ def decisions(*, path: str) -> list[Item]:
     items = []
     for number, row in enumerate(json_lines(Path(path)), start=1):
         prompt, label = (row.get("prompt"), row.get("label")) if isinstance(row, dict) else (None, None)
-        if not isinstance(prompt, str) or not prompt.strip() or label not in LABELS:
+        if not isinstance(prompt, str) or not prompt.strip() or label not in DECISIONS:
             raise MLLMError(
                 f"{path}, row {number}: prompt {prompt!r}, label {label!r}. Expected a text, and one of "
-                f"{', '.join(LABELS)}."
+                f"{', '.join(DECISIONS)}."
             )
         items.append(Item(str(number), (), (label,), prompt.strip(), kind=label))
     return items

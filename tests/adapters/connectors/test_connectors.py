@@ -17,7 +17,7 @@ import mllm
 from mllm.data.items import Item
 from mllm.errors import MLLMError
 from mllm.fits.base import Material
-from mllm.fits.connector import Connector
+from mllm.fits.connector import ConnectorFit
 from mllm.media.images import source_of
 from mllm.prompts.batch import collate
 from mllm.registry import lookup, table
@@ -116,7 +116,7 @@ def test_its_last_map_can_be_fitted(model):
     items = [
         Item(str(i), (source_of(picture),), ("red" if i % 2 else "a blue one",)) for i, picture in enumerate(PICTURES)
     ]
-    explained = Connector(solver="least-squares")(model, Material(items, model.features))
+    explained = ConnectorFit(solver="least-squares")(model, Material(items, model.features))
     assert 0 < explained <= 1 + 1e-9
 
 

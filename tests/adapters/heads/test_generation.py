@@ -12,13 +12,13 @@ from torch.nn.functional import log_softmax
 from mllm.config.loading import check
 from mllm.data.items import Item
 from mllm.errors import MLLMError
-from mllm.fits.affine import Conditions
+from mllm.fits.affine import AffineFit
 from mllm.fits.base import Material
 from mllm.objectives.distillation import Distillation
-from mllm.objectives.retrieval import Contrast, TokenPrediction
+from mllm.objectives.retrieval import RetrievalContrast, TokenPrediction
 from mllm.prompts.pieces import Target
 from mllm.registry import lookup
-from mllm.slots import Inputs
+from mllm.slots import ConditionHead, Inputs
 from mllm.testing import tiny_image
 from mllm.training.batches import inputs
 from mllm.training.setup import parameter_groups
@@ -97,9 +97,9 @@ def test_losses_are_the_papers_formulas(tiny_model, tiny_decoder):
     torch.testing.assert_close(TokenPrediction()(given), predicted, atol=1e-4, rtol=1e-4)
     assert Distillation().count(ROWS, given.batch) == TokenPrediction().count(ROWS, given.batch) == 3
     state = alone(model, " a cat")[0][:, 0]
-    torch.testing.assert_close(given.shared["said"].states[[0, 2], 0], state.expand(2, -1), atol=1e-4, rtol=1e-4)
-    assert Contrast().count(ROWS, given.batch) == 2
-    assert Contrast()(given).isfinite()
+    torch.testing.assert_close(given.shared["captions"].states[[0, 2], 0], state.expand(2, -1), atol=1e-4, rtol=1e-4)
+    assert RetrievalContrast().count(ROWS, given.batch) == 2
+    assert RetrievalContrast()(given).isfinite()
 
 
 def test_a_condition_is_computed_once_for_a_caption(tiny_model, tiny_decoder, monkeypatch):
@@ -128,19 +128,24 @@ def test_any_head_of_the_slot_trains_and_nothing_else(head, tiny_model, tiny_dec
     assert all(p.grad is not None for p in model.heads.parameters())
     assert model.tokens.rows.grad[: head["tokens"]].abs().sum(-1).all()
     assert all(p.grad is None for n, p in model.named_parameters() if n.split(".")[0] not in train)
-    assert model.painter(*(torch.randn(2, head["tokens"], 32) for _ in range(2))).shape == (2, *model.painter.condition)
+    assert model.find(ConditionHead)(*(torch.randn(2, head["tokens"], 32) for _ in range(2))).shape == (
+        2,
+        *model.find(ConditionHead).condition,
+    )
 
 
 def test_the_affine_head_is_sklearns_ridge_of_states_to_conditions(tiny_model, tiny_decoder):
     model = tiny_model(**parts(tiny_decoder, {"type": "affine", **SMALL}))
     texts = [f"{word} {number}" for word in ("a cat", "two dogs") for number in range(8)]
     items = [Item(str(i), (), (text, f" {text}")) for i, text in enumerate(texts)]  # the same once more counts once
-    explained = Conditions(strength=0.1, chunk=5)(model, Material([*items, Item("asked", (), ("yes",), "Is it?")]))
+    explained = AffineFit(part="heads.affine", strength=0.1, chunk=5)(
+        model, Material([*items, Item("asked", (), ("yes",), "Is it?")])
+    )
     with torch.no_grad():
         states = torch.cat([alone(model, f" {text}")[0].flatten(1) for text in texts]).double().numpy()
         wanted = model.decoder.encode(texts).flatten(1).double().numpy()
     expected = Ridge(alpha=0.1 * states.var(0).mean() * len(texts)).fit(states, wanted)
-    assert np.allclose(model.painter.project.weight.detach().numpy(), expected.coef_, atol=1e-4)
+    assert np.allclose(model.heads["affine"].project.weight.detach().numpy(), expected.coef_, atol=1e-4)
     left = ((wanted - expected.predict(states)) ** 2).sum() / ((wanted - wanted.mean(0)) ** 2).sum()
     assert explained == pytest.approx(1 - left, abs=1e-3)
 

@@ -66,7 +66,7 @@ def losses(model: Any, rows: list[list[Any]], pack: int | None = None) -> Any:
 
 def test_an_image_takes_one_place(model, tiny_parts):
     bare = mllm.assemble(tiny_parts[0], tiny_parts[1], LINEAR)
-    assert (model.places, bare.places) == (1, 4)
+    assert (model.tokens_per_image, bare.tokens_per_image) == (1, 4)
     assert [len(model.encode(prompt).ids) for prompt in PROMPTS] == [2, 12, 15, 3]
     with model.adapters_off():
         assert torch.equal(logits(model), logits(bare))
@@ -205,9 +205,7 @@ def test_where_it_says_so_an_image_is_shown(tiny_parts, tmp_path):
     for number in range(5):
         tiny_image(number).save(tmp_path / f"{number}.png")
     index = ImageIndex.build(model, [tmp_path / f"{number}.png" for number in range(5)])
-    for prompt, answer in zip(
-        PROMPTS, model.generate(PROMPTS, index=index, image_logit_bias=1e4, max_new_tokens=3), strict=True
-    ):
+    for prompt, answer in zip(PROMPTS, model.generate(PROMPTS, index=index, image_logit_bias=1e4, max_new_tokens=3), strict=True):
         ((same,),) = model.retrieve([prompt], index, 1)  # the first thing it says is the token
         assert (answer.images[0].source, answer.images[0].score) == (same.source, pytest.approx(same.score, abs=1e-4))
 
@@ -281,7 +279,7 @@ def test_a_plan_counts_it(recipe, tiny_parts):
 @pytest.mark.parametrize(
     ("adapters", "message"),
     [
-        ("[{type: gated}, {type: gated}]", "adapters: gated and gated both decide where images stand"),
+        ("[{type: gated}, {type: gated}]", "adapters: gated and gated both attend to the visual tokens"),
         ("[{type: gated}, {type: prompt}]", "adapters: prompt puts positions before the sequence"),
         ("[{type: gated, every: 0}]", "adapters: gated takes every, heads, head_dim and ff from 1 on"),
     ],

@@ -1,4 +1,4 @@
-"""Suites that draw and decide: one runner, pictures on disk, baselines that need no model; a judge that can tell."""
+"""Suites that draw and decide: images on disk, baselines that need no model, a judge of generated images."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HEADS: list[dict[str, Any]] = [
     {"type": "generation", "tokens": 2, "length": 1, "width": 32, "dim": 16, "layers": 1, "heads": 2},
     {"type": "decision"},
 ]
-SAID = ["a red wall", "a cat", "two dogs"]
+CAPTIONS = ["a red wall", "a cat", "two dogs"]
 
 
 @pytest.fixture
@@ -34,11 +34,11 @@ def model(tiny_model, tiny_decoder):
 
 @pytest.fixture
 def suites(tmp_path, tiny_clip):
-    rows = [{"image": f"{number}.png", "caption": text} for number, text in enumerate(SAID)]
+    rows = [{"image": f"{number}.png", "caption": text} for number, text in enumerate(CAPTIONS)]
     for row in rows:
         tiny_image(len(row["caption"])).save(tmp_path / row["image"])
     (tmp_path / "captions.json").write_text(json.dumps(rows))
-    labels = zip(SAID, ("retrieve", "generate", "generate"), strict=True)
+    labels = zip(CAPTIONS, ("retrieve", "generate", "generate"), strict=True)
     (tmp_path / "labels.jsonl").write_text("".join(json.dumps({"prompt": p, "label": x}) + "\n" for p, x in labels))
     draw = {"data": {"format": "table", "path": str(tmp_path / "captions.json")}, "answer": "draw"}
     draw |= {"metrics": ["generation/clip-similarity"], "scorer": {"type": "dual-encoder", "model": tiny_clip}}
@@ -48,10 +48,10 @@ def suites(tmp_path, tiny_clip):
     return tmp_path
 
 
-def test_a_suite_that_draws_makes_each_items_picture_and_holds_it_against_others(model, suites, tmp_path):
+def test_a_suite_that_draws_generates_each_items_image_and_compares_it_with_others(model, suites, tmp_path):
     report = mllm.evaluate(model, str(suites / "draw.yaml"), out=tmp_path / "out")
     paths = [row["prediction"] for row in report.rows]
-    for text, path in zip(SAID, paths, strict=True):
+    for text, path in zip(CAPTIONS, paths, strict=True):
         (part,) = model.draw([[f"A picture of {text}"]])
         assert np.abs(np.asarray(part.image, int) - np.asarray(Image.open(path))).max() <= 1
     shuffled = [row["baselines"]["shuffled"] for row in report.rows]
@@ -59,13 +59,13 @@ def test_a_suite_that_draws_makes_each_items_picture_and_holds_it_against_others
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     (entry,) = summary["metrics"]
     assert entry["name"] == "generation/clip-similarity" and -1 <= entry["value"] <= 1
-    with pytest.raises(MLLMError, match="no place is given for them: out=FOLDER"):
+    with pytest.raises(MLLMError, match="no folder to save them in: give out=FOLDER"):
         mllm.evaluate(model, str(suites / "draw.yaml"))
     with pytest.raises(MLLMError, match="has the baselines shuffled, and no 'blind'"):
         mllm.evaluate(model, str(suites / "draw.yaml"), out=tmp_path / "other", baselines=["blind"])
 
 
-def test_a_suite_that_decides_is_held_against_always_the_same(model, suites, tiny_model):
+def test_a_suite_that_decides_is_compared_with_constant_labels(model, suites, tiny_model):
     with torch.no_grad():
         model.heads["decision"].judge.weight.zero_()
         model.heads["decision"].judge.bias.copy_(torch.tensor([0.0, 1.0]))
@@ -82,9 +82,9 @@ def test_a_suite_that_decides_is_held_against_always_the_same(model, suites, tin
 
 def test_f1_is_sklearns():
     draw = np.random.default_rng(0)
-    true, said = (draw.choice(["retrieve", "generate"], 50).tolist() for _ in range(2))
-    got = mllm.metric("decision/f1")(said, [[label] for label in true])
-    assert got.value == pytest.approx(f1_score(true, said, average="macro"))
+    true, predicted = (draw.choice(["retrieve", "generate"], 50).tolist() for _ in range(2))
+    score = mllm.metric("decision/f1")(predicted, [[label] for label in true])
+    assert score.value == pytest.approx(f1_score(true, predicted, average="macro"))
 
 
 def test_labels_are_read_and_wrong_ones_named(tmp_path):
@@ -95,7 +95,7 @@ def test_labels_are_read_and_wrong_ones_named(tmp_path):
 
 
 @pytest.mark.installed
-def test_still_scenes_are_what_their_captions_say(need):
+def test_still_scenes_have_what_their_captions_say(need):
     need("mllm/openmoji")
     items = emoji_scenes(split="train", task="draw", size=40, still=True)
     for item, source in zip(items, emoji_scenes(split="train", task="source", size=40, still=True), strict=True):
@@ -110,7 +110,7 @@ def test_still_scenes_are_what_their_captions_say(need):
 
 
 @pytest.mark.installed
-def test_the_judge_tells_what_is_in_a_picture(need, monkeypatch, tmp_path):
+def test_the_judge_recognizes_the_object_in_an_image(need, monkeypatch, tmp_path):
     need("mllm/openmoji", "mllm/efficientnet-lite0")
     monkeypatch.setattr("mllm.eval.metrics.judged._SCENES", 24)
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""What is timed says the same on both sides, and the table is written as it is measured."""
+"""What is timed gives the same answers on both sides, and the table is written as measured."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def generate():
 def test_ours_is_transformers_llava_with_the_same_weights(both, generate):
     ours, stock = both
     shapes = import_module("mllm.eval.bench.shapes")
-    pictures = shapes.pictures(2)
-    pixels = [ours.encoder.preprocess([picture]) for picture in pictures]
+    images = shapes.noise_images(2)
+    pixels = [ours.encoder.preprocess([image]) for image in images]
     for text in ("what is it?", "why"):
-        inputs = generate._inputs(ours, [(own, text) for own in pixels])
+        inputs = generate._inputs(ours, [(image, text) for image in pixels])
         with torch.no_grad():
             expected = stock(**inputs).logits
-        embeds, batch = ours.prepare([[picture, text] for picture in pictures])
+        embeds, batch = ours.prepare([[image, text] for image in images])
         torch.testing.assert_close(ours.lm.logits(embeds, batch.mask), expected, atol=1e-5, rtol=1e-5)
     generate.agree(ours, stock, lambda line: None)
 
@@ -63,10 +63,10 @@ def test_a_row_is_made_and_written(both, generate, tmp_path):
     assert [entry["name"] for entry in written["rows"]] == [row.name, turn.name] and lines
 
 
-def test_beside_lmms_eval_where_it_is_missing(both, tmp_path):
+def test_without_lmms_eval_the_bench_names_what_is_missing(both, tmp_path):
     evaluate = import_module("mllm.eval.bench.evaluate")
     ours, stock = both
-    with pytest.raises(MLLMError, match=r"runs beside lmms-eval, and lmms_eval is missing: pip install"):
+    with pytest.raises(MLLMError, match=r"needs lmms-eval, and lmms_eval is missing: pip install"):
         evaluate.alternative(ours, stock, tmp_path)
     asked = evaluate.items(2)
     assert [item.id for item in asked[4:6]] == ["0/4", "1/0"] and len(asked) == 11

@@ -1,4 +1,4 @@
-"""The matrix of parts: a seeded sample here (the whole is `mllm bench matrix`); it goes on, and says what fails."""
+"""The matrix of parts: a seeded sample (`mllm bench matrix` has all); a stopped run continues; failures are listed."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ OLMO = Family(
 @pytest.mark.parametrize("connector", sorted(table("connectors")))
 def test_families_on_no_list(tmp_path, connector):
     assert "vit-msn" not in ENCODER_FAMILIES and "olmo" not in LM_FAMILIES
-    own = matrix.Parts(tmp_path, {"vit-msn": unlisted}, {"olmo": OLMO})
-    assert matrix.tried(own, "vit-msn", "olmo", connector).why == ""
+    two = matrix.Parts(tmp_path, {"vit-msn": unlisted}, {"olmo": OLMO})
+    assert matrix.tried(two, "vit-msn", "olmo", connector).why == ""
 
 
 @pytest.fixture
@@ -63,20 +63,20 @@ def small(monkeypatch):
     return matrix
 
 
-def test_it_goes_on_where_it_was_and_says_what_does_not_work(small, tmp_path, monkeypatch):
-    found = small.run(out=tmp_path, progress=lambda line: None)
-    assert [one.why == "" for one in found] == [True, False]
+def test_it_continues_where_it_stopped_and_lists_what_does_not_work(small, tmp_path, monkeypatch):
+    triples = small.run(out=tmp_path, progress=lambda line: None)
+    assert [triple.why == "" for triple in triples] == [True, False]
     lines = (tmp_path / "matrix.jsonl").read_text().splitlines()
     (tmp_path / "matrix.jsonl").write_text("\n".join([*lines[:2], lines[2][:20]]))  # killed in the middle of a line
     tried: list[str] = []
 
     def again(parts: Any, *names: str) -> Any:
         tried.append(names[2])
-        return found[1]
+        return triples[1]
 
     monkeypatch.setattr(small, "tried", again)
     for _ in range(2):
-        assert small.run(out=tmp_path, progress=lambda line: None) == found
+        assert small.run(out=tmp_path, progress=lambda line: None) == triples
     assert tried == ["token-merge"]
     page = (tmp_path / "matrix.md").read_text()
     assert "1 of 2 combinations work" in page
@@ -89,13 +89,13 @@ def test_a_file_of_other_versions_is_refused(small, tmp_path):
         small.run(out=tmp_path)
 
 
-def test_a_gradient_elsewhere_or_a_batch_that_differs_is_found(tmp_path):
-    """The checks bite: a connector that looks at its whole batch."""
-    own = matrix.Parts(tmp_path, {"tiny": tiny_encoder}, {"tiny": tiny_lm})
-    encoder, lm = own.encoder("tiny"), own.lm("tiny")
+def test_a_batch_that_differs_from_its_members_is_detected(tmp_path):
+    """A connector that mixes the images of a batch fails."""
+    tiny = matrix.Parts(tmp_path, {"tiny": tiny_encoder}, {"tiny": tiny_lm})
+    encoder, lm = tiny.encoder("tiny"), tiny.lm("tiny")
     linear = lookup("connectors", "linear")
     forward = linear.forward
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(linear, "forward", lambda self, features: forward(self, features - features.mean(0)))
-        with pytest.raises(AssertionError, match="a batch gives other logits"):
-            matrix.check(own, own.spec("tiny", "tiny", "linear"), encoder, lm)
+        with pytest.raises(AssertionError, match="a batch gives different logits"):
+            matrix.check(tiny, tiny.spec("tiny", "tiny", "linear"), encoder, lm)

@@ -1,4 +1,4 @@
-"""What `bench train` times computes the same on both sides, each run in a process of its own."""
+"""Both sides of `bench train` compute the same, each run in its own process."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def test_sides_that_differ_are_not_timed(train, lm, tmp_path):
     setups.agree(made, ours, stock)
     with torch.no_grad():
         stock.model.multi_modal_projector.linear_2.bias.add_(1.0)
-    with pytest.raises(MLLMError, match="so the times compare nothing"):
+    with pytest.raises(MLLMError, match="so their times cannot be compared"):
         setups.agree(made, ours, stock)
 
 
-def test_the_plain_module_of_the_other_shapes_agrees(train, lm, tmp_path):
+def test_the_hand_written_module_of_the_other_shapes_agrees(train, lm, tmp_path):
     setups, shapes = (import_module(f"mllm.eval.bench.{name}") for name in ("setups", "shapes"))
     vision = shapes.save_vision(tmp_path / "encoder", SMALL)
-    annotations = setups.captions(tmp_path / "data", shapes.pictures(8))
+    annotations = setups.captions(tmp_path / "data", shapes.noise_images(8))
     recipe = train._recipe(vision, lm, {"type": "linear", "tokens": 4}, annotations, 1)
     lines: list[str] = []
     train._joined_setup(tmp_path, recipe, vision, lm, cells=2, steps=1, progress=lines.append)

@@ -1,4 +1,4 @@
-"""ANLS, relaxed accuracy, POPE and rankings: worked by hand, and against scikit-learn."""
+"""ANLS, relaxed accuracy, POPE and rankings: by hand, and compared with scikit-learn."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mllm.errors import MLLMError
 
 
 @pytest.mark.parametrize(
-    ("said", "answers", "value"),
+    ("prediction", "answers", "value"),
     [
         ("Brownish", ["brown"], 1 - 3 / 8),
         ("red", ["blue", "RED "], 1.0),
@@ -21,12 +21,12 @@ from mllm.errors import MLLMError
         ("", ["a"], 0.0),
     ],
 )
-def test_anls_is_the_share_of_letters_that_stay(said, answers, value):
-    assert mllm.metric("vqa/anls")([said], [answers]).value == pytest.approx(value)
+def test_anls_is_the_share_of_letters_that_stay(prediction, answers, value):
+    assert mllm.metric("vqa/anls")([prediction], [answers]).value == pytest.approx(value)
 
 
 @pytest.mark.parametrize(
-    ("said", "answer", "right"),
+    ("prediction", "answer", "right"),
     [
         ("105", "100", True),
         ("105.1", "100", False),
@@ -39,19 +39,19 @@ def test_anls_is_the_share_of_letters_that_stay(said, answers, value):
         ("2012", "in 2012", False),
     ],
 )
-def test_relaxed_accuracy_allows_numbers_five_percent(said, answer, right):
-    assert mllm.metric("vqa/relaxed")([said], [[answer]]).value == float(right)
+def test_relaxed_accuracy_allows_numbers_five_percent(prediction, answer, right):
+    assert mllm.metric("vqa/relaxed")([prediction], [[answer]]).value == float(right)
 
 
 def test_pope_is_what_scikit_learn_says():
     draw = np.random.default_rng(0)
-    said, true = draw.integers(0, 2, 500), draw.integers(0, 2, 500)
+    predicted, true = draw.integers(0, 2, 500), draw.integers(0, 2, 500)
     words = np.array([["No.", "There is not one", "no, it isn't"], ["Yes", "yes. No doubt.", "I see a dog"]])
-    predictions = [str(words[value, draw.integers(3)]) for value in said]
+    predictions = [str(words[value, draw.integers(3)]) for value in predicted]
     references = [["yes" if value else "no"] for value in true]
-    assert mllm.metric("pope/f1")(predictions, references).value == pytest.approx(f1_score(true, said))
-    assert mllm.metric("pope/accuracy")(predictions, references).value == pytest.approx((said == true).mean())
-    assert mllm.metric("pope/yes-rate")(predictions, references).value == pytest.approx(said.mean())
+    assert mllm.metric("pope/f1")(predictions, references).value == pytest.approx(f1_score(true, predicted))
+    assert mllm.metric("pope/accuracy")(predictions, references).value == pytest.approx((predicted == true).mean())
+    assert mllm.metric("pope/yes-rate")(predictions, references).value == pytest.approx(predicted.mean())
     assert mllm.metric("pope/f1")(["no"], [["no"]]).value == 0.0
     with pytest.raises(MLLMError, match=r"item 1 is \['maybe'\]"):
         mllm.metric("pope/f1")(["no", "no"], [["no"], ["maybe"]])
@@ -75,15 +75,15 @@ def test_rankings_are_what_scikit_learn_says():
     assert mllm.metric("retrieval/mrr")(predictions, one).value == pytest.approx(
         label_ranking_average_precision_score(alone, scores)
     )
-    assert mllm.metric("retrieval/map")(["b"], [["a", "b"]]).value == 0.5  # what was not found counts as missed
-    with pytest.raises(MLLMError, match="names an id twice"):
+    assert mllm.metric("retrieval/map")(["b"], [["a", "b"]]).value == 0.5  # a missed id counts
+    with pytest.raises(MLLMError, match="has an id twice"):
         mllm.metric("retrieval/mrr")(["a b a"], [["a"]])
 
 
 def test_visdials_gain_is_graded_and_cut_at_the_number_that_is_right():
     relevance = np.array([[0.0, 1.0, 0.2, 0.6, 0.0], [0.4, 0.0, 0.0, 0.0, 0.0]])
     scores = np.array([[0.1, 0.5, 0.9, 0.2, 0.3], [0.2, 0.9, 0.1, 0.0, 0.3]])
-    told = [[str(i) for i, share in enumerate(row) for _ in range(round(20 * share))] for row in relevance]
+    references = [[str(i) for i, share in enumerate(row) for _ in range(round(20 * share))] for row in relevance]
     rankings = [" ".join(map(str, np.argsort(-row))) for row in scores]
     expected = [ndcg_score([r], [s], k=int((r > 0).sum())) for r, s in zip(relevance, scores, strict=True)]
-    assert mllm.metric("retrieval/ndcg-relevant")(rankings, told).per_item == pytest.approx(expected)
+    assert mllm.metric("retrieval/ndcg-relevant")(rankings, references).per_item == pytest.approx(expected)

@@ -1,4 +1,4 @@
-"""Metrics that look at pictures, ask a model, or know a vocabulary: against transformers' own classes, and by hand."""
+"""Metrics that read images, ask a model, or have a vocabulary: compared with transformers' classes, and by hand."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from mllm.errors import MLLMError
 from mllm.media.images import source_of
 from mllm.testing import tiny_image
 
-SAID = ["a dog", "two cats on a mat", "a bus"]
-TOLD = [["a dog runs", "the dog"], ["cats"], ["a red bus", "a dog"]]
+PREDICTIONS = ["a dog", "two cats on a mat", "a bus"]
+REFERENCES = [["a dog runs", "the dog"], ["cats"], ["a red bus", "a dog"]]
 
 
 def measure(name: str, items: list[Item], **helpers: Any) -> Any:
     scoring = import_module("mllm.eval.scoring")
-    return scoring.measure(name, SAID, items, scoring.Helpers(**helpers))
+    return scoring.measure(name, PREDICTIONS, items, scoring.Helpers(**helpers))
 
 
 def test_clipscore_is_the_papers_formula_on_transformers_own_clip(tiny_clip: str) -> None:
     images = [tiny_image(seed) for seed in range(3)]
-    items = [Item(str(i), (source_of(images[i]),), tuple(TOLD[i])) for i in range(3)]
+    items = [Item(str(i), (source_of(images[i]),), tuple(REFERENCES[i])) for i in range(3)]
     model, processor = CLIPModel.from_pretrained(tiny_clip), CLIPProcessor.from_pretrained(tiny_clip, backend="pil")
 
     def embedded(texts: list[str]) -> torch.Tensor:
@@ -38,36 +38,39 @@ def test_clipscore_is_the_papers_formula_on_transformers_own_clip(tiny_clip: str
 
     with torch.no_grad():
         pixels = processor(images=images, return_tensors="pt")
-        seen = torch.nn.functional.normalize(model.get_image_features(**pixels).pooler_output, dim=-1)
-        said = embedded(SAID)
-        expected = [2.5 * max(0.0, float(a @ b)) for a, b in zip(seen, said, strict=True)]
-        closest = [float((embedded(told) @ own).max().clamp(min=0)) for told, own in zip(TOLD, said, strict=True)]
+        image_vectors = torch.nn.functional.normalize(model.get_image_features(**pixels).pooler_output, dim=-1)
+        captions = embedded(PREDICTIONS)
+        expected = [2.5 * max(0.0, float(a @ b)) for a, b in zip(image_vectors, captions, strict=True)]
+        closest = [
+            float((embedded(texts) @ caption).max().clamp(min=0))
+            for texts, caption in zip(REFERENCES, captions, strict=True)
+        ]
     scorer = PartSpec(type="dual-encoder", model=tiny_clip)  # type: ignore[call-arg]
     assert measure("caption/clipscore", items, scorer=scorer).per_item == pytest.approx(expected, abs=1e-5)
     both = [2 * a * b / (a + b) if a + b else 0.0 for a, b in zip(expected, closest, strict=True)]
     assert measure("caption/refclipscore", items, scorer=scorer).per_item == pytest.approx(both, abs=1e-5)
-    own = measure("caption/clipscore", items, own=lambda: DualEncoder(model=tiny_clip))
-    assert own.per_item == pytest.approx(expected, abs=1e-5)
+    default = measure("caption/clipscore", items, default=lambda: DualEncoder(model=tiny_clip))
+    assert default.per_item == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_metric_says_which_model_it_lacks() -> None:
-    items = [Item(str(i), (source_of(tiny_image(i)),), tuple(TOLD[i])) for i in range(3)]
+def test_a_metric_names_the_model_that_it_needs() -> None:
+    items = [Item(str(i), (source_of(tiny_image(i)),), tuple(REFERENCES[i])) for i in range(3)]
     with pytest.raises(MLLMError, match="needs a scorer"):
         measure("caption/clipscore", items)
     with pytest.raises(MLLMError, match="needs a judge"):
         measure("caption/clair", items)
-    with pytest.raises(MLLMError, match="item 0 has 0 pictures"):
-        measure("caption/clipscore", [Item("0", (), ("a",))] * 3, own=object)
+    with pytest.raises(MLLMError, match="item 0 has 0 images"):
+        measure("caption/clipscore", [Item("0", (), ("a",))] * 3, default=object)
 
 
 def test_chair_by_hand() -> None:
-    said = ["a dog and two cats", "A hot dog on the sofa.", "the sky", "cats, cats"]
+    captions = ["a dog and two cats", "A hot dog on the sofa.", "the sky", "cats, cats"]
     there = [["dog"], ["couch|sofa", "hot dog"], ["cat"], ["cat"]]
-    objects = mllm.metric("caption/chair-i")(said, there)  # named: 2, 2, 0, 1; not there: the cats of the first
+    objects = mllm.metric("caption/chair-i")(captions, there)  # named: 2, 2, 0, 1; not there: the cats of the first
     assert (objects.per_item, objects.better) == ([0.5, 0.0, 0.0, 0.0], "lower")
     assert objects.value == pytest.approx(1 / 5)
     assert objects.of([0, 3]) == pytest.approx(1 / 3)
-    assert mllm.metric("caption/chair-s")(said, there).value == 0.25
+    assert mllm.metric("caption/chair-s")(captions, there).value == 0.25
 
 
 class Judge:
@@ -93,30 +96,30 @@ class Judge:
 def test_clair_reads_the_judges_score() -> None:
     judge = Judge('{"score": 80, "reason": "x"}', "score: 5.5", "I like both.")
     clair: Any = mllm.metric("caption/clair")
-    assert clair(SAID[:2], TOLD[:2], judge=judge).per_item == [0.8, 0.055]
+    assert clair(PREDICTIONS[:2], REFERENCES[:2], judge=judge).per_item == [0.8, 0.055]
     assert "- a dog\n" in judge.asked[0] and "- a dog runs\n- the dog" in judge.asked[0]
     with pytest.raises(MLLMError, match=r"item 0 no score.*I like both"):
-        clair(SAID[:1], TOLD[:1], judge=judge)
+        clair(PREDICTIONS[:1], REFERENCES[:1], judge=judge)
 
 
 def test_clair_asks_a_real_language_model(tiny_parts: tuple[str, str]) -> None:
-    items = [Item(str(i), (), tuple(TOLD[i])) for i in range(3)]
-    with pytest.raises(MLLMError, match="item 0 no score from 0 to 100"):  # a tiny one knows nothing
+    items = [Item(str(i), (), tuple(REFERENCES[i])) for i in range(3)]
+    with pytest.raises(MLLMError, match="item 0 no score from 0 to 100"):  # a tiny one gives no score
         measure("caption/clair", items, judge=tiny_parts[1])
 
 
 def test_bleu_and_f1_of_some_items_are_those_items_alone() -> None:
-    said, told = ["a b c d e", "a b x", "q"], [["a b c d f"], ["a b c"], ["q r s t"]]
+    captions, references = ["a b c d e", "a b x", "q"], [["a b c d f"], ["a b c"], ["q r s t"]]
     for name in ("caption/bleu-2", "caption/cider-d", "caption/rouge-l"):
-        whole = mllm.metric(name)(said, told)
+        whole = mllm.metric(name)(captions, references)
         assert whole.of([0, 1, 2]) == pytest.approx(whole.value)
-        some = mllm.metric(name)([said[0], said[2], said[0]], [told[0], told[2], told[0]])
+        some = mllm.metric(name)([captions[i] for i in (0, 2, 0)], [references[i] for i in (0, 2, 0)])
         assert whole.of([0, 2, 0]) == pytest.approx(some.value)
     f1 = mllm.metric("pope/f1")(["yes", "no", "yes"], [["yes"], ["yes"], ["no"]])
     assert f1.value == pytest.approx(0.5) and f1.of([0, 1]) == pytest.approx(2 / 3)
 
 
-def test_generated_pictures_are_held_against_the_real_ones(tiny_clip: str, tmp_path: Any) -> None:
+def test_generated_images_are_compared_with_the_real_ones(tiny_clip: str, tmp_path: Any) -> None:
     made, real = [tiny_image(seed) for seed in (5, 6, 7)], [tiny_image(seed) for seed in (5, 1, 2)]
     paths = [str(tmp_path / f"{index}.png") for index in range(3)]
     for path, image in zip(paths, made, strict=True):
@@ -129,15 +132,15 @@ def test_generated_pictures_are_held_against_the_real_ones(tiny_clip: str, tmp_p
         ]
     expected = torch.nn.functional.cosine_similarity(*vectors)
     similarity: Any = mllm.metric("generation/clip-similarity")
-    images = [[tiny_image(9), source_of(image)] for image in real]  # the last is the one that was to be made
-    found = similarity(paths, [["x"]] * 3, images=images, scorer=DualEncoder(model=tiny_clip))
-    assert found.per_item == pytest.approx(expected.tolist(), abs=1e-5) and found.per_item[0] == pytest.approx(1.0)
-    with pytest.raises(MLLMError, match="Item 1 has no picture"):
+    images = [[tiny_image(9), source_of(image)] for image in real]  # the last is the real one
+    score = similarity(paths, [["x"]] * 3, images=images, scorer=DualEncoder(model=tiny_clip))
+    assert score.per_item == pytest.approx(expected.tolist(), abs=1e-5) and score.per_item[0] == pytest.approx(1.0)
+    with pytest.raises(MLLMError, match="Item 1 has no image"):
         similarity(paths, [["x"]] * 3, images=[images[0], [], images[2]], scorer=None)
 
 
-def test_a_score_of_the_whole_alone_has_no_items() -> None:
-    scoring, score = import_module("mllm.eval.scoring"), import_module("mllm.scores").Score
+def test_a_corpus_score_has_no_values_of_items() -> None:
+    scoring, score = import_module("mllm.eval.scoring"), import_module("mllm.evaluation").Score
     items = [Item("a", (), ("x",), kind="one"), Item("b", (), ("x",), kind="two")]
     results = {"model": scoring.Result(["x", "y"], {"whole": score(3.0, [], "whole", "1", better="lower")})}
     (entry,) = scoring.tally(["whole"], items, results)["metrics"]
@@ -162,20 +165,20 @@ def test_fid_is_the_frechet_distance(tmp_path: Any) -> None:
         image.save(tmp_path / f"{index}.png")
         paths.append(str(tmp_path / f"{index}.png"))
     fid: Any = mllm.metric("generation/fid")
-    found = fid(paths, [["x"]] * 12, images=[[image] for image in sets[0]], feature=Means())
+    score = fid(paths, [["x"]] * 12, images=[[image] for image in sets[0]], feature=Means())
     pixels = import_module("mllm.eval.metrics.generation")._pixels
     real, made = (torch.cat([Means()(pixels(image, "fid")) for image in images]).double().numpy() for images in sets)
     covariances = np.cov(real, rowvar=False), np.cov(made, rowvar=False)
     expected = ((real.mean(0) - made.mean(0)) ** 2).sum() + sum(np.trace(c) for c in covariances)
     expected -= 2 * np.trace(np.real(sqrtm(covariances[0] @ covariances[1])))
-    assert found.value == pytest.approx(expected, rel=1e-3) and found.per_item == []
+    assert score.value == pytest.approx(expected, rel=1e-3) and score.per_item == []
 
 
 @pytest.mark.extras
-def test_weights_that_cannot_be_had_are_one_message(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_cannot_be_downloaded_are_one_message(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     tiny_image(0).save(tmp_path / "0.png")
     for name in ("generation/fid", "generation/lpips"):
-        found: Any = mllm.metric(name)
+        metric: Any = mllm.metric(name)
         with pytest.raises(MLLMError, match="weights are downloaded once, and that failed"):
-            found([str(tmp_path / "0.png")], [["x"]], images=[[tiny_image(1)]])
+            metric([str(tmp_path / "0.png")], [["x"]], images=[[tiny_image(1)]])

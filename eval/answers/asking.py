@@ -1,0 +1,148 @@
+"""Ask a model the queries of a suite's items: from items to queries, to batches, to replies.
+
+What several queries have in common is computed once: the images that several questions are about, the examples before
+all of them, and every query that is the same under two conditions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+from accelerate.utils import gather_object
+from mllm.eval.answers.base import Context
+from mllm.eval.baselines import conditions
+from rich.progress import Progress
+
+from mllm.answering.view import Views
+from mllm.assembly import Assembly
+from mllm.config.parts import PromptSpec
+from mllm.data.items import Item, before
+from mllm.errors import MLLMError
+from mllm.media.images import ImageSource
+from mllm.processes import processes, progress
+from mllm.prompts.pieces import Piece, arrange
+
+
+@dataclass(frozen=True)
+class Query:
+    """One thing that a model is asked: examples, images, a text, and the answers to choose from."""
+
+    images: tuple[ImageSource, ...]
+    text: str
+    choices: tuple[str, ...] = ()
+    before: tuple[Piece, ...] = ()
+
+
+Group = tuple[list[Piece], dict[str, Query]]  # a prompt that is encoded once, and its queries by the text that follows
+Reply = Any  # a generated text, or the log-likelihood of each choice: what the journal can write as JSON
+
+
+class Asking:
+    """Ask all queries of a suite, one condition after another; a query that was asked before is not asked again.
+
+    Several processes share the batches, and each has all replies afterwards.
+
+    Args:
+        context: the evaluation.
+        queries: returns an item's queries in a model's prompt format, given the examples before it.
+        reply: returns the replies to a batch of groups, in the order of their queries, from the views of their prompts.
+        grouped: whether queries on the same images share one prompt, and their texts follow it.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        queries: Callable[[Item, PromptSpec, tuple[Piece, ...]], list[Query]],
+        reply: Callable[[Views, Sequence[Group]], list[Reply]],
+        *,
+        grouped: bool,
+    ) -> None:
+        self._context, self._queries, self._reply, self._grouped = context, queries, reply, grouped
+        self._replies: dict[tuple[Assembly, Query], Reply] = {}
+
+    def replies(self, model: Assembly, items: Sequence[Item]) -> dict[str, list[list[Reply]]]:
+        """Return the replies to each item's queries, by the name of the condition."""
+        replies = {}
+        with progress() as bar:
+            for name, condition in conditions(model, items, self._context.baselines).items():
+                queries = [self._queries_for(item, condition.model.spec.prompt) for item in condition.items]
+                self._ask(name, condition.model, condition.items, queries, bar)
+                replies[name] = [[self._replies[condition.model, query] for query in group] for group in queries]
+        return replies
+
+    def _queries_for(self, item: Item, prompt: PromptSpec) -> list[Query]:
+        return self._queries(item, prompt, before(item, prompt, self._context.suite.shots.separator))
+
+    def _ask(
+        self, name: str, model: Assembly, items: Sequence[Item], queries: Sequence[Sequence[Query]], bar: Progress
+    ) -> None:
+        """Ask the queries that are new, in batches that are the same for any number of processes."""
+        new = list({query: None for query in chain(*queries) if (model, query) not in self._replies})
+        batches = list(self._batches(new, model.spec.prompt.template))
+        names = {query: item.id for item, group in zip(items, queries, strict=True) for query in group}
+        state, computed = processes(), {}
+        task = bar.add_task(name, total=len(new), note="")
+        for number in range(state.process_index, len(batches), state.num_processes):
+            computed[number] = self._replied(f"{name}/{number}", model, batches[number], names)
+            bar.update(task, advance=len(_queries_of(batches[number])) * state.num_processes)
+        for number, replies in gather_object(list(computed.items())):
+            keys = [(model, query) for query in _queries_of(batches[number])]
+            self._replies.update(zip(keys, replies, strict=True))
+
+    def _batches(self, queries: Sequence[Query], template: str) -> Iterator[list[Group]]:
+        """Yield groups, with some ``batch_size`` queries at a time.
+
+        Prompts are sorted by their number of images and their length, so that batches have little padding.
+        """
+        groups: dict[Any, Group] = {}
+        for query in queries:
+            if query.images and self._grouped:
+                prompt = [*query.before, *arrange(template, query.images)]
+                groups.setdefault((query.before, query.images), (prompt, {}))[1][query.text] = query
+            else:
+                groups[query] = ([*query.before, *arrange(template, query.images, query.text)], {"": query})
+        batch: list[Group] = []
+        for group in sorted(groups.values(), key=lambda group: _length(group[0])):
+            batch.append(group)
+            if len(_queries_of(batch)) >= self._context.suite.batch_size:
+                yield batch
+                batch = []
+        if batch:
+            yield batch
+
+    def _replied(self, key: str, model: Assembly, batch: Sequence[Group], names: dict[Query, str]) -> list[Reply]:
+        """Return the replies to a batch, from the journal if it has them."""
+        replies = self._context.journal.get(key)
+        if replies is None:
+            replies = self._reply(_views(model, batch), batch)
+            for query, reply in zip(_queries_of(batch), replies, strict=True):
+                if isinstance(reply, dict) and not all(map(math.isfinite, reply.values())):
+                    raise MLLMError(
+                        f"Item {names[query]!r}: a choice's log-likelihood is not finite. Did training diverge?"
+                    )
+            self._context.journal.put(key, replies)
+        return replies
+
+
+def _queries_of(batch: Sequence[Group]) -> list[Query]:
+    return [query for _, queries in batch for query in queries.values()]
+
+
+def _length(prompt: Sequence[Piece]) -> tuple[int, int]:
+    """Return the number of a prompt's images, and of its characters."""
+    texts = [piece for piece in prompt if isinstance(piece, str)]
+    return len(prompt) - len(texts), sum(map(len, texts))
+
+
+def _views(model: Assembly, batch: Sequence[Group]) -> Views:
+    """Encode a batch's prompts; examples that all of them begin with are encoded once."""
+    examples = {query.before for query in _queries_of(batch)}
+    shared = examples.pop() if len(examples) == 1 else ()
+    if not shared or len(batch) == 1:
+        return model.see_each([prompt for prompt, _ in batch])
+    start = model.see(list(shared))
+    return Views(model, [prompt[len(shared) :] for prompt, _ in batch], before=[start] * len(batch))

@@ -1,0 +1,88 @@
+"""Decoding with penalties: the same for a prompt, a view and a chat, and whether the pad token is the EOS or not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from mllm.testing import tiny_image
+
+# transformers warns that penalties are on new tokens alone, which is what is tested.
+pytestmark = pytest.mark.filterwarnings("ignore:Passing .* with .inputs_embeds.:UserWarning")
+
+IMAGE = tiny_image(1)
+TEXT = "the cat the cat"
+PENALTY = 1.8
+NEW_TOKENS = 24
+
+pad_is_eos = pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="Right with the parts that people bring: penalties where the pad token is the EOS token, and in a view",
+)
+every_family = pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
+penalized_families = pytest.mark.parametrize(
+    "family", [pytest.param("llama", marks=pad_is_eos), pytest.param("gpt2", marks=pad_is_eos), "qwen2"]
+)
+
+
+@torch.no_grad()
+def penalized(model: Any, prompt: tuple[int, ...]) -> str:
+    """Return a greedy answer, token by token, whose repetitions are penalized as in CTRL (arXiv:1909.05858)."""
+    embeds, _ = model.prepare([[IMAGE, TEXT]])
+    ids: list[int] = []
+    while len(ids) < NEW_TOKENS:
+        answered = [model.lm.embed(torch.tensor([ids]))] if ids else []
+        logits = model.lm.model(inputs_embeds=torch.cat([embeds, *answered], 1)).logits[0, -1].clone()
+        for token in {*ids, *prompt}:
+            logits[token] *= PENALTY if logits[token] < 0 else 1 / PENALTY
+        token = int(logits.argmax())
+        if token == model.lm.eos:
+            break
+        ids.append(token)
+    return str(model.lm.decode(ids)).strip()
+
+
+@every_family
+def test_the_penalty_is_on_new_tokens_or_on_the_prompts_too(model_of, family):
+    model = model_of(family)
+    encoded = model.encode([IMAGE, TEXT])
+    prompt = tuple(token for token, visual in zip(encoded.ids, encoded.visual, strict=True) if not visual)
+    answer = str(model.generate([[IMAGE, TEXT]], max_new_tokens=NEW_TOKENS, repetition_penalty=PENALTY)[0])
+    assert answer in (penalized(model, ()), penalized(model, prompt))
+
+
+@penalized_families
+@pytest.mark.parametrize(
+    "decoding", [{"repetition_penalty": PENALTY}, {"no_repeat_ngram_size": 1}], ids=lambda options: next(iter(options))
+)
+def test_a_view_continues_as_generate_does(model_of, family, decoding):
+    model = model_of(family)
+    answer = str(model.generate([[IMAGE, TEXT]], max_new_tokens=NEW_TOKENS, **decoding)[0])
+    assert model.see([IMAGE]).go_on(TEXT, max_new_tokens=NEW_TOKENS, **decoding) == answer
+
+
+@penalized_families
+def test_an_answer_that_ends_at_once_ends_at_once_everywhere(model_of, family):
+    model = model_of(family)
+    decoding = {"max_new_tokens": 10, "repetition_penalty": 1.5}
+
+    def eos_first(module: Any, args: Any, logits: torch.Tensor) -> torch.Tensor:
+        logits = torch.zeros_like(logits)
+        logits[..., model.lm.eos], logits[..., 70] = 2.0, 1.5  # a penalty of 1.5 on EOS lets the other token win
+        return logits
+
+    handle = model.lm.model.get_output_embeddings().register_forward_hook(eos_first)
+    try:
+        chat = model.chat()
+        answers = {
+            "generate": str(model.generate([[IMAGE, "x"]], **decoding)[0]),
+            "view": model.see([IMAGE]).go_on("x", **decoding),
+            "first turn": chat.send("x", [IMAGE], **decoding),
+            "second turn": chat.send("y", **decoding),
+        }
+    finally:
+        handle.remove()
+    assert answers == dict.fromkeys(answers, "")
