@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from mllm.assembly import Assembly
+from mllm.capabilities import ConditionHead, CrossAttention, PrefixAdapter
 from mllm.config.messages import checked
 from mllm.config.parts import AssemblySpec, ObjectiveSpec, PartSpec
 from mllm.config.recipe import Stage
@@ -24,7 +25,7 @@ from mllm.readout.tokens import every_token, heads_on_meta
 from mllm.registry import lookup, made
 from mllm.saving import find_folder, read_about, restore
 from mllm.scorers.own import own_scorer
-from mllm.slots import ConditionHead, Connector, CrossAttention, Encoder, Head, Objective, PrefixAdapter
+from mllm.slots import Connector, Encoder, Head, Objective
 from mllm.system import return_memory
 
 

@@ -13,13 +13,14 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from mllm.capabilities import CrossAttention, missing
 from mllm.config.parts import FROZEN, AssemblySpec
 from mllm.errors import MLLMError, near
 from mllm.hub.fingerprints import tensor_hash
 from mllm.lms.cross_attention import embed_with_memory
 from mllm.prompts.batch import Batch, Encoded, collate, encode
 from mllm.prompts.pieces import Control, Piece, arrange, images_of, without_images
-from mllm.slots import CrossAttention, Inputs, LanguageModel, Objective, missing
+from mllm.slots import Inputs, LanguageModel, Objective
 
 Kind = TypeVar("Kind")
 

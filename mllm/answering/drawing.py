@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mllm.capabilities import ConditionHead, RetrievalHead
 from mllm.errors import MLLMError
 from mllm.model import Model
 from mllm.outputs import ImagePart
 from mllm.prompts.pieces import Control, Piece
 from mllm.readout.tokens import can_draw, image_tokens
-from mllm.slots import ConditionHead, RetrievalHead
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mllm.answering.decode import generate_ids
 from mllm.answering.drawing import draw_from_states
+from mllm.capabilities import DecisionHead, RetrievalHead
 from mllm.errors import MLLMError
 from mllm.lms.cross_attention import append_embeddings
 from mllm.lms.decoding import Decoding
@@ -23,7 +24,6 @@ from mllm.readout.decision import decide
 from mllm.readout.tokens import can_draw, image_tokens
 from mllm.scorers.index import ImageIndex, hash_of, opened
 from mllm.scorers.retrieval import of_prompts
-from mllm.slots import DecisionHead, RetrievalHead
 
 
 class ImageTokenBias:

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from mllm.capabilities import ImageHead
 from mllm.errors import MLLMError
 from mllm.model import Model
 from mllm.saving import trained_on
-from mllm.slots import ImageHead
 
 
 class RunDecoder(nn.Module):

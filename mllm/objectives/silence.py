@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mllm.capabilities import ImageTokenHead
 from mllm.errors import MLLMError
 from mllm.lms.decoding import Decoding
 from mllm.prompts.batch import IGNORED, Batch, Encoded, collate
 from mllm.prompts.pieces import Control, Piece, Target, answer_text
 from mllm.readout.states import captions
 from mllm.readout.tokens import image_tokens
-from mllm.slots import ImageTokenHead, Inputs, LanguageModel
+from mllm.slots import Inputs, LanguageModel
 
 
 class Silence:

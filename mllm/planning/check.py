@@ -12,6 +12,7 @@ from typing import Any
 
 from mllm.assembly import Assembly
 from mllm.build import fit_of, objectives_of
+from mllm.capabilities import ImageTokenHead, missing
 from mllm.config import loading as recipes
 from mllm.config.data import DataSpec
 from mllm.config.parts import PARTS
@@ -21,7 +22,6 @@ from mllm.errors import MLLMError
 from mllm.model import trained_module
 from mllm.planning.paper import assembled, noted
 from mllm.readout.tokens import image_tokens
-from mllm.slots import ImageTokenHead, missing
 from mllm.transfer import check_source
 
 

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mllm.capabilities import RetrievalHead
 from mllm.errors import MLLMError
 from mllm.media.images import ImageFile
 from mllm.model import Model
@@ -25,7 +26,6 @@ from mllm.outputs import ImagePart
 from mllm.readout.tokens import heads_on_meta
 from mllm.saving import trained_on
 from mllm.scorers.retrieval import CHUNK, of_images
-from mllm.slots import RetrievalHead
 from mllm.system import write
 
 FORMAT = "mllm-index-1"

@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import secrets
 from collections.abc import AsyncIterator, Mapping
-from importlib.resources import files
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import HTMLResponse, Response
 from starlette.concurrency import run_in_threadpool
 
 from mllm.errors import MLLMError
@@ -18,8 +16,8 @@ from mllm.model import Model
 from mllm.serve.batcher import Batcher
 from mllm.serve.remote import Remote
 from mllm.serve.requests import BodyLimit, prompt_of
-from mllm.serve.responses import respond
-from mllm.serve.schema import Completion, Limits, Refused, error_response
+from mllm.serve.responses import chat_page, handle_errors, respond
+from mllm.serve.schema import Completion, Limits, Refused
 
 
 def create_app(model: Model, name: str, limits: Limits | None = None, show: Mapping[str, Any] | None = None) -> FastAPI:
@@ -43,29 +41,16 @@ def create_app(model: Model, name: str, limits: Limits | None = None, show: Mapp
 
     app = FastAPI(title="mllm", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(BodyLimit, limit=limits.body)
+    handle_errors(app)
 
     def check_token(request: Request) -> None:
         token = request.headers.get("authorization", "").removeprefix("Bearer ")
         if limits.token is not None and not secrets.compare_digest(token.encode(), limits.token.encode()):
             raise Refused(401, "A bearer token is needed: Authorization: Bearer TOKEN.", "invalid_api_key")
 
-    @app.exception_handler(Refused)
-    async def refused(request: Request, error: Refused) -> JSONResponse:
-        return error_response(error.status, str(error), error.code)
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        field = ".".join(str(step) for step in first["loc"][1:]) or "the body"
-        return error_response(400, f"{field}: {first['msg']}", "invalid_request")
-
     @app.get("/", response_class=HTMLResponse)
     async def page() -> HTMLResponse:
-        nonce = secrets.token_urlsafe(16)
-        text = (files("mllm.serve") / "page.html").read_text(encoding="utf-8").replace("{nonce}", nonce)
-        source = f"'nonce-{nonce}'"
-        policy = f"default-src 'none'; script-src {source}; style-src {source}; img-src data: blob:; connect-src 'self'"
-        return HTMLResponse(text, headers={"Content-Security-Policy": policy})
+        return chat_page()
 
     @app.get("/health")
     async def health() -> dict[str, str]:

@@ -1,4 +1,7 @@
-"""Answer a request: submit its prompt to the batcher, and return the answer whole or as server-sent events."""
+"""Answer a request: submit its prompt to the batcher, and return the answer whole or as server-sent events.
+
+Also the responses to errors, and the chat page.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +10,47 @@ import contextlib
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
+from importlib.resources import files
 from typing import Any
 
-from fastapi import Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 
 from mllm.serve.batcher import Answer, Batcher, Full, Job
 from mllm.serve.schema import (
     Completion,
     Limits,
     Refused,
+    error_response,
     images_of_answer,
     refusal,
     server_sent_event,
     usage_of,
 )
+
+
+def handle_errors(app: FastAPI) -> None:
+    """Return refused and invalid requests as OpenAI's errors."""
+
+    @app.exception_handler(Refused)
+    async def refused(request: Request, error: Refused) -> JSONResponse:
+        return error_response(error.status, str(error), error.code)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        field = ".".join(str(step) for step in first["loc"][1:]) or "the body"
+        return error_response(400, f"{field}: {first['msg']}", "invalid_request")
+
+
+def chat_page() -> HTMLResponse:
+    """Return the chat page, which may run no script but its own."""
+    nonce = secrets.token_urlsafe(16)
+    text = (files("mllm.serve") / "page.html").read_text(encoding="utf-8").replace("{nonce}", nonce)
+    source = f"'nonce-{nonce}'"
+    policy = f"default-src 'none'; script-src {source}; style-src {source}; img-src data: blob:; connect-src 'self'"
+    return HTMLResponse(text, headers={"Content-Security-Policy": policy})
 
 
 async def respond(

@@ -10,6 +10,7 @@ import torch
 from sklearn.linear_model import Ridge
 
 import mllm
+from mllm.capabilities import ConditionHead
 from mllm.errors import MLLMError
 from mllm.fits import decision as fits
 from mllm.fits.base import Material
@@ -18,7 +19,7 @@ from mllm.outputs import ImagePart, Text
 from mllm.prompts.pieces import Target
 from mllm.readout.decision import decide, states_at
 from mllm.scorers.index import ImageIndex
-from mllm.slots import ConditionHead, Inputs
+from mllm.slots import Inputs
 from mllm.testing import tiny_image
 from mllm.training.batches import inputs
 

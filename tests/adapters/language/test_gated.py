@@ -205,7 +205,9 @@ def test_where_it_says_so_an_image_is_shown(tiny_parts, tmp_path):
     for number in range(5):
         tiny_image(number).save(tmp_path / f"{number}.png")
     index = ImageIndex.build(model, [tmp_path / f"{number}.png" for number in range(5)])
-    for prompt, answer in zip(PROMPTS, model.generate(PROMPTS, index=index, image_logit_bias=1e4, max_new_tokens=3), strict=True):
+    for prompt, answer in zip(
+        PROMPTS, model.generate(PROMPTS, index=index, image_logit_bias=1e4, max_new_tokens=3), strict=True
+    ):
         ((same,),) = model.retrieve([prompt], index, 1)  # the first thing it says is the token
         assert (answer.images[0].source, answer.images[0].score) == (same.source, pytest.approx(same.score, abs=1e-4))
 
