@@ -130,7 +130,7 @@ def test_what_does_not_fit_is_refused(recipe, tiny_parts, tiny_model, tmp_path):
     assert any("targets=sentences" in problem for problem in words)
     spoken = problems(recipe, {"lm.type": "transformers", "lm.model": tiny_parts[1]})
     assert any("lm.type=sentences" in problem for problem in spoken)
-    assert any("needs lm.sentences" in problem for problem in spoken)
+    assert any("a sentence encoder in the language model's slot" in problem for problem in spoken), spoken
     tiny_model().save(tmp_path / "model")
     with pytest.raises(MLLMError, match="one space"):
         lookup("scorers", "aligned")(model=mllm.load(tmp_path / "model"))
