@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from mllm.errors import MLLMError
-from mllm.lms.adapting import Switched, decoder_layers
+from mllm.lms.adapting import Switchable, decoder_layers
 from mllm.lms.cross_attention import CrossAttentionMemory, current_memory
 
 
-class Gated(Switched):
+class Gated(Switchable):
     """Put a block that looks at images before every n-th layer of a decoder.
 
     An image takes one place in the sequence, a mark that is learnt; the connector's visual tokens stand beside it. A

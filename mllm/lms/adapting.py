@@ -11,7 +11,7 @@ from torch import nn
 from mllm.errors import MLLMError
 
 
-class Switched(nn.Module):
+class Switchable(nn.Module):
     """A module that computes nothing while it is off; it starts switched on."""
 
     on = True

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from mllm.errors import MLLMError
-from mllm.lms.adapting import Switched
+from mllm.lms.adapting import Switchable
 
 
-class NewTokens(Switched):
+class NewTokens(Switchable):
     """Rows for new tokens in a language model of `transformers`: the only ones of its vocabulary that train.
 
     Args:
