@@ -162,9 +162,9 @@ def build_adapters(spec: AssemblySpec, *, lm: Any) -> list[nn.Module]:
     _check_adapters(spec, adapters)
     for adapter in adapters:
         if isinstance(adapter, PrefixAdapter):
-            lm.lead(adapter)
+            lm.prepend(adapter)
         if isinstance(adapter, CrossAttention):
-            lm.look()
+            lm.cross_attend()
     return adapters
 
 

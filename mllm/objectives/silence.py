@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mllm.capabilities import ImageTokenHead
 from mllm.errors import MLLMError
+from mllm.lms.decoding import Decoding
 from mllm.prompts.batch import IGNORED, Batch, Encoded, collate
 from mllm.prompts.pieces import Control, Piece, Target, answer_text
 from mllm.readout.states import captions
@@ -81,10 +82,10 @@ def own_texts(model: Any, starts: Sequence[Encoded], length: int, seeds: Sequenc
     new tokens, are left out.
     """
     batch = collate(starts, model.lm.pad).to(model.device)
-    limit: dict[str, Any] = {"max_new_tokens": length}
-    settings = [{**limit, "temperature": 1.0, "seed": seed} for seed in seeds] or [limit] * len(starts)
+    sampled = [Decoding(max_new_tokens=length, warpers={"temperature": 1.0}, seed=seed) for seed in seeds]
+    decodings = sampled or [Decoding(max_new_tokens=length)] * len(starts)
     with model.adapters_off():
-        found = model.lm.generate(batch.mask, settings, input_ids=batch.ids)
+        found = model.lm.generate(batch.mask, decodings, input_ids=batch.ids)
     return [
         Encoded([*start.ids, *said], [*start.visual, *([False] * len(said))], [*start.labels, *said])
         for start, said in zip(starts, found, strict=True)

@@ -44,7 +44,8 @@ class Draft:
         else:
             self.model, self.paper = meta_model(stage), Paper()
             self.paper.put(self.model)
-            assume_separable(self.model)
+            if self.model.generates_text:
+                self.model.lm.runner.separable = True  # a probe compares values, which are not here
         self.model.requires_grad_(False)
         self.objectives = Objectives(stage)
         self.trained: list[nn.Parameter] = []
@@ -170,10 +171,3 @@ class Draft:
             word = "bf16"
         dtype = torch.float16 if word == "fp16" else torch.bfloat16
         return torch.autocast("cpu", dtype=dtype, enabled=word != "no")
-
-
-def assume_separable(model: Any) -> None:
-    """Let a language model take it that prompts and answers can be computed apart: a probe would compare values."""
-    if model.generates_text:
-        runner = model.lm._pass
-        vars(getattr(runner, "way", runner))["separable"] = True

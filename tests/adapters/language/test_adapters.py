@@ -78,7 +78,7 @@ def test_batch_equals_single_and_views_equal_generation(model):
     shake(model)
     together = [str(output) for output in model.generate(PROMPTS, max_new_tokens=8)]
     assert together == [str(model.generate([prompt], max_new_tokens=8)[0]) for prompt in PROMPTS]
-    seen = model.see(PROMPTS[0]).go_on(" and", max_new_tokens=8)
+    seen = model.see(PROMPTS[0]).continue_with(" and", max_new_tokens=8)
     assert seen == str(model.generate([[*PROMPTS[0], " and"]], max_new_tokens=8)[0])
 
 
