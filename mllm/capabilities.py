@@ -122,7 +122,7 @@ DECISIONS = ("retrieve", "generate")  # what a decision head decides between
 
 @runtime_checkable
 class DecisionHead(Protocol):
-    """A decision head, is an image retrieved or generated: ``heads: [{type: decision}]``."""
+    """A decision head (retrieve or generate an image): ``heads: [{type: decision}]``."""
 
     tokens: tuple[str, ...]  # the first one's state is read
     labels: tuple[str, ...]
