@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from mllm.assembly import Assembly
 
 from mllm.cli.options import Eager, ImageLogitBias, Index, Lines, RunPath, Shown, Tokens
 from mllm.errors import MLLMError, warn_renamed
@@ -145,7 +148,7 @@ def _showing(run: Path, index: Path | None, bias: float, eager: float | None) ->
     return ({} if index is None else {"index": opened(index, run)}) | ({"image_logit_bias": bias} if bias else {})
 
 
-def _tell(model: Any, images: list[str], text: str, jsonl: bool, show: Path, **decoding: Any) -> None:
+def _tell(model: Assembly, images: list[str], text: str, jsonl: bool, show: Path, **decoding: Any) -> None:
     """Print what the model says to every picture; one that cannot be read costs the others nothing."""
     from mllm.answering.generate import answer_each
     from mllm.media.images import find_pictures

@@ -18,6 +18,7 @@ from mllm.data.stream import Stream
 from mllm.errors import MLLMError
 from mllm.evaluation import suite_items
 from mllm.media.images import ImageSource
+from mllm.model import Model
 from mllm.planning.paper import meta_model
 from mllm.prompts.batch import IGNORED, encode
 from mllm.prompts.length import length_of
@@ -93,7 +94,7 @@ def inspect(
     return list(reports.values()), _leaks([*reports.values(), *suites])
 
 
-def _source(report: SourceReport, source: Source, stage: Stage, model: Any, track: Track) -> SourceReport:
+def _source(report: SourceReport, source: Source, stage: Stage, model: Model, track: Track) -> SourceReport:
     """Fill in a source's report."""
     wrong: dict[str, list[str]] = defaultdict(list)
     opened: dict[ImageSource, str] = {}
@@ -138,7 +139,7 @@ def _open(item: Item, opened: dict[ImageSource, str]) -> list[str]:
     return errors
 
 
-def _examples(item: Item, stage: Stage, model: Any) -> list[list[Piece]]:
+def _examples(item: Item, stage: Stage, model: Model) -> list[list[Piece]]:
     """Return all examples that may be made of an item: one for each answer."""
     answers = [answer for answer in item.answers if answer.strip()]
     if not answers and (item.messages or item.document):
@@ -156,7 +157,7 @@ def _measure(
     item: Item,
     examples: list[list[Piece]],
     stage: Stage,
-    model: Any,
+    model: Model,
 ) -> None:
     """Note how long an item's examples are, and whether they have a target."""
     encoded = [encode(pieces, lm=model.lm, num_visual=model.tokens_per_image) for pieces in examples]
@@ -172,7 +173,7 @@ def _measure(
         wrong["items have no token to learn but the end of the sequence"].append(item.id)
 
 
-def _combined(source: Source, stage: Stage, model: Any) -> list[int]:
+def _combined(source: Source, stage: Stage, model: Model) -> list[int]:
     """Return the lengths of as many examples as there are items, with the examples that precede them."""
     stream = Stream([source], stage.prompt, seed=0, lm=model.lm)
     return [length_of(pieces, model.lm, model.tokens_per_image) for pieces in stream.take(len(source.items))]

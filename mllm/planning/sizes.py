@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mllm.config.parts import PARTS
 from mllm.config.recipe import Stage
 from mllm.hub import loading as hub
+from mllm.model import Model
 
 BYTES_A_WEIGHT = {"8bit": 1.0, "4bit": 0.5 + 4 / 64}  # 4 bit: a float32 for each block of 64
 
@@ -26,7 +27,7 @@ class PartSize:
     bytes: int
 
 
-def part_sizes(model: Any, stage: Stage, trained: Sequence[nn.Parameter]) -> list[PartSize]:
+def part_sizes(model: Model, stage: Stage, trained: Sequence[nn.Parameter]) -> list[PartSize]:
     """Return the sizes of the parts; adapters are not counted in the part that they are inserted into."""
     inside = {id(p) for p in model.adapters.parameters()}
     training = {id(p) for p in trained}
@@ -48,7 +49,7 @@ def loading_bytes(stage: Stage, parts: Sequence[PartSize]) -> int:
     return sum(sizes.values()) + max(converted, default=0)
 
 
-def frozen_layers(model: Any) -> list[int]:
+def frozen_layers(model: Model) -> list[int]:
     """Return the bytes of the frozen weights in each layer of the language model, which FSDP divides."""
     layers = model.lm.layers if model.generates_text else []
     frozen = [[p for p in layer.parameters() if not p.requires_grad] for layer in layers]
@@ -75,7 +76,7 @@ def parameters_of(part: nn.Module | None) -> Iterator[nn.Parameter]:
     return iter(()) if part is None else part.parameters()
 
 
-def _bytes(model: Any, stage: Stage, name: str, parameters: Sequence[nn.Parameter]) -> int:
+def _bytes(model: Model, stage: Stage, name: str, parameters: Sequence[nn.Parameter]) -> int:
     full = sum(p.numel() * p.element_size() for p in parameters)
     kind = stage.lm.quantize if name == "lm" and stage.lm else None
     if kind is None:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
 
 from mllm.config.recipe import Stage
 from mllm.data.sources import Source, read_all
 from mllm.data.stream import Stream
 from mllm.errors import MLLMError
+from mllm.model import Model
 from mllm.prompts.batch import IGNORED, Batch, Encoded, collate
 from mllm.prompts.pieces import Piece, Target, images_of
 
@@ -59,7 +59,7 @@ class Workload:
     assumed: str = ""  # what could not be read
 
 
-def workload(model: Any, stage: Stage, *, processes: int, images: int | None, text: int | None) -> Workload:
+def workload(model: Model, stage: Stage, *, processes: int, images: int | None, text: int | None) -> Workload:
     """Return a description of a stage's batches.
 
     Args:
@@ -99,7 +99,7 @@ def _examples(stage: Stage, sources: Sequence[Source]) -> int:
     return stage.steps * stage.batch_size * stage.optim.accumulate
 
 
-def _read(model: Any, stage: Stage, sources: Sequence[Source], processes: int, images: int | None) -> Workload:
+def _read(model: Model, stage: Stage, sources: Sequence[Source], processes: int, images: int | None) -> Workload:
     """Read the first batches as training will, and pick the largest and the median."""
     options = {"lm": model.lm, "num_visual": model.tokens_per_image, "data": stage.data}
     stream = Stream(sources, stage.prompt, seed=stage.seed, **options)
@@ -121,7 +121,7 @@ def _read(model: Any, stage: Stage, sources: Sequence[Source], processes: int, i
     return Workload(batches[-1], median, validation, examples, round(examples * each), different)
 
 
-def _rows(model: Any, pieces: list[list[Piece]], pack: int | None = None) -> Rows:
+def _rows(model: Model, pieces: list[list[Piece]], pack: int | None = None) -> Rows:
     fitting = []
     for row in pieces:
         try:
@@ -136,7 +136,7 @@ def _rows(model: Any, pieces: list[list[Piece]], pack: int | None = None) -> Row
 _PIECES: list[Piece] = [object(), "An image", Target(" of something.")]
 
 
-def _made(model: Any, text: int) -> Encoded:
+def _made(model: Model, text: int) -> Encoded:
     """Return a row of one image and ``text`` tokens, half of them targets."""
     visual = model.tokens_per_image
     targets = max(1, text // 2)

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 
+from mllm.assembly import Assembly
 from mllm.config.recipe import EvalSpec, Stage
 from mllm.data.items import Item, question_text
 from mllm.data.sources import read_all
 from mllm.evaluation import evaluate
-from mllm.model import Model
 from mllm.prompts.pieces import arrange
 from mllm.training.run import Run
 
@@ -32,7 +31,7 @@ class Monitor:
     """
 
     run: Run
-    model: Model
+    model: Assembly
     stage: Stage
     accelerator: Accelerator
     items: Sequence[Item]
@@ -65,7 +64,7 @@ def shown_items(stage: Stage) -> list[Item]:
     return [item for source in read_all(stage.data.val) for item in source.items][: stage.eval.show]
 
 
-def answers(model: Any, items: Sequence[Item]) -> list[tuple[Item, str]]:
+def answers(model: Assembly, items: Sequence[Item]) -> list[tuple[Item, str]]:
     """Return the items that are not conversations, each with the model's answer."""
     asked = [item for item in items if not item.messages]
     prompt = model.spec.prompt
@@ -74,7 +73,7 @@ def answers(model: Any, items: Sequence[Item]) -> list[tuple[Item, str]]:
     return [(item, str(output)) for item, output in zip(asked, outputs, strict=True)]
 
 
-def scores(model: Any, spec: EvalSpec, folder: Path) -> dict[str, float]:
+def scores(model: Assembly, spec: EvalSpec, folder: Path) -> dict[str, float]:
     """Return ``suite/metric`` -> value of each suite's metrics, on its first items; the reports go to a folder."""
     values: dict[str, float] = {}
     for suite in spec.suites:

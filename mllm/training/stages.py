@@ -9,6 +9,7 @@ from pathlib import Path
 
 from accelerate.utils import set_seed
 
+from mllm.assembly import Assembly
 from mllm.build import build_encoder, build_lm, fit_of, join
 from mllm.config.parts import PARTS, AssemblySpec
 from mllm.config.recipe import Stage
@@ -19,7 +20,6 @@ from mllm.encoders.feature_store import FeatureStore, open_store
 from mllm.errors import MLLMError
 from mllm.fits.base import Material
 from mllm.media.images import open_image
-from mllm.model import Model
 from mllm.processes import progress
 from mllm.system import return_memory
 from mllm.training.batches import Batches, check_packing, training_sources
@@ -36,7 +36,7 @@ from mllm.transfer import transfer
 MEASURES = {"explained": "training R^2"}  # how a fit's figure is called in the progress bar
 
 
-def begin_stage(run: Run, model: Model, stage: Stage, seed: int) -> Model:
+def begin_stage(run: Run, model: Assembly, stage: Stage, seed: int) -> Assembly:
     """Return the model that a stage starts with: that of the stage before, with parts of another run where named.
 
     A stage whose own seed is not the recipe's (``seed``) starts torch's generators anew, for dropout above all.
@@ -49,7 +49,7 @@ def begin_stage(run: Run, model: Model, stage: Stage, seed: int) -> Model:
     return model
 
 
-def carry_over(model: Model, spec: AssemblySpec, run: Run | None = None) -> Model:
+def carry_over(model: Assembly, spec: AssemblySpec, run: Run | None = None) -> Assembly:
     """Return the model of the next stage: trained tensors are carried over by name, new ones are initialized.
 
     Args:
@@ -85,7 +85,7 @@ def carry_over(model: Model, spec: AssemblySpec, run: Run | None = None) -> Mode
     return new
 
 
-def run_stage(run: Run, model: Model, stage: Stage, state: TrainingState) -> None:
+def run_stage(run: Run, model: Assembly, stage: Stage, state: TrainingState) -> None:
     """Fit or train one stage, and record that what it does not train hashes the same afterwards."""
     return_memory()  # of loading and of the stage before
     store = open_store(model, "off" if stage.trains("encoder") else stage.cache)
@@ -101,7 +101,7 @@ def run_stage(run: Run, model: Model, stage: Stage, state: TrainingState) -> Non
     store.flush()
 
 
-def prepare(run: Run, model: Model, stage: Stage, store: FeatureStore, state: TrainingState) -> Loop:
+def prepare(run: Run, model: Assembly, stage: Stage, store: FeatureStore, state: TrainingState) -> Loop:
     """Build what a stage trains with, in the order in which one thing needs another; return the loop.
 
     Args:
@@ -129,13 +129,13 @@ def prepare(run: Run, model: Model, stage: Stage, store: FeatureStore, state: Tr
     return Loop(stage, engine, objectives, batches, validation, monitor, Checkpoints(run.path, state, store))
 
 
-def _hashes(model: Model, trained: Sequence[str]) -> dict[str, str]:
+def _hashes(model: Assembly, trained: Sequence[str]) -> dict[str, str]:
     """Return the hash of every part that has tensors a stage does not train."""
     parts = [name for name in PARTS if name not in trained and getattr(model, name) is not None]
     return {name: model.frozen_hash(name, trained) for name in parts if getattr(model, name).state_dict()}
 
 
-def _fit(run: Run, model: Model, stage: Stage, store: FeatureStore) -> None:
+def _fit(run: Run, model: Assembly, stage: Stage, store: FeatureStore) -> None:
     assert stage.fit is not None
     fit = fit_of(stage)
     with progress() as bar:
@@ -147,7 +147,7 @@ def _fit(run: Run, model: Model, stage: Stage, store: FeatureStore) -> None:
     model.calibrated = model.calibrated or stage.fit.part == "connector"
 
 
-def _material(run: Run, model: Model, stage: Stage, store: FeatureStore) -> Material:
+def _material(run: Run, model: Assembly, stage: Stage, store: FeatureStore) -> Material:
     """Return the data on which a stage's part is fitted."""
     assert stage.fit is not None
     if stage.fit.targets == "tokens":  # their strings: no data is needed

@@ -13,11 +13,11 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list, set_seed
 
+from mllm.assembly import Assembly
 from mllm.build import build
 from mllm.config import loading
 from mllm.config.recipe import Recipe
 from mllm.errors import MLLMError
-from mllm.model import Model
 from mllm.processes import processes
 from mllm.saving import save
 from mllm.training.checkpoint import NAME as CHECKPOINT
@@ -81,7 +81,7 @@ def _folder(out: str | Path | None, name: str) -> Path:
     return Path(broadcast_object_list([str(out or free_folder(name))])[0])
 
 
-def _restored(run: Run, config: Recipe) -> tuple[Model, TrainingState]:
+def _restored(run: Run, config: Recipe) -> tuple[Assembly, TrainingState]:
     """Return the model and the state of a run's last checkpoint, with the random states and the log set back to it."""
     state = TrainingState.read(run.path) or TrainingState()
     names = [stage.name for stage in config.stages]
