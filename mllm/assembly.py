@@ -27,7 +27,7 @@ class Assembly(Model):
         errors: Literal["raise", "return"] = "raise",
         index: Any = None,
         images: int = 1,
-        eager: float = 0.0,
+        image_logit_bias: float = 0.0,
         **decoding: Any,
     ) -> list[Any]:
         """Answer interleaved prompts, in one batch.
@@ -42,12 +42,13 @@ class Assembly(Model):
                 generates the image; with both, the decision head chooses.
             images: how many images are retrieved, or generated, each time; the best is shown, and the others are its
                 ``candidates``. 0: none are shown.
-            eager: a bias on the logit of an image's first token: above 0 more images are shown, below 0 fewer.
+            image_logit_bias: added to the logit of an image's first token: above 0 more images are shown, below 0
+                fewer.
             decoding: fields of `transformers.GenerationConfig`, which override the recipe's (``max_new_tokens=20``),
                 and ``seed``: a temperature, top-p or seed turns sampling on; each prompt has its own random generator.
                 ``contrastive`` (`mllm.answering.contrastive.Contrastive`) and ``candidates`` (how many answers the
-                scorer chooses from) compare with the image; ``words`` (`mllm.answering.in_words`) replaces visual
-                tokens by their nearest vocabulary tokens.
+                scorer chooses from) compare with the image; ``nearest_words`` (`mllm.answering.in_words`) replaces
+                visual tokens by their nearest vocabulary tokens.
 
         Returns:
             One `Output` per prompt, in order. The answers of a batch equal those of single prompts.
@@ -56,7 +57,9 @@ class Assembly(Model):
             MLLMError: no prompt, an empty prompt, an unreadable image, or a prompt longer than the context; the message
                 names the prompt.
         """
-        return generating.generate(self, prompts, decoding, errors=errors, index=index, images=images, eager=eager)
+        return generating.generate(
+            self, prompts, decoding, errors=errors, index=index, images=images, image_logit_bias=image_logit_bias
+        )
 
     def retrieve(self, prompts: Sequence[Sequence[Piece]], index: Any, count: int = 1) -> list[list[ImagePart]]:
         """Return the images of an index that the retrieval head finds closest to each interleaved prompt.

@@ -1,22 +1,66 @@
-"""Define the exception for errors that a user can fix, and the near-match help of its messages."""
+"""The one exception a user can cause, the near-match help its messages carry, and the warning about renamed things."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class MLLMError(ValueError):
-    """An error that the user can fix: the message says what was wrong, what was expected, and what to do.
+    """Something the user can mend: the message says what was wrong, what was expected, and what to do.
 
-    The command line prints the message and exits with status 1; ``--debug`` shows the traceback.
+    The command line prints it and exits with status 1; a traceback is shown with ``--debug`` only.
     """
 
 
 def near(name: str, known: Iterable[str]) -> str:
-    """Return a hint for an unknown ``name``: the near matches, or else all known names."""
+    """Return the sentence that helps with an unknown ``name``: the near matches, else all that is known."""
     known = sorted(known)
     matches = get_close_matches(name, known, n=3, cutoff=0.5)
     if matches:
         return f"Did you mean {' or '.join(repr(match) for match in matches)}?"
     return f"Known: {', '.join(known) or 'none'}."
+
+
+@functools.cache
+def warn_renamed(old: str, new: str) -> None:
+    """Warn, once per process, that something is called by its former name."""
+    warnings.warn(f"{old} is now called {new}; the former name will be removed.", FutureWarning, stacklevel=3)
+
+
+def renamed_options(options: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """Return options under their present names.
+
+    Args:
+        options: as a user wrote them; a former name warns once.
+        names: former name -> present name.
+
+    Raises:
+        MLLMError: an option is given under both names.
+    """
+    renamed = {}
+    for name, value in options.items():
+        present = names.get(name, name)
+        if present != name:
+            warn_renamed(f"The option {name!r}", repr(present))
+        if present in renamed:
+            raise MLLMError(f"The option {present!r} is given twice, once by a former name. Leave one of them out.")
+        renamed[present] = value
+    return renamed
+
+
+def renamed_method(old: str, method: Callable[P, R]) -> Callable[P, R]:
+    """Return a method under its former name, which warns once."""
+
+    @functools.wraps(method)
+    def alias(*args: P.args, **options: P.kwargs) -> R:
+        warn_renamed(f"{old}()", f"{method.__name__}()")
+        return method(*args, **options)
+
+    return alias

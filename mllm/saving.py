@@ -81,7 +81,7 @@ def about(folder: Path) -> About:
     return read_about(find_folder(folder))
 
 
-def trained_on(folder: str | Path) -> tuple[AssemblySpec, dict[str, str], dict[str, Tensor]]:
+def read_saved(folder: str | Path) -> tuple[AssemblySpec, dict[str, str], dict[str, Tensor]]:
     """Return a run's or saved model's specification, its frozen parts' fingerprints, and its trained tensors.
 
     No model is built, and no frozen part is loaded; the errors are those of `load`.
@@ -188,7 +188,7 @@ def check_fingerprints(path: Path, trained_on: dict[str, str], here: dict[str, s
         if expected != actual:
             raise MLLMError(
                 f"{path} was trained on another {part}: its fingerprint is {expected[:16]}..., and that of this {part} "
-                f"is {actual[:16]}.... Put the original {part} back, or train on this one."
+                f"is {actual[:16]}.... Restore the original {part}, or train on this one."
             )
 
 

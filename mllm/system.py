@@ -1,8 +1,8 @@
-"""Write files atomically, and keep freed memory in the process.
+"""Write files whole or not at all, and keep freed memory in the process.
 
-The C library returns large buffers to the kernel as soon as they are freed, and every step of a model allocates the
-same sizes again: on a CPU the page faults took most of a convolutional encoder's time (measured: 40 ms per image
-instead of 12 ms, batches of 32, two cores). torch allocates the largest buffers on huge pages.
+The C library returns large buffers to the kernel as soon as they are free, and every step of a model asks for the same
+ones again: on a CPU the page faults of this took most of a convolutional encoder's time (measured: 40 ms an image
+against 12 ms, batches of 32, two cores). In one heap they leave gaps, so the largest are on huge pages.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from typing import Any
 
 
 def write(path: Path, action: Callable[[Path], Any]) -> None:
-    """Write a file atomically: ``action`` writes a temporary file in the same folder, which is then renamed."""
+    """Write a file whole or not at all: it is written beside its path and moved there."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
-    temporary = Path(name)
+    beside = Path(name)
     try:
-        action(temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        action(beside)
+        os.chmod(beside, 0o644)
+        os.replace(beside, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        beside.unlink(missing_ok=True)
 
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
@@ -34,9 +34,9 @@ LARGEST = 2**31 - 1
 
 
 def keep_freed_memory() -> None:
-    """Make glibc reuse freed buffers of any size in this process; other C libraries are left unchanged.
+    """Ask glibc to reuse freed buffers of any size; elsewhere nothing happens. For the whole process.
 
-    Call it before torch is imported, which reads the environment variable once.
+    To be called before torch is imported, which reads its setting once.
     """
     if sys.platform != "linux":
         return
@@ -48,14 +48,14 @@ def keep_freed_memory() -> None:
 
 
 def return_memory() -> None:
-    """Return freed memory to the system, between phases that allocate buffers of different sizes."""
+    """Return freed memory to the system: between phases that need memory of different sizes."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
 
 
 def cache_dir() -> Path:
-    """Return the folder of embedded parts and cached features: ``$MLLM_CACHE``, or ``mllm`` in the user's cache."""
+    """Return the folder that keeps the parts: ``$MLLM_CACHE``, else ``mllm`` in the user's cache folder."""
     if folder := os.environ.get("MLLM_CACHE"):
         return Path(folder).expanduser().absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mllm"

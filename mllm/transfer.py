@@ -28,7 +28,7 @@ from mllm.saving import (
 FrozenSpec = EncoderSpec | LMSpec | PartSpec | None
 
 
-def take(model: Model, source: Path, paths: Sequence[str] = ()) -> None:
+def transfer(model: Model, source: Path, paths: Sequence[str] = ()) -> None:
     """Copy trained tensors of a run or saved model into a model that may have other parts besides.
 
     Args:
@@ -51,12 +51,12 @@ def take(model: Model, source: Path, paths: Sequence[str] = ()) -> None:
 
 
 def check_source(model: Model, stage: Stage) -> None:
-    """Check that `take` would succeed for a stage, whose model may be on the meta device; no tensor is read.
+    """Check that `transfer` would succeed for a stage, whose model may be on the meta device; no tensor is read.
 
     Frozen parts with the same name are assumed to be the same: their weights are not hashed.
 
     Raises:
-        MLLMError: `take` would fail.
+        MLLMError: `transfer` would fail.
     """
     path = find_folder(Path(stage.init.source or ""))
     about = parse_about(path / ASSEMBLY)

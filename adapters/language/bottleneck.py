@@ -7,7 +7,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from mllm.errors import MLLMError
-from mllm.lms.adapting import Switched, decoder_layers
+from mllm.lms.adapting import Switchable, decoder_layers
 
 # The names that decoders give to the two sublayers. In OPT and BART the mlp is the modules from fc1 to fc2.
 NAMES = {
@@ -16,7 +16,7 @@ NAMES = {
 }
 
 
-class Bottleneck(Switched):
+class Bottleneck(Switchable):
     """Add ``x + s * up(relu(down(x)))`` after sublayers of every layer of a language model.
 
     Args:

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from mllm.errors import MLLMError
-from mllm.lms.adapting import Switched, decoder_layers
-from mllm.lms.cross_attention import Sight, current
+from mllm.lms.adapting import Switchable, decoder_layers
+from mllm.lms.cross_attention import CrossAttentionMemory, current_memory
 
 
-class Gated(Switched):
+class Gated(Switchable):
     """Insert a gated cross-attention block before every n-th layer of a decoder.
 
     An image is one token of the sequence, with a learned embedding (``mark``); the connector's visual tokens are not
@@ -64,12 +64,12 @@ class Gated(Switched):
         """Hook a block before a layer."""
 
         def attend_first(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            sight = current()
-            if sight is None or not self.on:
+            memory = current_memory()
+            if memory is None or not self.on:
                 return None
             if args:
-                return (block(args[0], sight), *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": block(kwargs["hidden_states"], sight)}
+                return (block(args[0], memory), *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": block(kwargs["hidden_states"], memory)}
 
         layer.register_forward_pre_hook(attend_first, with_kwargs=True)
 
@@ -102,33 +102,33 @@ class Block(nn.Module):
         self.attention_gate = nn.Parameter(torch.zeros(1))
         self.feed_forward_gate = nn.Parameter(torch.zeros(1))
 
-    def forward(self, states: Tensor, sight: Sight) -> Tensor:
+    def forward(self, states: Tensor, memory: CrossAttentionMemory) -> Tensor:
         """Return states ``(B, n, D)``; those of positions without an image are unchanged."""
-        looks = sight.of(states)  # (B, n)
+        numbers = memory.numbers_for(states)  # (B, n)
         x = states.to(self.query.weight.dtype)
-        x = x + self.attention_gate.tanh() * self.attend(x, looks, sight)
+        x = x + self.attention_gate.tanh() * self.attend(x, numbers, memory)
         x = x + self.feed_forward_gate.tanh() * self.feed_forward(x)
-        return torch.where((looks > 0).unsqueeze(-1), x.to(states.dtype), states)
+        return torch.where((numbers > 0).unsqueeze(-1), x.to(states.dtype), states)
 
-    def attend(self, x: Tensor, looks: Tensor, sight: Sight) -> Tensor:
+    def attend(self, x: Tensor, numbers: Tensor, memory: CrossAttentionMemory) -> Tensor:
         """Return the cross-attention output ``(B, n, D)`` of each position for its image."""
-        key, value = self._keys_values(sight, len(x))
+        key, value = self._keys_values(memory, len(x))
         query = rearrange(self.query(self.norm(x)), "b n (h d) -> b h n d", h=self.heads)
-        images, tokens = sight.visual.shape[1:3]
-        visible = looks.unsqueeze(-1) == torch.arange(1, images + 1, device=x.device)  # (B, n, N)
-        visible = visible | (looks == 0).unsqueeze(-1)  # avoids an empty softmax, whose output is not used
+        images, tokens = memory.visual.shape[1:3]
+        visible = numbers.unsqueeze(-1) == torch.arange(1, images + 1, device=x.device)  # (B, n, N)
+        visible = visible | (numbers == 0).unsqueeze(-1)  # avoids an empty softmax, whose output is not used
         mask = visible.repeat_interleave(tokens, dim=-1).unsqueeze(1)  # (B, 1, n, N Q)
         attended = scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return self.out(rearrange(attended, "b h n d -> b n (h d)"))
 
-    def _keys_values(self, sight: Sight, rows: int) -> tuple[Tensor, Tensor]:
+    def _keys_values(self, memory: CrossAttentionMemory, rows: int) -> tuple[Tensor, Tensor]:
         """Return keys and values ``(rows, h, N Q, d)``; they are computed once while decoding."""
-        pair = sight.kept.get(self)
+        pair = memory.projections.get(self)
         if pair is None:
-            visual = self.visual_norm(sight.visual.to(self.query.weight.dtype))
+            visual = self.visual_norm(memory.visual.to(self.query.weight.dtype))
             both = rearrange(self.key_value(visual), "b i q (two h d) -> two b h (i q) d", two=2, h=self.heads)
             pair = both[0], both[1]
             if not torch.is_grad_enabled():
-                sight.kept[self] = pair
-        repeats = rows // len(sight.visual)
+                memory.projections[self] = pair
+        repeats = rows // len(memory.visual)
         return tuple(part.repeat_interleave(repeats, dim=0) if repeats > 1 else part for part in pair)

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mllm.lms.adapting import Switched
+from mllm.lms.adapting import Switchable
 
 
-class PromptTuning(Switched):
+class PromptTuning(Switchable):
     """Prepend learned embeddings to every sequence; in an encoder-decoder model, to the encoder's.
 
     Args:

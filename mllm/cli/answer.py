@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mllm.cli.options import Eager, Index, Lines, RunPath, Shown, Tokens
-from mllm.errors import MLLMError
+if TYPE_CHECKING:
+    from mllm.assembly import Assembly
+
+from mllm.cli.options import Eager, ImageLogitBias, Index, Lines, RunPath, Shown, Tokens
+from mllm.errors import MLLMError, warn_renamed
 
 if TYPE_CHECKING:  # imported by the commands that need it
     from mllm.assembly import Assembly
@@ -21,13 +24,14 @@ def caption(
     max_new_tokens: Tokens = None,
     jsonl: Lines = False,
     index: Index = None,
-    eager: Eager = 0.0,
+    image_logit_bias: ImageLogitBias = 0.0,
+    eager: Eager = None,
     show: Shown = Path("shown"),
 ) -> None:
     """Caption images."""
     from mllm.build import load
 
-    options = _image_options(run, index, eager)
+    options = _image_options(run, index, image_logit_bias, eager)
     model = load(run)
     _print_answers(model, images, model.spec.prompt.caption, jsonl, show, **options, **_decoding(max_new_tokens))
 
@@ -39,13 +43,14 @@ def ask(
     max_new_tokens: Tokens = None,
     jsonl: Lines = False,
     index: Index = None,
-    eager: Eager = 0.0,
+    image_logit_bias: ImageLogitBias = 0.0,
+    eager: Eager = None,
     show: Shown = Path("shown"),
 ) -> None:
     """Ask a question about one image or several."""
     from mllm.build import load
 
-    options = _image_options(run, index, eager)
+    options = _image_options(run, index, image_logit_bias, eager)
     model = load(run)
     text = model.spec.prompt.question.format(question=question)
     _print_answers(model, [image], text, jsonl, show, **options, **_decoding(max_new_tokens))
@@ -58,7 +63,8 @@ def chat(
     history: Annotated[Path | None, typer.Option(help="A conversation file of /save, to continue.")] = None,
     max_new_tokens: Tokens = None,
     index: Index = None,
-    eager: Eager = 0.0,
+    image_logit_bias: ImageLogitBias = 0.0,
+    eager: Eager = None,
     show: Shown = Path("shown"),
 ) -> None:
     """Chat about images; /help lists the commands of the chat."""
@@ -67,7 +73,7 @@ def chat(
     from mllm.readout.tokens import can_draw
 
     messages = read_history(history) if history else []
-    options = _image_options(run, index, eager)
+    options = _image_options(run, index, image_logit_bias, eager)
     model = load(run)
     with_images = {"folder": show, **options} if options or can_draw(model) else None
     converse(model.chat(system, messages), images or [], with_images, **_decoding(max_new_tokens))
@@ -88,7 +94,8 @@ def serve(
     allow_host: Annotated[list[str] | None, typer.Option(help="A host that images may be downloaded from.")] = None,
     allow_folder: Annotated[list[Path] | None, typer.Option(help="A folder that images may be read from.")] = None,
     index: Index = None,
-    eager: Eager = 0.0,
+    image_logit_bias: ImageLogitBias = 0.0,
+    eager: Eager = None,
 ) -> None:
     """Serve a model over HTTP: OpenAI's chat completions API, and a chat page at /."""
     from mllm.build import load
@@ -113,9 +120,9 @@ def serve(
         folders=allow_folder or (),
         token=token,
     )
-    options = _image_options(run, index, eager)
+    options = _image_options(run, index, image_logit_bias, eager)
     model = load(run)
-    show = {"index": None, "eager": 0.0, **options} if options or can_draw(model) else None
+    show = {"index": None, "image_logit_bias": 0.0, **options} if options or can_draw(model) else None
     server = create_app(model, run.resolve().name, limits, show)
     uvicorn.run(server, host=host, port=port, log_level="info", timeout_keep_alive=5)
 
@@ -136,11 +143,14 @@ def export(
     )
 
 
-def _image_options(run: Path, index: Path | None, eager: float) -> dict[str, Any]:
+def _image_options(run: Path, index: Path | None, bias: float, eager: float | None) -> dict[str, Any]:
     """Return the options of answers with images; another model's index is refused before a model is loaded."""
     from mllm.scorers.index import opened
 
-    return ({} if index is None else {"index": opened(index, run)}) | ({"eager": eager} if eager else {})
+    if eager is not None:
+        warn_renamed("The option --eager", "--image-logit-bias")
+        bias = eager
+    return ({} if index is None else {"index": opened(index, run)}) | ({"image_logit_bias": bias} if bias else {})
 
 
 def _print_answers(model: Assembly, images: list[str], text: str, jsonl: bool, show: Path, **decoding: Any) -> None:

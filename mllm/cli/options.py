@@ -37,10 +37,13 @@ DataFolder = Annotated[
 Index = Annotated[Path | None, typer.Option(help="An index file of `mllm index build`: answers show its images.")]
 
 
-Eager = Annotated[
+ImageLogitBias = Annotated[
     float,
-    typer.Option(help="Bias on the logit of an image's first token: above 0 more images are shown, below 0 fewer."),
+    typer.Option(help="Added to the logit of an image's first token: above 0 more images are shown."),
 ]
+
+
+Eager = Annotated[float | None, typer.Option("--eager", hidden=True, help="The former name of --image-logit-bias.")]
 
 
 Shown = Annotated[Path, typer.Option(help="The folder for generated images; retrieved images are not copied.")]

@@ -49,8 +49,8 @@ def _advice(estimates: Plan, recipe: str, overrides: Sequence[str], limit: int) 
     """Return the overrides with which each stage fits into memory; None: no change suffices."""
     config = recipes.load(recipe, overrides)
     return {
-        stage.name: [] if planned.memory.peak <= limit else fitting(stage, config, estimates.setting, limit)
-        for stage, planned in zip(config.stages, estimates.stages, strict=True)
+        stage.name: [] if planned.memory.peak <= limit else fitting(stage, number, estimates.setting, limit)
+        for number, (stage, planned) in enumerate(zip(config.stages, estimates.stages, strict=True))
     }
 
 

@@ -66,7 +66,7 @@ def check_data(
         highest = max((count for _, _, count in bins), default=0)
         ranges = "\n".join(f"{start}-{end}" for start, end, _ in bins)
         bars = "\n".join(f"{count:>7} {'#' * -(-20 * count // highest)}" for _, _, count in bins)
-        table.add_row(source.name, *map(str, (source.items, source.answers, source.pictures)), ranges, bars)
+        table.add_row(source.name, *map(str, (source.items, source.answers, source.images)), ranges, bars)
     Console().print(table)
     problems = [problem for source in sources for problem in source.problems] + shared
     for problem in problems:

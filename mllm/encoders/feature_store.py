@@ -24,6 +24,7 @@ from torch import Tensor
 from mllm.errors import MLLMError
 from mllm.hub.fingerprints import tensor_hash
 from mllm.media.images import ImageSource, source_of
+from mllm.model import Model
 from mllm.system import cache_dir, write
 
 LIMIT = 4 * 2**30  # bytes
@@ -40,7 +41,7 @@ class FeatureStore:
         folder: where shards are read from and written to; None: memory only.
     """
 
-    def __init__(self, model: Any, *, limit: int | None = LIMIT, chunk: int = 8, folder: Path | None = None) -> None:
+    def __init__(self, model: Model, *, limit: int | None = LIMIT, chunk: int = 8, folder: Path | None = None) -> None:
         self._model, self._limit, self._chunk, self._folder = model, limit, chunk, folder
         self._kept: dict[str, Tensor] = {}
         self._new: list[str] = []  # kept, and not on disk yet
@@ -126,7 +127,7 @@ class FeatureStore:
             self._bytes += size
 
 
-def open_store(model: Any, cache: str) -> FeatureStore:
+def open_store(model: Model, cache: str) -> FeatureStore:
     """Return the store that a recipe's ``cache`` asks for.
 
     Args:
@@ -139,7 +140,7 @@ def open_store(model: Any, cache: str) -> FeatureStore:
     return FeatureStore(model, limit=LIMIT if cache == "auto" else None, folder=place_of(model))
 
 
-def place_of(model: Any) -> Path:
+def place_of(model: Model) -> Path:
     """Return the folder of features that this very encoder, so set up, has made."""
     encoder = model.encoder
     decides = {
@@ -148,7 +149,7 @@ def place_of(model: Any) -> Path:
         "dtypes": sorted({str(parameter.dtype) for parameter in encoder.parameters()}),
         "settings": encoder.settings(),
     }
-    if any(path.split(".")[0] == "encoder" for path in model.spec.trained):
+    if model.spec.trains("encoder"):
         decides["trained"] = tensor_hash(encoder)
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()
     return cache_dir() / "features" / digest[:32]

@@ -15,6 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mllm.errors import MLLMError
 from mllm.export.stock import StockModel
+from mllm.lms.decoding import Decoding
 from mllm.model import Model
 from mllm.prompts.pieces import arrange
 
@@ -75,7 +76,7 @@ def _compared(
     _check_inputs(model, stock, inputs, images, batch)
     original: Tensor = model.logits(model.connector(model.features(images)), batch)
     exported: Tensor = stock(**inputs).logits[..., : original.shape[-1]]
-    decoding = {"max_new_tokens": TOKENS, "do_sample": False}
+    decoding = Decoding(max_new_tokens=TOKENS, do_sample=False)
     (tokens,) = model.lm.generate(batch.mask, [decoding], inputs_embeds=embeds)
     ids = stock.generate(**inputs, max_new_tokens=TOKENS)[0].tolist()
     ids = ids[batch.ids.shape[1] :]

@@ -12,13 +12,15 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from mllm.capabilities import ImageTokenHead
 from mllm.errors import MLLMError
+from mllm.lms.decoding import Decoding
 from mllm.model import Model
 from mllm.prompts.batch import IGNORED, Batch, Encoded, collate
 from mllm.prompts.pieces import Control, Piece, Target, answer_text
 from mllm.readout.states import captions
 from mllm.readout.tokens import image_tokens
-from mllm.slots import ImageTokenHead, Inputs, LanguageModel
+from mllm.slots import Inputs, LanguageModel
 
 T = TypeVar("T")
 
@@ -61,7 +63,7 @@ class TokenSuppression:
         model, caption_texts = inputs.model, [text for _, text in captions(inputs.rows)]
         if not caption_texts:
             raise MLLMError("No example of a batch has a caption, within which no image is to be shown.")
-        if any(path.split(".")[0] == "lm" for path in model.spec.trained):
+        if model.spec.trains("lm"):
             raise MLLMError(
                 "token-suppression trains on text that the frozen language model generates, and in this stage the "
                 "language model trains. Remove the objective from the stage."
@@ -95,8 +97,8 @@ def generated_texts(model: Model, starts: Sequence[Encoded], length: int, seeds:
         seeds: one for each start, to sample with; none: greedy decoding.
     """
     batch = collate(starts, model.lm.pad).to(model.device)
-    limit: dict[str, float] = {"max_new_tokens": length}
-    decodings = [{**limit, "temperature": 1.0, "seed": seed} for seed in seeds] or [limit] * len(starts)
+    sampled = [Decoding(max_new_tokens=length, warpers={"temperature": 1.0}, seed=seed) for seed in seeds]
+    decodings = sampled or [Decoding(max_new_tokens=length)] * len(starts)
     with model.adapters_off():
         continuations = model.lm.generate(batch.mask, decodings, input_ids=batch.ids)
     return [

@@ -80,7 +80,7 @@ def read_texts(model: Model, texts: Sequence[str]) -> tuple[Tensor, Tensor, Tens
         # A gradient is needed at the tokens and, for the first one's logit, at the position before them.
         fixed = length - count - 1 if only_last else 0
         embeds = model.lm.embed(batch.ids)
-        states, logits = model.lm.read(embeds, batch.mask, last, fixed, said=1)
+        states, logits = model.lm.read(embeds, batch.mask, last, fixed, num_logits=1)
         chunks.append((states[:, 1:], embeds[:, -count:], logits[:, 0]))
     inverse = torch.tensor(order, device=model.device).argsort()
     states, embeddings, logits = (torch.cat(each)[inverse] for each in zip(*chunks, strict=True))

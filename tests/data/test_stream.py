@@ -195,7 +195,7 @@ def test_what_is_too_long_loses_text_and_never_a_part_of_an_image(tiny_model: Ca
     assert bool((batch.labels >= 0).any())
     (dropped,) = stream(model, given, max_length=limit).take(1)
     if limit < len(whole.ids):
-        with pytest.raises(MLLMError, match=rf"x, item 0: {len(whole.ids)} positions, and data.max_length is {limit}"):
+        with pytest.raises(MLLMError, match=rf"x, item 0: {len(whole.ids)} tokens, and data.max_length is {limit}"):
             dropped[0].open()
     else:
         assert dropped == pieces_of(DOCUMENT, PromptSpec())

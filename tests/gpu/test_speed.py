@@ -15,7 +15,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 import mllm
 from mllm.testing import tiny_image
-from mllm.training import loop
+from mllm.training import batches, loop
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("real_shapes")]
 
@@ -49,7 +49,7 @@ def seconds(synchronize) -> Callable[[Callable[[], Any]], float]:
 def test_a_step_of_llavas_first_stage(workplace, monkeypatch, seconds, figures, smoke, checkpointing, batch_size):
     batch_size = 4 if smoke else batch_size
     steps = _timed(monkeypatch, loop.Loop, "step", seconds)
-    inputs = _timed(monkeypatch, loop, "inputs", seconds)
+    inputs = _timed(monkeypatch, batches, "inputs", seconds)
     if not smoke:
         torch.cuda.reset_peak_memory_stats()
     losses = workplace.train(
@@ -104,6 +104,7 @@ def stock(workplace, device):
 
 @pytest.mark.timeout(90)
 @pytest.mark.parametrize(("checkpointing", "batch_size"), SIZES)
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # renamed in transformers 5.23
 def test_a_step_of_transformers_own_llava(stock, device, seconds, figures, smoke, checkpointing, batch_size):
     """What there is to reach: the images are on the device and preprocessed."""
     batch_size = 2 if smoke else batch_size
