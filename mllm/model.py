@@ -183,8 +183,7 @@ class Model(nn.Module):
 
         Args:
             rows: training examples, as interleaved prompts.
-            features: ``(I, P, D_vis)`` of their images in reading order; None without images. While the encoder trains,
-                its inputs instead (pixels).
+            features: ``(I, P, D_vis)`` of their images in order, or None; while the encoder trains, its inputs instead.
             batch: the rows as ids.
             objectives: see `mllm.slots.Objective`.
         """
