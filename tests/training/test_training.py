@@ -216,7 +216,7 @@ def test_the_closed_form_start_points_features_at_their_words(tiny_parts):
     [
         ("stages.0.train.conector=0.1", "conector.*Did you mean 'connector"),
         ("data.train.path=nowhere.json", "nowhere.json cannot be read"),
-        ("data.train.pth=x", "does not take these arguments"),
+        ("data.train.pth=x", "does not accept these arguments"),
         ("stages.0.objectives=[{type: captoin}]", "Did you mean 'caption'"),
         ("encoder.model=mllm/none", "mllm/none"),
         ("connector.type=liner", "Did you mean 'linear'"),
