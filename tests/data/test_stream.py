@@ -179,7 +179,7 @@ def test_all_texts_of_a_document_are_targets_with_one_end(tiny_model: Callable[.
     texts = [lm.tokenize(text) for text in ("It starts", "goes on and on", "and ends here")]
     assert encoded.ids == [*texts[0], *[lm.pad] * 4, *texts[1], *[lm.pad] * 4, *texts[2], lm.eos]
     nothing = [IGNORED] * 4
-    # Nothing stands before the first token, so it cannot be foretold; and no end is learnt where an image follows.
+    # The first token has no context to be predicted from, and no end is a target where an image follows.
     assert encoded.labels == [IGNORED, *texts[0][1:], *nothing, *texts[1], *nothing, *texts[2], lm.eos]
     open_end = Item("page", (), (), document=DOCUMENT.document[:4])
     assert pieces_of(open_end, PromptSpec())[-1] == Target("goes on and on", ends=False)

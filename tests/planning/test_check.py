@@ -70,7 +70,7 @@ def test_shipped_recipe_checks_clean(name: str, need: Callable[..., None]) -> No
     ours = [
         problem
         for problem in problems(name)
-        if not problem.endswith("no such file or folder.")  # a published system's data is the user's to bring
+        if not problem.endswith("there is no such file or folder.")  # a published system's data is the user's to bring
         and not problem.startswith(f"There is no model in {drawn}:")  # and a decoder to be trained first
     ]
     assert ours == []
@@ -100,7 +100,7 @@ BROKEN = [
     (["encoder.model=./nowhere"], "There is no folder './nowhere'"),
     (["encoder.model=mllm/mobilenet-v3"], "Did you mean 'mllm/mobilenet-v2'"),
     (["encoder.model=mllm/mobilenet-v2"], "Run `mllm parts install mllm/mobilenet-v2`"),
-    (["encoder.model=mllm/smollm2-135m"], "one of the lms, and was given where one of the encoders is needed"),
+    (["encoder.model=mllm/smollm2-135m"], "one of the lms; expected one of the encoders"),
     (["encoder.model=nobody/nothing"], "'nobody/nothing' could not be loaded"),
     (["encoder.layer=99"], "encoder.layer is 99, but the encoder has 3 hidden states"),
     (["encoder.resolution=30"], "encoder.resolution is 30, but the encoder's patches are 8 pixels wide"),
@@ -117,7 +117,7 @@ BROKEN = [
     (["connector=null"], "names 'connector', which is no part of the model"),
     (["stages.1.objectives=[{type: captoin}]"], "No part called 'captoin' in mllm.objectives. Did you mean 'caption'"),
     (["stages.1.train={conector: 1e-3}"], "names 'conector', which is no part of the model. Did you mean 'connector"),
-    (["data.train.path=none.csv"], "path is 'none.csv', and no such file or folder"),
+    (["data.train.path=none.csv"], "path is 'none.csv', and there is no such file or folder"),
     (["data.train.pth=x"], "the reader 'table' does not accept these arguments"),
     (
         ["data.val={format: coco-caption}"],

@@ -109,16 +109,16 @@ def test_targets_are_the_answers_in_the_chat_format(folder: Path, tiny_model: Ca
         "{% if add_generation_prompt %}[assistant]{% endif %}"
     )
     (item,) = read(folder, {"id": "a", "image": "0.png", "conversations": TURNS})
-    learnt = model.encode(pieces_of(item, model.spec.prompt, lm=lm))
+    encoded = model.encode(pieces_of(item, model.spec.prompt, lm=lm))
     asked = model.encode(turns(model, checked_messages(item.messages[:3])))  # a chat before its second answer
-    assert learnt.ids[: len(asked.ids)] == asked.ids
+    assert encoded.ids[: len(asked.ids)] == asked.ids
     answer = "two" if chat == "own" else " two"
-    assert learnt.ids[len(asked.ids) :] == [*lm.tokenize(answer), lm.eos]
+    assert encoded.ids[len(asked.ids) :] == [*lm.tokenize(answer), lm.eos]
     # The targets are each answer and its end, and nothing else of the chat template.
     runs = [lm.tokenize(answer.replace("two", "A cat.")), lm.tokenize(answer)]
-    assert [label for label in learnt.labels if label != IGNORED] == [*runs[0], lm.eos, *runs[1], lm.eos]
-    at = learnt.labels.index(runs[0][0])
-    assert learnt.ids[at : at + len(runs[0])] == runs[0] and learnt.labels[at + len(runs[0])] == lm.eos
+    assert [label for label in encoded.labels if label != IGNORED] == [*runs[0], lm.eos, *runs[1], lm.eos]
+    at = encoded.labels.index(runs[0][0])
+    assert encoded.ids[at : at + len(runs[0])] == runs[0] and encoded.labels[at + len(runs[0])] == lm.eos
     assert isinstance(pieces_of(item, model.spec.prompt, lm=lm)[-1], Target)
 
 
