@@ -89,7 +89,7 @@ class Mllm(lmms):  # type: ignore[misc]
             images = [source_of(image) for image in visual(row)]
             view = self.model.see(arrange(template, images, self._text(context)))
             length = len(self.model.lm.tokenize(answer_text(continuation)))
-            greedy = view.go_on(max_new_tokens=length) == continuation
+            greedy = view.continue_with(max_new_tokens=length) == continuation
             # lmms-eval 0.7 turns a plain pair into a text, which its multiple choice then cannot read.
             results.append(GenerationResult((-view.score([continuation], normalize=True)[0], greedy)))
         return results
@@ -131,7 +131,7 @@ class Mllm(lmms):  # type: ignore[misc]
         answers: dict[int, str] = {}
         if with_images:
             views = self.model.see_each([prompt for prompt, _ in with_images])
-            continued = views.go_on([list(texts.values()) for _, texts in with_images], **settings)
+            continued = views.continue_with([list(texts.values()) for _, texts in with_images], **settings)
             for (_, texts), generated in zip(with_images, continued, strict=True):
                 answers |= dict(zip(texts, generated, strict=True))
         text_only = {index: text for images, texts in opened if not images for index, text in texts.items()}

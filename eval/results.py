@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from mllm.config import loading as recipes
-from mllm.planning.paper import on_paper
+from mllm.planning.paper import meta_model
 from mllm.training.setup import parameter_groups
 
 COLUMNS = ("blind", "shuffled")  # baselines with a column in the table
@@ -41,7 +41,7 @@ def trained_weights(name: str) -> list[int]:
     numbers = []
     for stage in config.stages:
         if stage.train:
-            groups = parameter_groups(on_paper(stage, config), stage)
+            groups = parameter_groups(meta_model(stage), stage)
             numbers.append(sum(parameter.numel() for group in groups for parameter in group["params"]))
     return numbers
 

@@ -27,7 +27,7 @@ class Assembly(Model):
         errors: Literal["raise", "return"] = "raise",
         index: Any = None,
         images: int = 1,
-        eager: float = 0.0,
+        image_logit_bias: float = 0.0,
         **decoding: Any,
     ) -> list[Any]:
         """Answer interleaved prompts, in one batch.
@@ -41,11 +41,13 @@ class Assembly(Model):
                 image; with both, its decision head says which.
             images: how many are looked up, or made, each time; the best is shown, and the others are its
                 ``candidates``. 0: none are shown.
-            eager: added to the logit of an image's first token: above 0 more images are shown, below 0 fewer.
-            decoding: fields of `transformers.GenerationConfig` over the recipe's own (``max_new_tokens=20``), and
-                ``seed``: a temperature, top-p or seed means sampling; each prompt draws from its own seed.
-                ``contrastive`` (`mllm.answering.contrastive.Contrastive`) and ``candidates`` (how many answers the
-                scorer chooses from) look at the image; ``words`` (`mllm.answering.in_words`) puts words in its place.
+            image_logit_bias: added to the logit of an image's first token: above 0 more images are shown, below 0
+                fewer.
+            decoding: fields of `transformers.GenerationConfig` over the recipe's (``max_new_tokens=20``), and those of
+                `mllm.lms.decoding.Decoding`: with a temperature, top-p or ``seed`` tokens are sampled, each prompt from
+                its seed; ``contrastive`` (`mllm.answering.contrastive.Contrastive`) subtracts image-free logits;
+                of ``candidates`` answers the scorer selects the closest to the image; ``nearest_words``
+                (`mllm.answering.in_words`) replaces visual tokens by their nearest vocabulary tokens.
 
         Returns:
             One `Output` a prompt, in order. A batch gives what its members give alone.
@@ -54,7 +56,9 @@ class Assembly(Model):
             MLLMError: no prompt, an empty prompt, a bad image, or a prompt longer than the context: the message
                 names the prompt.
         """
-        return generating.generate(self, prompts, decoding, errors=errors, index=index, images=images, eager=eager)
+        return generating.generate(
+            self, prompts, decoding, errors=errors, index=index, images=images, image_logit_bias=image_logit_bias
+        )
 
     def retrieve(self, prompts: Sequence[Sequence[Piece]], index: Any, count: int = 1) -> list[list[ImagePart]]:
         """Return for each interleaved prompt the images of an index that its retrieval head finds closest.

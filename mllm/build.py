@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from mllm.assembly import Assembly
+from mllm.capabilities import ConditionHead, CrossAttention, PrefixAdapter
 from mllm.config.messages import checked
 from mllm.config.parts import AssemblySpec, ObjectiveSpec, PartSpec
 from mllm.config.recipe import Stage
@@ -24,7 +25,7 @@ from mllm.readout.tokens import every_token, heads_on_meta
 from mllm.registry import lookup, made
 from mllm.saving import find_folder, read_about, restore
 from mllm.scorers.own import own_scorer
-from mllm.slots import ConditionHead, Connector, CrossAttention, Encoder, Head, Objective, PrefixAdapter
+from mllm.slots import Connector, Encoder, Head, Objective
 from mllm.system import return_memory
 
 
@@ -98,9 +99,9 @@ def join(spec: AssemblySpec, *, encoder: Any, lm: Any) -> Assembly:
 
 
 def _drawn(spec: AssemblySpec, kind: str, part: PartSpec, **options: Any) -> Any:
-    """Build a part that draws weights; they depend on the specification's seed alone."""
+    """Build a part that draws weights; they depend on the specification's seeds alone."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(spec.seed)
+        torch.manual_seed(spec.seed_of(kind.removeprefix("image_")))
         cls = lookup(f"{kind}s", part.type)
         return made(cls, f"{kind.replace('_', ' ')} {part.type}", **options, **with_runs(cls, part.options()))
 
@@ -114,7 +115,7 @@ def with_runs(cls: Any, options: dict[str, Any]) -> dict[str, Any]:
 
 def build_encoder(spec: AssemblySpec) -> Any:
     """Build the encoder alone; None where there is none."""
-    return None if spec.encoder is None else encoder_of(spec.encoder, seed=spec.seed)
+    return None if spec.encoder is None else encoder_of(spec.encoder, seed=spec.seed_of("encoder"))
 
 
 def build_lm(spec: AssemblySpec) -> Any:
@@ -122,7 +123,7 @@ def build_lm(spec: AssemblySpec) -> Any:
     if spec.lm is None:
         return None
     options = spec.lm.model_dump(exclude={"type"})
-    return made(lookup("lms", spec.lm.type), f"language model {spec.lm.model}", **options, seed=spec.seed)
+    return made(lookup("lms", spec.lm.type), f"language model {spec.lm.model}", **options, seed=spec.seed_of("lm"))
 
 
 def build_connector(spec: AssemblySpec, *, encoder: Any, lm_dim: int | None) -> Connector:
@@ -161,9 +162,9 @@ def build_adapters(spec: AssemblySpec, *, lm: Any) -> list[nn.Module]:
     _check_adapters(spec, adapters)
     for adapter in adapters:
         if isinstance(adapter, PrefixAdapter):
-            lm.lead(adapter)
+            lm.prepend(adapter)
         if isinstance(adapter, CrossAttention):
-            lm.look()
+            lm.cross_attend()
     return adapters
 
 

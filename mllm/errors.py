@@ -1,9 +1,15 @@
-"""The one exception a user can cause, and the near-match help its messages carry."""
+"""The one exception a user can cause, the near-match help its messages carry, and the warning about renamed things."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class MLLMError(ValueError):
@@ -20,3 +26,41 @@ def near(name: str, known: Iterable[str]) -> str:
     if matches:
         return f"Did you mean {' or '.join(repr(match) for match in matches)}?"
     return f"Known: {', '.join(known) or 'none'}."
+
+
+@functools.cache
+def warn_renamed(old: str, new: str) -> None:
+    """Warn, once per process, that something is called by its former name."""
+    warnings.warn(f"{old} is now called {new}; the former name will be removed.", FutureWarning, stacklevel=3)
+
+
+def renamed_options(options: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """Return options under their present names.
+
+    Args:
+        options: as a user wrote them; a former name warns once.
+        names: former name -> present name.
+
+    Raises:
+        MLLMError: an option is given under both names.
+    """
+    renamed = {}
+    for name, value in options.items():
+        present = names.get(name, name)
+        if present != name:
+            warn_renamed(f"The option {name!r}", repr(present))
+        if present in renamed:
+            raise MLLMError(f"The option {present!r} is given twice, once by a former name. Leave one of them out.")
+        renamed[present] = value
+    return renamed
+
+
+def renamed_method(old: str, method: Callable[P, R]) -> Callable[P, R]:
+    """Return a method under its former name, which warns once."""
+
+    @functools.wraps(method)
+    def alias(*args: P.args, **options: P.kwargs) -> R:
+        warn_renamed(f"{old}()", f"{method.__name__}()")
+        return method(*args, **options)
+
+    return alias

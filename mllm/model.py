@@ -13,13 +13,14 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from mllm.capabilities import CrossAttention, missing
 from mllm.config.parts import FROZEN, AssemblySpec
 from mllm.errors import MLLMError, near
 from mllm.hub.fingerprints import tensor_hash
-from mllm.lms.cross_attention import sighted
+from mllm.lms.cross_attention import embed_with_memory
 from mllm.prompts.batch import Batch, Encoded, collate, encode
 from mllm.prompts.pieces import Control, Piece, arrange, images_of, without_images
-from mllm.slots import CrossAttention, Inputs, LanguageModel, Objective, missing
+from mllm.slots import Inputs, LanguageModel, Objective
 
 Kind = TypeVar("Kind")
 
@@ -204,13 +205,13 @@ class Model(nn.Module):
     def embed(self, visual: Tensor | None, batch: Batch) -> Any:
         """Return embeddings ``(B, T, D_lm)``: the text's own, and visual tokens ``(I, Q, D_lm)`` at their places.
 
-        Where these stand beside the sequence it is a `mllm.lms.cross_attention.Sighted`.
+        With cross-attention it is a `mllm.lms.cross_attention.EmbeddingsWithMemory`.
         """
         embeds = self.lm.embed(batch.ids)  # (B, T, D_lm)
         if visual is None:
             return embeds
         if (attending := self.cross_attention) is not None:
-            return sighted(embeds, visual, batch, cast(Any, attending).mark)
+            return embed_with_memory(embeds, visual, batch, cast(Any, attending).mark)
         return embeds.masked_scatter(batch.visual.unsqueeze(-1), visual.to(embeds.dtype))
 
     def logits(self, visual: Tensor | None, batch: Batch, keep: Tensor | None = None) -> Tensor:

@@ -81,8 +81,8 @@ def about(folder: Path) -> About:
     return read_about(find_folder(folder))
 
 
-def trained_on(folder: str | Path) -> tuple[AssemblySpec, dict[str, str], dict[str, Tensor]]:
-    """Return what a run or saved model is built from, its frozen parts' fingerprints, and its trained tensors.
+def read_saved(folder: str | Path) -> tuple[AssemblySpec, dict[str, str], dict[str, Tensor]]:
+    """Return the specification of a run or saved model, its frozen parts' fingerprints, and its trained tensors.
 
     Nothing is built, and no frozen part is loaded; the errors are those of `load`.
     """
@@ -175,14 +175,18 @@ def fingerprints_of(model: Model) -> dict[str, str]:
     return {part: str(getattr(model, part).fingerprint) for part in FROZEN if getattr(model, part) is not None}
 
 
-def check_fingerprints(path: Path, trained_on: dict[str, str], here: dict[str, str]) -> None:
-    """Raise an `MLLMError` where frozen parts are not those that took part in the training."""
-    for part, found in here.items():
-        expected = trained_on.get(part, "none")
-        if expected != found:
+def check_fingerprints(path: Path, saved: dict[str, str], here: dict[str, str]) -> None:
+    """Check that frozen parts are those that were trained on.
+
+    Raises:
+        MLLMError: one is another.
+    """
+    for part, present in here.items():
+        expected = saved.get(part, "none")
+        if expected != present:
             raise MLLMError(
-                f"{path} was trained on another {part}: its fingerprint is {expected[:16]}..., and the one found here "
-                f"has {found[:16]}.... Put the original {part} back, or train on this one."
+                f"{path} was trained on another {part}: its fingerprint is {expected[:16]}..., and the one here has "
+                f"{present[:16]}.... Restore the original {part}, or train on this one."
             )
 
 

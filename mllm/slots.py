@@ -1,11 +1,11 @@
 """Say what every part is: the contracts of the slots, with shapes. Read this page first.
 
-A part is found by its exact name (`mllm.registry`), and is asked for what it can do by the types below, never by its
-class or its name: ``model.find(RetrievalHead)`` returns the one part of a model that is a retrieval head, whoever wrote
-it. A slot is a class to inherit from where it brings something along, and a protocol where it asks for methods alone.
+A part is found by its exact name (`mllm.registry`). A slot is a class to inherit from where it brings something along,
+and a protocol where it asks for methods alone; what a part can do beside its contract is a type of `mllm.capabilities`.
+The first line of each says how a recipe names one; it stands in the message where a model lacks it.
 
 Shapes: B batch, T text tokens, I images, P patches, Q visual tokens of an image, D_vis and D_lm the widths of features
-and embeddings, V vocabulary, r tokens that a head reads, L x W a condition of an image decoder.
+and embeddings, V vocabulary, r tokens that a head reads, L x W a condition of an image decoder, N texts or examples.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # named in signatures alone: the contracts stand below what f
 
 
 class Encoder(nn.Module):
-    """Pixels (or video frames, or sound) to features; frozen.
+    """An encoder, pixels (or frames, or sound) to features; frozen: ``encoder: {model: ...}``.
 
     Attributes:
         dim: D_vis.
@@ -36,6 +36,7 @@ class Encoder(nn.Module):
         num_patches: P.
         shape: of one image as `preprocess` returns it.
         cacheable: whether features cost enough to be kept in the feature cache.
+        fingerprint: a hash of the weights.
     """
 
     dim: int
@@ -58,7 +59,7 @@ class Encoder(nn.Module):
         return open_image(piece)
 
     def key(self, source: ImageSource) -> str:
-        """Return what a source's features are cached under: equal keys, equal features."""
+        """Return the key that a source's features are cached under: equal keys, equal features."""
         return source.key()
 
     def preprocess(self, items: Sequence[Any]) -> Tensor:
@@ -70,16 +71,8 @@ class Encoder(nn.Module):
         raise NotImplementedError
 
 
-@runtime_checkable
-class EmbedsTexts(Protocol):
-    """An encoder that also brings texts into the space of its features (a dual encoder)."""
-
-    def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Return vectors ``(N, D_vis)``."""
-
-
 class Connector(nn.Module):
-    """Features to visual tokens of the language model's width; trained.
+    """A connector, features to visual tokens; trained: ``connector: {type: linear}``.
 
     Its constructor takes keyword arguments alone: ``vis_dim`` (D_vis), ``lm_dim`` (D_lm; None where the recipe has no
     language model), ``num_patches`` (P), ``grid`` (rows and columns of the patches, or None), and its own options.
@@ -95,7 +88,7 @@ class Connector(nn.Module):
         return self.num_tokens
 
     def linear(self) -> nn.Linear | None:
-        """Return the linear map that ends the connector, which is applied to ``body(features)``; None: it has none.
+        """Return the linear map that ends the connector, applied to ``body(features)``; None: it has none.
 
         It is what a closed form sets (`mllm.fits.connector`). By default: the submodule ``project``, if it is linear.
         """
@@ -117,23 +110,11 @@ class Connector(nn.Module):
 
 
 @runtime_checkable
-class ReadsText(Protocol):
-    """A connector that reads a text beside the features, in one transformer under three masks (BLIP-2, stage 1).
-
-    Its ``words`` are a tokenizer, a table of words and positions, and a vocabulary head:
-    `mllm.adapters.connectors.qformer_text.Words`.
-    """
-
-    def joint(self, features: Tensor, text_ids: Tensor, mask: Tensor, mode: Any) -> tuple[Tensor, Tensor]:
-        """Return states of the queries ``(B, Q, dim)`` and of the text ``(B, T, dim)``."""
-
-    def read(self, text_ids: Tensor, mask: Tensor) -> Tensor:
-        """Return states ``(B, T, dim)`` of the text alone."""
-
-
-@runtime_checkable
 class LanguageModel(Protocol):
-    """Interleaved embeddings to text; frozen. `mllm.lms.language_model` runs any model of `transformers`."""
+    """A language model, interleaved embeddings to text; frozen: ``lm: {model: ...}``.
+
+    `mllm.lms.language_model` runs any causal or encoder-decoder model of `transformers`.
+    """
 
     def tokenize(self, text: str, *, control: bool = False) -> list[int]:
         """Return the ids of a text, no special token added; ``control``: special tokens in it are read as such."""
@@ -158,60 +139,15 @@ class LanguageModel(Protocol):
 
 
 @runtime_checkable
-class SentenceModel(Protocol):
-    """Whole sentences to vectors, in the slot of the language model; it generates no text."""
-
-    def sentences(self, texts: Sequence[str]) -> Tensor:
-        """Return vectors ``(N, D_lm)`` of length 1."""
-
-
-@runtime_checkable
 class Adapter(Protocol):
-    """A trained module inside the language model; its constructor takes that model and its own options."""
+    """An adapter, trained inside the language model, which its constructor takes: ``adapters: [{type: lora}]``."""
 
     def off(self) -> AbstractContextManager[None]:
         """Compute without it."""
 
 
-@runtime_checkable
-class PrefixAdapter(Protocol):
-    """An adapter that puts trained positions before every sequence: see `EmbeddingPrefix` and `CachePrefix`."""
-
-    @property
-    def num_positions(self) -> int:
-        """Return how many; 0 while the adapter is off."""
-
-
-@runtime_checkable
-class EmbeddingPrefix(PrefixAdapter, Protocol):
-    """A prefix of embeddings (prompt tuning)."""
-
-    def embeddings(self, rows: int) -> Tensor:
-        """Return embeddings ``(B, positions, D_lm)``."""
-
-
-@runtime_checkable
-class CachePrefix(PrefixAdapter, Protocol):
-    """A prefix of keys and values in every layer (prefix tuning)."""
-
-    def states(self, rows: int) -> Any:
-        """Return a KV cache that holds the prefix of B rows."""
-
-
-@runtime_checkable
-class CrossAttention(Protocol):
-    """An adapter whose blocks attend to the visual tokens, which are then no part of the sequence (Flamingo).
-
-    Its ``mark (D_lm,)`` is the embedding at an image's token.
-    """
-
-    @property
-    def tokens_per_image(self) -> int:
-        """Return how many tokens of the sequence an image takes; 0 while the adapter is off: the connector's number."""
-
-
 class Head(nn.Module):
-    """A trained module that makes something other than text of the language model's states.
+    """A head, which makes something other than text of the language model's states; trained: ``heads: [{type: ...}]``.
 
     Its constructor takes ``lm_dim`` and ``vis_dim`` (None where there is no such part) and its own options.
 
@@ -222,98 +158,12 @@ class Head(nn.Module):
     tokens: tuple[str, ...] = ()
 
 
-class ImageTokenHead(Head):
-    """A head whose tokens stand for an image in an answer: it retrieves or generates that image, or decides which."""
-
-
-@runtime_checkable
-class RetrievalHead(Protocol):
-    """A head that brings prompts and images into one space; ``scale`` is the logarithm of the factor on cosines."""
-
-    tokens: tuple[str, ...]  # the first one's state is read
-
-    def of_states(self, states: Tensor) -> Tensor:
-        """Return vectors ``(N, D)`` of length 1 of states ``(N, D_lm)`` at the token."""
-
-    def of_features(self, features: Tensor) -> Tensor:
-        """Return vectors ``(I, D)`` of length 1 of features ``(I, P, D_vis)``."""
-
-
-@runtime_checkable
-class ConditionHead(Protocol):
-    """A head that makes an image decoder's condition."""
-
-    tokens: tuple[str, ...]
-    condition: tuple[int, int]  # L, W
-
-    def __call__(self, states: Tensor, embeddings: Tensor) -> Tensor:
-        """Return conditions ``(N, L, W)`` of last states and input embeddings ``(N, r, D_lm)``."""
-
-
-@runtime_checkable
-class RestoresStates(Protocol):
-    """A head that also returns from a condition to the states (AlignerNet)."""
-
-    def restore(self, conditions: Tensor) -> Tensor:
-        """Return states ``(N, r, D_lm)`` of conditions ``(N, L, W)``."""
-
-
-DECISIONS = ("retrieve", "generate")
-"""What a decision head decides between."""
-
-
-@runtime_checkable
-class DecisionHead(Protocol):
-    """A head that classifies a prompt: is an image retrieved, or generated?"""
-
-    tokens: tuple[str, ...]  # the first one's state is read
-    labels: tuple[str, ...]
-
-    def __call__(self, states: Tensor) -> Tensor:
-        """Return logits ``(N, labels)`` of states ``(N, D_lm)``."""
-
-
-@runtime_checkable
-class ContrastHead(Protocol):
-    """A head that compares a connector's queries with texts that the connector reads (BLIP-2's ITC).
-
-    ``temperature`` is what similarities are divided by.
-    """
-
-    def of_queries(self, states: Tensor) -> Tensor:
-        """Return vectors ``(I, Q, D)`` of length 1 of images' states ``(I, Q, dim)``."""
-
-    def of_texts(self, states: Tensor) -> Tensor:
-        """Return vectors ``(N, D)`` of length 1 of texts' states ``(N, dim)``."""
-
-
-@runtime_checkable
-class MatchHead(Protocol):
-    """A head that says whether an image and a text belong together (BLIP-2's ITM)."""
-
-    def match(self, queries: Tensor) -> Tensor:
-        """Return logits of no and yes ``(B, 2)`` of the queries' states ``(B, Q, dim)``."""
-
-
-@runtime_checkable
-class ImageHead(Protocol):
-    """A head that makes an image of a sentence's vector.
-
-    ``components`` is its linear map to pixels, ``project`` the one to the components.
-    """
-
-    side: int  # S
-
-    def body(self, vectors: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Return what ``project`` is applied to, of vectors ``(N, D)``; ``noise``: a normal draw of their shape."""
-
-    def __call__(self, vectors: Tensor, seeds: list[int]) -> Tensor:
-        """Return images ``(N, 3, S, S)`` between 0 and 1 of vectors ``(N, D)``."""
-
-
 @runtime_checkable
 class ImageDecoder(Protocol):
-    """A frozen model that makes images; its class says by ``shape(**options)`` which condition, and loads nothing."""
+    """An image decoder; frozen: ``decoder: {type: diffusers, model: ...}``.
+
+    Its class says by ``shape(**options)`` which condition it takes, and loads nothing.
+    """
 
     condition: tuple[int, int]  # L, W
 
@@ -329,43 +179,20 @@ class ImageDecoder(Protocol):
 
 
 @runtime_checkable
-class Denoises(Protocol):
-    """An image decoder with a training loss of its own."""
-
-    def denoise(self, images: Sequence[Any], conditions: Tensor) -> Tensor:
-        """Return the denoising loss ``(N,)`` of images under conditions ``(N, L, W)``."""
-
-
-@runtime_checkable
 class Scorer(Protocol):
-    """Images and texts in one space. A run that is a scorer declares an argument ``model: Model``."""
+    """A scorer, images and texts in one space: ``scorer: {type: dual-encoder, model: ...}``.
+
+    One that is a run declares an argument ``model: Model`` and is handed the loaded model.
+    """
 
     def image_text(self, images: Sequence[Any], texts: Sequence[str]) -> Tensor:
         """Return similarities ``(I, N)``."""
 
     def embed_images(self, images: Sequence[Any]) -> Tensor:
-        """Return vectors ``(I, D)`` of length 1."""
+        """Return vectors ``(I, D)`` of length 1, or ``(I, Q, D)`` of which the most similar one counts."""
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Return vectors ``(N, D)`` of length 1."""
-
-
-@runtime_checkable
-class MatchesPairs(Protocol):
-    """A scorer that also reads an image and a text together, and so reranks the first candidates of a ranking."""
-
-    rerank: int  # how many of the first candidates it reads pair by pair
-
-    def matches(self, images: Sequence[Any], texts: Sequence[str]) -> Tensor:
-        """Return the log-odds ``(N,)`` that each of N images and the text at the same index belong together."""
-
-
-@runtime_checkable
-class ReadsPrompts(Protocol):
-    """A scorer that also embeds interleaved prompts of texts and images."""
-
-    def embed_prompts(self, prompts: Sequence[Sequence[Piece]]) -> Tensor:
-        """Return vectors ``(N, D)`` of length 1 of N prompts."""
 
 
 class Inputs:
@@ -389,7 +216,7 @@ class Inputs:
 
 
 class Objective(Protocol):
-    """A loss over one batch; a stage sums weighted objectives.
+    """A loss over one batch: ``objectives: [{type: caption, weight: 1.0}]``; a stage sums weighted objectives.
 
     A sum and a count, not a mean: batches that are accumulated, or spread over processes, weigh each target the same.
     """
@@ -410,7 +237,7 @@ class Objective(Protocol):
 
 
 class Fit(Protocol):
-    """A closed form of one part, found by the part's registry name; `mllm.fits.base.Fit` is the class to inherit."""
+    """A closed form of one part: ``fit: {part: connector}``; the class to inherit is `mllm.fits.base.Fit`."""
 
     def problems(self, model: Model) -> list[str]:
         """Return what the model lacks, and what to give; called on the meta device, too."""
@@ -419,32 +246,7 @@ class Fit(Protocol):
         """Fit the part on `mllm.fits.base.Material`, and return the measure that is logged."""
 
 
-Reader = Callable[..., Sequence["Item"]]
-"""A file format to items: keyword arguments of ``data.train``, and a list (or a lazy sequence) of items."""
-
-Metric = Callable[..., "Score"]
-"""Predictions ``list[str]`` and references ``list[list[str]]``, in the same order, to a `mllm.evaluation.Score`."""
-
-
-RECIPE: dict[type, str] = {
-    Encoder: "an encoder: encoder: {model: ...}",
-    EmbedsTexts: "an encoder that embeds texts: encoder: {type: dual-encoder, model: ...}",
-    Connector: "a connector: connector: {type: linear}",
-    ReadsText: "a connector that reads text: connector: {type: qformer, words: ...}",
-    LanguageModel: "a language model: lm: {model: ...}",
-    SentenceModel: "a sentence encoder in the language model's slot: lm: {type: sentences, model: mllm/minilm}",
-    ImageTokenHead: "a head that shows images: heads: [{type: retrieval}]",
-    RetrievalHead: "a retrieval head: heads: [{type: retrieval}]",
-    ConditionHead: "a head that makes an image decoder's condition: heads: [{type: generation}]",
-    DecisionHead: "a decision head: heads: [{type: decision}]",
-    ContrastHead: "a contrast head: heads: [{type: contrast}]",
-    MatchHead: "a match head: heads: [{type: match}]",
-    ImageHead: "a head that makes images: heads: [{type: pixels}]",
-    ImageDecoder: "an image decoder: decoder: {type: diffusers, model: ...}",
-    Denoises: "an image decoder with a denoising loss: decoder: {type: diffusers, model: ...}",
-}
-
-
-def missing(kind: type) -> str:
-    """Return what a model lacks that has no part of a kind, and how a recipe gives it."""
-    return RECIPE.get(kind, f"a part that is a {kind.__module__}.{kind.__name__}")
+Reader = Callable[..., Sequence["Item"]]  # keyword arguments of ``data.train`` to items, read at once or when drawn
+Metric = Callable[
+    ..., "Score"
+]  # predictions list[str], references list[list[str]], in one order: see `mllm.evaluation`

@@ -2,7 +2,7 @@
 
 The C library returns large buffers to the kernel as soon as they are free, and every step of a model asks for the same
 ones again: on a CPU the page faults of this took most of a convolutional encoder's time (measured: 40 ms an image
-against 12 ms, batches of 32, two cores). In one heap they leave gaps, so the largest lie on huge pages of their own.
+against 12 ms, batches of 32, two cores). In one heap they leave gaps, so the largest are on huge pages.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 
 def write(path: Path, action: Callable[[Path], Any]) -> None:
-    """Make a file whole or not at all: it is written beside its place and moved there."""
+    """Write a file whole or not at all: it is written beside its path and moved there."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     beside = Path(name)
@@ -48,7 +48,7 @@ def keep_freed_memory() -> None:
 
 
 def return_memory() -> None:
-    """Give what is free back to the system: between phases that need memory of different kinds."""
+    """Return freed memory to the system: between phases that need memory of different sizes."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
@@ -56,6 +56,6 @@ def return_memory() -> None:
 
 def cache_dir() -> Path:
     """Return the folder that keeps the parts: ``$MLLM_CACHE``, else ``mllm`` in the user's cache folder."""
-    if own := os.environ.get("MLLM_CACHE"):
-        return Path(own).expanduser().absolute()
+    if folder := os.environ.get("MLLM_CACHE"):
+        return Path(folder).expanduser().absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mllm"

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tomllib
 from importlib import import_module
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -76,26 +77,57 @@ def test_the_answering_page_runs_as_it_stands(tiny_parts, tmp_path, monkeypatch)
     assert Path("chat.json").is_file()
 
 
-def tree() -> dict[str, str]:
-    """Return path -> role of the README's tree; two spaces are one level."""
-    found: dict[str, str] = {}
+def tree() -> set[str]:
+    """Return the paths of the README's tree; two spaces are one level, and a line may name several files."""
+    paths: set[str] = set()
     folders: list[str] = []
     for line in blocks("README.md", "text")[0].splitlines():
-        name, role = line.split(maxsplit=1)
-        folders[(len(line) - len(line.lstrip())) // 2 :] = [name]
-        found["".join(folders)] = role
-    return found
+        names = re.split(r"\s{2,}", line.strip())[0].split(", ")
+        level = (len(line) - len(line.lstrip())) // 2
+        folders[level:] = [names[0]]
+        paths |= {"".join([*folders[:level], name]) for name in names}
+    return paths
 
 
 def test_the_readmes_tree_is_the_disks():
-    listed = set(tree())
-    assert sorted(path for path in listed if not (ROOT / path).exists()) == []
+    assert len(blocks("README.md", "text")[0].splitlines()) < 45
     git = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)  # not what a user put beside
-    tracked = {re.sub("/.*", "/", name) for name in git.stdout.splitlines() if name[0] != "."}
+    top = {re.sub("/.*", "/", name) for name in git.stdout.splitlines() if name[0] != "."} | {".ci/run"}
     modules = {f"mllm/{path.name}" for path in (ROOT / "mllm").glob("*.py")}
     folders = {f"{path.parent.relative_to(ROOT)}/" for name in PACKAGES for path in (ROOT / name).glob("*/__init__.py")}
-    assert len(modules) > 20 and "adapters/connectors/" in folders
-    assert sorted((tracked | modules | folders) - listed) == []
+    assert len(modules) > 10 and "adapters/connectors/" in folders
+    assert sorted(tree()) == sorted(top | modules | folders | {"eval/suites/"})
+
+
+STRUCTURE = ROOT / "docs" / "structure.md"
+
+
+def test_paths_on_the_page_on_structure_exist() -> None:
+    paths = set(re.findall(r"`((?:mllm|adapters|eval|tests|recipes)/[\w/.-]*)`", STRUCTURE.read_text()))
+    assert len(paths) > 50 and sorted(path for path in paths if not (ROOT / path).exists()) == []
+
+
+def test_what_the_page_on_structure_finds_in_a_file_is_there() -> None:
+    cell = r"`([\w.]+)`(?: and `([\w.]+)`)?, `((?:mllm|adapters|eval)/[\w/]+)\.py`"
+    rows = re.findall(cell, STRUCTURE.read_text())
+    assert len(rows) > 12
+    for *names, path in rows:
+        module = import_module(f"{'' if path.startswith('mllm') else 'mllm.'}{path.replace('/', '.')}")
+        for name in filter(None, names):
+            assert attrgetter(name)(module), (name, path)
+
+
+def test_the_page_on_structure_has_a_row_for_every_folder() -> None:
+    rows = re.findall(r"^\| `([\w/]+/)` \|", STRUCTURE.read_text(), flags=re.MULTILINE)
+    inits = {path for name in PACKAGES for path in (ROOT / name).glob("*/**/__init__.py")}
+    suites = {ROOT / "eval" / "suites"}  # no code
+    assert sorted(rows) == sorted(f"{folder.relative_to(ROOT)}/" for folder in {path.parent for path in inits} | suites)
+
+
+def test_the_layers_on_the_page_on_structure_are_those_that_the_imports_keep() -> None:
+    lines = blocks("docs/structure.md", "text")[0].splitlines()
+    floors = re.findall(r'^FLOORS = """\n(.*?)\n"""', (ROOT / "tests" / "test_floors.py").read_text(), re.M | re.S)[0]
+    assert [re.split(r"\s{2,}", line)[0] for line in lines] == floors.splitlines()
 
 
 def test_changelog_and_version_agree():
@@ -110,10 +142,12 @@ def test_links_lead_somewhere(page):
 
 
 def test_the_index_lists_every_page():
-    for index in (ROOT / "docs" / "index.md", ROOT / "docs" / "recipes" / "index.md"):
+    indexes = [page for page in PAGES if page.name == "index.md"]
+    for index in indexes:
         listed = set(re.findall(r"\]\(([^)/]+\.md)\)", index.read_text()))
         assert listed == {page.name for page in PAGES if page.parent == index.parent} - {"index.md"}
-    assert "(recipes/index.md)" in (ROOT / "docs" / "index.md").read_text()
+    folders = {f"({index.relative_to(ROOT / 'docs')})" for index in indexes} - {"(index.md)"}
+    assert len(folders) == 2 and all(folder in (ROOT / "docs" / "index.md").read_text() for folder in folders)
 
 
 def nav_pages(nav: Any) -> list[str]:
@@ -179,47 +213,6 @@ def test_your_own_data_works_as_written(tiny_parts, tmp_path, monkeypatch):
     assert saved_shapes("runs/mine/model")["connector.project.bias"] == [32] and Path("runs/mine/loss.png").is_file()
     assert mllm(*caption).startswith("pictures/red-1.png: ")
     mllm(*ask)
-
-
-@pytest.fixture
-def foreign_package(tmp_path, monkeypatch):
-    """Install the tutorial's package, as pip would leave it, into a folder on the path."""
-    from mllm import registry
-
-    page = "docs/add-a-connector.md"
-    code, _ = blocks(page, "python")
-    entry_points = tomllib.loads(blocks(page, "toml")[0])["project"]["entry-points"]
-    package = tmp_path / "site"
-    about = package / "my_connectors-1.0.dist-info"
-    about.mkdir(parents=True)
-    (package / "my_connectors.py").write_text(code)
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: my-connectors\nVersion: 1.0\n")
-    ((group, points),) = entry_points.items()
-    lines = [f"[{group}]", *(f"{name} = {value}" for name, value in points.items())]
-    (about / "entry_points.txt").write_text("\n".join(lines) + "\n")
-    monkeypatch.syspath_prepend(package)
-    registry.table.cache_clear()
-    yield
-    registry.table.cache_clear()
-    sys.modules.pop("my_connectors", None)
-
-
-def test_the_tutorials_connector_works_as_written(foreign_package, tiny_parts, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("encoder", "lm"):
-        Path(name).mkdir()
-    Path("use.py").write_text(blocks("docs/add-a-connector.md", "python")[1])
-    model = runpy.run_path("use.py")["model"]
-    assert type(model.connector).__module__ == "my_connectors" and model.connector.hidden.out_features == 8
-    check, train = commands("docs/add-a-connector.md")
-    Path("pictures").mkdir()
-    Image.new("RGB", (24, 24), "red").save("pictures/red.png")
-    Path("train.csv").write_text("image,caption\nred.png,a red square\n")
-    other = [f"encoder.model={tiny_parts[0]}", f"lm.model={tiny_parts[1]}", "data.val=null", "stages.0.steps=2"]
-    other += ["data.train={format: table, path: train.csv, images: pictures}"]
-    mllm(*check, *other)
-    assert "runs/limber-cpu" in mllm(*train, *other)
-    assert saved_shapes("runs/limber-cpu/model")["connector.hidden.weight"][0] == 128
 
 
 def test_the_reference_is_up_to_date_in_any_terminal():

@@ -122,7 +122,7 @@ def test_a_view_answers_as_the_whole_prompt_does(model):
     view = model.see([A, "first", B])
     for text in ("what?", "another question", ""):
         whole = str(model.generate([[A, "first", B, text]], max_new_tokens=10)[0])
-        assert view.go_on(text, max_new_tokens=10) == whole
+        assert view.continue_with(text, max_new_tokens=10) == whole
     assert view.ask("why", max_new_tokens=10) == str(
         model.generate([[A, "first", B, "Question: why Answer:"]], max_new_tokens=10)[0]
     )

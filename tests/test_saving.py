@@ -106,7 +106,7 @@ def test_other_parts_are_refused_with_both_fingerprints(saved: Path, tmp_path: P
     relabel(saved, **label)
     weights = hashlib.sha256((Path(other) / "model.safetensors").read_bytes()).digest()
     here, there = hashlib.sha256(weights).hexdigest()[:16], label["fingerprints"][part][:16]
-    with pytest.raises(MLLMError, match=f"trained on another {part}.*{there}.*{here}.*Put the original {part} back"):
+    with pytest.raises(MLLMError, match=f"trained on another {part}.*{there}.*{here}.*Restore the original {part}"):
         mllm.load(saved)
 
 

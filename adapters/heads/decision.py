@@ -5,7 +5,7 @@ from __future__ import annotations
 from mllm.adapters.heads.generation import needed
 from torch import Tensor, nn
 
-from mllm.slots import DECISIONS, ImageTokenHead
+from mllm.capabilities import DECISIONS, ImageTokenHead
 
 
 class Decision(ImageTokenHead):
@@ -29,5 +29,5 @@ class Decision(ImageTokenHead):
         self.dropout, self.judge = nn.Dropout(dropout), nn.Linear(needed(lm_dim, "decision"), 2)
 
     def forward(self, states: Tensor) -> Tensor:
-        """Return logits ``(N, 2)``, in the order of `mllm.slots.DECISIONS`, of states ``(N, D_lm)``."""
+        """Return logits ``(N, 2)``, in the order of `mllm.capabilities.DECISIONS`, of states ``(N, D_lm)``."""
         return self.judge(self.dropout(states.to(self.judge.weight.dtype)))

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from mllm.capabilities import ImageTokenHead
 from mllm.errors import MLLMError
-from mllm.slots import ImageTokenHead
 
 
 class Generation(ImageTokenHead):

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from mllm.capabilities import ImageTokenHead
 from mllm.errors import MLLMError
-from mllm.slots import ImageTokenHead
 
 
 class Retrieval(ImageTokenHead):

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from mllm.errors import MLLMError
-from mllm.lms.adapting import Switched, decoder_layers
+from mllm.lms.adapting import Switchable, decoder_layers
 
 # What decoders call the two halves of a layer. In OPT and BART the mlp goes from one map to another.
 NAMES = {
@@ -16,7 +16,7 @@ NAMES = {
 }
 
 
-class Bottleneck(Switched):
+class Bottleneck(Switchable):
     """Add ``x + s * up(relu(down(x)))`` behind halves of every layer of a language model.
 
     Args:

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from mllm.errors import MLLMError
-from mllm.lms.adapting import Switched, decoder_layers
-from mllm.lms.cross_attention import Sight, current
+from mllm.lms.adapting import Switchable, decoder_layers
+from mllm.lms.cross_attention import CrossAttentionMemory, current_memory
 
 
-class Gated(Switched):
+class Gated(Switchable):
     """Put a block that looks at images before every n-th layer of a decoder.
 
     An image takes one place in the sequence, a mark that is learnt; the connector's visual tokens stand beside it. A
@@ -60,12 +60,12 @@ class Gated(Switched):
         """Hook a block before a layer."""
 
         def look(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            sight = current()
-            if sight is None or not self.on:
+            memory = current_memory()
+            if memory is None or not self.on:
                 return None
             if args:
-                return (block(args[0], sight), *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": block(kwargs["hidden_states"], sight)}
+                return (block(args[0], memory), *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": block(kwargs["hidden_states"], memory)}
 
         layer.register_forward_pre_hook(look, with_kwargs=True)
 
@@ -96,33 +96,33 @@ class Block(nn.Module):
         self.attention_gate = nn.Parameter(torch.zeros(1))
         self.feed_forward_gate = nn.Parameter(torch.zeros(1))
 
-    def forward(self, states: Tensor, sight: Sight) -> Tensor:
+    def forward(self, states: Tensor, memory: CrossAttentionMemory) -> Tensor:
         """Return states ``(B, n, D)``; those of positions that look at nothing are the very same."""
-        looks = sight.of(states)  # (B, n)
+        numbers = memory.numbers_for(states)  # (B, n)
         x = states.to(self.query.weight.dtype)
-        x = x + self.attention_gate.tanh() * self.attend(x, looks, sight)
+        x = x + self.attention_gate.tanh() * self.attend(x, numbers, memory)
         x = x + self.feed_forward_gate.tanh() * self.feed_forward(x)
-        return torch.where((looks > 0).unsqueeze(-1), x.to(states.dtype), states)
+        return torch.where((numbers > 0).unsqueeze(-1), x.to(states.dtype), states)
 
-    def attend(self, x: Tensor, looks: Tensor, sight: Sight) -> Tensor:
+    def attend(self, x: Tensor, numbers: Tensor, memory: CrossAttentionMemory) -> Tensor:
         """Return what each position finds at the image it looks at, ``(B, n, D)``."""
-        key, value = self._seen(sight, len(x))
+        key, value = self._key_value(memory, len(x))
         query = rearrange(self.query(self.norm(x)), "b n (h d) -> b h n d", h=self.heads)
-        images, tokens = sight.visual.shape[1:3]
-        shown = looks.unsqueeze(-1) == torch.arange(1, images + 1, device=x.device)  # (B, n, N)
-        shown = shown | (looks == 0).unsqueeze(-1)  # a softmax needs something; it is not used
+        images, tokens = memory.visual.shape[1:3]
+        shown = numbers.unsqueeze(-1) == torch.arange(1, images + 1, device=x.device)  # (B, n, N)
+        shown = shown | (numbers == 0).unsqueeze(-1)  # a softmax needs something; it is not used
         mask = shown.repeat_interleave(tokens, dim=-1).unsqueeze(1)  # (B, 1, n, N Q)
         found = scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return self.out(rearrange(found, "b h n d -> b n (h d)"))
 
-    def _seen(self, sight: Sight, rows: int) -> tuple[Tensor, Tensor]:
+    def _key_value(self, memory: CrossAttentionMemory, rows: int) -> tuple[Tensor, Tensor]:
         """Return keys and values ``(rows, h, N Q, d)``; while decoding they are made once."""
-        pair = sight.kept.get(self)
+        pair = memory.projections.get(self)
         if pair is None:
-            visual = self.visual_norm(sight.visual.to(self.query.weight.dtype))
+            visual = self.visual_norm(memory.visual.to(self.query.weight.dtype))
             both = rearrange(self.key_value(visual), "b i q (two h d) -> two b h (i q) d", two=2, h=self.heads)
             pair = both[0], both[1]
             if not torch.is_grad_enabled():
-                sight.kept[self] = pair
-        repeats = rows // len(sight.visual)
+                memory.projections[self] = pair
+        repeats = rows // len(memory.visual)
         return tuple(part.repeat_interleave(repeats, dim=0) if repeats > 1 else part for part in pair)

@@ -9,10 +9,10 @@ from torch import nn
 from transformers import DynamicCache
 
 from mllm.errors import MLLMError
-from mllm.lms.adapting import Switched
+from mllm.lms.adapting import Switchable
 
 
-class PrefixTuning(Switched):
+class PrefixTuning(Switchable):
     """Put learned keys and values before every sequence, without the reparametrisation by an MLP.
 
     Args:

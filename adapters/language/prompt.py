@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mllm.lms.adapting import Switched
+from mllm.lms.adapting import Switchable
 
 
-class PromptTuning(Switched):
+class PromptTuning(Switchable):
     """Put learned embeddings before every sequence; an encoder-decoder model's encoder reads them.
 
     Args:

@@ -9,11 +9,11 @@ from mllm.eval.answers.drawing import caption_prompts
 from mllm.eval.scoring import MODEL
 
 from mllm.assembly import Assembly
+from mllm.capabilities import DECISIONS, DecisionHead
 from mllm.data.items import Item
 from mllm.media.images import ImageSource
 from mllm.processes import progress
 from mllm.readout.decision import decide, states_at
-from mllm.slots import DECISIONS, DecisionHead
 
 
 class Decide:

@@ -17,10 +17,11 @@ from mllm.eval.answers.base import Context
 from mllm.eval.scoring import MODEL
 
 from mllm.assembly import Assembly
+from mllm.capabilities import MatchesPairs, ReadsPrompts
 from mllm.data.items import Item
 from mllm.errors import MLLMError
 from mllm.media.images import ImageSource
-from mllm.slots import MatchesPairs, ReadsPrompts, Scorer
+from mllm.slots import Scorer
 
 LONGEST = 100  # candidates in a ranking; the others are left out
 SHOWN = 5  # of a ranking's images, in the report

@@ -28,7 +28,7 @@ class Generate:
         """Return the generated texts."""
 
         def generated(views: Views, batch: Sequence[Group]) -> list[str]:
-            return list(chain(*views.go_on([list(texts) for _, texts in batch], **context.suite.decoding)))
+            return list(chain(*views.continue_with([list(texts) for _, texts in batch], **context.suite.decoding)))
 
         replies = Asking(context, _queries, generated, grouped=True).replies(model, items)
         return {name: [text for (text,) in rows] for name, rows in replies.items()}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from mllm.eval.bench.setups import Setup
+
+from mllm.model import Model
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Shape:
         return theirs / (self.step() + (0 if cached else self.encoder))
 
 
-def shape_of(model: Any, made: Setup) -> Shape:
+def shape_of(model: Model, made: Setup) -> Shape:
     """Return the sizes of a model and its examples."""
     table = model.lm.model.get_output_embeddings().weight
     config = model.lm.model.config.get_text_config()

@@ -149,7 +149,7 @@ def clients(*, count: int = 16, tokens: int = 32, repeats: int, progress: Callab
 
 def _ours(model: Assembly, images: Sequence[Any], texts: Sequence[str]) -> list[str]:
     views = model.see_each([[image] for image in images])
-    answers = views.go_on([texts] * len(images), max_new_tokens=TOKENS, min_new_tokens=TOKENS)
+    answers = views.continue_with([texts] * len(images), max_new_tokens=TOKENS, min_new_tokens=TOKENS)
     return [answer for row in answers for answer in row]
 
 

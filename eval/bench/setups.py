@@ -72,7 +72,7 @@ def setup(folder: Path, recipe: dict[str, Any], stock: dict[str, Any], *, steps:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     config = recipes.load(str(folder / "recipe.yaml"))
-    model = build(config.assembly(config.stages[-1]))
+    model = build(config.stages[-1].assembly)
     stage = config.stages[-1]
     train, val = (
         [_row(model, pieces_of(item, stage.prompt, item.answers[0])) for spec in specs for item in read(spec)]

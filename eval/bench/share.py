@@ -14,6 +14,7 @@ from mllm.eval.bench.setups import batch_of, captions, ours_losses, setup, sourc
 from mllm.eval.bench.shapes import LM, noise_images, save_vision
 from mllm.eval.bench.table import Row
 
+from mllm.model import Model
 from mllm.prompts.batch import Batch
 from mllm.training.batches import rows_at_once, split
 
@@ -62,7 +63,7 @@ def share(
     return rows
 
 
-def _step(model: Any, features: torch.Tensor, batch: Batch) -> Callable[[], None]:
+def _step(model: Model, features: torch.Tensor, batch: Batch) -> Callable[[], None]:
     """Return a step of the optimizer on this batch, in micro-batches as in training."""
     model.requires_grad_(False)
     size = rows_at_once(len(batch.ids), batch.ids.shape[1], model.lm.model.dtype)

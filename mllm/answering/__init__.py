@@ -1,1 +1,1 @@
-"""From prompts to answers: texts, conversations, images that are found or made."""
+"""Answer prompts: with texts, in conversations, and with images that are retrieved or drawn."""

@@ -1,41 +1,63 @@
-"""Decode prompts in one batch: their settings, their embeddings, and the language model's new tokens as text."""
+"""Decode prompts in one batch: make their `Decoding`, embed them, and return the generated tokens as text."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from mllm.errors import renamed_options
+from mllm.lms.decoding import Decoding, check_batch
 from mllm.model import Model
 from mllm.outputs import Output, Text
 from mllm.prompts.pieces import Piece
 from mllm.registry import lookup, made, table
 
+FORMER = {"words": "nearest_words"}
 
-def decodings(model: Model, prompts: Sequence[Sequence[Piece]], given: Any) -> list[dict[str, Any]]:
-    """Return each prompt's decoding settings: the recipe's own, what is given over them, its parts made.
+
+def make_decoding(model: Model, options: Mapping[str, Any]) -> Decoding:
+    """Return the decoding that the recipe's ``decoding`` describes with these options over it.
+
+    Raises:
+        MLLMError: an unknown option; the near matches are listed.
+    """
+    merged = {**renamed_options(model.spec.decoding, FORMER), **renamed_options(options, FORMER)}
+    return Decoding.of(merged, table("decoding"))
+
+
+def with_processors(model: Model, prompts: Sequence[Sequence[Piece]], decodings: Sequence[Decoding]) -> list[Decoding]:
+    """Return decodings whose parts (``contrastive``) are logits processors for these prompts."""
+    if not any(decoding.parts for decoding in decodings):
+        return list(decodings)
+    check_batch(decodings)
+    processors = [
+        made(lookup("decoding", name), f"decoding {name}", model, prompts, **options)
+        for name, options in decodings[0].parts.items()
+    ]
+    return [replace(decoding, parts={}, processors=(*decoding.processors, *processors)) for decoding in decodings]
+
+
+def generate_ids(
+    model: Model, prompts: Sequence[Sequence[Piece]], decodings: Sequence[Decoding], mask: Any, **inputs: Any
+) -> list[list[int]]:
+    """Return the new ids of each prompt.
 
     Args:
-        prompts: what is answered.
-        given: settings for all prompts, or a mapping for each.
+        model: the model.
+        prompts: interleaved prompts, which parts of the decoding read.
+        decodings: of each prompt.
+        mask: ``(B, T)`` of the inputs.
+        inputs: the prompts as `mllm.lms.language_model.LanguageModel.generate` takes them, its cache and its streamer.
     """
-    rows = [given] * len(prompts) if isinstance(given, dict) else list(given)
-    settings = [{**model.spec.decoding, **row} for row in rows]
-    processors = [
-        made(lookup("decoding", name), f"decoding {name}", model, prompts, **(settings[0][name] or {}))
-        for name in table("decoding")
-        if settings[0].get(name) is not None
-    ]
-    ours = {*table("decoding"), "candidates", "words"}
-    plain = [{key: value for key, value in row.items() if key not in ours} for row in settings]
-    if processors:
-        plain = [{**row, "logits_processor": [*row.get("logits_processor", []), *processors]} for row in plain]
-    return plain
+    ids: list[list[int]] = model.lm.generate(mask, with_processors(model, prompts, decodings), **inputs)
+    return ids
 
 
 def answer(
-    model: Model, prompts: Sequence[Sequence[Piece]], settings: Sequence[dict[str, Any]], streamer: Any = None
+    model: Model, prompts: Sequence[Sequence[Piece]], decodings: Sequence[Decoding], streamer: Any = None
 ) -> list[Output]:
-    """Answer prompts with settings as `decodings` returns them, a mapping for each prompt."""
+    """Return the answer to each prompt, as text alone."""
     embeds, batch = model.prepare(prompts)
-    rows = model.lm.generate(batch.mask, settings, streamer=streamer, inputs_embeds=embeds)
+    rows = generate_ids(model, prompts, decodings, batch.mask, streamer=streamer, inputs_embeds=embeds)
     return [Output([Text(model.lm.decode(row).strip())]) for row in rows]

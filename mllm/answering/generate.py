@@ -1,85 +1,121 @@
-"""Answer prompts: read them, decode, and put the answers together."""
+"""Answer prompts: read them, make their decoding, and answer them in the way that it asks for."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
-from mllm.answering.decode import answer, decodings
-from mllm.answering.in_words import told
-from mllm.answering.rerank import reranked
-from mllm.answering.with_images import shown
-from mllm.errors import MLLMError
+from mllm.answering.decode import answer, make_decoding
+from mllm.answering.in_words import answer_in_words
+from mllm.answering.rerank import answer_best
+from mllm.answering.with_images import answer_with_images
+from mllm.errors import MLLMError, renamed_options
+from mllm.lms.decoding import Decoding
 from mllm.media.images import source_of
 from mllm.model import Model
 from mllm.outputs import Output
 from mllm.prompts.pieces import Control, Piece, arrange
 from mllm.readout.tokens import can_draw
+from mllm.scorers.index import ImageIndex
 
 BATCH = 16
+FORMER = {"eager": "image_logit_bias"}
 
 
 def generate(
     model: Model,
     prompts: Sequence[Sequence[Piece]],
-    decoding: dict[str, Any],
+    options: Mapping[str, Any],
     *,
     errors: Literal["raise", "return"] = "raise",
-    index: Any = None,
+    index: str | Path | ImageIndex | None = None,
     images: int = 1,
-    eager: float = 0.0,
+    image_logit_bias: float = 0.0,
 ) -> list[Any]:
-    """Answer interleaved prompts, in one batch; see `mllm.assembly.Model.generate`."""
+    """Answer interleaved prompts, in one batch; see `mllm.assembly.Assembly.generate`."""
+    options = renamed_options(options, FORMER)
+    image_logit_bias = options.pop("image_logit_bias", image_logit_bias)
+    decoding = make_decoding(model, options)
+    return answer_prompts(
+        model, prompts, decoding, errors=errors, index=index, images=images, image_logit_bias=image_logit_bias
+    )
+
+
+def answer_prompts(
+    model: Model,
+    prompts: Sequence[Sequence[Piece]],
+    decoding: Decoding,
+    *,
+    errors: Literal["raise", "return"] = "raise",
+    index: str | Path | ImageIndex | None = None,
+    images: int = 1,
+    image_logit_bias: float = 0.0,
+) -> list[Any]:
+    """Answer interleaved prompts with a decoding; the rest is as in `mllm.assembly.Assembly.generate`."""
     _check_list(prompts)
     prompts_read = [_read(model, pieces) for pieces in prompts]
     if errors == "raise":
         _raise_first(prompts_read)
     good = [prompt for prompt in prompts_read if not isinstance(prompt, MLLMError)]
-    answers = iter(_answers(model, good, dict(decoding), index, images, eager) if good else [])
+    answers = iter(_answers(model, good, decoding, index, images, image_logit_bias) if good else [])
     return [prompt if isinstance(prompt, MLLMError) else next(answers) for prompt in prompts_read]
 
 
 def _answers(
-    model: Model, prompts: list[list[Piece]], decoding: dict[str, Any], index: Any, images: int, eager: float
+    model: Model,
+    prompts: list[list[Piece]],
+    decoding: Decoding,
+    index: str | Path | ImageIndex | None,
+    images: int,
+    image_logit_bias: float,
 ) -> list[Output]:
-    """Return the answers to prompts that were read, in the way that the settings ask for."""
-    count = decoding.pop("candidates", model.spec.decoding.get("candidates", 1))
-    words = decoding.pop("words", model.spec.decoding.get("words"))
-    if words is not None and index is not None:
-        raise MLLMError("Images told in words and answers with images do not go together: leave one out.")
-    if words is not None:
-        return told(model, prompts, words, decoding)
-    if images and (index is not None or can_draw(model) or eager):
-        if count > 1:
-            raise MLLMError("Answers with images are not reranked: leave out 'candidates', or say images=0.")
-        return shown(model, prompts, decodings(model, prompts, decoding), index, count=images, eager=eager)
-    if count > 1:
-        return reranked(model, prompts, count, decoding)
-    return answer(model, prompts, decodings(model, prompts, decoding))
+    """Return the answers to prompts that were read, in the way that the decoding asks for."""
+    if decoding.nearest_words is not None and index is not None:
+        raise MLLMError("'nearest_words' and answers with images cannot be combined: leave one out.")
+    if decoding.nearest_words is not None:
+        return answer_in_words(model, prompts, decoding)
+    if images and (index is not None or can_draw(model) or image_logit_bias):
+        if decoding.candidates > 1:
+            raise MLLMError("Answers with images are not reranked: leave out 'candidates', or set images=0.")
+        decodings = [decoding] * len(prompts)
+        return answer_with_images(model, prompts, decodings, index, count=images, image_logit_bias=image_logit_bias)
+    if decoding.candidates > 1:
+        return answer_best(model, prompts, decoding)
+    return answer(model, prompts, [decoding] * len(prompts))
 
 
-def answer_each(model: Model, images: Sequence[Any], text: str, **options: Any) -> Iterator[Output | MLLMError]:
-    """Yield the answer to each image, in order; of one that cannot be read, the error.
+def answer_each(
+    model: Model,
+    images: Sequence[Any],
+    text: str,
+    *,
+    index: str | Path | ImageIndex | None = None,
+    image_logit_bias: float = 0.0,
+    **options: Any,
+) -> Iterator[Output | MLLMError]:
+    """Yield the answer to each image, in order; for one that cannot be read, the error.
 
     Args:
-        model: the assembly.
+        model: the model.
         images: in any accepted form.
-        text: what stands with each, for example the recipe's caption prompt.
-        options: what `mllm.assembly.Model.generate` takes.
+        text: the text of each prompt, for example the recipe's caption prompt.
+        index: as in `mllm.assembly.Assembly.generate`.
+        image_logit_bias: the same.
+        options: of the decoding.
     """
     template = model.spec.prompt.template
-    show = {name: options.pop(name) for name in ("index", "images", "eager") if name in options}
     for start in range(0, len(images), BATCH):
-        # A path as text would be text: what is an image here is made one.
+        # In a prompt a path given as a `str` would be text.
         prompts = [arrange(template, [source_of(image)], text) for image in images[start : start + BATCH]]
-        yield from generate(model, prompts, options, errors="return", **show)
+        yield from generate(model, prompts, options, errors="return", index=index, image_logit_bias=image_logit_bias)
 
 
 def read(model: Model, prompts: Sequence[Sequence[Piece]]) -> list[list[Piece]]:
     """Return prompts with their images opened and their lengths checked.
 
     Raises:
-        MLLMError: no list of prompts, or the first prompt that cannot be read; where there are several, it is named.
+        MLLMError: no list of prompts, or the first prompt that cannot be read; of several prompts it is named.
     """
     _check_list(prompts)
     return _raise_first([_read(model, pieces) for pieces in prompts])
@@ -90,16 +126,16 @@ def _check_list(prompts: Sequence[Sequence[Piece]]) -> None:
         raise MLLMError("Expected a list of prompts, each a list of texts and images: [['A picture of', image]].")
 
 
-def _raise_first(read: Sequence[list[Piece] | MLLMError]) -> list[list[Piece]]:
-    """Raise the first error among prompts that were read; where there are several prompts, say which it is."""
-    for index, prompt in enumerate(read):
+def _raise_first(prompts_read: Sequence[list[Piece] | MLLMError]) -> list[list[Piece]]:
+    """Raise the first error among prompts that were read; of several prompts it names the one."""
+    for index, prompt in enumerate(prompts_read):
         if isinstance(prompt, MLLMError):
-            raise MLLMError(f"Prompt {index}: {prompt}" if len(read) > 1 else str(prompt))
-    return [prompt for prompt in read if not isinstance(prompt, MLLMError)]
+            raise MLLMError(f"Prompt {index}: {prompt}" if len(prompts_read) > 1 else str(prompt))
+    return [prompt for prompt in prompts_read if not isinstance(prompt, MLLMError)]
 
 
 def _read(model: Model, pieces: Any) -> list[Piece] | MLLMError:
-    """Return a prompt with its images opened and its length checked, or what is wrong with it."""
+    """Return a prompt with its images opened and its length checked, or the error."""
     try:
         if (
             isinstance(pieces, str)

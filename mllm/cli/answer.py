@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mllm.cli.options import Eager, Index, Lines, RunPath, Shown, Tokens
-from mllm.errors import MLLMError
+if TYPE_CHECKING:
+    from mllm.assembly import Assembly
+
+from mllm.cli.options import Eager, ImageLogitBias, Index, Lines, RunPath, Shown, Tokens
+from mllm.errors import MLLMError, warn_renamed
 
 
 def caption(
@@ -18,13 +21,14 @@ def caption(
     max_new_tokens: Tokens = None,
     jsonl: Lines = False,
     index: Index = None,
-    eager: Eager = 0.0,
+    image_logit_bias: ImageLogitBias = 0.0,
+    eager: Eager = None,
     show: Shown = Path("shown"),
 ) -> None:
     """Describe pictures."""
     from mllm.build import load
 
-    options = _showing(run, index, eager)
+    options = _showing(run, index, image_logit_bias, eager)
     model = load(run)
     _tell(model, images, model.spec.prompt.caption, jsonl, show, **options, **_decoding(max_new_tokens))
 
@@ -36,13 +40,14 @@ def ask(
     max_new_tokens: Tokens = None,
     jsonl: Lines = False,
     index: Index = None,
-    eager: Eager = 0.0,
+    image_logit_bias: ImageLogitBias = 0.0,
+    eager: Eager = None,
     show: Shown = Path("shown"),
 ) -> None:
     """Ask about a picture, or the same about several."""
     from mllm.build import load
 
-    options = _showing(run, index, eager)
+    options = _showing(run, index, image_logit_bias, eager)
     model = load(run)
     text = model.spec.prompt.question.format(question=question)
     _tell(model, [image], text, jsonl, show, **options, **_decoding(max_new_tokens))
@@ -57,7 +62,8 @@ def chat(
     history: Annotated[Path | None, typer.Option(help="A conversation that /save wrote, to go on with.")] = None,
     max_new_tokens: Tokens = None,
     index: Index = None,
-    eager: Eager = 0.0,
+    image_logit_bias: ImageLogitBias = 0.0,
+    eager: Eager = None,
     show: Shown = Path("shown"),
 ) -> None:
     """Talk about pictures; /help lists what else can be typed."""
@@ -66,7 +72,7 @@ def chat(
     from mllm.readout.tokens import can_draw
 
     messages = read_history(history) if history else []
-    options = _showing(run, index, eager)
+    options = _showing(run, index, image_logit_bias, eager)
     model = load(run)
     shown = {"folder": show, **options} if options or can_draw(model) else None
     converse(model.chat(system, messages), images or [], shown, **_decoding(max_new_tokens))
@@ -87,7 +93,8 @@ def serve(
     allow_host: Annotated[list[str] | None, typer.Option(help="A host that pictures may be downloaded from.")] = None,
     allow_folder: Annotated[list[Path] | None, typer.Option(help="A folder that pictures may be read from.")] = None,
     index: Index = None,
-    eager: Eager = 0.0,
+    image_logit_bias: ImageLogitBias = 0.0,
+    eager: Eager = None,
 ) -> None:
     """Serve a model over HTTP: OpenAI's chat completions, and a chat page at /."""
     from mllm.build import load
@@ -110,9 +117,9 @@ def serve(
         folders=allow_folder or (),
         token=token,
     )
-    options = _showing(run, index, eager)
+    options = _showing(run, index, image_logit_bias, eager)
     model = load(run)
-    show = {"index": None, "eager": 0.0, **options} if options or can_draw(model) else None
+    show = {"index": None, "image_logit_bias": 0.0, **options} if options or can_draw(model) else None
     server = create_app(model, run.resolve().name, limits, show)
     uvicorn.run(server, host=host, port=port, log_level="info", timeout_keep_alive=5)
 
@@ -131,14 +138,17 @@ def export(
     typer.echo(f"{folder}: on {len(found)} probes logits differ by at most {worst:.3g}, and all tokens are equal.")
 
 
-def _showing(run: Path, index: Path | None, eager: float) -> dict[str, Any]:
-    """Return what makes answers show images; another model's index is refused before anything is loaded."""
+def _showing(run: Path, index: Path | None, bias: float, eager: float | None) -> dict[str, Any]:
+    """Return the options of answers with images; another model's index is refused before anything is loaded."""
     from mllm.scorers.index import opened
 
-    return ({} if index is None else {"index": opened(index, run)}) | ({"eager": eager} if eager else {})
+    if eager is not None:
+        warn_renamed("The option --eager", "--image-logit-bias")
+        bias = eager
+    return ({} if index is None else {"index": opened(index, run)}) | ({"image_logit_bias": bias} if bias else {})
 
 
-def _tell(model: Any, images: list[str], text: str, jsonl: bool, show: Path, **decoding: Any) -> None:
+def _tell(model: Assembly, images: list[str], text: str, jsonl: bool, show: Path, **decoding: Any) -> None:
     """Print what the model says to every picture; one that cannot be read costs the others nothing."""
     from mllm.answering.generate import answer_each
     from mllm.media.images import find_images

@@ -31,7 +31,12 @@ DataFolder = Annotated[Path | None, typer.Option(help="The folder of the suite's
 Index = Annotated[Path | None, typer.Option(help="What `mllm index build` wrote: answers show images of it.")]
 
 
-Eager = Annotated[float, typer.Option(help="Above 0 more images are shown, below 0 fewer.")]
+ImageLogitBias = Annotated[
+    float, typer.Option(help="Added to the logit of an image's first token: above 0 more images are shown.")
+]
+
+
+Eager = Annotated[float | None, typer.Option("--eager", hidden=True, help="The former name of --image-logit-bias.")]
 
 
 Shown = Annotated[Path, typer.Option(help="Where images that are made are saved; found ones are named where they are.")]

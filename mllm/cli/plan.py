@@ -48,8 +48,8 @@ def _advice(made: Plan, recipe: str, overrides: Sequence[str], limit: int) -> di
     """Return for each stage the overrides with which it fits."""
     config = recipes.load(recipe, overrides)
     return {
-        stage.name: [] if planned.memory.peak <= limit else fitting(stage, config, made.setting, limit)
-        for stage, planned in zip(config.stages, made.stages, strict=True)
+        stage.name: [] if planned.memory.peak <= limit else fitting(stage, number, made.setting, limit)
+        for number, (stage, planned) in enumerate(zip(config.stages, made.stages, strict=True))
     }
 
 

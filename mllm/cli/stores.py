@@ -56,13 +56,13 @@ def check_data(
     with progress() as bar:
         task = bar.add_task("reading", total=None, note="")
         found, shared = inspect(recipe, overrides or [], lambda items: bar.track(items, task_id=task), data=data)
-    table = Table("source", "items", "answers", "pictures", "positions", "examples")
+    table = Table("source", "items", "answers", "images", "tokens", "examples")
     for source in found:
         bins = source.histogram()
         most = max((count for _, _, count in bins), default=0)
         ranges = "\n".join(f"{start}-{end}" for start, end, _ in bins)
         bars = "\n".join(f"{count:>7} {'#' * -(-20 * count // most)}" for _, _, count in bins)
-        table.add_row(source.name, *map(str, (source.items, source.answers, source.pictures)), ranges, bars)
+        table.add_row(source.name, *map(str, (source.items, source.answers, source.images)), ranges, bars)
     Console().print(table)
     problems = [problem for source in found for problem in source.problems] + shared
     for problem in problems:

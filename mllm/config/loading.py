@@ -1,7 +1,7 @@
 """Read a recipe: one YAML file that names the parts, the data, the objectives and the stages.
 
 Everything configurable enters here, at the edge: OmegaConf merges (``extends``, dotted overrides, a stage's overrides),
-pydantic checks. A leaf is handed flat keyword arguments, never the recipe.
+pydantic checks. A part is given flat keyword arguments, never the recipe.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def load(name: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> Recipe
     Raises:
         MLLMError: no such file, not YAML, an unknown key or a wrong type (all of them are listed).
     """
-    config = _read(find(name), seen=())
+    config = _read(find(name), above=())
     for key, value in _pairs(overrides):
         _override(config, key, value)
     try:
@@ -62,7 +62,7 @@ def load(name: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> Recipe
 
 
 def check(values: Any, label: str) -> Recipe:
-    """Check a recipe's plain mapping and resolve its stages."""
+    """Return a recipe's plain mapping as a checked recipe whose stages are resolved."""
     shared = {key: value for key, value in values.items() if key in Settings.model_fields}
     known = {key: value for key, value in values.items() if key != "extends"}
     stages = values.get("stages")
@@ -72,9 +72,9 @@ def check(values: Any, label: str) -> Recipe:
 
 
 def _merged(base: Any, over: Any) -> Any:
-    """Return ``over`` on ``base``: mappings are merged key by key, all else is replaced.
+    """Return ``base`` overridden by ``over``: mappings are merged key by key, all else is replaced.
 
-    A mapping that names another part or reader (``type``, ``format``) replaces too: it has options of its own.
+    A mapping that names another part or reader (``type``, ``format``) is replaced too: its options are others.
     """
     if not (isinstance(base, dict) and isinstance(over, dict)):
         return over
@@ -88,11 +88,11 @@ def dump(recipe: Recipe) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(recipe.model_dump(mode="json", by_alias=True)), sort_keys=False)
 
 
-def _read(path: Path, seen: tuple[Path, ...]) -> DictConfig:
-    """Read one file and what it extends."""
+def _read(path: Path, above: tuple[Path, ...]) -> DictConfig:
+    """Read one file and the one it extends; ``above`` are the files that extend it."""
     path = path.resolve()
-    if path in seen:
-        raise MLLMError(f"{path}: 'extends' goes in a circle: {' -> '.join(p.stem for p in (*seen, path))}.")
+    if path in above:
+        raise MLLMError(f"{path}: 'extends' goes in a circle: {' -> '.join(p.stem for p in (*above, path))}.")
     try:
         config = OmegaConf.load(path)
     except (YAMLError, OmegaConfBaseException) as error:
@@ -107,7 +107,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> DictConfig:
     if not isinstance(base, str):
         raise MLLMError(f"{path}: extends: {base!r}: expected the name of one recipe, or the path of a YAML file.")
     sibling = path.parent / base
-    below = _read(sibling if sibling.is_file() else find(base), (*seen, path))
+    below = _read(sibling if sibling.is_file() else find(base), (*above, path))
     merged = OmegaConf.create(_merged(OmegaConf.to_container(below), OmegaConf.to_container(config)))
     assert isinstance(merged, DictConfig)
     return merged
@@ -126,7 +126,7 @@ def _pairs(overrides: Mapping[str, Any] | Sequence[str]) -> list[tuple[str, Any]
 
 
 def _parsed(text: str) -> Any:
-    """Return an override's value read as YAML; what is none (``Question: {question}``) is text as it stands."""
+    """Return an override's value read as YAML; if it is no YAML (``Question: {question}``), it is text."""
     try:
         parsed = OmegaConf.to_container(OmegaConf.create(f"value: {text}"))
     except (YAMLError, OmegaConfBaseException):

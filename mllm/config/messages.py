@@ -16,7 +16,7 @@ def checked(model: type[Model], values: Any, label: str = "These settings do not
     """Return ``values`` as a checked ``model``.
 
     Raises:
-        MLLMError: every problem on a line of its own, with the key, the value and the near match.
+        MLLMError: every problem on a line, with the key, the value and the near match.
     """
     try:
         return model.model_validate(values)
@@ -25,7 +25,7 @@ def checked(model: type[Model], values: Any, label: str = "These settings do not
 
 
 def _explain(model: type[BaseModel], error: ValidationError) -> list[str]:
-    """One line for each problem: the key, the value, what was expected, the near match."""
+    """Return a line for each problem: the key, the value, what was expected, the near match."""
     problems = error.errors()
     shared = {(problem["loc"], problem["type"]) for problem in problems}
     lines = []
@@ -38,7 +38,7 @@ def _explain(model: type[BaseModel], error: ValidationError) -> list[str]:
 
 
 def _reason(model: type[BaseModel], problem: Any) -> str:
-    """Say what is wrong with one key: a mapping's value is not repeated, it may be long."""
+    """Explain what is wrong with one key; a mapping's value is not repeated, as it may be long."""
     if problem["type"] == "extra_forbidden":
         return f"unknown key. {near(str(problem['loc'][-1]), _siblings(model, problem['loc']))}"
     if problem["type"] == "missing":
@@ -48,7 +48,7 @@ def _reason(model: type[BaseModel], problem: Any) -> str:
 
 
 def _siblings(model: Any, location: tuple[int | str, ...]) -> list[str]:
-    """Return the keys that are known beside an unknown one."""
+    """Return the known keys of the mapping that has an unknown one."""
     for step in location[:-1]:
         if isinstance(step, int) or not hasattr(model, "model_fields"):
             continue
@@ -62,7 +62,7 @@ def _model_of(annotation: Any) -> Any:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     for argument in getattr(annotation, "__args__", ()):
-        found = _model_of(argument)
-        if found is not None:
-            return found
+        model = _model_of(argument)
+        if model is not None:
+            return model
     return None

@@ -1,4 +1,4 @@
-"""The parts of a model, and how they are fitted and trained: their keys, types and defaults."""
+"""Define the keys of a model's parts, and of how these are fitted: their types and defaults."""
 
 from __future__ import annotations
 
@@ -18,9 +18,12 @@ from pydantic import (
 )
 
 PARTS = ("encoder", "lm", "connector", "adapters", "heads", "tokens", "decoder")
-
-
 FROZEN = ("encoder", "lm", "decoder")  # unless a stage's 'train' names them, or something inside them
+
+
+def part_of(path: str) -> str:
+    """Return the part that a dotted path names, or names something inside of: ``lm`` for ``lm.model.layers.1``."""
+    return path.partition(".")[0]
 
 
 class Spec(BaseModel):
@@ -62,19 +65,19 @@ Heads = Annotated[list[HeadSpec], AfterValidator(_distinct)]
 
 
 def listed(value: Any) -> Any:
-    """One source is short for a list of one, and none for an empty list."""
+    """Return a list: one mapping is short for a list of one, None for an empty list."""
     return [] if value is None else [value] if isinstance(value, Mapping) else value
 
 
 class EncoderSpec(PartSpec):
-    """The frozen encoder: which model, and what is taken from it. Every other key is an argument of its type."""
+    """The frozen encoder: which model, and which of its outputs. Every other key is an argument of its type."""
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
     type: str = "transformers"
-    fuse: Literal["width", "sequence"] | None = None  # how those in 'of' are joined
+    fuse: Literal["width", "sequence"] | None = None  # how the encoders in 'of' are joined
     of: Annotated[list[EncoderSpec] | None, BeforeValidator(lambda value: listed(value) or None)] = None
     model: str | None = Field(default=None, min_length=1, validate_default=True)
-    layer: int | None = None  # index into the hidden states; null: the model's own output
+    layer: int | None = None  # index into the hidden states; null: the model's last output
     select: Literal["patches", "pooled", "all"] = "patches"
     resolution: int | None = Field(default=None, ge=1)  # pixels; null: the image processor's
     init: Literal["pretrained", "random"] = "pretrained"
@@ -93,11 +96,11 @@ class EncoderSpec(PartSpec):
 
     @property
     def label(self) -> str:
-        """Return what it is called in tables: its model, or those of the encoders inside it."""
+        """Return its name in tables: its model, or those of the encoders inside it."""
         return self.model or " + ".join(member.label for member in self.of or ()) or self.type
 
     def options(self) -> dict[str, Any]:
-        """Return the arguments of the encoder that are not left at their defaults; those in ``of`` are built first."""
+        """Return the arguments of the encoder that differ from their defaults, without those in ``of``."""
         return self.model_dump(exclude={"type", "of"}, exclude_defaults=True)
 
 
@@ -117,7 +120,7 @@ class PromptSpec(Spec):
     template: str = "{images}{prompt}"  # the order of the images and the words below; null: this one
     caption: str = "A picture of"
     question: str = "Question: {question} Answer:"
-    chat: Literal["plain", "own"] = "plain"  # a turn in these words, or in the language model's own chat template
+    chat: Literal["plain", "own"] = "plain"  # a turn in these words, or in the language model's chat template
 
     @model_validator(mode="before")
     @classmethod
@@ -130,14 +133,12 @@ class PromptSpec(Spec):
     def _fields(self) -> PromptSpec:
         if not re.fullmatch(r"[^{}]*\{images\}[^{}]*\{prompt\}", self.template):
             raise ValueError("the template holds {images} once, and ends with {prompt}")
-        if self.question.count("{question}") != 1:
-            raise ValueError("the question prompt holds {question} once")
         return self
 
     @field_validator("question")
     @classmethod
-    def _has_a_place(cls, value: str) -> str:
-        """Braces elsewhere would fail, or do something, only when the first question is put."""
+    def _has_one_field(cls, value: str) -> str:
+        """Refuse other braces: they would fail, or be replaced, only when the first question is asked."""
         if value.count("{question}") != 1 or set(value.replace("{question}", "")) & set("{}"):
             raise ValueError("expected {question} once, and no other braces")
         return value
@@ -148,19 +149,19 @@ class InitSpec(Spec):
 
     model_config = ConfigDict(populate_by_name=True)
     source: str | None = Field(default=None, alias="from")  # a run, or a saved model
-    parts: list[str] = []  # paths in it (connector, connector.qformer, heads.retrieval); none: all that it trained
+    parts: list[str] = []  # paths in it (connector, connector.qformer, heads.retrieval); none: all trained parts
 
 
 class FitSpec(Spec):
-    """A closed-form fit of one part: no gradient. What is left out is as its kind, in ``fits/``, has it."""
+    """A closed-form fit of one part, without a gradient. Defaults are those of the part's fit, in ``fits/``."""
 
     part: str = "connector"  # or a head's path, heads.NAME
     solver: Literal["ridge", "least-squares", "procrustes", "correlation"] | None = None
-    targets: Literal["caption-words", "tokens", "sentences"] | None = None  # tokens: their own strings, no data
+    targets: Literal["caption-words", "tokens", "sentences"] | None = None  # tokens: their strings, no data
     strength: float | None = Field(default=None, gt=0)  # of the ridge, as a share of the features' mean variance
 
     def options(self) -> dict[str, Any]:
-        """Return what is given, other than the part."""
+        """Return the arguments of the fit that are given."""
         return self.model_dump(exclude={"part"}, exclude_none=True)
 
 
@@ -170,8 +171,8 @@ class ObjectiveSpec(PartSpec):
     weight: float = 1.0
 
 
-class AssemblySpec(Spec):
-    """What a model is built from: the part of a recipe that is saved with the trained tensors."""
+class Parts(Spec):
+    """The parts of a model and how it is prompted: what a recipe, a stage and a saved model all specify."""
 
     encoder: EncoderSpec | None = None
     lm: LMSpec | None = None
@@ -183,5 +184,35 @@ class AssemblySpec(Spec):
     scorer: PartSpec | None = None
     prompt: PromptSpec = PromptSpec()
     decoding: dict[str, Any] = {"max_new_tokens": 20}
-    trained: list[str] = []  # paths of what has been trained inside parts that are frozen otherwise
     seed: int = 0
+
+
+class AssemblySpec(Parts):
+    """What a model is built from: the part of a recipe that is saved with the trained tensors."""
+
+    trained: list[str] = []  # paths of the modules that have been trained inside parts that are frozen otherwise
+    seeds: dict[str, int] = {}  # of frozen parts whose random weights an earlier stage drew with another seed
+
+    def trains(self, part: str) -> bool:
+        """Whether a part that is frozen otherwise has been trained, or something inside it."""
+        return part in map(part_of, self.trained)
+
+    def seed_of(self, part: str) -> int:
+        """Return the seed that a part's random weights are drawn with."""
+        return self.seeds.get(part, self.seed)
+
+    def following(self, before: AssemblySpec) -> AssemblySpec:
+        """Return this specification as that of the stage after another: what is trained and drawn there is kept."""
+        weights = {part: (_weights(getattr(self, part)), _weights(getattr(before, part))) for part in FROZEN}
+        kept = {part: before.seed_of(part) for part, (new, old) in weights.items() if new is not None and new == old}
+        seeds = {part: seed for part, seed in kept.items() if seed != self.seed}
+        trained = list(dict.fromkeys([*before.trained, *self.trained]))
+        return self.model_copy(update={"trained": trained, "seeds": seeds})
+
+
+def _weights(spec: Any) -> Any:
+    """Return what decides which weights a frozen part has: neither its precision, nor which of its layers is read."""
+    if spec is None:
+        return None
+    members = [_weights(member) for member in getattr(spec, "of", None) or ()]
+    return spec.type, getattr(spec, "model", None), getattr(spec, "init", None), members

@@ -1,28 +1,23 @@
-"""What a recipe may say: its keys, their types and their defaults, checked by pydantic."""
+"""Define the keys of a recipe, their types and defaults, which pydantic checks."""
 
 from __future__ import annotations
 
 import itertools
 from typing import Any, Literal
 
-from pydantic import (
-    Field,
-    model_validator,
-)
+from pydantic import Field, PrivateAttr, model_validator
 
 from mllm.config.data import Data
 from mllm.config.parts import (
     FROZEN,
+    PARTS,
     AssemblySpec,
-    EncoderSpec,
     FitSpec,
-    Heads,
     InitSpec,
-    LMSpec,
     ObjectiveSpec,
-    PartSpec,
-    PromptSpec,
+    Parts,
     Spec,
+    part_of,
 )
 
 
@@ -37,43 +32,32 @@ class OptimSpec(Spec):
     warmup: int = 100  # steps
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     accumulate: int = Field(default=1, ge=1)
-    checkpointing: bool = False  # compute the language model's activations again, instead of keeping them
+    checkpointing: bool = False  # recompute the language model's activations in the backward pass
     compile: bool = False  # torch.compile
 
 
 class EvalSpec(Spec):
-    """Suites a recipe is held against (`mllm recipes verify`), and what is looked at while training."""
+    """Suites that a recipe is evaluated on (`mllm recipes verify`), and what is evaluated while training."""
 
     suites: list[str] = []
     limit: int | None = Field(default=None, ge=1)  # items of a suite; null: all
-    every: int | None = Field(default=None, ge=1)  # steps; then the suites are run, and the prompts below answered
+    every: int | None = Field(default=None, ge=1)  # steps, after which the suites run and the items below are answered
     show: int = Field(default=4, ge=0)  # validation items whose answers are logged each time
 
 
-class Settings(Spec):
-    """What the recipe sets for all stages, and a stage may override."""
+class Settings(Parts):
+    """The settings of a recipe for all stages, which a stage may override."""
 
-    encoder: EncoderSpec | None = None
-    lm: LMSpec | None = None
-    connector: PartSpec | None = None
-    adapters: list[PartSpec] = []
-    heads: Heads = []
-    tokens: list[str] = []
-    decoder: PartSpec | None = None
-    scorer: PartSpec | None = None
-    prompt: PromptSpec = PromptSpec()
-    decoding: dict[str, Any] = {"max_new_tokens": 20}
     data: Data = Data()
     init: InitSpec = InitSpec()
     optim: OptimSpec = OptimSpec()
     cache: Literal["auto", "on", "off"] = "auto"
     eval: EvalSpec = EvalSpec()
-    track: list[Literal["tensorboard", "trackio", "wandb"]] = []  # losses go there too
-    seed: int = 0
+    track: list[Literal["tensorboard", "trackio", "wandb"]] = []  # where losses are logged, too
 
 
 class Stage(Settings):
-    """One stage: the recipe's settings with the stage's own over them, and what is fitted or trained."""
+    """One stage: the recipe's settings, overridden by the stage's, and what is fitted or trained."""
 
     name: str
     fit: FitSpec | None = None
@@ -82,9 +66,10 @@ class Stage(Settings):
     steps: int | None = Field(default=None, ge=1)
     batch_size: int = Field(default=32, ge=1)
     validate_every: int | None = Field(default=None, ge=1)  # steps
-    keep: Literal["last", "best"] = "last"  # best: what had the lowest validation loss is what the stage ends with
+    keep: Literal["last", "best"] = "last"  # best: the stage ends with the tensors of the lowest validation loss
     patience: int | None = Field(default=None, ge=1)  # stop after so many validations without a lower loss
-    checkpoint_every: int = Field(default=100, ge=1)  # steps; what a killed run goes on from
+    checkpoint_every: int = Field(default=100, ge=1)  # steps; a killed run continues from the last one
+    _before: AssemblySpec | None = PrivateAttr(default=None)  # the model of the stage before
 
     @model_validator(mode="before")
     @classmethod
@@ -104,18 +89,35 @@ class Stage(Settings):
             raise ValueError("keep: best and patience go by the validation loss: give validate_every and data.val")
         return self
 
+    @property
+    def assembly(self) -> AssemblySpec:
+        """Return the specification of the stage's model, with what earlier stages and this one train."""
+        parts = {key: getattr(self, key) for key in Parts.model_fields}
+        spec = AssemblySpec(**parts, trained=[path for path in self.train if part_of(path) in FROZEN])
+        return spec if self._before is None else spec.following(self._before)
+
+    def trains(self, part: str) -> bool:
+        """Whether the stage trains a part by gradient, or something inside it."""
+        return part in map(part_of, self.train)
+
+    def sets(self, part: str) -> bool:
+        """Whether the stage trains a part, fits it, or takes it from another run: it is more than initialized then."""
+        fitted = [self.fit.part] if self.fit else []
+        taken = (self.init.parts or PARTS) if self.init.source else ()
+        return part in map(part_of, (*self.train, *fitted, *taken))
+
 
 class Recipe(Settings):
-    """A whole recipe, checked; ``stages`` are resolved (each carries every setting)."""
+    """A whole recipe, checked; ``stages`` are resolved: each has every setting."""
 
     name: str
     about: str = ""  # one line, shown by `mllm recipes`
     paper: str = ""  # arXiv:NUMBER
     stages: list[Stage] = []
 
-    def assembly(self, stage: Stage) -> AssemblySpec:
-        """Return what a stage's model is built from; what earlier stages and this one train is in it."""
-        shared = {key: getattr(stage, key) for key in AssemblySpec.model_fields if key not in ("seed", "trained")}
-        done = list(itertools.takewhile(lambda each: each is not stage, self.stages))
-        paths = dict.fromkeys(path for each in (*done, stage) for path in each.train if path.split(".")[0] in FROZEN)
-        return AssemblySpec(**shared, trained=list(paths), seed=self.seed)
+    @model_validator(mode="after")
+    def _in_order(self) -> Recipe:
+        """Let each stage know the model of the stage before."""
+        for before, stage in itertools.pairwise(self.stages):
+            stage._before = before.assembly
+        return self

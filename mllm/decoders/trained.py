@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from mllm.capabilities import ImageHead
 from mllm.errors import MLLMError
 from mllm.model import Model
-from mllm.saving import trained_on
-from mllm.slots import ImageHead
+from mllm.saving import read_saved
 
 
 class RunDecoder(nn.Module):
@@ -42,7 +42,7 @@ class RunDecoder(nn.Module):
         Raises:
             MLLMError: no model there, or one that makes no pictures of sentences.
         """
-        spec, _, tensors = trained_on(Path(model))
+        spec, _, tensors = read_saved(Path(model))
         first = tensors.get("heads.pixels.frequencies")
         if first is None or spec.lm is None or spec.lm.type != "sentences":
             raise MLLMError(

@@ -13,7 +13,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,10 +23,8 @@ from torch import Tensor
 from mllm.errors import MLLMError
 from mllm.hub.fingerprints import tensor_hash
 from mllm.media.images import ImageSource, source_of
+from mllm.model import Model
 from mllm.system import cache_dir, write
-
-if TYPE_CHECKING:
-    from mllm.model import Model
 
 LIMIT = 4 * 2**30  # bytes
 THREADS = min(8, os.cpu_count() or 1)  # that open images in the background
@@ -150,7 +148,7 @@ def features_folder(model: Model) -> Path:
         "dtypes": sorted({str(parameter.dtype) for parameter in encoder.parameters()}),
         "settings": encoder.settings(),
     }
-    if any(path.split(".")[0] == "encoder" for path in model.spec.trained):
+    if model.spec.trains("encoder"):
         identity["trained"] = tensor_hash(encoder)
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
     return cache_dir() / "features" / digest[:32]

@@ -15,6 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mllm.errors import MLLMError
 from mllm.export.stock import Shell
+from mllm.lms.decoding import Decoding
 from mllm.model import Model
 from mllm.prompts.pieces import arrange
 
@@ -71,8 +72,8 @@ def _compared(
     _same_inputs(model, stock, inputs, images, batch)
     mine = model.logits(model.connector(model.features(images)), batch)
     theirs: Tensor = stock(**inputs).logits[..., : mine.shape[-1]]
-    settings = {"max_new_tokens": TOKENS, "do_sample": False}
-    (tokens,) = model.lm.generate(batch.mask, [settings], inputs_embeds=embeds)
+    decoding = Decoding(max_new_tokens=TOKENS, do_sample=False)
+    (tokens,) = model.lm.generate(batch.mask, [decoding], inputs_embeds=embeds)
     rows = stock.generate(**inputs, max_new_tokens=TOKENS)[0].tolist()
     rows = rows[batch.ids.shape[1] :]
     return Comparison(

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mllm.capabilities import missing
 from mllm.data.items import Item
 from mllm.errors import MLLMError
 from mllm.fits.regression import NormalEquations, put
 from mllm.model import Model
 from mllm.prompts.pieces import Piece
-from mllm.slots import missing
 
 
 @dataclass(frozen=True)

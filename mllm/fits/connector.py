@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mllm.capabilities import EmbedsTexts, SentenceModel
 from mllm.data.items import Item
 from mllm.errors import MLLMError
 from mllm.fits.base import Fit, Material
@@ -23,7 +24,6 @@ from mllm.fits.regression import NormalEquations
 from mllm.lms.vocabulary import lexicon
 from mllm.model import Model
 from mllm.prompts.pieces import answer_text
-from mllm.slots import EmbedsTexts, SentenceModel
 
 SOLVERS = ("ridge", "least-squares", "procrustes")
 

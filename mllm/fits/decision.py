@@ -11,11 +11,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from mllm.capabilities import DECISIONS, DecisionHead
 from mllm.fits.base import Material, Ridge
 from mllm.model import Model
 from mllm.prompts.pieces import images_of
 from mllm.readout.decision import labelled, states_at
-from mllm.slots import DECISIONS, DecisionHead, LanguageModel
+from mllm.slots import LanguageModel
 
 
 class DecisionFit(Ridge):

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from mllm.capabilities import SentenceModel
 from mllm.data.items import Item
 from mllm.errors import MLLMError
 from mllm.fits.base import Material, Ridge
 from mllm.model import Model
-from mllm.slots import SentenceModel
 
 ITERATIONS = 2  # of the components' randomised search
 

@@ -12,6 +12,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from mllm.capabilities import RetrievalHead
 from mllm.errors import MLLMError
 from mllm.fits.base import Fit, Material
 from mllm.fits.regression import Correlation, Maps, put
@@ -19,7 +20,7 @@ from mllm.model import Model
 from mllm.prompts.pieces import answer_text
 from mllm.readout.states import read_texts
 from mllm.readout.tokens import image_tokens
-from mllm.slots import Encoder, LanguageModel, RetrievalHead
+from mllm.slots import Encoder, LanguageModel
 
 
 class RetrievalFit(Fit):

@@ -1,1 +1,1 @@
-"""What language models are made of and run by; the model itself: `mllm.lms.language_model`."""
+"""Language models (`mllm.lms.language_model`): their tokenizer, decoding, new tokens and runners."""

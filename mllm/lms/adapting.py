@@ -1,4 +1,4 @@
-"""What stands inside a language model and can be switched off: adapters, new tokens."""
+"""The base of modules inside a language model that can be switched off: adapters and new tokens."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import nn
 from mllm.errors import MLLMError
 
 
-class Switched(nn.Module):
-    """A module that computes nothing while it is off; it is on until it is told."""
+class Switchable(nn.Module):
+    """A module that computes nothing while it is off; it starts switched on."""
 
     on = True
 
     @contextlib.contextmanager
     def off(self) -> Iterator[None]:
-        """Compute without it."""
+        """Switch the module off within a ``with`` block."""
         self.on = False
         try:
             yield
@@ -32,5 +32,5 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     root = root.get_decoder() if root.config.is_encoder_decoder else root
     lists = [m for m in root.modules() if isinstance(m, nn.ModuleList) and len({type(child) for child in m}) == 1]
     if not lists:
-        raise MLLMError("adapters: this language model has no list of layers that an adapter could be put into.")
+        raise MLLMError("adapters: this language model has no list of layers to put an adapter into.")
     return max(lists, key=len)

@@ -1,4 +1,4 @@
-"""A frozen encoder of whole sentences in the place of the language model: text to one vector; it makes no text."""
+"""Encode whole sentences as vectors: a frozen text encoder in the place of the language model; it generates no text."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ _BATCH = 64
 
 
 class SentenceEncoder(nn.Module):
-    """A text encoder of `transformers` whose last states are averaged (Sentence-BERT, arXiv:1908.10084).
+    """A text encoder of `transformers` with mean pooling of its last hidden states (Sentence-BERT, arXiv:1908.10084).
 
     Args:
         model: an installed part (``mllm/minilm``), a hub id or a folder.
         dtype: of the weights; ``auto``: as they are stored.
         quantize: not possible here.
-        init: ``random`` keeps the architecture and draws new weights (a control).
+        init: ``random`` keeps the architecture and initializes the weights at random (a control).
         seed: of the random weights.
 
     Attributes:
-        speaks: False: there are no tokens to answer with.
+        speaks: False: it generates no text.
 
     Raises:
         MLLMError: ``quantize`` is set, or the model has an encoder and a decoder.
     """
 
     speaks = False
-    context = None  # what is longer is cut
+    context = None  # longer texts are truncated
 
     def __init__(
         self,
@@ -48,18 +48,18 @@ class SentenceEncoder(nn.Module):
     ) -> None:
         super().__init__()
         if quantize is not None:
-            raise MLLMError(f"lm.quantize is {quantize!r}: a sentence encoder is not quantised. Leave it out.")
+            raise MLLMError(f"lm.quantize is {quantize!r}: a sentence encoder cannot be quantised. Leave it out.")
         self._folder, self._init = hub.resolve(model, group="lms"), init
         self.tokenizer = hub.load_processor(AutoTokenizer, self._folder)
-        how: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
-        self.model = hub.load_model(AutoModel, self._folder, init=init, seed=seed, **how)
+        options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
+        self.model = hub.load_model(AutoModel, self._folder, init=init, seed=seed, **options)
         if self.model.config.is_encoder_decoder:
             raise MLLMError(f"{model} has an encoder and a decoder; expected a text encoder such as mllm/minilm.")
         self.model.requires_grad_(False).eval()
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Return what tells these weights from others."""
+        """Return the fingerprint of the weights."""
         return fingerprint(self._folder) if self._init == "pretrained" else tensor_hash(self.model)
 
     @property
@@ -68,14 +68,14 @@ class SentenceEncoder(nn.Module):
         return int(self.model.config.hidden_size)
 
     def sentences(self, texts: Sequence[str]) -> Tensor:
-        """Return vectors ``(N, D_lm)`` of length 1; a text that is too long is cut."""
+        """Return vectors ``(N, D_lm)`` of length 1; a text that is too long is truncated."""
         batches = [texts[start : start + _BATCH] for start in range(0, len(texts), _BATCH)]
         return torch.cat([self._vectors(list(batch)) for batch in batches])
 
     def _vectors(self, texts: list[str]) -> Tensor:
         longest = min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings)
-        words = self.tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
-        words = words.to(self.model.device)
-        states = self.model(**words).last_hidden_state  # (N, T, D_lm)
-        mask = words["attention_mask"].unsqueeze(-1).to(states)
+        tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
+        tokens = tokens.to(self.model.device)
+        states = self.model(**tokens).last_hidden_state  # (N, T, D_lm)
+        mask = tokens["attention_mask"].unsqueeze(-1).to(states)
         return nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)

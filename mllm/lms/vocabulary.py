@@ -1,7 +1,7 @@
-"""The loss at target positions: the language model's body for all positions, its vocabulary for targets only.
+"""Compute the loss at target positions: the body runs on all positions, the output embeddings on targets only.
 
-Notable: logits come from hidden states through the model's own forward, its body replaced by what it returned before.
-So soft-capping, scaling, and whatever is hooked onto the head stay right, and no family is known by name.
+Notable: logits come from hidden states through the model's forward, whose body returns a stored output. So
+soft-capping, scaling, and hooks of the head stay right, and no family is known by name.
 """
 
 from __future__ import annotations
@@ -15,95 +15,99 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-LOGITS = 2**25  # that exist at once: 128 MiB in float32
+MAX_LOGITS = 2**25  # that exist at once: 128 MiB in float32
 
 
-def read(model: Any, **inputs: Any) -> Any:
-    """Return what a causal model's body makes of its inputs; ``last_hidden_state (B, T, D_lm)`` is for its head."""
-    found: list[Any] = []
+def run_body(model: Any, **inputs: Any) -> Any:
+    """Return the output of a causal model's body; its ``last_hidden_state (B, T, D_lm)`` is the head's input."""
+    outputs: list[Any] = []
 
-    def taken(_: nn.Module, __: Any, output: Any) -> Any:
-        found.append(output)
+    def capture(_: nn.Module, __: Any, output: Any) -> Any:
+        outputs.append(output)
         few = output.last_hidden_state[:1, :1].detach().contiguous()  # a view would have the whole vocabulary copied
         return type(output)(last_hidden_state=few)
 
-    handle = model.get_decoder().register_forward_hook(taken)
+    handle = model.get_decoder().register_forward_hook(capture)
     try:
         model(**inputs)
     finally:
         handle.remove()
-    return found[0]
+    return outputs[0]
 
 
-def project(model: Any, hidden: Tensor, kind: type) -> Tensor:
-    """Return logits ``(N, V)`` of hidden states ``(N, D_lm)``, as the model's own forward makes them.
+def project(model: Any, hidden: Tensor, output_class: type) -> Tensor:
+    """Return logits ``(N, V)`` of hidden states ``(N, D_lm)``, computed by the model's forward.
 
-    ``kind`` is the class of what the body returns.
+    ``output_class`` is the class of the body's output.
     """
-    with _returning(model.get_decoder(), kind(last_hidden_state=hidden[None])):
+    with _returning(model.get_decoder(), output_class(last_hidden_state=hidden[None])):
         return model(inputs_embeds=hidden[None]).logits[0]
 
 
 def separable(model: Any) -> bool:
-    """Whether a model is a body and, position by position, a head: tried on a short sequence."""
+    """Whether a model is a body and, position by position, a head, by a probe of a short sequence."""
     if model.get_decoder() is model:
         return False
     table = model.get_input_embeddings()
-    with torch.no_grad(), still(model):
+    with torch.no_grad(), without_dropout(model):
         embeds = table(torch.arange(4, device=table.weight.device)[None])
         expected = model(inputs_embeds=embeds).logits[0].float()
         try:
-            output = read(model, inputs_embeds=embeds)
-            found = project(model, output.last_hidden_state[0], type(output)).float()
+            output = run_body(model, inputs_embeds=embeds)
+            logits = project(model, output.last_hidden_state[0], type(output)).float()
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
-            return False  # its forward does more with its body than hand on what that returns
-    return found.shape == expected.shape and bool((found - expected).abs().max() <= 1e-3 * expected.abs().max())
+            return False  # its forward does more with its body than pass the output on
+    return logits.shape == expected.shape and bool((logits - expected).abs().max() <= 1e-3 * expected.abs().max())
 
 
-def losses(model: Any, hidden: Tensor, wanted: Tensor, kind: type, *, logits: int = LOGITS) -> Tensor:
-    """Return the negative log-likelihood ``(N,)`` of the tokens ``wanted (N,)`` that follow ``hidden (N, D_lm)``.
+def losses(model: Any, hidden: Tensor, targets: Tensor, output_class: type, *, max_logits: int = MAX_LOGITS) -> Tensor:
+    """Return the negative log-likelihood ``(N,)`` of the tokens ``targets (N,)`` that follow ``hidden (N, D_lm)``.
 
-    ``kind`` is as for `project`; ``logits`` is how many exist at once, at most. Where that takes several chunks,
-    backward makes each chunk's again.
+    Args:
+        model: a causal language model of `transformers`.
+        hidden: the body's states.
+        targets: ids.
+        output_class: of the body, as for `project`.
+        max_logits: that exist at once. Several chunks are recomputed in backward, one by one.
     """
 
     def chunk_losses(states: Tensor, ids: Tensor) -> Tensor:
-        return cross_entropy(project(model, states, kind).float(), ids, reduction="none")
+        return cross_entropy(project(model, states, output_class).float(), ids, reduction="none")
 
-    size = max(1, logits // model.get_output_embeddings().weight.shape[0])
-    if len(wanted) <= size:
-        return chunk_losses(hidden, wanted)
-    chunks = zip(hidden.split(size), wanted.split(size), strict=True)
+    size = max(1, max_logits // model.get_output_embeddings().weight.shape[0])
+    if len(targets) <= size:
+        return chunk_losses(hidden, targets)
+    chunks = zip(hidden.split(size), targets.split(size), strict=True)
     return torch.cat([checkpoint(chunk_losses, *chunk, use_reentrant=False) for chunk in chunks])
 
 
 @contextlib.contextmanager
-def still(model: nn.Module) -> Iterator[None]:
-    """Keep dropout out of a probe: two passes would differ, and draw random numbers that training counts on."""
-    drawing = [module for module in model.modules() if module.training]
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Turn dropout off for a probe: two passes would differ, and use random numbers that training relies on."""
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         yield
     finally:
-        for module in drawing:
+        for module in training:
             module.training = True
 
 
 @contextlib.contextmanager
 def _returning(body: nn.Module, output: Any) -> Iterator[None]:
-    """Let a body return this, whatever it is given."""
-    own = vars(body).get("forward")  # one that was put there (accelerate's hooks do)
+    """Let a body return a stored output, whatever its inputs."""
+    patched = vars(body).get("forward")  # an instance's forward, as accelerate's hooks set it
     vars(body)["forward"] = lambda *_, **__: output
     try:
         yield
     finally:
-        if own is None:
+        if patched is None:
             del vars(body)["forward"]
         else:
-            vars(body)["forward"] = own
+            vars(body)["forward"] = patched
 
 
 def lexicon(lm: Any) -> list[tuple[int, str]]:
-    """Return the tokens that are words or parts of words, with their strings."""
+    """Return the ids of the tokens that are words or parts of words, with their texts."""
     texts = ((token, lm.decode([token]).strip()) for token in range(len(lm.tokenizer)))
     return [(token, text) for token, text in texts if text.isprintable() and any(map(str.isalpha, text))]

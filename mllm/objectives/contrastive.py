@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
+from mllm.capabilities import SentenceModel
 from mllm.errors import MLLMError
 from mllm.prompts.batch import Batch
 from mllm.prompts.pieces import Piece, Target, images_of
-from mllm.slots import Connector, Inputs, LanguageModel, SentenceModel
+from mllm.slots import Connector, Inputs, LanguageModel
 
 
 class ImageTextPairs:

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from mllm.capabilities import DecisionHead
 from mllm.prompts.batch import Batch
 from mllm.prompts.pieces import Piece
 from mllm.readout.decision import labelled, states_at
-from mllm.slots import DecisionHead, Inputs, LanguageModel
+from mllm.slots import Inputs, LanguageModel
 
 
 class Decision:

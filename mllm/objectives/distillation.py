@@ -8,11 +8,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mllm.capabilities import ConditionHead, Denoises, RestoresStates
 from mllm.errors import MLLMError
 from mllm.prompts.batch import Batch
 from mllm.prompts.pieces import Piece, images_of
 from mllm.readout.states import captions, read_captions
-from mllm.slots import ConditionHead, Denoises, ImageDecoder, Inputs, LanguageModel, RestoresStates
+from mllm.slots import ImageDecoder, Inputs, LanguageModel
 
 LIMIT = 2 * 2**30  # bytes of conditions that are kept
 

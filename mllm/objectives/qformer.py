@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from mllm.capabilities import ContrastHead, MatchHead, ReadsText
 from mllm.errors import MLLMError
 from mllm.objectives.contrastive import ImageTextPairs, both_ways, captions_of
-from mllm.slots import ContrastHead, Inputs, MatchHead, ReadsText
+from mllm.slots import Inputs
 
 
 class ImageTextContrast(ImageTextPairs):

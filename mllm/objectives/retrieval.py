@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, distributed
 from torch.nn.functional import cross_entropy
 
+from mllm.capabilities import ImageTokenHead, RetrievalHead
 from mllm.errors import MLLMError
 from mllm.processes import gathered
 from mllm.prompts.batch import Batch
 from mllm.prompts.pieces import Piece
 from mllm.readout.states import captions, read_captions
-from mllm.slots import Encoder, ImageTokenHead, Inputs, LanguageModel, RetrievalHead
+from mllm.slots import Encoder, Inputs, LanguageModel
 
 
 class RetrievalContrast:

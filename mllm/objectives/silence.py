@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mllm.capabilities import ImageTokenHead
 from mllm.errors import MLLMError
+from mllm.lms.decoding import Decoding
 from mllm.prompts.batch import IGNORED, Batch, Encoded, collate
 from mllm.prompts.pieces import Control, Piece, Target, answer_text
 from mllm.readout.states import captions
 from mllm.readout.tokens import image_tokens
-from mllm.slots import ImageTokenHead, Inputs, LanguageModel
+from mllm.slots import Inputs, LanguageModel
 
 
 class Silence:
@@ -54,7 +56,7 @@ class Silence:
         model, found = inputs.model, [text for _, text in captions(inputs.rows)]
         if not found:
             raise MLLMError("No example of a batch has a caption, within which no image is to be shown.")
-        if any(path.split(".")[0] == "lm" for path in model.spec.trained):
+        if model.spec.trains("lm"):
             raise MLLMError(
                 "silence keeps to what the language model says by itself, and here it trains. Leave it out."
             )
@@ -80,10 +82,10 @@ def own_texts(model: Any, starts: Sequence[Encoded], length: int, seeds: Sequenc
     new tokens, are left out.
     """
     batch = collate(starts, model.lm.pad).to(model.device)
-    limit: dict[str, Any] = {"max_new_tokens": length}
-    settings = [{**limit, "temperature": 1.0, "seed": seed} for seed in seeds] or [limit] * len(starts)
+    sampled = [Decoding(max_new_tokens=length, warpers={"temperature": 1.0}, seed=seed) for seed in seeds]
+    decodings = sampled or [Decoding(max_new_tokens=length)] * len(starts)
     with model.adapters_off():
-        found = model.lm.generate(batch.mask, settings, input_ids=batch.ids)
+        found = model.lm.generate(batch.mask, decodings, input_ids=batch.ids)
     return [
         Encoded([*start.ids, *said], [*start.visual, *([False] * len(said))], [*start.labels, *said])
         for start, said in zip(starts, found, strict=True)

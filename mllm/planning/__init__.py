@@ -1,1 +1,1 @@
-"""What a recipe will take, before anything is loaded: `mllm plan`."""
+"""Check a recipe, and estimate its memory, FLOPs and time, before anything is loaded."""

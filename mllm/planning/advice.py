@@ -1,11 +1,11 @@
-"""What to change in a stage that does not fit into memory: the cheapest first, and only what is needed."""
+"""Advise what to change in a stage that does not fit into memory: the cheapest change first, as little as needed."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
-from mllm.config.recipe import Recipe, Stage
+from mllm.config.recipe import Stage
 from mllm.errors import MLLMError
 from mllm.planning.draft import Draft
 from mllm.planning.plan import Setting, plan_stage
@@ -14,71 +14,80 @@ UNITS = {"": 1, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
 def bytes_of(text: str) -> int:
-    """Return the bytes that ``24GiB``, ``24GB`` or ``24G`` are (a G is a GiB).
+    """Return the bytes of a size such as ``24GiB``, ``24GB`` or ``24G`` (a G is a GiB).
 
     Raises:
         MLLMError: it is no size.
     """
-    found = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?)(i?B|B)?\s*", text, flags=re.IGNORECASE)
+    match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?)(i?B|B)?\s*", text, flags=re.IGNORECASE)
     try:
-        number = float(found[1]) if found else 0.0
+        number = float(match[1]) if match else 0.0
     except ValueError:
         number = 0.0
-    if found is None or number <= 0:
+    if match is None or number <= 0:
         raise MLLMError(f"{text!r} is no size: expected a number and a unit, for example 24GiB.")
-    base = 1000 if (found[3] or "").upper() == "B" and found[2] else 1024
-    return int(number * base ** (UNITS[found[2].upper()] if found[2] else 0))
+    base = 1000 if (match[3] or "").upper() == "B" and match[2] else 1024
+    return int(number * base ** (UNITS[match[2].upper()] if match[2] else 0))
 
 
-def fitting(stage: Stage, config: Recipe, setting: Setting, limit: int) -> list[str] | None:
-    """Return overrides with which a stage takes no more than ``limit`` bytes; an empty list where it fits as it is.
+def fitting(stage: Stage, number: int, setting: Setting, limit: int) -> list[str] | None:
+    """Return overrides with which a stage takes no more than ``limit`` bytes.
 
-    The batch is what a step sees, so a smaller one is accumulated. Behind it come features that are not kept, bfloat16
-    weights, activations that are computed again, 8 and 4 bits. None: nothing of that is enough.
+    A smaller batch is accumulated, so that a step sees as many examples. After it come features that are not cached,
+    bfloat16 weights, activation checkpointing, 8-bit and 4-bit weights.
+
+    Args:
+        stage: the stage.
+        number: its place in the recipe.
+        setting: where it is to run.
+        limit: bytes of a device.
+
+    Returns:
+        The overrides, none where the stage fits as it is; None where all of them are not enough.
     """
     changes: dict[str, Any] = {}
-    for more in ({}, *_changes(stage)):
-        changes |= more
-        size = _largest_batch(_with(stage, changes), config, setting, limit)
+    for change in ({}, *_changes(stage)):
+        changes |= change
+        size = _largest_batch(_with(stage, changes), setting, limit)
         if size is not None:
-            return _overrides(stage, config, changes, size)
+            return _overrides(stage, number, changes, size)
     return None
 
 
 def _changes(stage: Stage) -> list[dict[str, Any]]:
     """Return what may be changed beside the batch, in order."""
-    found: list[dict[str, Any]] = [{"cache": "off"}] if stage.cache != "off" else []
+    changes: list[dict[str, Any]] = [{"cache": "off"}] if stage.cache != "off" else []
     if stage.lm is None:
-        return found
-    found += [{"lm.dtype": "bfloat16"}] if stage.lm.dtype != "bfloat16" else []
+        return changes
+    changes += [{"lm.dtype": "bfloat16"}] if stage.lm.dtype != "bfloat16" else []
     if not stage.optim.checkpointing and stage.train:
-        found.append({"optim.checkpointing": True})
-    if stage.lm.quantize is None and "lm" not in stage.train:
-        found += [{"lm.quantize": "8bit"}, {"lm.quantize": "4bit"}]
-    return found
+        changes.append({"optim.checkpointing": True})
+    if stage.lm.quantize is None and not stage.trains("lm"):
+        changes += [{"lm.quantize": "8bit"}, {"lm.quantize": "4bit"}]
+    return changes
 
 
-def _largest_batch(stage: Stage, config: Recipe, setting: Setting, limit: int) -> int | None:
-    """Return the largest divisor of the batch that fits: memory is a line in it, drawn through two points."""
+def _largest_batch(stage: Stage, setting: Setting, limit: int) -> int | None:
+    """Return the largest divisor of the batch that fits: memory is linear in it, so two points give a guess."""
     sizes = [size for size in range(1, stage.batch_size + 1) if stage.batch_size % size == 0]
     sizes = [size for size in sizes if size >= setting.processes]
     if stage.fit is not None:
         sizes = sizes[-1:]
-    least = _peak(stage, config, setting, sizes[0])
+    least = _peak(stage, setting, sizes[0])
     if least > limit:
         return None
-    most = _peak(stage, config, setting, sizes[-1]) if len(sizes) > 1 else least
+    most = _peak(stage, setting, sizes[-1]) if len(sizes) > 1 else least
     if most <= limit:
         return sizes[-1]
     share = (limit - least) / (most - least)
     guesses = [size for size in sizes if size <= sizes[0] + share * (sizes[-1] - sizes[0])]
-    return next((size for size in reversed(guesses) if _peak(stage, config, setting, size) <= limit), sizes[0])
+    return next((size for size in reversed(guesses) if _peak(stage, setting, size) <= limit), sizes[0])
 
 
-def _peak(stage: Stage, config: Recipe, setting: Setting, batch: int) -> int:
+def _peak(stage: Stage, setting: Setting, batch: int) -> int:
     optim = stage.optim.model_copy(update={"accumulate": stage.optim.accumulate * stage.batch_size // batch})
     changed = stage.model_copy(update={"batch_size": batch, "optim": optim})
-    return plan_stage(Draft(changed, config, setting.device), config, setting).memory.peak
+    return plan_stage(Draft(changed, setting.device), setting).memory.peak
 
 
 def _with(stage: Stage, changes: dict[str, Any]) -> Stage:
@@ -91,10 +100,9 @@ def _with(stage: Stage, changes: dict[str, Any]) -> Stage:
     return stage
 
 
-def _overrides(stage: Stage, config: Recipe, changes: dict[str, Any], batch: int) -> list[str]:
-    place = f"stages.{[other.name for other in config.stages].index(stage.name)}"
-    found = [f"{key}={str(value).lower()}" for key, value in changes.items()]
+def _overrides(stage: Stage, number: int, changes: dict[str, Any], batch: int) -> list[str]:
+    overrides = [f"{key}={str(value).lower()}" for key, value in changes.items()]
     if batch != stage.batch_size:
-        found += [f"{place}.batch_size={batch}"]
-        found += [f"{place}.optim.accumulate={stage.optim.accumulate * stage.batch_size // batch}"]
-    return found
+        overrides += [f"stages.{number}.batch_size={batch}"]
+        overrides += [f"stages.{number}.optim.accumulate={stage.optim.accumulate * stage.batch_size // batch}"]
+    return overrides

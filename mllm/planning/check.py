@@ -1,7 +1,7 @@
-"""Find what does not fit in a recipe, all of it, before a weight is loaded.
+"""Find everything that does not fit in a recipe before a weight is loaded.
 
-Notable: the parts are built on torch's meta device, from their configurations, by the same code that builds them for
-training; so what is found here is what training would have run into.
+Notable: the parts are built on torch's meta device, from their configurations, by the code that builds them for
+training; so a problem that is reported here is one that training would have met.
 """
 
 from __future__ import annotations
@@ -12,101 +12,103 @@ from typing import Any
 
 from mllm.assembly import Assembly
 from mllm.build import fit_of, objectives_of
-from mllm.config import loading as recipes
+from mllm.capabilities import ImageTokenHead, missing
+from mllm.config import loading
 from mllm.config.data import DataSpec
 from mllm.config.parts import PARTS
-from mllm.config.recipe import Recipe, Stage
+from mllm.config.recipe import Stage
 from mllm.data.sources import reader
 from mllm.errors import MLLMError
 from mllm.model import trained_module
 from mllm.planning.paper import assembled, noted
 from mllm.readout.tokens import image_tokens
-from mllm.slots import ImageTokenHead, missing
 from mllm.transfer import check_source
 
 
 def problems(recipe: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> list[str]:
-    """Return every problem of a recipe, one sentence or two each; an empty list where there is none."""
-    found: list[str] = []
+    """Return every problem of a recipe, in one or two sentences each; an empty list where there is none."""
+    wrong: list[str] = []
     built: dict[str, Assembly | None] = {}
-    with noted(found):
-        config = recipes.load(recipe, overrides)
+    with noted(wrong):
+        config = loading.load(recipe, overrides)
         for stage in config.stages:
-            found += [problem for problem in _of_stage(stage, config, built) if problem not in found]
+            wrong += [problem for problem in _of_stage(stage, built) if problem not in wrong]
         if not config.stages:
-            found.append(f"{config.name} has no stages: there is nothing to train.")
-    return found
+            wrong.append(f"{config.name} has no stages: there is nothing to train.")
+    return wrong
 
 
-def _of_stage(stage: Stage, config: Recipe, built: dict[str, Assembly | None]) -> list[str]:
+def _of_stage(stage: Stage, built: dict[str, Assembly | None]) -> list[str]:
     """Return a stage's problems; ``built`` keeps models by their parts, since stages mostly share them."""
-    found: list[str] = []
-    with noted(found):
+    wrong: list[str] = []
+    with noted(wrong):
         objectives_of(stage.objectives)
     for source in (*stage.data.train, *stage.data.val):
-        with noted(found):
-            _check_source(source)
+        with noted(wrong):
+            _check_data(source)
     if not stage.data.train and not (stage.fit and stage.fit.targets == "tokens"):
-        found.append(f"Stage {stage.name} has no data: give data.train.")
+        wrong.append(f"Stage {stage.name} has no data: give data.train.")
     parts = " ".join(repr(getattr(stage, part)) for part in PARTS)
     if parts not in built:
-        built[parts] = assembled(stage, config, found)
+        built[parts] = assembled(stage, wrong)
     model = built[parts]
     if model is not None:
-        found += _of_model(model, stage)
-    return found
+        wrong += _of_model(model, stage)
+    return wrong
 
 
 def _of_model(model: Assembly, stage: Stage) -> list[str]:
-    found: list[str] = []
-    connector: Any = model.connector
-    lm: Any = model.lm
+    """Return what a stage's model lacks for what the stage does with it."""
+    wrong: list[str] = []
     for path in stage.train:
-        with noted(found):
+        with noted(wrong):
             trained_module(model, path)
-    found += [f"Stage {stage.name}: {problem}" for problem in unmet(model, stage)]
-    with noted(found):
+    wrong += [f"Stage {stage.name}: {problem}" for problem in unmet(model, stage)]
+    with noted(wrong):
         if stage.fit is not None:
-            found += [f"Stage {stage.name} {problem}" for problem in fit_of(stage).problems(model)]
-    with noted(found):
+            wrong += [f"Stage {stage.name} {problem}" for problem in fit_of(stage).problems(model)]
+    with noted(wrong):
         if stage.init.source is not None:
             check_source(model, stage)
-    with noted(found):
+    with noted(wrong):
         if model.has(ImageTokenHead):
             image_tokens(model)
-    if (
-        not model.generates_text or connector is None or lm.tokenizer is None
-    ):  # only its configuration is here: the words cannot be counted
-        return found
-    with noted(found):
-        _ = lm.eos
-    length = model.tokens_per_image + len(lm.tokenize(stage.prompt.question))
+    if model.generates_text and model.connector is not None and model.lm.tokenizer is not None:  # text has a length
+        with noted(wrong):
+            _ = model.lm.eos
+        with noted(wrong):
+            _check_length(model, stage)
+    return wrong
+
+
+def _check_length(model: Assembly, stage: Stage) -> None:
+    """Check that an image, the prompt and the answer fit into the language model's context."""
+    length = model.tokens_per_image + len(model.lm.tokenize(stage.prompt.question))
     length += int(stage.decoding.get("max_new_tokens", 20))
-    if lm.context is not None and length > lm.context:
-        found.append(
-            f"One image ({model.tokens_per_image} tokens), the prompt and the answer take {length} positions, and the "
-            f"language model was made for {lm.context}. Set connector.tokens lower, or take another one."
+    if model.lm.context is not None and length > model.lm.context:
+        raise MLLMError(
+            f"One image ({model.tokens_per_image} tokens), the prompt and the answer take {length} tokens, and the "
+            f"language model was made for {model.lm.context}. Set connector.tokens lower, or take another one."
         )
-    return found
 
 
 def unmet(model: Assembly, stage: Stage) -> list[str]:
-    """Return what a stage's objectives need and the model has not."""
+    """Return what a stage's objectives need and the model does not have."""
     if not stage.train:
         return []
-    found = []
+    lacking = []
     for spec, objective in zip(stage.objectives, objectives_of(stage.objectives), strict=True):
-        for kind in objective.needs:
-            if not model.has(kind):
-                found.append(f"the objective {spec.type!r} needs {missing(kind)}.")
-    return found
+        lacking += [
+            f"the objective {spec.type!r} needs {missing(kind)}." for kind in objective.needs if not model.has(kind)
+        ]
+    return lacking
 
 
-def _check_source(spec: DataSpec) -> None:
-    """Hold a source's arguments against its reader, and see that the files it names are there."""
+def _check_data(spec: DataSpec) -> None:
+    """Check a source's arguments against its reader, and that the files it names exist."""
     reader(spec)
     for key in ("annotations", "path", "images"):
-        place = spec.options().get(key)
-        pattern = "{" in str(place)  # of several files, which the reader looks for
-        if place is not None and not pattern and not Path(place).exists():
-            raise MLLMError(f"data: {key} is {place!r}, and there is no such file or folder.")
+        path = spec.options().get(key)
+        pattern = "{" in str(path)  # of several files, which the reader looks for
+        if path is not None and not pattern and not Path(path).exists():
+            raise MLLMError(f"data: {key} is {path!r}, and there is no such file or folder.")

@@ -1,106 +1,77 @@
-"""A stage's model on paper, and what its computations take there: the code of training, on tensors without values."""
+"""Measure what a stage's computations take: the code of training runs on tensors without values."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from mllm.build import fit_of, objectives_of
+from mllm.build import fit_of
 from mllm.config.parts import PARTS
-from mllm.config.recipe import Recipe, Stage
+from mllm.config.recipe import Stage
 from mllm.encoders.feature_store import FeatureStore
-from mllm.hub import loading as hub
-from mllm.planning.paper import on_paper
+from mllm.planning.paper import meta_model
+from mllm.planning.sizes import cache_bytes, parameters_of
 from mllm.planning.trace import Cost, Paper, cost
 from mllm.planning.workload import Rows
 from mllm.training.batches import rows_at_once
-from mllm.training.setup import parameter_groups, precision, recompute, set_up
+from mllm.training.setup import Objectives, optimizer_for, parameter_groups, precision, recompute
 
 Device = Literal["cpu", "gpu"]
-FEW = 4  # rows that are put on paper of a batch of many
-BYTES_A_WEIGHT = {"8bit": 1.0, "4bit": 0.5 + 4 / 64}  # 4 bit: a float32 for each block of 64
-
-
-@dataclass(frozen=True)
-class PartSize:
-    """Parameters of a part."""
-
-    name: str
-    parameters: int
-    trained: int
-    bytes: int
+FEW = 4  # rows that are computed of a batch of many
 
 
 class Draft:
-    """A stage's model on paper.
+    """A stage's model, prepared as for training, without values.
 
     Args:
-        stage: what trains decides what is kept for backward.
-        config: the stage's recipe.
-        device: where it will be computed; on a CPU a batch passes in parts.
-        before: of another stage: its model is used again where the parts are the same.
+        stage: its trained parts decide what is kept for the backward pass.
+        device: where it will be computed; a CPU computes a batch in parts.
+        before: the draft of another stage, whose model is used again where the parts are the same.
     """
 
-    def __init__(self, stage: Stage, config: Recipe, device: Device, before: Draft | None = None) -> None:
+    def __init__(self, stage: Stage, device: Device, before: Draft | None = None) -> None:
         self.stage, self.device = stage, device
         self.model: Any
         self.paper: Paper
         if before is not None and all(getattr(stage, part) == getattr(before.stage, part) for part in PARTS):
             self.model, self.paper = before.model, before.paper
-            self.model.spec = config.assembly(stage)
+            self.model.spec = stage.assembly
         else:
-            self.model, self.paper = on_paper(stage, config), Paper()
+            self.model, self.paper = meta_model(stage), Paper()
             self.paper.put(self.model)
             if self.model.generates_text:
-                way = self.model.lm._pass
-                vars(getattr(way, "way", way))["separable"] = True  # a probe compares values, which are not here
+                self.model.lm.runner.separable = True  # a probe compares values, which are not here
         self.model.requires_grad_(False)
+        self.objectives = Objectives(stage)
         self.trained: list[nn.Parameter] = []
-        if stage.fit is None:
-            self.trained = [p for group in parameter_groups(self.model, stage) for p in group["params"]]
-            set_up(self.model, stage)
-
-    def parts(self) -> list[PartSize]:
-        """Return the sizes of the parts; adapters are not counted in what they are put into."""
-        inside = {id(p) for p in self.model.adapters.parameters()}
-        trained = {id(p) for p in self.trained}
-        found = []
-        for name in PARTS:
-            part = getattr(self.model, name, None)
-            own = [p for p in _parameters(part) if name == "adapters" or id(p) not in inside]
-            if own:
-                learnt = sum(p.numel() for p in own if id(p) in trained)
-                found.append(PartSize(name, sum(p.numel() for p in own), learnt, self._bytes(name, own)))
-        return found
+        if stage.train:
+            optimizer = optimizer_for(self.model, stage, parameter_groups(self.model, stage))
+            self.trained = [p for group in optimizer.param_groups for p in group["params"]]
 
     def step(self, rows: Rows) -> Cost:
-        """Return what forward and backward of a batch take on one process, gradients included where they are new."""
+        """Return the cost of a batch's forward and backward pass on one process, new gradients included."""
         if not self.trained:
             return Cost()
         if rows.packed:
             return self._step(rows)
-        objectives = objectives_of(self.stage.objectives)
-        if self.device == "cpu" and rows.batch is not None and all(one.per_example for one in objectives):
-            size = rows_at_once(len(rows.pieces), rows.positions, self.model.lm.model.dtype)
+        if self.device == "cpu" and rows.batch is not None and not self.objectives.comparing:
+            size = rows_at_once(len(rows.pieces), rows.length, self.model.lm.model.dtype)
             part = self._step(rows.first(size))
             return Cost(part.peak, round(part.flops * len(rows.pieces) / size))
         if len(rows.pieces) <= 4 * FEW:
             return self._step(rows)
-        one, two = self._step(rows.first(FEW)), self._step(rows.first(2 * FEW))  # of many rows, each takes the same
+        one, two = self._step(rows.first(FEW)), self._step(rows.first(2 * FEW))  # each of many rows takes the same
         more = len(rows.pieces) / FEW - 1
         return Cost(*(round(a + (b - a) * more) for a, b in zip(astuple(one), astuple(two), strict=True)))
 
     def _step(self, rows: Rows) -> Cost:
-        objectives = objectives_of(self.stage.objectives)
-        weights = torch.tensor([spec.weight for spec in self.stage.objectives])
-        features = self._features(rows)
+        weights = torch.tensor(self.objectives.weights)
+        micro = (rows.pieces, self._features(rows), rows.batch)
         for parameter in self.trained:
             parameter.grad = torch.empty_like(parameter) if self.stage.optim.accumulate > 1 else None
         self.model.train()
@@ -109,13 +80,13 @@ class Draft:
 
         def forward_and_back() -> None:
             with self._autocast():
-                losses = torch.stack(self.model(rows.pieces, features, rows.batch, objectives)).float()
+                losses = self.objectives(self.model, micro)
             (losses * weights).sum().backward()
 
         return cost(forward_and_back)
 
     def connector(self, rows: Rows) -> Cost:
-        """Return what the connector takes of a step."""
+        """Return the connector's share of a step."""
         connector, features = self.model.connector, self._features(rows)
         if connector is None or features is None or self.model.encoder_trains:
             return Cost()
@@ -130,17 +101,16 @@ class Draft:
         return cost(forward_and_back)
 
     def validation(self, rows: Rows | None) -> Cost:
-        """Return what a batch of the validation takes."""
+        """Return the cost of a batch of the validation."""
         if rows is None or not self.trained or self.model.encoder_trains:
             return Cost()
-        objectives = objectives_of(self.stage.objectives)
         self.model.eval()
-        features = self._features(rows)
+        micro = (rows.pieces, self._features(rows), rows.batch)
         with torch.no_grad():
-            return cost(lambda: self.model(rows.pieces, features, rows.batch, objectives))
+            return cost(lambda: self.objectives(self.model, micro))
 
     def fit(self) -> Cost:
-        """Return what the closed form takes."""
+        """Return the cost of the closed form."""
         if self.stage.fit is None:
             return Cost()
         fit = fit_of(self.stage)
@@ -156,24 +126,24 @@ class Draft:
     @cached_property
     def encoder_known(self) -> bool:
         """Whether there is an encoder of which more than the shape is known."""
-        return any(True for _ in _parameters(self.model.encoder))
+        return any(True for _ in parameters_of(self.model.encoder))
 
     @cached_property
-    def picture(self) -> Cost:
-        """What one picture takes in the encoder."""
+    def image(self) -> Cost:
+        """The cost of encoding one image."""
         return self.encode(1)
 
-    def encode(self, pictures: int) -> Cost:
-        """Return what pictures take in the frozen encoder, in chunks as the feature store makes them."""
-        if not self.encoder_known or not pictures:
+    def encode(self, images: int) -> Cost:
+        """Return the cost of encoding images with the frozen encoder, in chunks as the feature store does."""
+        if not self.encoder_known or not images:
             return Cost()
         chunk = inspect.signature(FeatureStore).parameters["chunk"].default
-        pixels = self.paper.empty(min(chunk, pictures), *self.model.encoder.shape)
+        pixels = self.paper.empty(min(chunk, images), *self.model.encoder.shape)
         with torch.no_grad():
             return cost(lambda: self.model.encoder(pixels))
 
     def kv_bytes(self) -> int:
-        """Return the bytes of key-value states of one prompt: its picture, the question, and the longest answer."""
+        """Return the bytes of the KV cache of one prompt: an image, the question, and the longest answer."""
         lm = self.model.lm
         if lm is None or self.model.connector is None:
             return 0
@@ -183,32 +153,7 @@ class Draft:
         embeds = self.paper.empty(1, length, lm.dim, dtype=next(lm.parameters()).dtype)
         with torch.no_grad():
             states, _ = lm.prefill(embeds, torch.ones(1, length, dtype=torch.long))
-        found = {id(t): t.numel() * t.element_size() for t in _tensors(states)}
-        return sum(found.values())
-
-    def feature_bytes(self) -> int:
-        """Return the bytes of one picture's features."""
-        encoder = self.model.encoder
-        if encoder is None:
-            return 0
-        width = next((p.element_size() for p in encoder.parameters()), 4)
-        return int(encoder.num_patches * encoder.dim * width)
-
-    def loading(self) -> int:
-        """Return the bytes that are there at once while weights are read: the files are mapped, then converted."""
-        sizes = {part.name: part.bytes for part in self.parts()}
-        files = {"encoder": _stored(self.stage.encoder, "encoders"), "lm": _stored(self.stage.lm, "lms")}
-        converted = [size for name, size in files.items() if size > 1.5 * sizes.get(name, 0)]
-        return sum(sizes.values()) + max(converted, default=0)
-
-    def frozen_layers(self) -> list[int]:
-        """Return the bytes of what is frozen in each layer of the language model: what FSDP divides."""
-        lm = self.model.lm
-        frozen = [
-            [p for p in layer.parameters() if not p.requires_grad]
-            for layer in (lm.layers if self.model.generates_text else [])
-        ]
-        return [sum(p.numel() * p.element_size() for p in layer) for layer in frozen]
+        return cache_bytes(states)
 
     def _features(self, rows: Rows) -> Tensor | None:
         """Return features ``(I, P, D_vis)``, or pixels where the encoder trains."""
@@ -226,32 +171,3 @@ class Draft:
             word = "bf16"
         dtype = torch.float16 if word == "fp16" else torch.bfloat16
         return torch.autocast("cpu", dtype=dtype, enabled=word != "no")
-
-    def _bytes(self, name: str, own: Sequence[nn.Parameter]) -> int:
-        full = sum(p.numel() * p.element_size() for p in own)
-        kind = self.stage.lm.quantize if name == "lm" and self.stage.lm else None
-        if kind is None:
-            return full
-        model = self.model.lm.model
-        head = model.get_output_embeddings()
-        maps = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
-        kept = full - sum(p.numel() * p.element_size() for p in maps)
-        return kept + round(sum(p.numel() for p in maps) * BYTES_A_WEIGHT[kind])
-
-
-def _parameters(part: nn.Module | None) -> Iterator[nn.Parameter]:
-    return iter(()) if part is None else part.parameters()
-
-
-def _tensors(states: Any) -> list[Tensor]:
-    """Return the tensors of key-value states, or of what stands for them."""
-    holders = [states, *getattr(states, "layers", [])]
-    return [value for holder in holders for value in vars(holder).values() if isinstance(value, Tensor)]
-
-
-def _stored(spec: Any, group: str) -> int:
-    """Return the bytes of a model's files, where they are in a folder on this machine and are read."""
-    name = getattr(spec, "model", None)
-    if name is None or spec.init == "random" or not (name.startswith("mllm/") or Path(name).is_dir()):
-        return 0
-    return sum(path.stat().st_size for path in Path(hub.resolve(name, group=group)).glob("*.safetensors"))

@@ -9,34 +9,38 @@ import torch
 
 from mllm.assembly import Assembly
 from mllm.build import build_encoder, build_lm, join
-from mllm.config.recipe import Recipe, Stage
+from mllm.config.recipe import Stage
 from mllm.errors import MLLMError
 
 
-def on_paper(stage: Stage, config: Recipe) -> Assembly:
+def meta_model(stage: Stage) -> Assembly:
     """Build a stage's model on the meta device: shapes without weights.
 
     Raises:
         MLLMError: the first thing that does not fit.
     """
-    found: list[str] = []
-    model = assembled(stage, config, found)
+    problems: list[str] = []
+    model = assembled(stage, problems)
     if model is None:
-        raise MLLMError(found[0])
+        raise MLLMError(problems[0])
     return model
 
 
-def assembled(stage: Stage, config: Recipe, found: list[str]) -> Assembly | None:
-    """Build on the meta device, noting what fails: the encoder and the language model each on their own."""
+def assembled(stage: Stage, problems: list[str]) -> Assembly | None:
+    """Build a stage's model on the meta device, the encoder and the language model each by itself.
+
+    Returns:
+        The model; None where something does not fit, which is added to ``problems``.
+    """
     encoder = lm = None
-    with noted(found):
-        spec = config.assembly(stage)
+    with noted(problems):
+        spec = stage.assembly
         lm_spec = spec.lm and spec.lm.model_copy(update={"init": "random", "quantize": None})
         spec = spec.model_copy(update={"lm": lm_spec})
         with torch.device("meta"):
-            with noted(found):
+            with noted(problems):
                 encoder = build_encoder(spec)
-            with noted(found):
+            with noted(problems):
                 lm = build_lm(spec)
             if (encoder is not None or not spec.encoder) and (lm is not None or not spec.lm):
                 return join(spec, encoder=encoder, lm=lm)
@@ -44,9 +48,9 @@ def assembled(stage: Stage, config: Recipe, found: list[str]) -> Assembly | None
 
 
 @contextlib.contextmanager
-def noted(found: list[str]) -> Iterator[None]:
-    """Note an error a user can mend, and go on."""
+def noted(problems: list[str]) -> Iterator[None]:
+    """Add an error that a user can correct to ``problems``, and continue."""
     try:
         yield
     except MLLMError as error:
-        found.append(str(error))
+        problems.append(str(error))

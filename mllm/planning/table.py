@@ -1,4 +1,4 @@
-"""A plan as a table: a column for each stage."""
+"""Print a plan as a table with a column for each stage."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ Row = tuple[str, Callable[[StagePlan], str]]
 
 
 def table(plan: Plan) -> Table:
-    """Return a plan's figures."""
+    """Return the table of a plan."""
     setting = plan.setting
     where = f"{setting.processes} {setting.device.upper()}{'s' if setting.processes > 1 else ''}"
     shared = "" if setting.sharding == "none" else f", {setting.sharding}"
-    found = Table("", *(stage.name for stage in plan.stages), title=f"{plan.recipe} on {where}{shared}")
+    result = Table("", *(stage.name for stage in plan.stages), title=f"{plan.recipe} on {where}{shared}")
     for rows in (_parameters(plan), _BATCH, _MEMORY, _WORK):
         for label, text in rows:
-            found.add_row(label, *(text(stage) for stage in plan.stages))
-        found.add_section()
-    return found
+            result.add_row(label, *(text(stage) for stage in plan.stages))
+        result.add_section()
+    return result
 
 
 def notes(plan: Plan) -> list[str]:
-    """Return what is to be said of each stage's cache, and what was assumed."""
-    found = []
+    """Return a line on each stage's cache, and on what was assumed."""
+    lines = []
     for stage in plan.stages:
-        found.append(f"{stage.name}: cache {'on' if stage.cache.recommended else 'off'}: {stage.cache.reason}.")
+        lines.append(f"{stage.name}: cache {'on' if stage.cache.recommended else 'off'}: {stage.cache.reason}.")
         if stage.assumed:
-            found.append(f"{stage.name}: assumed: {stage.assumed}.")
-    return found
+            lines.append(f"{stage.name}: assumed: {stage.assumed}.")
+    return lines
 
 
 def size(number: float) -> str:
-    """Return bytes in words: ``1.25 GiB``."""
+    """Return bytes with a unit: ``1.25 GiB``."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if number < 1024:
             return f"{number:.3g} {unit}" if number < 1000 else f"{number:.0f} {unit}"
@@ -44,7 +44,7 @@ def size(number: float) -> str:
 
 
 def count(number: float) -> str:
-    """Return a number in words: ``1.25 G``, ``12.5 T``."""
+    """Return a number with a prefix: ``1.25 G``, ``12.5 T``."""
     for unit in ("", "k", "M", "G", "T", "P", "E"):
         if number < 1000:
             return f"{number:.3g} {unit}".strip()
@@ -53,7 +53,7 @@ def count(number: float) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Return a time in words: ``3.5 h``."""
+    """Return a time with a unit: ``3.5 h``."""
     if seconds is None:
         return "not known: give --flops, or --probe"
     for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
@@ -81,23 +81,23 @@ def _parameters(plan: Plan) -> list[Row]:
 
 
 _BATCH: list[Row] = [
-    ("positions that a picture takes", lambda s: str(s.tokens_per_image)),
-    ("rows of a batch x longest row", lambda s: f"{s.rows} x {s.positions}" if s.steps else ""),
-    ("key-value states of a prompt", lambda s: size(s.kv_bytes)),
+    ("tokens per image", lambda s: str(s.tokens_per_image)),
+    ("rows of a batch x longest row", lambda s: f"{s.rows} x {s.length}" if s.steps else ""),
+    ("KV cache of a prompt", lambda s: size(s.kv_bytes)),
 ]
 _MEMORY: list[Row] = [
     ("memory: weights", lambda s: size(s.memory.weights)),
     ("gradients, optimizer", lambda s: f"{size(s.memory.gradients)}, {size(s.memory.optimizer)}"),
     ("activations of a step", lambda s: size(s.memory.activations)),
-    ("features that are kept", lambda s: size(s.memory.features)),
+    ("cached features", lambda s: size(s.memory.features)),
     ("peak of a process", lambda s: f"{size(s.memory.peak)} ({s.memory.phase})"),
 ]
 _WORK: list[Row] = [
-    ("FLOPs: encoder, a picture", lambda s: count(s.flops.encoder) if s.flops.encoder else "not known"),
+    ("FLOPs: encoder, an image", lambda s: count(s.flops.encoder) if s.flops.encoder else "not known"),
     ("connector, a step", lambda s: count(s.flops.connector)),
     ("language model, a step", lambda s: count(s.flops.lm)),
     ("the whole stage", lambda s: count(s.flops.total)),
     ("steps, examples", lambda s: f"{s.steps or '-'}, {s.examples:,}"),
-    ("pictures, their features", lambda s: f"{s.pictures:,}, {size(s.cache.bytes)}"),
+    ("images, their features", lambda s: f"{s.images:,}, {size(s.cache.bytes)}"),
     ("time", lambda s: duration(s.seconds)),
 ]

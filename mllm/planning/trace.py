@@ -1,7 +1,7 @@
-"""What a computation takes, found without computing: peak memory and FLOPs of the real code on tensors without values.
+"""Trace a computation's peak memory and FLOPs by running the real code on tensors without values.
 
-The weights and features are `FakeTensor`s: they have shapes, types and lives as real ones have, and no memory. What is
-small and steers the computation (ids, masks, labels) is real. So the figures follow the code, and no formula has to.
+The weights and features are `FakeTensor`s: they have shapes, types and lifetimes as real ones have, and no memory. What
+is small and decides the control flow (ids, masks, labels) is real. So the figures follow the code, without a formula.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 @dataclass(frozen=True)
 class Cost:
-    """What a computation takes."""
+    """The cost of a computation."""
 
-    peak: int = 0  # bytes that it needs at once, over what was there before
-    flops: int = 0  # a multiply-add is two; matrix products, convolutions and attention are counted
+    peak: int = 0  # bytes allocated at once, over those before
+    flops: int = 0  # a multiply-add is two; of matrix products, convolutions and attention
 
 
 class Paper:
-    """A place for modules and tensors without values."""
+    """Make tensors and modules without values."""
 
     def __init__(self) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -40,7 +40,7 @@ class Paper:
 
     def put(self, module: nn.Module) -> None:
         """Replace a module's tensors, which may be on the meta device, by ones without values; tied ones stay tied."""
-        made: dict[int, tuple[Tensor, Tensor]] = {}  # the old is kept, so that its id stays its own
+        made: dict[int, tuple[Tensor, Tensor]] = {}  # the old tensor is kept, so that no other gets its id
         for inner in module.modules():
             tables: tuple[dict[str, Any], ...] = (inner._parameters, inner._buffers, vars(inner))
             for table in tables:
@@ -56,7 +56,7 @@ class Paper:
 
 
 def cost(compute: Callable[[], Any]) -> Cost:
-    """Return what a computation takes; its result is dropped."""
+    """Return the cost of a computation; its result is dropped."""
     with _Meter() as meter:
         compute()
     return Cost(peak=meter.peak, flops=meter.flops)
@@ -102,12 +102,12 @@ class _Meter(TorchDispatchMode):
 
 
 def _counted(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Put real masks among indices as the places they hold, so that what is indexed has a known size."""
-    found: list[Tensor | None] = []
+    """Return indices with real masks as positions, so that the result has a known size."""
+    known: list[Tensor | None] = []
     for index in indices:
         real = index is not None and not isinstance(index, FakeTensor)
-        found += index.nonzero(as_tuple=True) if real and index.dtype == torch.bool else [index]  # type: ignore[union-attr]
-    return found
+        known += index.nonzero(as_tuple=True) if real and index.dtype == torch.bool else [index]  # type: ignore[union-attr]
+    return known
 
 
 def _key(tensor: Tensor) -> int:
@@ -122,7 +122,7 @@ def _attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor,
     return int(sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape))
 
 
-# What torch has for the attention of GPUs holds for that of CPUs.
+# torch's formulas for attention on GPUs hold for CPUs, too.
 _FORMULAS = {
     **flop_registry,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,

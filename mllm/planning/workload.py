@@ -1,7 +1,7 @@
-"""What a stage's batches are like: how many rows, positions, targets and pictures; read from its data, or assumed.
+"""Describe a stage's batches: how many rows, tokens, targets and images; read from its data, or assumed.
 
-The data are read as training reads them (texts only, no picture is opened). Where they are not on this machine, or the
-tokenizer is not, a length is assumed, and said to be.
+The data are read as training reads them (texts only, no image is opened). Where they are not on this machine, or the
+tokenizer is not, a length is assumed and reported as such.
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
 
-from mllm.config.recipe import Recipe, Stage
+from mllm.config.recipe import Stage
 from mllm.data.sources import Source, read_all
 from mllm.data.stream import Stream
 from mllm.errors import MLLMError
+from mllm.model import Model
 from mllm.prompts.batch import IGNORED, Batch, Encoded, collate
 from mllm.prompts.pieces import Piece, Target, images_of
 
-SAMPLE = 2048  # examples that are looked at
+SAMPLE = 2048  # examples that are read
 VALIDATION = 32  # rows that are validated on together
 
 
@@ -31,8 +31,8 @@ class Rows:
     images: int
 
     @property
-    def positions(self) -> int:
-        """Return T."""
+    def length(self) -> int:
+        """Return T, the tokens of the longest row."""
         return 0 if self.batch is None else int(self.batch.ids.shape[1])
 
     @property
@@ -41,57 +41,54 @@ class Rows:
         return self.batch is not None and self.batch.mask.dim() == 3
 
     def first(self, number: int) -> Rows:
-        """Return the first rows, as wide as they are together with the others."""
+        """Return the first rows, padded as they are together with the others."""
         batch = self.batch and Batch(**{f.name: getattr(self.batch, f.name)[:number] for f in fields(self.batch)})
         return Rows(self.pieces[:number], batch, sum(len(images_of(row)) for row in self.pieces[:number]))
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A stage's batches on one process, and what the whole stage reads."""
+    """A stage's batches on one process, and the data that the whole stage reads."""
 
     largest: Rows  # decides memory
     typical: Rows  # decides time
     validation: Rows | None
     examples: int  # of the whole stage, over all processes
-    seen: int  # pictures, each time it comes up
-    pictures: int  # pictures, each once
-    assumed: str = ""  # what is not known
+    reads: int  # of images, each time that one is read
+    images: int  # each counted once
+    assumed: str = ""  # what could not be read
 
 
-def workload(
-    model: Any, stage: Stage, config: Recipe, *, processes: int, images: int | None, text: int | None
-) -> Workload:
-    """Return what a stage's batches are like.
+def workload(model: Model, stage: Stage, *, processes: int, images: int | None, text: int | None) -> Workload:
+    """Return a description of a stage's batches.
 
     Args:
-        model: the stage's, on paper or not.
-        stage: with data that need not be on this machine.
-        config: the stage's recipe.
+        model: the stage's, on the meta device or not.
+        stage: its data need not be on this machine.
         processes: among which a batch is divided.
-        images: pictures in the data, where that is not to be counted.
-        text: tokens of an example's text, where they are not to be counted.
+        images: the number of images in the data, where it is not to be counted.
+        text: the tokens of an example's text, where they are not to be counted.
     """
-    sources, missing = _sources(stage, config)
+    sources, missing = _sources(stage)
     countable = model.lm is None or model.lm.tokenizer is not None
     if sources and countable and text is None:
-        return _read(model, stage, config, sources, processes, images)
+        return _read(model, stage, sources, processes, images)
     length = text or 64
     why = missing or ("the tokenizer is not on this machine" if not countable else "")
     examples = _examples(stage, sources)
-    # One row is shorter, as in most batches: attention without any padding is another computation.
+    # One row is shorter, as in most batches: attention without any padding takes another code path.
     rows = [_made(model, length - (row == 1)) for row in range(-(-stage.batch_size // processes))]
     one = Rows([_PIECES] * len(rows), collate(rows, 0) if model.lm is not None else None, len(rows))
     val = [_made(model, length) for _ in range(VALIDATION)]
     validation = Rows([_PIECES] * VALIDATION, collate(val, 0), VALIDATION) if stage.data.val and model.lm else None
-    pictures = min(images or (_pictures(sources) if sources else examples), examples)
-    assumed = f"{length} tokens of text an example" + ("" if sources or images else ", every picture seen once")
-    return Workload(one, one, validation, examples, examples, pictures, f"{assumed}{f' ({why})' if why else ''}")
+    different = min(images or (_images(sources) if sources else examples), examples)
+    assumed = f"{length} tokens of text an example" + ("" if sources or images else ", every image read once")
+    return Workload(one, one, validation, examples, examples, different, f"{assumed}{f' ({why})' if why else ''}")
 
 
-def _sources(stage: Stage, config: Recipe) -> tuple[list[Source], str]:
+def _sources(stage: Stage) -> tuple[list[Source], str]:
     try:
-        return read_all(stage.data.train, seed=config.seed), ""
+        return read_all(stage.data.train, seed=stage.seed), ""
     except (MLLMError, OSError):
         return [], "the data are not on this machine"
 
@@ -102,55 +99,53 @@ def _examples(stage: Stage, sources: Sequence[Source]) -> int:
     return stage.steps * stage.batch_size * stage.optim.accumulate
 
 
-def _read(
-    model: Any, stage: Stage, config: Recipe, sources: Sequence[Source], processes: int, images: int | None
-) -> Workload:
-    """Draw the first batches as training will, and pick the largest and the one in the middle."""
+def _read(model: Model, stage: Stage, sources: Sequence[Source], processes: int, images: int | None) -> Workload:
+    """Read the first batches as training will, and pick the largest and the median."""
     options = {"lm": model.lm, "num_visual": model.tokens_per_image, "data": stage.data}
-    stream = Stream(sources, stage.prompt, seed=config.seed, **options)
+    stream = Stream(sources, stage.prompt, seed=stage.seed, **options)
     examples = _examples(stage, sources)
     number = max(1, min(examples, SAMPLE) // stage.batch_size)
     batches = [
         _rows(model, stream.take(stage.batch_size, rank=0, world=processes), stage.data.pack) for _ in range(number)
     ]
-    batches.sort(key=lambda rows: (len(rows.pieces) * rows.positions, rows.images))
-    drawn = [image for rows in batches for pieces in rows.pieces for image in images_of(pieces)]
-    each = len(drawn) / max(1, sum(len(rows.pieces) for rows in batches))
+    batches.sort(key=lambda rows: (len(rows.pieces) * rows.length, rows.images))
+    reads = [image for rows in batches for pieces in rows.pieces for image in images_of(pieces)]
+    each = len(reads) / max(1, sum(len(rows.pieces) for rows in batches))
     whole = examples <= number * stage.batch_size and processes == 1
-    pictures = len(set(drawn)) if whole else min(images or _pictures(sources), round(examples * each))
+    different = len(set(reads)) if whole else min(images or _images(sources), round(examples * each))
     validation = None
     if stage.data.val:
         val = Stream(read_all(stage.data.val), stage.prompt, seed=0, lm=model.lm)
         validation = _rows(model, val.take(VALIDATION))
-    middle = batches[len(batches) // 2]
-    return Workload(batches[-1], middle, validation, examples, round(examples * each), pictures)
+    median = batches[len(batches) // 2]
+    return Workload(batches[-1], median, validation, examples, round(examples * each), different)
 
 
-def _rows(model: Any, pieces: list[list[Piece]], pack: int | None = None) -> Rows:
+def _rows(model: Model, pieces: list[list[Piece]], pack: int | None = None) -> Rows:
     fitting = []
     for row in pieces:
         try:
             fitting.append((row, model.encode(row) if model.lm is not None else None))
         except MLLMError:  # too long: training leaves it out
             continue
-    encoded = [own for _, own in fitting if own is not None]
+    encoded = [row for _, row in fitting if row is not None]
     images = sum(len(images_of(row)) for row, _ in fitting)
     return Rows([row for row, _ in fitting], collate(encoded, model.lm.pad, pack=pack) if encoded else None, images)
 
 
-_PIECES: list[Piece] = [object(), "A picture", Target(" of something.")]
+_PIECES: list[Piece] = [object(), "An image", Target(" of something.")]
 
 
-def _made(model: Any, text: int) -> Encoded:
-    """Return a row of one picture and ``text`` tokens, half of them learnt."""
+def _made(model: Model, text: int) -> Encoded:
+    """Return a row of one image and ``text`` tokens, half of them targets."""
     visual = model.tokens_per_image
-    learnt = max(1, text // 2)
-    labels = [IGNORED] * (visual + text - learnt) + [1] * learnt
+    targets = max(1, text // 2)
+    labels = [IGNORED] * (visual + text - targets) + [1] * targets
     return Encoded([1] * (visual + text), [True] * visual + [False] * text, labels)
 
 
-def _pictures(sources: Sequence[Source]) -> int:
-    """Count the pictures of the data, those of lists one by one; others are one an item."""
+def _images(sources: Sequence[Source]) -> int:
+    """Return the number of images in the data: of lists they are counted, other sources have one an item."""
     lists = [source.items for source in sources if isinstance(source.items, list)]
     others = sum(len(source.items) for source in sources if not isinstance(source.items, list))
     return others + len({image for item in itertools.chain(*lists) for image in item.images})

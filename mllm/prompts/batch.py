@@ -18,7 +18,7 @@ IGNORED = -100  # a label that is no target
 
 @dataclass(frozen=True)
 class Encoded:
-    """One prompt as ids. At the places of visual tokens ``ids`` holds padding, and ``visual`` is True."""
+    """One prompt as ids. At visual tokens ``ids`` is the padding id, and ``visual`` is True."""
 
     ids: list[int]
     visual: list[bool]
@@ -29,8 +29,9 @@ class Encoded:
 class Batch:
     """Prompts of several lengths, padded on the left.
 
-    ``ids``, ``visual``, ``mask`` and ``labels`` are ``(B, T)``; the visual tokens of the batch fill the True places of
-    ``visual`` in reading order. Where a row holds several prompts ``mask`` is ``(B, T, T)``: what each place sees.
+    ``ids``, ``visual``, ``mask`` and ``labels`` are ``(B, T)``; the visual tokens of the batch fill the True positions
+    of ``visual`` in reading order. Where rows hold several prompts ``mask`` is ``(B, T, T)``, a block-diagonal causal
+    mask.
     """
 
     ids: Tensor
@@ -46,17 +47,21 @@ class Batch:
 def encode(pieces: Sequence[Piece], *, lm: Any, num_visual: int, start: bool = True) -> Encoded:
     """Return the ids of an interleaved prompt.
 
-    Text that stands together is tokenised together, so a prompt without images has exactly the bare language model's
-    ids. ``num_visual`` is Q, the visual tokens of one image; ``start``: with what every sequence starts with.
+    Adjacent texts are tokenized together, so a prompt without images has exactly the ids of the bare language model.
+    The end of every target is learned, but only the last target has an end token in the sequence: in a conversation
+    that continues, as in one that is answered, the next turn follows the answer's text directly.
 
-    The end of a target is learnt. Only behind the last one does it stand in the sequence: in a conversation that goes
-    on, as in one that is answered, the next turn follows right behind the answer's words.
+    Args:
+        pieces: the prompt.
+        lm: the language model.
+        num_visual: Q, the visual tokens of one image.
+        start: begin with the tokens that every sequence starts with.
     """
     ids = list(lm.bos) if start else []
     visual, labels = [False] * len(ids), [IGNORED] * len(ids)
     pieces = joined(pieces)
-    ended = False  # a target has ended right here
-    for place, piece in enumerate(pieces):
+    ended = False  # whether a target ends right before the next token
+    for index, piece in enumerate(pieces):
         if isinstance(piece, str):
             new = lm.tokenize(piece)
             new_labels = [IGNORED] * len(new)
@@ -64,7 +69,7 @@ def encode(pieces: Sequence[Piece], *, lm: Any, num_visual: int, start: bool = T
             new = lm.tokenize(piece.text, control=True)
             new_labels = [IGNORED] * len(new)
         elif isinstance(piece, Target):
-            new = [*lm.tokenize(piece.text), *([lm.eos] if piece.ends and place == len(pieces) - 1 else [])]
+            new = [*lm.tokenize(piece.text), *([lm.eos] if piece.ends and index == len(pieces) - 1 else [])]
             new_labels = list(new)
         else:
             new, new_labels = [lm.pad] * num_visual, [IGNORED] * num_visual
@@ -74,15 +79,18 @@ def encode(pieces: Sequence[Piece], *, lm: Any, num_visual: int, start: bool = T
         ids += new
         labels += new_labels
         visual += [not isinstance(piece, str | Target | Control)] * len(new)
-    labels[:1] = [IGNORED] * len(labels[:1])  # nothing stands before it, so nothing can foretell it
+    labels[:1] = [IGNORED] * len(labels[:1])  # nothing precedes the first token, so nothing can predict it
     return Encoded(ids, visual, labels)
 
 
 def collate(rows: Sequence[Encoded], pad: int, *, pack: int | None = None) -> Batch:
     """Return prompts of several lengths as one batch, padded on the left.
 
-    ``pack``: several prompts stand in one row of so many positions (or as many as the longest prompt takes), in order,
-    and do not see each other.
+    Args:
+        rows: the prompts.
+        pad: the padding id.
+        pack: put several prompts, in order, into rows of at most this length (or that of the longest prompt); they do
+            not attend to each other.
     """
     groups = _packed(rows, pack) if pack else [[row] for row in rows]
     lengths = [sum(len(row.ids) for row in group) for group in groups]
@@ -100,31 +108,31 @@ def collate(rows: Sequence[Encoded], pad: int, *, pack: int | None = None) -> Ba
     return Batch(
         ids=padded(pad, lambda row: row.ids),
         visual=padded(False, lambda row: row.visual),
-        mask=_apart(groups, width) if pack else mask,
+        mask=_block_mask(groups, width) if pack else mask,
         labels=padded(IGNORED, lambda row: row.labels),
     )
 
 
 def _packed(rows: Sequence[Encoded], limit: int) -> list[list[Encoded]]:
-    """Return prompts in as few rows as their order and the limit allow, and those as narrow as that many can be."""
+    """Return prompts in as few rows as their order and the limit allow, and these rows as short as possible."""
     lengths = [len(row.ids) for row in rows]
     widths = range(max(lengths), max(limit, *lengths) + 1)
 
     def starts(width: int) -> list[int]:
-        found, taken = [0], 0
-        for place, length in enumerate(lengths):
-            if taken + length > width:
-                found, taken = [*found, place], 0
-            taken += length
-        return found
+        indices, used = [0], 0
+        for index, length in enumerate(lengths):
+            if used + length > width:
+                indices, used = [*indices, index], 0
+            used += length
+        return indices
 
     fewest = len(starts(widths[-1]))
     width = widths[bisect.bisect_left(widths, -fewest, key=lambda width: -len(starts(width)))]
     return [list(rows[start:end]) for start, end in itertools.pairwise([*starts(width), len(rows)])]
 
 
-def _apart(groups: Sequence[Sequence[Encoded]], width: int) -> Tensor:
-    """Return ``(B, T, T)``: each place sees what stands before it in its own prompt, and itself."""
+def _block_mask(groups: Sequence[Sequence[Encoded]], width: int) -> Tensor:
+    """Return a mask ``(B, T, T)``: each position attends to its prompt's earlier positions and itself."""
     numbers = torch.zeros(len(groups), width, dtype=torch.long)
     for row, group in enumerate(groups):
         end = width
@@ -132,4 +140,6 @@ def _apart(groups: Sequence[Sequence[Encoded]], width: int) -> Tensor:
             numbers[row, end - len(prompt.ids) : end] = number
             end -= len(prompt.ids)
     same = (numbers[:, :, None] == numbers[:, None, :]) & (numbers > 0)[:, None, :]
-    return same.tril() | torch.eye(width, dtype=torch.bool)  # padding sees itself: a softmax needs something
+    return same.tril() | torch.eye(
+        width, dtype=torch.bool
+    )  # padding attends to itself: no row of a softmax may be empty

@@ -1,4 +1,4 @@
-"""How many positions an example takes, and how one that takes too many is shortened: never inside an image."""
+"""Measure the sequence length of an example, and shorten one that is too long, never inside an image."""
 
 from __future__ import annotations
 
@@ -12,48 +12,48 @@ from mllm.prompts.pieces import Piece, Target
 
 
 def length_of(pieces: Sequence[Piece], lm: Any, num_visual: int) -> int:
-    """Return the positions of an example, its images' included."""
+    """Return the sequence length of an example, its visual tokens included."""
     return len(encode(pieces, lm=lm, num_visual=num_visual).ids)
 
 
 def shortened(pieces: list[Piece], limit: int, lm: Any, num_visual: int, *, cut: bool) -> list[Piece]:
-    """Return an example of at most ``limit`` positions.
+    """Return an example of at most ``limit`` tokens.
 
     Args:
         pieces: the example.
-        limit: positions.
-        lm: whose tokens are counted.
+        limit: of the sequence length.
+        lm: the language model.
         num_visual: Q, the visual tokens of an image.
-        cut: take text away at the end, between words, and where that is not enough whole images. What was cut has no
-            end that is learnt.
+        cut: truncate text at the end, between words, and where that is not enough remove whole images. A truncated
+            target has no end token.
 
     Raises:
-        MLLMError: it is longer and is not to be cut, or nothing to learn would be left.
+        MLLMError: it is too long and ``cut`` is off, or no target token would be left.
     """
     length = length_of(pieces, lm, num_visual)
     if length <= limit:
         return pieces
     if not cut:
-        raise MLLMError(f"{length} positions, and data.max_length is {limit}: data.truncate=text would cut its text.")
+        raise MLLMError(f"{length} tokens, and data.max_length is {limit}: data.truncate=text would truncate its text.")
     kept = list(pieces)
     while kept and length_of(kept, lm, num_visual) > limit:
         last = kept.pop()
         if isinstance(last, str | Target):
             kept += _head(kept, last, limit, lm, num_visual)
-    while kept and not isinstance(kept[-1], Target):  # nothing behind the last target teaches anything
+    while kept and not isinstance(kept[-1], Target):  # nothing is learned after the last target
         kept.pop()
     if all(label == IGNORED for label in encode(kept, lm=lm, num_visual=num_visual).labels):
-        raise MLLMError(f"{length} positions, and nothing to learn within data.max_length={limit}.")
+        raise MLLMError(f"{length} tokens, and no target token within data.max_length={limit}.")
     return kept
 
 
 def _head(before: list[Piece], last: str | Target, limit: int, lm: Any, num_visual: int) -> list[Piece]:
-    """Return as much of the last text as fits behind what stands before it: a piece, or none."""
+    """Return as much of the last text as fits after the pieces before it: a piece, or none."""
     text = last if isinstance(last, str) else last.text
 
     def piece(size: int) -> Piece:
         return text[:size] if isinstance(last, str) else Target(text[:size], ends=False)
 
     size = bisect.bisect_right(range(1, len(text)), limit, key=lambda n: length_of([*before, piece(n)], lm, num_visual))
-    words = max((place for place in range(1, size + 1) if text[place].isspace()), default=size)
-    return [piece(words)] if words else []
+    end = max((index for index in range(1, size + 1) if text[index].isspace()), default=size)
+    return [piece(end)] if end else []

@@ -1,10 +1,10 @@
-"""A conversation as an interleaved prompt, to be answered or to be learnt: the one place that puts turns into words."""
+"""Turn a conversation into an interleaved prompt, to be answered or to be learned."""
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from mllm.config.parts import PromptSpec
 from mllm.errors import MLLMError
@@ -14,8 +14,15 @@ from mllm.prompts.pieces import Control, Piece, Target, answer_text, arrange
 ROLES = ("system", "user", "assistant")
 
 
-def turns(model: Any, messages: Sequence[dict[str, Any]]) -> list[Piece]:
-    """Return a conversation as an interleaved prompt that ends where the model's answer starts."""
+class ChatModel(Protocol):
+    """A model with a prompt format and a language model."""
+
+    spec: Any  # an `mllm.config.parts.AssemblySpec`
+    lm: Any
+
+
+def turns(model: ChatModel, messages: Sequence[dict[str, Any]]) -> list[Piece]:
+    """Return a conversation as an interleaved prompt that ends where the answer starts."""
     return rendered(messages, model.spec.prompt, model.lm)
 
 
@@ -24,9 +31,9 @@ def rendered(messages: Sequence[dict[str, Any]], prompt: PromptSpec, lm: Any, *,
 
     Args:
         messages: checked ones (`checked_messages`).
-        prompt: the recipe's words, or ``chat: own`` for the language model's template.
-        lm: the language model; needed for its template alone.
-        learn: what the assistant says is a target, and what follows its last turn is left out.
+        prompt: the recipe's prompt format, or ``chat: own`` for the language model's chat template.
+        lm: the language model; only its template is used.
+        learn: the assistant's turns are targets, and what follows the last of them is left out.
     """
     pieces = (_templated if prompt.chat == "own" else _plain)(messages, prompt, lm, learn)
     while learn and pieces and not isinstance(pieces[-1], Target):
@@ -45,7 +52,7 @@ def text_part(text: str) -> dict[str, Any]:
 
 
 def checked_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
-    """Return messages of transformers' or OpenAI's schema in our form.
+    """Return messages of transformers' or OpenAI's schema in transformers' schema, images as `ImageSource`.
 
     Raises:
         MLLMError: a message of another form.
@@ -54,20 +61,20 @@ def checked_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
 
 
 def parts_of(message: dict[str, Any]) -> tuple[str, list[Any]]:
-    """Return a message's text, and its pictures."""
+    """Return a message's text, and its images."""
     texts = [part["text"] for part in message["content"] if part["type"] == "text"]
     return " ".join(texts).strip(), [part["image"] for part in message["content"] if part["type"] == "image"]
 
 
-def _checked(given: Any) -> dict[str, Any]:
-    """Return a message of transformers' or OpenAI's schema in our form."""
-    if not isinstance(given, dict) or given.get("role") not in ROLES:
-        raise MLLMError(f"A message needs a role ({', '.join(ROLES)}) and a content; got {str(given)[:80]!r}.")
-    content = given.get("content")
+def _checked(original: Any) -> dict[str, Any]:
+    """Return one message in transformers' schema."""
+    if not isinstance(original, dict) or original.get("role") not in ROLES:
+        raise MLLMError(f"A message needs a role ({', '.join(ROLES)}) and a content; got {str(original)[:80]!r}.")
+    content = original.get("content")
     parts = [text_part(content)] if isinstance(content, str) else content
     if not isinstance(parts, list):
         raise MLLMError(f"A message's content is a text or a list of parts; got {type(content).__name__}.")
-    return message(given["role"], [_part(part) for part in parts])
+    return message(original["role"], [_part(part) for part in parts])
 
 
 def _part(part: Any) -> dict[str, Any]:
@@ -85,7 +92,7 @@ def _part(part: Any) -> dict[str, Any]:
 
 
 def _plain(messages: Sequence[dict[str, Any]], prompt: PromptSpec, lm: Any, learn: bool) -> list[Piece]:
-    """Put every turn with the recipe's own words."""
+    """Format every turn with the recipe's prompt format."""
     pieces: list[Piece] = []
     for message in messages:
         text, images = parts_of(message)
@@ -100,32 +107,32 @@ def _plain(messages: Sequence[dict[str, Any]], prompt: PromptSpec, lm: Any, lear
 
 
 def _templated(messages: Sequence[dict[str, Any]], prompt: PromptSpec, lm: Any, learn: bool) -> list[Piece]:
-    """Put the conversation into the language model's own chat template.
+    """Format the conversation with the language model's chat template.
 
-    The template is filled with marks that nobody can guess, which are then replaced by texts and pictures: only the
-    template's own words are read for control tokens.
+    The template is filled with random markers, which are then replaced by texts and images: control tokens are
+    recognised only in the template's text.
     """
     if lm.tokenizer.chat_template is None:
-        raise MLLMError("This language model has no chat template of its own: set prompt.chat=plain.")
+        raise MLLMError("This language model has no chat template: set prompt.chat=plain.")
     nonce = secrets.token_hex(8)
-    held: list[Piece] = []
+    contents: list[Piece] = []
 
     def marked(message: dict[str, Any]) -> dict[str, str]:
-        start, learnt = len(held), learn and message["role"] == "assistant"
+        start, is_target = len(contents), learn and message["role"] == "assistant"
         for part in message["content"]:
             piece = part["text"] if part["type"] == "text" else part["image"]
-            held.append(Target(piece) if learnt and part["type"] == "text" else piece)
+            contents.append(Target(piece) if is_target and part["type"] == "text" else piece)
         return {
             "role": message["role"],
-            "content": "".join(f"{nonce}:{number};" for number in range(start, len(held))),
+            "content": "".join(f"{nonce}:{number};" for number in range(start, len(contents))),
         }
 
-    words = lm.tokenizer.apply_chat_template(
+    text = lm.tokenizer.apply_chat_template(
         [marked(message) for message in messages], tokenize=False, add_generation_prompt=not learn
     )
-    first, *rest = words.split(f"{nonce}:")
+    first, *rest = text.split(f"{nonce}:")
     pieces: list[Piece] = [Control(first)]
-    for stretch in rest:
-        number, _, control = stretch.partition(";")
-        pieces += [held[int(number)], Control(control)]
+    for part in rest:
+        number, _, control = part.partition(";")
+        pieces += [contents[int(number)], Control(control)]
     return pieces

@@ -1,4 +1,4 @@
-"""An interleaved prompt to token ids: text is tokenised, an image takes as many places as it has visual tokens."""
+"""Define the pieces of an interleaved prompt: texts, images, targets and the control words of a chat template."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Target:
-    """Text that is learnt (in training): the loss is on its tokens and, if it ``ends``, on the end that follows."""
+    """Text that is a target of training: the loss is on its tokens and, if it ``ends``, on the end token after it."""
 
     text: str
     ends: bool = True
@@ -17,7 +17,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Control:
-    """Words of a chat template: what stands for a control token in them is one."""
+    """Text of a chat template, in which control tokens are recognised."""
 
     text: str
 
@@ -33,7 +33,7 @@ def arrange(template: str, images: Sequence[Piece], text: str = "") -> list[Piec
 
 
 def answer_text(answer: str) -> str:
-    """Return an answer as it follows a prompt: behind a space."""
+    """Return an answer as it follows a prompt: after a space."""
     return f" {answer.strip()}"
 
 
@@ -43,7 +43,7 @@ def images_of(pieces: Sequence[Piece]) -> list[Any]:
 
 
 def trailing_text(pieces: Sequence[Piece]) -> str:
-    """Return the text that a prompt ends with, behind its last image."""
+    """Return the text at the end of a prompt, after its last image."""
     pieces = joined(pieces)
     return pieces[-1] if pieces and isinstance(pieces[-1], str) else ""
 

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mllm.capabilities import DECISIONS, DecisionHead
 from mllm.errors import MLLMError
 from mllm.model import Model
 from mllm.prompts.batch import collate
 from mllm.prompts.pieces import Control, Piece, Target
-from mllm.slots import DECISIONS, DecisionHead
 
 
 def labelled(row: Sequence[Piece]) -> tuple[list[Piece], int]:

@@ -78,7 +78,7 @@ def read_texts(model: Model, texts: Sequence[str]) -> tuple[Tensor, Tensor, Tens
         # A gradient is wanted at the tokens and, for the first one's score, before them.
         fixed = length - count - 1 if at_the_end else 0
         embeds = model.lm.embed(batch.ids)
-        states, logits = model.lm.read(embeds, batch.mask, last, fixed, said=1)
+        states, logits = model.lm.read(embeds, batch.mask, last, fixed, num_logits=1)
         chunks.append((states[:, 1:], embeds[:, -count:], logits[:, 0]))
     back = torch.tensor(order, device=model.device).argsort()
     states, embeddings, logits = (torch.cat(each)[back] for each in zip(*chunks, strict=True))

@@ -6,11 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
+from mllm.capabilities import ConditionHead, ImageTokenHead
 from mllm.config.parts import HeadSpec
 from mllm.errors import MLLMError
 from mllm.model import Model
 from mllm.registry import lookup, made
-from mllm.slots import ConditionHead, Head, ImageDecoder, ImageTokenHead
+from mllm.slots import Head, ImageDecoder
 
 
 def every_token(tokens: Sequence[str], heads: Iterable[Head]) -> list[str]:

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mllm.capabilities import SentenceModel
 from mllm.errors import MLLMError
 from mllm.model import Model
-from mllm.slots import Connector, SentenceModel
+from mllm.slots import Connector
 
 _BATCH = 64
 

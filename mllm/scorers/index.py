@@ -18,14 +18,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mllm.capabilities import RetrievalHead
 from mllm.errors import MLLMError
 from mllm.media.images import ImageFile
 from mllm.model import Model
 from mllm.outputs import ImagePart
 from mllm.readout.tokens import heads_on_meta
-from mllm.saving import trained_on
+from mllm.saving import read_saved
 from mllm.scorers.retrieval import CHUNK, of_images
-from mllm.slots import RetrievalHead
 from mllm.system import write
 
 FORMAT = "mllm-index-1"
@@ -150,7 +150,7 @@ def opened(index: str | Path | ImageIndex, run: str | Path | None = None) -> Ima
     """
     found = index if isinstance(index, ImageIndex) else ImageIndex.load(index)
     if run is not None:
-        spec, fingerprints, tensors = trained_on(Path(run))
+        spec, fingerprints, tensors = read_saved(Path(run))
         heads = heads_on_meta(spec.heads).items()
         paths = [f"heads.{name}" for name, head in heads if isinstance(head, RetrievalHead)]
         found.check(_hash(tensors, paths, fingerprints.get("encoder", ""), spec.encoder))

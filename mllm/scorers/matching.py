@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mllm.capabilities import ContrastHead, MatchHead, ReadsText
 from mllm.encoders.feature_store import FeatureStore
 from mllm.errors import MLLMError
 from mllm.model import Model
-from mllm.slots import ContrastHead, MatchHead, ReadsText
 
 CHUNK = 32  # pictures, texts or pairs that are read at once
 

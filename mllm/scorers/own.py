@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from mllm.capabilities import ContrastHead, MatchHead, ReadsText, RetrievalHead, SentenceModel
 from mllm.errors import MLLMError
 from mllm.model import Model
 from mllm.registry import lookup
-from mllm.slots import Connector, ContrastHead, MatchHead, ReadsText, RetrievalHead, Scorer, SentenceModel
+from mllm.slots import Connector, Scorer
 
 OWN: dict[str, tuple[type, ...]] = {
     "aligned": (Connector, SentenceModel),

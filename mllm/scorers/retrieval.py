@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mllm.capabilities import RetrievalHead
 from mllm.media.images import source_of
 from mllm.model import Model
 from mllm.prompts.pieces import Control, Piece, answer_text, images_of
 from mllm.readout.tokens import image_tokens
-from mllm.slots import RetrievalHead
 
 CHUNK = 32  # pictures, or prompts of about one length, that are read at once
 

@@ -1,1 +1,1 @@
-"""A model behind HTTP: OpenAI's chat completions, and a page to talk on. Needs the extra ``serve``."""
+"""Serve a model over HTTP: OpenAI's chat completions, and a chat page. Needs the extra ``serve``."""

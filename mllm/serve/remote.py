@@ -1,7 +1,7 @@
-"""Pictures by URL: refused unless their host or folder was allowed when the server was started.
+"""Read images by URL: refused unless their host or folder was allowed when the server was started.
 
 Notable: a host's addresses are looked up once and the connection goes to the address that was checked, so a name cannot
-point elsewhere between check and use. Redirects are not followed.
+point to another address between check and use. Redirects are not followed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Remote:
     """Reads ``image_url`` values.
 
     Args:
-        hosts: host names from which pictures may be downloaded.
+        hosts: host names from which images may be downloaded.
         folders: folders from which local files may be read.
     """
 
@@ -33,10 +33,10 @@ class Remote:
         self._folders = [folder.resolve() for folder in folders]
 
     def read(self, url: str) -> str | bytes:
-        """Return a picture's bytes, or the data URL as it is.
+        """Return an image's bytes, or the data URL as it is.
 
         Raises:
-            MLLMError: a place that is not allowed, or that does not answer with a file.
+            MLLMError: a host or folder that is not allowed, or that returns no file.
         """
         parts = urlsplit(url)
         if parts.scheme == "data":
@@ -50,7 +50,7 @@ class Remote:
     def _file(self, path: Path) -> bytes:
         real = path.resolve()
         if not any(real.is_relative_to(folder) for folder in self._folders):
-            raise MLLMError(f"The server does not read {str(path)[:80]!r}: send the picture as a data URL.")
+            raise MLLMError(f"The server does not read {str(path)[:80]!r}: send the image as a data URL.")
         if not real.is_file() or real.stat().st_size > MAX_BYTES:
             raise MLLMError(f"{str(path)[:80]!r} is no file of at most {MAX_BYTES} bytes.")
         return real.read_bytes()
@@ -59,7 +59,7 @@ class Remote:
         parts = urlsplit(url)
         host = (parts.hostname or "").lower()
         if host not in self._hosts:
-            raise MLLMError(f"The server does not download from {host!r}: send the picture as a data URL.")
+            raise MLLMError(f"The server does not download from {host!r}: send the image as a data URL.")
         try:
             port = parts.port or (443 if parts.scheme == "https" else 80)
             connection = _connect(parts.scheme, host, port, public_address(host, port))
@@ -68,14 +68,14 @@ class Remote:
                 connection.request("GET", path, headers={"Host": parts.netloc.rpartition("@")[2]})
                 answer = connection.getresponse()
                 if answer.status != 200:  # a redirect too
-                    raise MLLMError(f"{host} answered {answer.status} for the picture; redirects are not followed.")
+                    raise MLLMError(f"{host} answered {answer.status} for the image; redirects are not followed.")
                 body = answer.read(MAX_BYTES + 1)
             finally:
                 connection.close()
         except (OSError, ValueError, http.client.HTTPException) as error:
-            raise MLLMError(f"The picture could not be downloaded from {host}: {error}.") from None
+            raise MLLMError(f"The image could not be downloaded from {host}: {error}.") from None
         if len(body) > MAX_BYTES:
-            raise MLLMError(f"The picture from {host} has more than {MAX_BYTES} bytes.")
+            raise MLLMError(f"The image from {host} has more than {MAX_BYTES} bytes.")
         return body
 
 
@@ -85,10 +85,10 @@ def public_address(host: str, port: int) -> str:
     Raises:
         MLLMError: any of its addresses is private, local or reserved.
     """
-    found = [str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
-    if not found or not all(ipaddress.ip_address(address).is_global for address in found):
+    addresses = [str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+    if not addresses or not all(ipaddress.ip_address(address).is_global for address in addresses):
         raise MLLMError(f"{host} has a private address: nothing is downloaded from there.")
-    return found[0]
+    return addresses[0]
 
 
 def _connect(scheme: str, host: str, port: int, address: str) -> http.client.HTTPConnection:

@@ -1,4 +1,4 @@
-"""Requests: their size, their images, and the prompt made of their messages."""
+"""Read requests: limit their size, open their images, and turn their messages into a prompt."""
 
 from __future__ import annotations
 
@@ -6,27 +6,28 @@ from typing import Any
 
 from mllm.errors import MLLMError
 from mllm.media.images import open_image, source_of
+from mllm.model import Model
 from mllm.prompts.messages import checked_messages, turns
 from mllm.serve.remote import Remote
 from mllm.serve.schema import Limits, error_response
 
 
-def prompt_of(model: Any, messages: list[dict[str, Any]], remote: Remote, limits: Limits) -> list[Any]:
+def prompt_of(model: Model, messages: list[dict[str, Any]], remote: Remote, limits: Limits) -> list[Any]:
     """Return a conversation as a prompt whose images are opened and whose length fits."""
     resolved = [{**message, "content": _content(message.get("content"), remote)} for message in messages]
     count = sum(part["type"] == "image" for m in resolved if isinstance(m["content"], list) for part in m["content"])
     if count > limits.images:
-        raise MLLMError(f"The request has {count} images; at most {limits.images} are taken.")
+        raise MLLMError(f"The request has {count} images; at most {limits.images} are allowed.")
     checked = checked_messages(resolved)
     if checked[-1]["role"] != "user":
-        raise MLLMError("The last message must be the user's: it is what is answered.")
+        raise MLLMError("The last message must be the user's, which is answered.")
     pieces = turns(model, checked)
     model.encode(pieces)
     return pieces
 
 
 def _content(content: Any, remote: Remote) -> Any:
-    """Return a message's content with its image URLs read; a local path in it is never opened."""
+    """Return a message's content with its image URLs read; local paths in it are never opened."""
     if not isinstance(content, list):
         return content
     parts = []
@@ -43,7 +44,7 @@ def _content(content: Any, remote: Remote) -> Any:
 
 
 class BodyLimit:
-    """Refuses a request whose body is too long, said or found while it comes in, before it is all in memory."""
+    """Refuses a request whose body is too long, by its header or while it arrives, before all of it is in memory."""
 
     def __init__(self, app: Any, limit: int) -> None:
         self._app, self._limit = app, limit
@@ -52,9 +53,9 @@ class BodyLimit:
         """Pass a request on, or refuse it."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        said = dict(scope["headers"]).get(b"content-length", b"0")
+        length = dict(scope["headers"]).get(b"content-length", b"0")
         body, more = b"", True
-        if int(said) > self._limit:
+        if int(length) > self._limit:
             return await self._refuse(scope, receive, send)
         while more and scope["method"] == "POST":
             message = await receive()
@@ -71,5 +72,5 @@ class BodyLimit:
         return await self._app(scope, replay, send)
 
     async def _refuse(self, scope: Any, receive: Any, send: Any) -> None:
-        message = f"The request is longer than {self._limit} bytes. Make its pictures smaller."
+        message = f"The request is longer than {self._limit} bytes. Make its images smaller."
         await error_response(413, message, "too_large")(scope, receive, send)

@@ -1,4 +1,4 @@
-"""The protocol: requests, limits, errors and answers, in OpenAI's schema."""
+"""Define requests, limits, errors and answers in OpenAI's schema."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from mllm.serve.batcher import Answer
 
 @dataclass(frozen=True)
 class Limits:
-    """What the server lets in."""
+    """Limits of requests and answers."""
 
     body: int = 32 * 2**20  # bytes of a request
     images: int = 8  # of a request
     max_new_tokens: int = 512  # of an answer
     batch: int = 16  # requests that are decoded together
-    waiting: int = 64  # requests that may wait
-    hosts: Collection[str] = ()  # that pictures may be downloaded from
-    folders: Collection[Path] = ()  # that pictures may be read from
+    waiting: int = 64  # requests in the queue
+    hosts: Collection[str] = ()  # that images may be downloaded from
+    folders: Collection[Path] = ()  # that images may be read from
     token: str | None = None  # a bearer token that every request to /v1 must carry
 
 
@@ -52,22 +52,22 @@ class Completion(BaseModel):
     stop: str | list[str] | None = None
     n: Literal[1] = 1
 
-    def decoding(self, limit: int) -> dict[str, Any]:
-        """Return the settings of our own decoding."""
+    def decoding_options(self, limit: int) -> dict[str, Any]:
+        """Return the options of `mllm.lms.decoding.Decoding`, with at most ``limit`` new tokens."""
         tokens = self.max_completion_tokens or self.max_tokens
         stops = [self.stop] if isinstance(self.stop, str) else self.stop
-        given = {
+        options = {
             "max_new_tokens": tokens and min(tokens, limit),
             "temperature": self.temperature,
             "top_p": self.top_p,
             "seed": self.seed,
             "stop_strings": [stop for stop in stops or [] if stop] or None,
         }
-        return {key: value for key, value in given.items() if value is not None}
+        return {key: value for key, value in options.items() if value is not None}
 
 
 class Refused(Exception):
-    """A request that is not answered, with its HTTP status."""
+    """An error response: its HTTP status, message and code."""
 
     def __init__(self, status: int, message: str, code: str) -> None:
         super().__init__(message)
@@ -75,12 +75,12 @@ class Refused(Exception):
 
 
 def images_of_answer(answer: Answer) -> dict[str, Any]:
-    """Return the part of a message that shows an answer's images, if there are any."""
-    found = [
+    """Return the field ``images`` of a message, if the answer has any."""
+    images = [
         {"type": "image_url", "image_url": {"url": data_url(image)}, "at": at, "score": image.score}
         for at, image in answer.images
     ]
-    return {"images": found} if found else {}
+    return {"images": images} if images else {}
 
 
 def server_sent_event(body: dict[str, Any]) -> str:
@@ -89,7 +89,7 @@ def server_sent_event(body: dict[str, Any]) -> str:
 
 
 def refusal(error: Exception) -> Refused:
-    """Return the refusal that an error becomes: 400 where the request is wrong, 500 where the model failed."""
+    """Return an error as a response: 400 where the request is wrong, 500 where the model failed."""
     if isinstance(error, MLLMError):
         return Refused(400, str(error), "invalid_request")
     return Refused(500, f"The model failed: {type(error).__name__}.", "failed")
@@ -106,7 +106,7 @@ def usage_of(answer: Answer) -> dict[str, int]:
 
 
 def error_response(status: int, message: str, code: str) -> JSONResponse:
-    """Return an error in OpenAI\'s schema."""
+    """Return an error in OpenAI's schema."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     headers = {"Retry-After": "1"} if status == 429 else None
     return JSONResponse({"error": {"message": message, "type": kind, "code": code}}, status, headers=headers)

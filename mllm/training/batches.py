@@ -1,68 +1,132 @@
-"""A batch in parts that go through the language model one after another.
+"""Draw a stage's batches, turn them into the model's inputs, and split them so that few rows are computed at once.
 
-Notable: a step's gradient is the same sum, so nothing changes but memory, and on a CPU speed: what a layer makes of few
-rows stays in the processor's cache.
+Notable: the parts of a batch go through the language model one after another. The gradient of a step is the same sum,
+so only memory changes, and on a CPU the speed: a layer's activations of few rows stay in the processor's cache.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from mllm.config.recipe import Stage
+from mllm.data.skipping import Skipped
 from mllm.data.sources import Source, read_all
+from mllm.data.stream import Stream
 from mllm.encoders.feature_store import FeatureStore
 from mllm.errors import MLLMError
 from mllm.model import Model
 from mllm.prompts.batch import Batch, collate
 from mllm.prompts.pieces import Piece, images_of
-from mllm.slots import Objective
+from mllm.training.setup import Micro, Objectives, Rows
 from mllm.training.sharding import divided
 
 POSITIONS = 1024  # of a part on a CPU, in float32: four rows of LLaVA's 196 visual tokens and their text
 
-Part = tuple[Sequence[list[Piece]], Tensor | None, Batch]
+Part = tuple[Rows, Tensor | None, Batch]
 
 
-def rows_at_once(rows: int, length: int, dtype: torch.dtype) -> int:
-    """Return how many of ``rows`` rows of ``length`` positions a CPU computes at once, in parts as even as can be.
+def training_sources(stage: Stage) -> list[Source]:
+    """Return the sources of a stage's training data.
 
-    ``dtype`` is the language model's: the smaller its numbers, the more.
+    Raises:
+        MLLMError: the stage has none, or a reader refuses its files.
     """
-    most = max(1, POSITIONS * torch.float32.itemsize // dtype.itemsize // length)
-    return math.ceil(rows / math.ceil(rows / most))
+    sources = read_all(stage.data.train, seed=stage.seed)
+    if not sources:
+        raise MLLMError(f"Stage {stage.name} has no data: give data.train.")
+    return sources
 
 
-def split(rows: Sequence[list[Piece]], features: Tensor | None, batch: Batch, *, size: int) -> list[Part]:
-    """Return a batch in parts of ``size`` rows, the last of what is left.
+class Batches:
+    """A stage's batches: drawn with its seed, opened in advance, without the examples that cannot be read.
 
     Args:
-        rows: the examples.
-        features: ``(I, ...)`` of their images in reading order, or None where there are none.
-        batch: their ids ``(B, T)``.
-        size: rows of a part.
+        model: what they are encoded for.
+        stage: batch size, accumulation, prompt and lengths.
+        sources: of the examples.
+        store: of the encoder's features.
+        log: is called with each example that is left out.
+        rank: this process.
+        world: the number of processes that share a batch.
     """
-    counts = [len(images_of(pieces)) for pieces in rows]
-    parts: list[Part] = []
-    for start in range(0, len(rows), size):
-        end = start + size
-        first, last = sum(counts[:start]), sum(counts[:end])
-        own = None if features is None or first == last else features[first:last]
-        tensors = (batch.ids, batch.visual, batch.mask, batch.labels)
-        parts.append((rows[start:end], own, Batch(*(tensor[start:end] for tensor in tensors))))
-    return parts
+
+    def __init__(
+        self,
+        model: Model,
+        stage: Stage,
+        sources: Sequence[Source],
+        store: FeatureStore,
+        log: Callable[..., None],
+        *,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self._model, self._stage, self._sources, self._store = model, stage, sources, store
+        total = sum(len(source.items) for source in sources)
+        self._skipped = Skipped(stage.data.skip, total, partial(log, stage=stage.name))
+        self._rank, self._world = rank, world
+
+    def steps(self, done: int, total: int) -> Iterator[tuple[int, list[Rows]]]:
+        """Yield each step's number and its accumulated batches, while the images of the next step are being opened.
+
+        ``done``: steps that are passed over; none of their images is opened.
+        """
+        stream = self.stream()
+        stream.skip(done * self._stage.optim.accumulate, self._stage.batch_size)
+        upcoming = self._take(stream)
+        for step in range(done + 1, total + 1):
+            batches, upcoming = upcoming, self._take(stream) if step < total else []
+            yield step, batches
+
+    def stream(self) -> Stream:
+        """Return the stage's examples from the first one on."""
+        return Stream(
+            self._sources,
+            self._stage.prompt,
+            seed=self._stage.seed,
+            lm=self._model.lm if self._model.generates_text else None,
+            num_visual=self._model.tokens_per_image,
+            data=self._stage.data,
+        )
+
+    def readable(self, rows: Rows) -> Micro:
+        """Return a batch's inputs without the examples that are unreadable or too long, which are sought on failure.
+
+        The others weigh by their tokens, as always; and a run that is resumed leaves out the same examples.
+        """
+        try:
+            return inputs(self._model, rows, self._store, pack=self._stage.data.pack)
+        except MLLMError:
+            rows = self._skipped.readable(rows, self._read)
+            return inputs(self._model, rows, self._store, pack=self._stage.data.pack)
+
+    def _take(self, stream: Stream) -> list[Rows]:
+        """Return a step's batches, and start to open their images."""
+        stage = self._stage
+        batches: list[Rows] = [
+            stream.take(stage.batch_size, rank=self._rank, world=self._world) for _ in range(stage.optim.accumulate)
+        ]
+        if self._model.encoder is not None:
+            self._store.expect([image for rows in batches for pieces in rows for image in images_of(pieces)])
+        return batches
+
+    def _read(self, pieces: list[Piece]) -> None:
+        """Raise the error of an example that cannot be read."""
+        if self._model.generates_text:
+            self._model.encode(pieces)
+        for image in images_of(pieces) if self._model.encoder is not None else []:
+            self._model.encoder.open(image)
 
 
-Micro = tuple[Sequence[list[Piece]], Tensor | None, Batch | None]  # rows, features, ids
-
-
-def inputs(model: Model, rows: Sequence[list[Piece]], store: FeatureStore, *, pack: int | None = None) -> Micro:
+def inputs(model: Model, rows: Rows, store: FeatureStore, *, pack: int | None = None) -> Micro:
     """Return examples with their features ``(I, P, D_vis)``, or pixels while the encoder trains, and their ids.
 
-    ``pack``: positions of a row that several examples share.
+    ``pack``: the length of a row that several examples share.
     """
     images = [image for pieces in rows for image in images_of(pieces)]
     batch = None
@@ -75,27 +139,63 @@ def inputs(model: Model, rows: Sequence[list[Piece]], store: FeatureStore, *, pa
     return rows, store(images).to(model.device), batch
 
 
-def parts(model: Model, objectives: Sequence[Objective], micro: Micro) -> Sequence[Micro]:
-    """Return what goes through the model at once: on a CPU few rows, if objectives look at each by itself.
+def check_packing(stage: Stage, model: Model, objectives: Objectives) -> None:
+    """Check that examples may share a row, where ``data.pack`` asks for it.
 
-    Processes that share the weights pass through them together, so they go by whole batches.
+    Raises:
+        MLLMError: an objective compares examples, or the language model does not keep them apart.
+    """
+    if stage.data.pack is None:
+        return
+    if objectives.comparing:
+        raise MLLMError(
+            f"data.pack: the objective {objectives.comparing[0]!r} needs a row for each example. Leave data.pack out."
+        )
+    if not model.lm.can_pack():
+        raise MLLMError(
+            "data.pack: in this language model examples that share a row influence each other, or it accepts no mask "
+            "that keeps them apart (tried with two short ones). Leave data.pack out; data.group_by_length saves "
+            "padding, too."
+        )
+
+
+def parts(model: Model, objectives: Objectives, micro: Micro) -> Sequence[Micro]:
+    """Return a batch in parts that are computed one after another: on a CPU few rows each, if objectives allow it.
+
+    Processes that share the weights compute their layers together, so they do not split a batch.
     """
     rows, features, batch = micro
-    apart = all(objective.per_example for objective in objectives)
-    if batch is None or batch.mask.dim() == 3 or not apart or model.device.type != "cpu":  # 3: packed
+    if batch is None or batch.mask.dim() == 3 or objectives.comparing or model.device.type != "cpu":  # 3: packed
         return [micro]
     if divided(model.lm):
         return [micro]
     return split(rows, features, batch, size=rows_at_once(len(batch.ids), batch.ids.shape[1], model.lm.model.dtype))
 
 
-def data(stage: Stage, seed: int) -> list[Source]:
-    """Return a stage's sources.
+def rows_at_once(rows: int, length: int, dtype: torch.dtype) -> int:
+    """Return how many of ``rows`` rows of ``length`` tokens a CPU computes at once, so that the parts are even.
 
-    Raises:
-        MLLMError: it has none, or what a reader finds wrong.
+    ``dtype`` is the language model's: the smaller its numbers, the more rows.
     """
-    sources = read_all(stage.data.train, seed=seed)
-    if not sources:
-        raise MLLMError(f"Stage {stage.name} has no data: give data.train.")
-    return sources
+    most = max(1, POSITIONS * torch.float32.itemsize // dtype.itemsize // length)
+    return math.ceil(rows / math.ceil(rows / most))
+
+
+def split(rows: Rows, features: Tensor | None, batch: Batch, *, size: int) -> list[Part]:
+    """Return a batch in parts of ``size`` rows; the last one has the rest.
+
+    Args:
+        rows: the examples.
+        features: ``(I, ...)`` of their images in reading order, or None where there are none.
+        batch: their ids ``(B, T)``.
+        size: rows of a part.
+    """
+    counts = [len(images_of(pieces)) for pieces in rows]
+    result: list[Part] = []
+    for start in range(0, len(rows), size):
+        end = start + size
+        first, last = sum(counts[:start]), sum(counts[:end])
+        section = None if features is None or first == last else features[first:last]
+        tensors = (batch.ids, batch.visual, batch.mask, batch.labels)
+        result.append((rows[start:end], section, Batch(*(tensor[start:end] for tensor in tensors))))
+    return result

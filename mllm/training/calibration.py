@@ -5,14 +5,35 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mllm.config.recipe import Stage
+from mllm.encoders.feature_store import FeatureStore
 from mllm.model import Model
+from mllm.prompts.pieces import images_of
+from mllm.training.batches import Batches
+
+CALIBRATION_EXAMPLES = 32
+
+
+def calibrate_new(model: Model, stage: Stage, batches: Batches, store: FeatureStore) -> None:
+    """Scale the connector that a stage trains, unless it was trained, fitted or taken from another run before."""
+    if model.calibrated or not stage.trains("connector") or not model.generates_text:
+        return
+    rows, _, _ = batches.readable(batches.stream().take(CALIBRATION_EXAMPLES))
+    images = [image for pieces in rows for image in images_of(pieces)]
+    if images:
+        calibrate(model, store(images).to(model.device))
+    model.calibrated = True
 
 
 @torch.no_grad()
 def calibrate(model: Model, features: Tensor) -> None:
     """Scale a new connector's last map so that its output has the spread of the language model's embeddings.
 
-    A start far from that scale does not learn at usual learning rates. Args: features ``(I, P, D_vis)`` of real images.
+    From another scale a connector does not learn at usual learning rates.
+
+    Args:
+        model: with a connector and a language model.
+        features: ``(I, P, D_vis)`` of real images.
     """
     last = model.connector.output()
     if last is None:

@@ -1,14 +1,14 @@
-"""Where training stands, in one file that is replaced whole: what a killed run goes on from, bit for bit.
+"""Write and read the state of training, from which a killed run continues bit for bit.
 
-``checkpoint.safetensors`` holds the trained tensors, the optimizer's, the random states, and (in its header) stage,
-step, learning rates and schedule. The position in the data follows from the step: the stream is a function of the
-seed.
+``checkpoint.safetensors`` is one file, replaced whole. It holds the trained tensors, the optimizer's, the states of the
+random generators and, in its header, stage, step, learning rates and schedule. The position in the data follows from
+the step: the stream is a function of the seed.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,125 +18,155 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mllm.encoders.feature_store import FeatureStore
 from mllm.errors import MLLMError
+from mllm.model import Model
 from mllm.processes import processes
 from mllm.system import write
 
 NAME = "checkpoint.safetensors"
+GROUPS = ("model", "best", "optimizer", "random")  # of tensors: in the file a name starts with its group's
+SCALARS = ("stage", "step", "schedule", "rates", "frozen", "best_loss", "waited")  # in the file's header
+RENAMED = {"best_loss": "best"}  # as the header calls them
+
+Tensors = dict[str, Tensor]
 
 
 @dataclass
-class State:
-    """Where training stands.
+class TrainingState:
+    """How far training has come.
 
     Attributes:
-        stage: number of the stage to go on with.
+        stage: number of the stage to continue with.
         step: steps done in it.
-        tensors: ``model.*``, ``best.*``, ``optimizer.INDEX.KEY`` and ``random.*``.
-        schedule: the schedule's own state.
-        rates: the learning rates in force.
+        model: the trained tensors.
+        best: the trained tensors at the lowest validation loss of the stage, where these are to be kept.
+        optimizer: the optimizer's tensors, ``INDEX.KEY``.
+        random: the states of the generators, ``PROCESS.DEVICE``.
+        schedule: the state of the learning rate schedule.
+        rates: the current learning rates.
         frozen: hashes of the frozen parts, of the stages done.
-        best: the lowest validation loss of the stage so far; the tensors that had it are ``best.*``.
+        best_loss: the lowest validation loss of the stage so far.
         waited: validations since then.
     """
 
     stage: int = 0
     step: int = 0
-    tensors: dict[str, Tensor] = field(default_factory=dict)
+    model: Tensors = field(default_factory=dict)
+    best: Tensors = field(default_factory=dict)
+    optimizer: Tensors = field(default_factory=dict)
+    random: Tensors = field(default_factory=dict)
     schedule: dict[str, Any] = field(default_factory=dict)
     rates: list[float] = field(default_factory=list)
     frozen: dict[str, Any] = field(default_factory=dict)
-    best: float | None = None
+    best_loss: float | None = None
     waited: int = 0
 
     def write(self, folder: Path) -> None:
-        """Write it to a run's folder; of several processes the main one does.
+        """Write the state to a run's folder; of several processes the main one does.
 
         Raises:
-            MLLMError: the folder cannot be written; what was there before is still there.
+            MLLMError: the folder cannot be written; the checkpoint that was there before is still there.
         """
         if not processes().is_main_process:
             return
-        keys = ("stage", "step", "schedule", "rates", "frozen", "best", "waited")
-        header = {key: getattr(self, key) for key in keys}
-        metadata = {"state": json.dumps(header)}
+        metadata = {"state": json.dumps({RENAMED.get(name, name): getattr(self, name) for name in SCALARS})}
         try:
-            write(folder / NAME, lambda file: save_file(self.tensors, file, metadata=metadata))
+            write(folder / NAME, lambda file: save_file(self._prefixed(), file, metadata=metadata))
         except (OSError, SafetensorError) as error:
-            raise MLLMError(f"{folder / NAME} cannot be written: {error}. Free some room.") from error
+            raise MLLMError(f"{folder / NAME} cannot be written: {error}. Free some disk space.") from error
 
     @classmethod
-    def read(cls, folder: Path) -> State | None:
-        """Return what a run's folder holds, or None where training had not come that far."""
+    def read(cls, folder: Path) -> TrainingState | None:
+        """Return the state in a run's folder, or None where training had not come to a checkpoint."""
         path = folder / NAME
         if not path.is_file():
             return None
         try:
             with safe_open(path, framework="pt") as file:
                 header = json.loads(file.metadata()["state"])
-                return cls(**header, tensors={name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+                state = cls(**{name: header[RENAMED.get(name, name)] for name in SCALARS})
+                for key in file.keys():  # noqa: SIM118
+                    group, _, name = key.partition(".")
+                    state._group(group)[name] = file.get_tensor(key)
+                return state
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise MLLMError(f"{path} cannot be read: {error}. Remove it to start the run from its beginning.") from None
 
+    def _prefixed(self) -> Tensors:
+        return {f"{group}.{name}": tensor for group in GROUPS for name, tensor in self._group(group).items()}
 
-def random_states() -> dict[str, Tensor]:
+    def _group(self, group: str) -> Tensors:
+        return {"model": self.model, "best": self.best, "optimizer": self.optimizer, "random": self.random}[group]
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """Write the checkpoints of one stage.
+
+    Args:
+        folder: the run's.
+        state: of training, at the step that the stage continues from; validation keeps its best loss up to date.
+        store: of the encoder's features.
+    """
+
+    folder: Path
+    state: TrainingState
+    store: FeatureStore
+
+    def write(self, step: int, model: Model, optimizer: Any, schedule: Any) -> None:
+        """Write the state after a step."""
+        self.store.flush()  # first: features that are computed again, among others, may differ in the last bit
+        replace(
+            self.state,
+            step=step,
+            model=model.trained_state(),
+            optimizer=optimizer_state(optimizer),
+            random=random_states(),
+            schedule=schedule.state_dict(),
+            rates=[group["lr"] for group in optimizer.param_groups],
+        ).write(self.folder)
+
+
+def random_states() -> Tensors:
     """Return the states of torch's generators, of every process."""
-    own = {"cpu": torch.get_rng_state()}
+    states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
-        own["cuda"] = torch.cuda.get_rng_state()
-    return {
-        f"random.{process}.{name}": state
-        for process, states in enumerate(gather_object([own]))
-        for name, state in states.items()
-    }
+        states["cuda"] = torch.cuda.get_rng_state()
+    gathered = enumerate(gather_object([states]))
+    return {f"{process}.{device}": state for process, each in gathered for device, state in each.items()}
 
 
-def set_random_states(tensors: dict[str, Tensor]) -> None:
-    """Put torch's generators back to where they were.
+def set_random_states(states: Tensors) -> None:
+    """Set torch's generators to the states of a checkpoint.
 
     Raises:
         MLLMError: the run was started with another number of processes.
     """
     here = processes()
-    there = len({name.split(".")[1] for name in tensors if name.startswith("random.")})
-    if there != here.num_processes:
-        raise MLLMError(f"The run was started with {there} processes, and now there are {here.num_processes}.")
-    own = f"random.{here.process_index}"
-    torch.set_rng_state(tensors[f"{own}.cpu"])
-    if f"{own}.cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors[f"{own}.cuda"])
+    started = len({name.partition(".")[0] for name in states})
+    if started != here.num_processes:
+        raise MLLMError(f"The run was started with {started} processes, and now there are {here.num_processes}.")
+    torch.set_rng_state(states[f"{here.process_index}.cpu"])
+    if f"{here.process_index}.cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states[f"{here.process_index}.cuda"])
 
 
-def optimizer_tensors(optimizer: Any) -> dict[str, Tensor]:
-    """Return the optimizer's tensors by flat names."""
+def optimizer_state(optimizer: Any) -> Tensors:
+    """Return the optimizer's tensors by flat names, ``INDEX.KEY``."""
     return {
-        f"optimizer.{index}.{key}": torch.as_tensor(value).detach().cpu().contiguous()
+        f"{index}.{key}": torch.as_tensor(value).detach().cpu().contiguous()
         for index, entry in optimizer.state_dict()["state"].items()
         for key, value in entry.items()
     }
 
 
-def set_optimizer(optimizer: Any, tensors: dict[str, Tensor], rates: list[float]) -> None:
-    """Put the optimizer back to where it was."""
-    state: dict[int, dict[str, Tensor]] = {}
+def set_optimizer(optimizer: Any, tensors: Tensors, rates: list[float]) -> None:
+    """Set the optimizer's tensors and learning rates to those of a checkpoint."""
+    state: dict[int, Tensors] = {}
     for name, tensor in tensors.items():
-        if name.startswith("optimizer."):
-            _, index, key = name.split(".", 2)
-            state.setdefault(int(index), {})[key] = tensor
+        index, _, key = name.partition(".")
+        state.setdefault(int(index), {})[key] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
-
-
-def changes(before: dict[str, Any], after: dict[str, Any], path: str = "") -> list[str]:
-    """Return every key that two resolved recipes have otherwise, as ``key: before -> after``."""
-    found = []
-    for key in [*before, *(key for key in after if key not in before)]:
-        old, new = before.get(key), after.get(key)
-        if isinstance(old, list) and isinstance(new, list):
-            old, new = dict(enumerate(old)), dict(enumerate(new))
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += changes(old, new, f"{path}{key}.")
-        elif old != new:
-            found.append(f"{path}{key}: {old!r} -> {new!r}")
-    return found

@@ -1,30 +1,82 @@
-"""What is looked at while a model trains: answers to a few prompts, and suites."""
+"""Log a stage while it trains: its losses, answers to a few prompts, and the scores of suites."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from mllm.config.recipe import EvalSpec
+import torch
+from accelerate import Accelerator
+
+from mllm.assembly import Assembly
+from mllm.config.recipe import EvalSpec, Stage
 from mllm.data.items import Item, question_text
+from mllm.data.sources import read_all
 from mllm.evaluation import evaluate
 from mllm.prompts.pieces import arrange
+from mllm.training.run import Run
 
 
-def answers(model: Any, items: Sequence[Item]) -> list[tuple[Item, str]]:
-    """Return what a model says to items now."""
+@dataclass(frozen=True)
+class Monitor:
+    """A stage's log, in the run and in its trackers.
+
+    Args:
+        run: where rows and reports are written.
+        model: what answers.
+        stage: which suites, and how often.
+        accelerator: has the trackers.
+        items: whose answers are shown.
+    """
+
+    run: Run
+    model: Assembly
+    stage: Stage
+    accelerator: Accelerator
+    items: Sequence[Item]
+
+    def log(self, step: int, **row: float) -> None:
+        """Log the figures of a step."""
+        self.run.log(stage=self.stage.name, step=step, **row)
+        self.accelerator.log({f"{self.stage.name}/{key}": value for key, value in row.items()}, step=step)
+
+    def due(self, step: int) -> bool:
+        """Whether to evaluate after a step: every ``eval.every`` steps."""
+        return self.stage.eval.every is not None and step % self.stage.eval.every == 0
+
+    def evaluate(self, step: int, show: Callable[[str], None]) -> None:
+        """Answer the shown prompts and run the recipe's suites; ``show`` prints a line."""
+        self.model.eval()
+        with torch.random.fork_rng(devices=[]):
+            for item, answer in answers(self.model, self.items):
+                show(f"[dim]step {step}[/dim] {item.id}: {answer}")
+                self.run.log(stage=self.stage.name, step=step, item=item.id, answer=answer)
+            folder = self.run.path / "eval" / f"{self.stage.name}-{step}"
+            for name, value in scores(self.model, self.stage.eval, folder).items():
+                show(f"[dim]step {step}[/dim] {name} {value:.3f}")
+                self.run.log(stage=self.stage.name, step=step, suite=name, score=value)
+                self.accelerator.log({name: value}, step=step)
+
+
+def shown_items(stage: Stage) -> list[Item]:
+    """Return the first validation items, whose answers are shown while training."""
+    return [item for source in read_all(stage.data.val) for item in source.items][: stage.eval.show]
+
+
+def answers(model: Assembly, items: Sequence[Item]) -> list[tuple[Item, str]]:
+    """Return the items that are not conversations, each with the model's answer."""
     asked = [item for item in items if not item.messages]
     prompt = model.spec.prompt
     prompts = [arrange(prompt.template, item.images, question_text(item, prompt)) for item in asked]
-    found = model.generate(prompts) if prompts else []
-    return [(item, str(answer)) for item, answer in zip(asked, found, strict=True)]
+    outputs = model.generate(prompts) if prompts else []
+    return [(item, str(output)) for item, output in zip(asked, outputs, strict=True)]
 
 
-def scores(model: Any, spec: EvalSpec, folder: Path) -> dict[str, float]:
+def scores(model: Assembly, spec: EvalSpec, folder: Path) -> dict[str, float]:
     """Return ``suite/metric`` -> value of each suite's metrics, on its first items; the reports go to a folder."""
-    found: dict[str, float] = {}
+    values: dict[str, float] = {}
     for suite in spec.suites:
         report = evaluate(model, suite, limit=spec.limit, out=folder / suite, baselines=[])
-        found |= {f"{suite}/{entry['name']}": entry["value"] for entry in report.summary["metrics"]}
-    return found
+        values |= {f"{suite}/{entry['name']}": entry["value"] for entry in report.summary["metrics"]}
+    return values

@@ -1,4 +1,4 @@
-"""Draw what a training log holds: the loss of every stage, one after another, with the validation points."""
+"""Plot a training log: the loss of every stage, one after another, with the validation points."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def loss_figure(curves: dict[str, Curve]) -> Figure:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color=GREY, alpha=0.2, linewidth=0.6)
     handles, labels = axes.get_legend_handles_labels()
-    unique = dict(zip(labels, handles, strict=True))  # every stage brings its own
+    unique = dict(zip(labels, handles, strict=True))  # every stage has the same labels
     axes.legend(unique.values(), unique.keys(), frameon=False, fontsize=9)
     return figure
 

@@ -1,8 +1,8 @@
-"""The run: the folder that training writes and everything else reads.
+"""Write and reopen a run: the folder that training writes and everything else reads.
 
-``recipe.yaml`` (resolved), ``environment.json`` (versions, commit), ``log.jsonl`` (losses), ``loss.png``, ``time.json``
-(minutes), ``frozen.json`` (hashes of what did not train, before and after), ``model/`` (see `mllm.saving`),
-``eval/``.
+``recipe.yaml`` (resolved), ``environment.json`` (versions, commit), ``data.json`` (what identifies the data),
+``log.jsonl`` (losses), ``loss.png``, ``time.json`` (minutes), ``frozen.json`` (hashes of the frozen parts, before and
+after), ``model/`` (see `mllm.saving`), ``eval/``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import yaml
 from mllm.errors import MLLMError
 from mllm.processes import processes
 from mllm.system import write
-from mllm.training.checkpoint import changes
 from mllm.training.plots import loss_plot
 
 PACKAGES = ("mllm-assembly", "torch", "transformers", "accelerate", "peft")
@@ -35,10 +34,10 @@ class Run:
 
     @classmethod
     def create(cls, path: Path, recipe: str) -> Run:
-        """Make the folder of a new run and write the resolved recipe (YAML text) and the environment there.
+        """Create the folder of a new run with the resolved recipe (YAML text) and the environment.
 
         Raises:
-            MLLMError: there is a run already (nothing is overwritten), or the folder cannot be made.
+            MLLMError: the folder is not empty (nothing is overwritten), or cannot be created.
         """
         run = cls(path)
         if not run.writes:
@@ -46,7 +45,7 @@ class Run:
         try:
             path.mkdir(parents=True, exist_ok=True)
             if any(path.iterdir()):
-                raise MLLMError(f"{path} is not empty. Give another folder with --out, or remove it.")
+                raise MLLMError(f"{path} is not empty. Give another folder with --out, or remove this one.")
             write(path / "recipe.yaml", lambda file: file.write_text(recipe))
             about = {**environment(), "processes": str(processes().num_processes)}
             write(path / "environment.json", lambda file: file.write_text(json.dumps(about, indent=2) + "\n"))
@@ -56,25 +55,25 @@ class Run:
 
     @classmethod
     def reopen(cls, path: Path, recipe: str, *, accept: bool) -> Run:
-        """Return a run that did not end, to go on with it.
+        """Return a run that was interrupted, to continue it.
 
         Args:
             path: its folder.
-            recipe: the resolved recipe (YAML text) it is to go on with.
-            accept: go on although the recipe changed since; the new one is written down.
+            recipe: the resolved recipe (YAML text) to continue with.
+            accept: continue although the recipe changed since; the new one is recorded.
 
         Raises:
-            MLLMError: there is no run, it has ended, or the recipe changed: every change is listed.
+            MLLMError: there is no run, it is complete, or the recipe changed: every change is listed.
         """
         written = path / "recipe.yaml"
         if not written.is_file():
             raise MLLMError(f"There is no run in {path}: expected recipe.yaml there.")
         if (path / "model" / "assembly.json").is_file():
-            raise MLLMError(f"The run {path} has ended: there is nothing to resume. `mllm eval {path}` evaluates it.")
-        found = changes(yaml.safe_load(written.read_text()), yaml.safe_load(recipe))
-        if found and not accept:
-            listed = "".join(f"\n  {change}" for change in found)
-            raise MLLMError(f"The recipe changed since {path} was started; --accept-changes goes on with it:{listed}")
+            raise MLLMError(f"The run {path} is complete: there is nothing to resume. `mllm eval {path}` evaluates it.")
+        differing = changes(yaml.safe_load(written.read_text()), yaml.safe_load(recipe))
+        if differing and not accept:
+            listed = "".join(f"\n  {change}" for change in differing)
+            raise MLLMError(f"The recipe changed since {path} was started; --accept-changes continues with it:{listed}")
         run = cls(path)
         if accept and run.writes:
             (path / "data.json").unlink(missing_ok=True)  # the data may have changed as well
@@ -84,7 +83,13 @@ class Run:
         return run
 
     def rewind(self, done: Sequence[str], stage: str, step: int) -> None:
-        """Take out of the log what came after a checkpoint: it will be done, and logged, again."""
+        """Remove from the log the rows after a checkpoint: those steps are done, and logged, again.
+
+        Args:
+            done: the stages before the checkpoint's, whose rows are kept.
+            stage: the checkpoint's.
+            step: the checkpoint's.
+        """
         path = self.path / "log.jsonl"
         if not self.writes or not path.is_file():
             return
@@ -92,8 +97,8 @@ class Run:
         for line in path.read_text().splitlines():
             with contextlib.suppress(ValueError):  # a line cut short by a kill
                 row = json.loads(line)
-                own = row["stage"] == stage and ("skipped" in row or 0 < row.get("step", 0) <= step)
-                if row["stage"] in done or own:
+                before = "skipped" in row or 0 < row.get("step", 0) <= step
+                if row["stage"] in done or (row["stage"] == stage and before):
                     kept.append(line + "\n")
         with self._written(path.name):
             write(path, lambda file: file.write_text("".join(kept)))
@@ -112,6 +117,21 @@ class Run:
         with self._written(name):
             write(self.path / name, lambda file: file.write_text(json.dumps(content, indent=2) + "\n"))
 
+    def note_data(self, stage: str, sources: Any, *, resumed: bool) -> None:
+        """Record what identifies the data of a stage.
+
+        Raises:
+            MLLMError: the stage is ``resumed``, and its data are not those that it was started with.
+        """
+        path = self.path / "data.json"
+        known = json.loads(path.read_text()) if path.is_file() else {}
+        if resumed and known.get(stage, sources) != sources:
+            raise MLLMError(
+                f"The data of stage {stage} changed since {self.path} was started. Restore the data, or continue with "
+                "--accept-changes."
+            )
+        self.record(path.name, {**known, stage: sources})
+
     def plot(self) -> Path:
         """Draw ``loss.png`` from the log."""
         out = self.path / "loss.png"
@@ -122,12 +142,26 @@ class Run:
 
     @contextlib.contextmanager
     def _written(self, name: str) -> Iterator[None]:
-        """Explain why a file of the run cannot be written."""
+        """Explain why a file of the run cannot be written, if it cannot."""
         try:
             yield
         except OSError as error:
             reason = error.strerror or error
-            raise MLLMError(f"{self.path / name} cannot be written: {reason}. Free some room.") from None
+            raise MLLMError(f"{self.path / name} cannot be written: {reason}. Free some disk space.") from None
+
+
+def changes(before: dict[str, Any], after: dict[str, Any], path: str = "") -> list[str]:
+    """Return every key whose value differs between two resolved recipes, as ``key: before -> after``."""
+    differing = []
+    for key in [*before, *(key for key in after if key not in before)]:
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, list) and isinstance(new, list):
+            old, new = dict(enumerate(old)), dict(enumerate(new))
+        if isinstance(old, dict) and isinstance(new, dict):
+            differing += changes(old, new, f"{path}{key}.")
+        elif old != new:
+            differing.append(f"{path}{key}: {old!r} -> {new!r}")
+    return differing
 
 
 def free_folder(name: str) -> Path:
@@ -137,14 +171,14 @@ def free_folder(name: str) -> Path:
 
 
 def environment() -> dict[str, str]:
-    """Return the versions that a result depends on, and the commit of the working directory."""
-    found = {"python": platform.python_version(), "machine": platform.machine()}
+    """Return the versions that a result depends on, and the working directory's commit."""
+    versions = {"python": platform.python_version(), "machine": platform.machine()}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "absent"
-    return {**found, "commit": _commit()}
+            versions[package] = "absent"
+    return {**versions, "commit": _commit()}
 
 
 def _commit() -> str:

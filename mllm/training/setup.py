@@ -1,7 +1,9 @@
-"""What a stage is trained with: parameter groups, accelerator, optimizer and schedule."""
+"""Build what a stage trains with: objectives, trained parameters, accelerator, optimizer and schedule."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,48 +11,106 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
-from torch import nn
+from torch import Tensor, nn
+from transformers import get_scheduler
 
+from mllm.build import objectives_of
 from mllm.config.recipe import Stage
 from mllm.errors import MLLMError
 from mllm.model import Model, trained_module
-from mllm.training.sharding import asked
+from mllm.prompts.batch import Batch
+from mllm.prompts.pieces import Piece
+from mllm.training.checkpoint import TrainingState, set_optimizer
+from mllm.training.sharding import asked, keep_apart
+
+Groups = list[dict[str, Any]]  # of parameters, each with its learning rate
+Rows = Sequence[list[Piece]]
+Micro = tuple[Rows, Tensor | None, Batch | None]  # examples, their features, their ids
 
 
-def parameter_groups(model: Model, stage: Stage) -> list[dict[str, Any]]:
-    """Return the optimizer's groups: each part (or path inside one) that trains, with its learning rate.
+class Objectives:
+    """A stage's objectives and their weights in its loss.
 
-    A parameter belongs to the longest path that names it; an adapter's, wherever it stands, to ``adapters``.
-
-    Raises:
-        MLLMError: a path that is no part, or weights that are quantised.
+    Args:
+        stage: names them.
     """
-    model.requires_grad_(False)
-    inside = {id(parameter) for parameter in model.adapters.parameters()}
-    owner: dict[int, tuple[str, nn.Parameter]] = {}
-    for path in sorted(stage.train, key=len):
-        for parameter in trained_module(model, path).parameters():
-            if id(parameter) not in inside or path.startswith("adapters"):
-                owner[id(parameter)] = (path, parameter)
-    groups = []
-    for path, rate in stage.train.items():
-        own = [parameter for name, parameter in owner.values() if name == path]
-        if not all(parameter.is_floating_point() for parameter in own):
-            raise MLLMError(f"A stage's 'train' names {path!r}, which is quantised. Set quantize: null, or use LoRA.")
-        groups.append({"params": [parameter.requires_grad_(True) for parameter in own], "lr": rate})
-    return groups
+
+    def __init__(self, stage: Stage) -> None:
+        self.names = [spec.type for spec in stage.objectives]
+        self.weights = [spec.weight for spec in stage.objectives]
+        self.losses = objectives_of(stage.objectives)
+
+    @property
+    def comparing(self) -> list[str]:
+        """Return the names of the objectives that compare the examples of a batch, which therefore is not split."""
+        named = zip(self.names, self.losses, strict=True)
+        return [name for name, objective in named if not objective.per_example]
+
+    def __call__(self, model: Any, micro: Micro) -> Tensor:
+        """Return each objective's loss ``(n,)``, summed over a batch."""
+        return torch.stack(model(*micro, self.losses)).float()
+
+    def count(self, micro: Micro) -> list[float]:
+        """Return by how much each objective's sum is to be divided."""
+        rows, _, batch = micro
+        return [float(objective.count(rows, batch)) for objective in self.losses]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What a step is computed with.
+
+    Args:
+        accelerator: brings devices, processes, precision and trackers.
+        model: the assembly.
+        wrapped: the same, as accelerate distributes it.
+        stage: how gradients are clipped.
+        optimizer: of the trained parameters.
+        schedule: of its learning rates.
+    """
+
+    accelerator: Accelerator
+    model: Model
+    wrapped: Any
+    stage: Stage
+    optimizer: Any
+    schedule: Any
+
+    @property
+    def rates(self) -> list[float]:
+        """Return the current learning rates."""
+        return [group["lr"] for group in self.optimizer.param_groups]
+
+    def update(self) -> None:
+        """Change the trained parameters by their gradients, which are clipped first and cleared afterwards."""
+        if self.stage.optim.clip is not None:
+            parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+            self.accelerator.clip_grad_norm_(parameters, self.stage.optim.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.model.tokens is not None and "tokens" in self.stage.train:
+            self.model.tokens.rescale()
+        self.schedule.step()
+
+    def close(self) -> None:
+        """Freeze the model and release what training held."""
+        self.model.requires_grad_(False).eval()
+        for tracker in self.accelerator.trackers:  # end_training would end the other processes, too
+            tracker.finish()
+        self.accelerator.free_memory()
 
 
 def accelerator_for(stage: Stage, folder: Path) -> Accelerator:
-    """Return accelerate's engine, which brings devices, processes, precision and trackers.
+    """Return the accelerator, which brings devices, processes, precision and trackers.
 
     Raises:
-        MLLMError: a tracker that is not installed, or weights divided among processes.
+        MLLMError: a tracker that is not installed, weights divided by DeepSpeed, or fewer examples in a batch than
+            processes.
     """
     present = {str(tracker) for tracker in get_available_trackers()}
     if missing := [name for name in stage.track if name not in present]:
         raise MLLMError(f"track: {', '.join(missing)} cannot be imported: pip install 'mllm-assembly[track]'.")
-    # A process whose examples have no picture leaves the connector out of its graph.
+    # A process whose examples have no image leaves the connector out of its graph.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     asked()  # first: accelerate is not to divide anything itself
     accelerator = Accelerator(
@@ -66,7 +126,55 @@ def accelerator_for(stage: Stage, folder: Path) -> Accelerator:
         )
     if stage.track:
         accelerator.init_trackers(stage.name, config={"steps": stage.steps, "batch_size": stage.batch_size})
+    if stage.batch_size < accelerator.num_processes:
+        raise MLLMError(
+            f"Stage {stage.name}: batch_size is {stage.batch_size}, and there are {accelerator.num_processes} "
+            "processes, each of which needs an example."
+        )
     return accelerator
+
+
+def parameter_groups(model: Model, stage: Stage) -> Groups:
+    """Freeze all that a stage does not train; return the rest as the optimizer's groups, by part or path inside one.
+
+    A parameter belongs to the longest path that names it; an adapter's belongs to ``adapters``, wherever it stands.
+
+    Raises:
+        MLLMError: a path that is no part, or weights that are quantized.
+    """
+    model.requires_grad_(False)
+    inside = {id(parameter) for parameter in model.adapters.parameters()}
+    owner: dict[int, tuple[str, nn.Parameter]] = {}
+    for path in sorted(stage.train, key=len):
+        for parameter in trained_module(model, path).parameters():
+            if id(parameter) not in inside or path.startswith("adapters"):
+                owner[id(parameter)] = (path, parameter)
+    groups = []
+    for path, rate in stage.train.items():
+        parameters = [parameter for name, parameter in owner.values() if name == path]
+        if not all(parameter.is_floating_point() for parameter in parameters):
+            raise MLLMError(f"A stage's 'train' names {path!r}, which is quantized. Set quantize: null, or use LoRA.")
+        groups.append({"params": [parameter.requires_grad_(True) for parameter in parameters], "lr": rate})
+    return groups
+
+
+def optimizer_for(model: Model, stage: Stage, groups: Groups) -> torch.optim.Optimizer:
+    """Return the optimizer, having turned on what saves memory or time in the language model."""
+    set_up(model, stage)
+    return torch.optim.AdamW(groups, weight_decay=stage.optim.weight_decay, betas=stage.optim.betas)
+
+
+def engine_for(accelerator: Accelerator, model: Model, stage: Stage, groups: Groups, state: TrainingState) -> Engine:
+    """Return what a stage's steps are computed with, at the step to continue from."""
+    assert stage.steps is not None
+    unprepared = optimizer_for(model, stage, groups)
+    keep_apart(model)
+    wrapped, optimizer = accelerator.prepare(model, unprepared)
+    schedule = get_scheduler(schedule_name(stage), optimizer, stage.optim.warmup, stage.steps)
+    if state.step:
+        set_optimizer(optimizer, state.optimizer, state.rates)
+        schedule.load_state_dict(state.schedule)
+    return Engine(accelerator, model, wrapped, stage, optimizer, schedule)
 
 
 def set_up(model: Model, stage: Stage) -> None:
@@ -91,7 +199,7 @@ def recompute(model: Model) -> None:
 
 
 def precision(stage: Stage) -> str:
-    """Return accelerate's word; ``auto`` is bfloat16 on a GPU that has it, else what the parts are loaded in."""
+    """Return accelerate's word; ``auto`` is bfloat16 on a GPU that has it, else the precision of the loaded parts."""
     names = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
     if stage.optim.precision == "auto":
         return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"

@@ -16,7 +16,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from mllm.config.recipe import Stage
 from mllm.errors import MLLMError
+from mllm.model import Model
 from mllm.processes import processes
 
 
@@ -24,22 +26,41 @@ from mllm.processes import processes
 def asked() -> bool:
     """Whether accelerate's configuration asks for FSDP.
 
-    The word is taken out of the environment: accelerate itself would divide what trains, too, and never on CPUs.
+    The setting is removed from the environment: accelerate itself would divide trained weights, too, and never on CPUs.
     """
     return os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
 
 
+def divide_where_asked(model: Model, stage: Stage, device: torch.device) -> int:
+    """Divide the language model's frozen weights where accelerate's configuration asks for FSDP.
+
+    Returns:
+        The number of layers that are divided; 0 where nothing is.
+
+    Raises:
+        MLLMError: the stage evaluates while it trains, or the language model cannot be divided.
+    """
+    if not (asked() and processes().num_processes > 1 and model.generates_text):
+        return 0
+    if stage.eval.every:
+        raise MLLMError(
+            "FSDP: processes that share the weights cannot answer each at its own pace. Set eval.every: null, and "
+            "run mllm eval afterwards."
+        )
+    return divide(model.lm, device)
+
+
 def divide(lm: Any, device: torch.device) -> int:
-    """Divide what is frozen in a language model's layers among the processes, and bring it to their devices.
+    """Divide the frozen weights of a language model's layers among the processes, and move them to their devices.
 
     Returns:
         The number of layers.
 
     Raises:
-        MLLMError: weights that are quantised, or layers that are not found or do not run once a batch.
+        MLLMError: weights that are quantized, or layers that are unknown or do not run once a batch.
     """
     if not all(parameter.is_floating_point() for parameter in lm.model.parameters()):
-        raise MLLMError("FSDP does not divide quantised weights. Set lm.quantize: null, or launch without FSDP (DDP).")
+        raise MLLMError("FSDP does not divide quantized weights. Set lm.quantize: null, or launch without FSDP (DDP).")
     if not lm.layers or not lm.whole_batches:
         raise MLLMError(
             "FSDP needs a language model whose layers run once a batch in every process, and this one's do not. "
@@ -58,7 +79,7 @@ def divided(module: nn.Module | None) -> bool:
 
 
 def keep_apart(model: nn.Module) -> None:
-    """Tell DDP what is frozen: it need not be sent around, and is the same everywhere as it is loaded."""
+    """Exclude frozen tensors from DDP: every process loads the same, so they need not be broadcast."""
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     fixed = [name for name, _ in model.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen + fixed)

@@ -1,40 +1,64 @@
-"""Run one stage of a recipe: prepare what it needs, then fit or train."""
+"""Run one stage of a recipe: take its model over from the stage before, then fit or train."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
+from accelerate.utils import set_seed
+
+from mllm.assembly import Assembly
 from mllm.build import build_encoder, build_lm, fit_of, join
 from mllm.config.parts import PARTS, AssemblySpec
-from mllm.config.recipe import Recipe, Stage
+from mllm.config.recipe import Stage
 from mllm.data.skipping import Skipped
+from mllm.data.sources import fingerprint
 from mllm.data.stream import Stream
 from mllm.encoders.feature_store import FeatureStore, open_store
 from mllm.errors import MLLMError
 from mllm.fits.base import Material
 from mllm.media.images import open_image
-from mllm.model import Model
 from mllm.processes import progress
 from mllm.system import return_memory
-from mllm.training.batches import data
-from mllm.training.checkpoint import State
+from mllm.training.batches import Batches, check_packing, training_sources
+from mllm.training.calibration import calibrate_new
+from mllm.training.checkpoint import Checkpoints, TrainingState
 from mllm.training.loop import Loop
+from mllm.training.monitor import Monitor, shown_items
 from mllm.training.run import Run
-from mllm.training.sharding import divided
+from mllm.training.setup import Objectives, accelerator_for, engine_for, parameter_groups
+from mllm.training.sharding import divide_where_asked, divided
+from mllm.training.validation import Validation, validation_rows
+from mllm.transfer import transfer
+
+MEASURES = {"explained": "training R^2"}  # how a fit's figure is called in the progress bar
 
 
-def carried(model: Model, spec: AssemblySpec, run: Run | None = None) -> Model:
-    """Return the model of the next stage: what was trained goes along by name, what is new starts anew.
+def begin_stage(run: Run, model: Assembly, stage: Stage, seed: int) -> Assembly:
+    """Return the model that a stage starts with: that of the stage before, with parts of another run where named.
+
+    A stage whose own seed is not the recipe's (``seed``) starts torch's generators anew, for dropout above all.
+    """
+    if stage.seed != seed:
+        set_seed(stage.seed)
+    model = carry_over(model, stage.assembly, run)
+    if stage.init.source:
+        transfer(model, Path(stage.init.source), stage.init.parts)
+    return model
+
+
+def carry_over(model: Assembly, spec: AssemblySpec, run: Run | None = None) -> Assembly:
+    """Return the model of the next stage: trained tensors are carried over by name, new ones are initialized.
 
     Args:
-        model: the stage before's.
+        model: of the stage before.
         spec: what the next stage's model is built from.
-        run: is told what is left behind.
+        run: logs the tensors that are left behind.
 
     Raises:
-        MLLMError: a tensor that was trained has another shape in the next stage.
+        MLLMError: a trained tensor has another shape in the next stage.
     """
     if spec == model.spec:
         return model
@@ -42,7 +66,7 @@ def carried(model: Model, spec: AssemblySpec, run: Run | None = None) -> Model:
     if all(same.values()):
         model.spec = spec
         return model
-    touched = model.spec.adapters or model.spec.tokens or model.spec.trained or divided(model.lm)
+    touched = model.spec.adapters or model.tokens is not None or model.spec.trained or divided(model.lm)
     pristine = same["lm"] and not touched
     encoder = model.encoder if same["encoder"] else build_encoder(spec)
     new = join(spec, encoder=encoder, lm=model.lm if pristine else build_lm(spec))
@@ -50,7 +74,7 @@ def carried(model: Model, spec: AssemblySpec, run: Run | None = None) -> Model:
     wrong = [name for name in old.keys() & wanted.keys() if old[name].shape != wanted[name].shape]
     if wrong:
         raise MLLMError(
-            f"A stage changes parts so that what was trained does not fit: {', '.join(sorted(wrong)[:4])}. "
+            f"A stage changes parts so that trained tensors do not fit: {', '.join(sorted(wrong)[:4])}. "
             "Give the connector a fixed number of tokens, or leave the part as it was."
         )
     new.load_state_dict({name: tensor for name, tensor in old.items() if name in wanted}, strict=False)
@@ -61,64 +85,81 @@ def carried(model: Model, spec: AssemblySpec, run: Run | None = None) -> Model:
     return new
 
 
-def run_stage(run: Run, model: Model, stage: Stage, config: Recipe, state: State) -> Model:
+def run_stage(run: Run, model: Assembly, stage: Stage, state: TrainingState) -> None:
     """Fit or train one stage, and record that what it does not train hashes the same afterwards."""
-    return_memory()  # what loading and the stage before left
-    store = open_store(model, "off" if _encoder_trains(stage) else stage.cache)
+    return_memory()  # of loading and of the stage before
+    store = open_store(model, "off" if stage.trains("encoder") else stage.cache)
     trained = [stage.fit.part] if stage.fit else list(stage.train)
     before = _hashes(model, trained)
     if stage.fit:
-        _fit(run, model, stage, config, store)
+        _fit(run, model, stage, store)
     else:
-        Loop(run, model, stage, config, store, state)()
-    state.frozen[stage.name] = {"before": before, "after": _hashes(model, trained)}
-    assert before == state.frozen[stage.name]["after"], "a frozen part changed"
+        prepare(run, model, stage, store, state)()
+    after = _hashes(model, trained)
+    state.frozen[stage.name] = {"before": before, "after": after}
+    assert before == after, "a frozen part changed"
     store.flush()
-    return model
 
 
-def sets_connector(stage: Stage) -> bool:
-    """Whether a stage fits the connector, trains in it, or starts from another run's."""
-    taken = stage.init.parts or ["connector"] if stage.init.source else []
-    paths = [stage.fit.part] if stage.fit else [*stage.train]
-    return any(path.split(".")[0] == "connector" for path in (*paths, *taken))
+def prepare(run: Run, model: Assembly, stage: Stage, store: FeatureStore, state: TrainingState) -> Loop:
+    """Build what a stage trains with, in the order in which one thing needs another; return the loop.
+
+    Args:
+        run: where it is logged.
+        model: the assembly, as the stage starts or continues with it.
+        stage: what trains, on which data, by which objectives.
+        store: of the encoder's features.
+        state: the step to continue from.
+    """
+    accelerator = accelerator_for(stage, run.path)
+    groups = parameter_groups(model, stage)
+    if layers := divide_where_asked(model, stage, accelerator.device):
+        run.log(stage=stage.name, step=state.step, divided_layers=layers)
+    model.to(accelerator.device)
+    sources = training_sources(stage)
+    share = {"rank": accelerator.process_index, "world": accelerator.num_processes}
+    batches = Batches(model, stage, sources, store, run.log, **share)
+    objectives = Objectives(stage)
+    check_packing(stage, model, objectives)
+    run.note_data(stage.name, fingerprint(sources), resumed=state.step > 0)
+    validation = Validation(model, stage, validation_rows(stage, model), store, objectives, state)
+    monitor = Monitor(run, model, stage, accelerator, shown_items(stage))
+    calibrate_new(model, stage, batches, store)
+    engine = engine_for(accelerator, model, stage, groups, state)
+    return Loop(stage, engine, objectives, batches, validation, monitor, Checkpoints(run.path, state, store))
 
 
-def _encoder_trains(stage: Stage) -> bool:
-    return any(path.split(".")[0] == "encoder" for path in stage.train)
-
-
-def _hashes(model: Model, trained: Sequence[str]) -> dict[str, str]:
+def _hashes(model: Assembly, trained: Sequence[str]) -> dict[str, str]:
     """Return the hash of every part that has tensors a stage does not train."""
     parts = [name for name in PARTS if name not in trained and getattr(model, name) is not None]
     return {name: model.frozen_hash(name, trained) for name in parts if getattr(model, name).state_dict()}
 
 
-def _fit(run: Run, model: Model, stage: Stage, config: Recipe, store: FeatureStore) -> None:
+def _fit(run: Run, model: Assembly, stage: Stage, store: FeatureStore) -> None:
     assert stage.fit is not None
     fit = fit_of(stage)
     with progress() as bar:
         task = bar.add_task(stage.name, total=None, note="")
-        material = _material(run, model, stage, config, store)
-        found = fit(model, replace(material, track=lambda chunks: bar.track(chunks, task_id=task)))
-        bar.update(task, note=f"{fit.measure} {found:.0%}")
-    run.log(stage=stage.name, **{fit.measure: found})
+        material = _material(run, model, stage, store)
+        quality = fit(model, replace(material, track=lambda chunks: bar.track(chunks, task_id=task)))
+        bar.update(task, note=f"{MEASURES.get(fit.measure, fit.measure)} {quality:.2f}")
+    run.log(stage=stage.name, **{fit.measure: quality})
     model.calibrated = model.calibrated or stage.fit.part == "connector"
 
 
-def _material(run: Run, model: Model, stage: Stage, config: Recipe, store: FeatureStore) -> Material:
-    """Return what a stage's part is fitted on."""
+def _material(run: Run, model: Assembly, stage: Stage, store: FeatureStore) -> Material:
+    """Return the data on which a stage's part is fitted."""
     assert stage.fit is not None
-    if stage.fit.targets == "tokens":  # their own strings: no data is needed, none need be given
-        return Material(seed=config.seed)
-    sources = data(stage, config.seed)
+    if stage.fit.targets == "tokens":  # their strings: no data is needed
+        return Material(seed=stage.seed)
+    sources = training_sources(stage)
     items = [item for source in sources for item in source.items]
     skipped = Skipped(stage.data.skip, len(items), partial(run.log, stage=stage.name))
     opened = model.encoder.open if model.encoder is not None else open_image
     return Material(
         items,
         features=store,
-        examples=lambda: Stream(sources, stage.prompt, seed=config.seed, lm=model.lm).take(len(items)),  # each once
+        examples=lambda: Stream(sources, stage.prompt, seed=stage.seed, lm=model.lm).take(len(items)),  # each once
         readable=lambda part: skipped.readable(part, lambda item: opened(item.images[0])),
-        seed=config.seed,
+        seed=stage.seed,
     )

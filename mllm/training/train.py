@@ -1,7 +1,7 @@
-"""From a recipe to a run: its stages in order, each by gradient (`loop`) or in closed form (`mllm.fits`).
+"""Train a recipe: its stages in order, each by gradient (`mllm.training.loop`) or in closed form (`mllm.fits`).
 
-Notable: the model may differ from stage to stage; what was trained goes along. What a stage does not name is hashed
-before and after.
+Notable: the model may differ from stage to stage; trained tensors are carried over. What a stage does not name is
+hashed before and after.
 """
 
 from __future__ import annotations
@@ -13,18 +13,17 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list, set_seed
 
+from mllm.assembly import Assembly
 from mllm.build import build
-from mllm.config import loading as recipes
+from mllm.config import loading
 from mllm.config.recipe import Recipe
 from mllm.errors import MLLMError
-from mllm.model import Model
 from mllm.processes import processes
 from mllm.saving import save
 from mllm.training.checkpoint import NAME as CHECKPOINT
-from mllm.training.checkpoint import State, random_states, set_random_states
+from mllm.training.checkpoint import TrainingState, random_states, set_random_states
 from mllm.training.run import Run, free_folder
-from mllm.training.stages import carried, run_stage, sets_connector
-from mllm.transfer import take
+from mllm.training.stages import begin_stage, run_stage
 
 
 def train(
@@ -41,38 +40,35 @@ def train(
         recipe: a recipe's name, or a path to a YAML file.
         overrides: dotted, ``{"connector.type": "mlp"}`` or ``["connector.type=mlp"]``.
         out: the run's folder; None: ``runs/NAME``, or the first free ``runs/NAME-2``, ...
-        resume: a run that was interrupted, to go on with from its last checkpoint.
-        accept_changes: go on although the recipe is not the one the run was started with.
+        resume: a run that was interrupted, to continue from its last checkpoint.
+        accept_changes: continue although the recipe is not the one that the run was started with.
 
     Raises:
         MLLMError: a recipe, part or data set that is wrong; nothing is trained then. Or a run that cannot be resumed.
     """
-    config = recipes.load(recipe, overrides)
+    started = time.monotonic()
+    config = loading.load(recipe, overrides)
     if not config.stages:
         raise MLLMError(f"The recipe {config.name} has no stages, so there is nothing to train.")
-    started = time.monotonic()
     processes()  # first: they agree on a folder before anything is trained
     set_seed(config.seed)
     if resume:
-        run = Run.reopen(Path(resume), recipes.dump(config), accept=accept_changes)
-        model, state = _taken_up(run, config)
+        run = Run.reopen(Path(resume), loading.dump(config), accept=accept_changes)
+        model, state = _restored(run, config)
     else:
-        model, state = build(config.assembly(config.stages[0])), State()  # first: what does not fit leaves no folder
-        run = Run.create(_folder(out, config.name), recipes.dump(config))
+        model, state = build(config.stages[0].assembly), TrainingState()  # first: what does not fit leaves no folder
+        run = Run.create(_folder(out, config.name), loading.dump(config))
     try:
-        for index in range(state.stage, len(config.stages)):
-            stage = config.stages[index]
-            if index and not state.step:
-                model = carried(model, config.assembly(stage), run)
-            if stage.init.source and not state.step:
-                take(model, Path(stage.init.source), stage.init.parts)
-            model = run_stage(run, model, stage, config, state)
-            state = State(index + 1, tensors={**_trained(model), **random_states()}, frozen=state.frozen)
+        for number, stage in enumerate(config.stages[state.stage :], start=state.stage):
+            if not state.step:
+                model = begin_stage(run, model, stage, config.seed)
+            run_stage(run, model, stage, state)
+            state = TrainingState(number + 1, model=model.trained_state(), random=random_states(), frozen=state.frozen)
             state.write(run.path)
     finally:
         run.plot()
     run.record("frozen.json", state.frozen)
-    run.record("time.json", {"minutes": (time.monotonic() - started) / 60})  # since it was last taken up
+    run.record("time.json", {"minutes": (time.monotonic() - started) / 60})  # since it was last started
     if run.writes:
         save(model, run.path / "model")
         (run.path / CHECKPOINT).unlink(missing_ok=True)
@@ -85,22 +81,17 @@ def _folder(out: str | Path | None, name: str) -> Path:
     return Path(broadcast_object_list([str(out or free_folder(name))])[0])
 
 
-def _taken_up(run: Run, config: Recipe) -> tuple[Model, State]:
-    """Return the model and the state of a run's last checkpoint, and put the random states and the log back to it."""
-    state = State.read(run.path) or State()
+def _restored(run: Run, config: Recipe) -> tuple[Assembly, TrainingState]:
+    """Return the model and the state of a run's last checkpoint, with the random states and the log set back to it."""
+    state = TrainingState.read(run.path) or TrainingState()
     names = [stage.name for stage in config.stages]
     run.rewind(names[: state.stage], names[state.stage] if state.stage < len(names) else "", state.step)
-    at = state.stage if state.step or not state.stage else state.stage - 1  # a stage's end is the end of its own model
-    model = build(config.assembly(config.stages[at]))
-    if state.tensors:
-        trained = {name.removeprefix("model."): t for name, t in state.tensors.items() if name.startswith("model.")}
-        if trained.keys() != model.trained_state().keys():
+    number = state.stage if state.step or not state.stage else state.stage - 1  # a stage's end has that stage's model
+    model = build(config.stages[number].assembly)
+    if state.random:  # there is a checkpoint
+        if state.model.keys() != model.trained_state().keys():
             raise MLLMError(f"The checkpoint of {run.path} is of another model: the recipe's parts changed.")
-        model.load_state_dict(trained, strict=False)
-        model.calibrated = any(map(sets_connector, config.stages[: at + 1]))
-        set_random_states(state.tensors)
+        model.load_state_dict(state.model, strict=False)
+        model.calibrated = any(stage.sets("connector") for stage in config.stages[: number + 1])
+        set_random_states(state.random)
     return model, state
-
-
-def _trained(model: Model) -> dict[str, Any]:
-    return {f"model.{name}": tensor for name, tensor in model.trained_state().items()}

@@ -164,7 +164,7 @@ def test_what_fails_leaves_the_conversation_as_it_was(model, tmp_path):
     before = list(chat.messages)
     with pytest.raises(MLLMError, match="no image file"):
         chat.send("and this?", [tmp_path / "none.png"])
-    with pytest.raises(MLLMError, match="Nothing was said"):
+    with pytest.raises(MLLMError, match="The message is empty"):
         chat.send(" ")
     with pytest.raises(MLLMError, match=r"chat.drop\(2\)"):
         chat.send("long " * 3000)
@@ -191,8 +191,10 @@ def test_an_answer_with_images_is_that_of_the_whole_conversation(tiny_model, tmp
     index = ImageIndex.build(model, sorted(tmp_path.glob("*.png")))
     chat = model.chat()
     chat.send("what is it?", [A], max_new_tokens=3)
-    output = chat.show("show me", index=index, eager=1e4, max_new_tokens=4)
-    (expected,) = model.generate([turns(model, chat.messages[:-1])], index=index, eager=1e4, max_new_tokens=4)
+    output = chat.show("show me", index=index, image_logit_bias=1e4, max_new_tokens=4)
+    (expected,) = model.generate(
+        [turns(model, chat.messages[:-1])], index=index, image_logit_bias=1e4, max_new_tokens=4
+    )
     assert list(output) == list(expected) and output.images
     assert chat.messages[-1]["content"][0]["text"] == str(output).strip()  # its words go on
     assert chat.send("and?", max_new_tokens=2) is not None

@@ -10,6 +10,7 @@ import torch
 from sklearn.linear_model import Ridge
 
 import mllm
+from mllm.capabilities import ConditionHead
 from mllm.errors import MLLMError
 from mllm.fits import decision as fits
 from mllm.fits.base import Material
@@ -18,7 +19,7 @@ from mllm.outputs import ImagePart, Text
 from mllm.prompts.pieces import Target
 from mllm.readout.decision import decide, states_at
 from mllm.scorers.index import ImageIndex
-from mllm.slots import ConditionHead, Inputs
+from mllm.slots import Inputs
 from mllm.testing import tiny_image
 from mllm.training.batches import inputs
 
@@ -85,16 +86,20 @@ def test_of_several_the_closest_comes_first(model):
 def test_where_the_model_says_the_first_token_the_others_follow_and_an_image_stands(model):
     model = model()
     plain = model.generate(PROMPTS, images=0, max_new_tokens=7)
-    never = model.generate(PROMPTS, eager=-1e4, max_new_tokens=7)
+    never = model.generate(PROMPTS, image_logit_bias=-1e4, max_new_tokens=7)
     assert [str(answer) for answer in plain] == [str(answer) for answer in never]
     ids = model.lm.new_tokens
     for cut in (1, 2, 7):  # where the limit cuts the tokens short, the image stands all the same
-        for prompt, answer in zip(PROMPTS, model.generate(PROMPTS, eager=1e4, max_new_tokens=cut), strict=True):
+        for prompt, answer in zip(
+            PROMPTS, model.generate(PROMPTS, image_logit_bias=1e4, max_new_tokens=cut), strict=True
+        ):
             assert isinstance(answer[0], ImagePart) and same(answer[0].image, model.draw([prompt])[0].image)
             assert len(answer.images) == (2 if cut == 7 else 1)  # at once again is not forced: three tokens, one, three
             assert str(answer) == "".join(part for part in answer if isinstance(part, Text))
     assert model.lm.decode([ids["[IMG0]"], ids["[IMG1]"]]) == ""
-    (first,), (second,) = ([a.images[0]] for a in model.generate(PROMPTS[:1] * 2, eager=1e4, max_new_tokens=3))
+    (first,), (second,) = (
+        [a.images[0]] for a in model.generate(PROMPTS[:1] * 2, image_logit_bias=1e4, max_new_tokens=3)
+    )
     assert same(first.image, second.image) and first.seed == 0
 
 
@@ -105,11 +110,11 @@ def test_the_decision_head_says_whether_an_image_is_looked_up_or_made(model, pat
     with torch.no_grad():
         model.heads["decision"].judge.weight.zero_()
         model.heads["decision"].judge.bias.copy_(torch.tensor(bias))
-    (answer,) = model.generate(PROMPTS[:1], index=index, images=2, eager=1e4, max_new_tokens=3)
+    (answer,) = model.generate(PROMPTS[:1], index=index, images=2, image_logit_bias=1e4, max_new_tokens=3)
     (part,) = answer.images
     assert (part.seed is None) == (way == "retrieve") and len(part.candidates) == 1
     assert part.source in ([str(path) for path in paths] if way == "retrieve" else [model.decoder.label])
-    (made,) = model.generate(PROMPTS[:1], eager=1e4, max_new_tokens=3)
+    (made,) = model.generate(PROMPTS[:1], image_logit_bias=1e4, max_new_tokens=3)
     assert made.images[0].seed == 0  # without an index there is nothing to decide
 
 
@@ -155,7 +160,7 @@ def test_it_is_saved_and_loaded_and_refused_where_it_cannot_draw(model, tiny_mod
     assert same(mllm.load(tmp_path).draw(PROMPTS)[0].image, first.draw(PROMPTS)[0].image)
     with pytest.raises(MLLMError, match="makes no images"):
         tiny_model().draw(PROMPTS)
-    with pytest.raises(MLLMError, match="leave out 'candidates', or say images=0"):
+    with pytest.raises(MLLMError, match="leave out 'candidates', or set images=0"):
         first.generate(PROMPTS, candidates=2)
     with pytest.raises(MLLMError, match="0 images are asked for"):
         first.draw(PROMPTS, count=0)

@@ -11,7 +11,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from mllm.cli.app import app
-from mllm.errors import MLLMError
+from mllm.errors import MLLMError, warn_renamed
 from mllm.media.images import open_image
 from mllm.outputs import ImagePart, Output, Text, data_url, with_files
 from mllm.scorers.index import ImageIndex
@@ -34,7 +34,7 @@ def place(tiny_model, tmp_path):
 
 
 def said(place: Path, command: str, *more: str, given: str | None = None) -> str:
-    arguments = [command, str(place / "run"), *more, "--max-new-tokens", "4", "--eager", "1e4"]
+    arguments = [command, str(place / "run"), *more, "--max-new-tokens", "4", "--image-logit-bias", "1e4"]
     done = CliRunner().invoke(
         app, [*arguments, "--index", str(place / "photos.index")], input=given, catch_exceptions=False
     )
@@ -71,22 +71,22 @@ def painter(tiny_model, tiny_decoder, tmp_path):
     return model, tmp_path
 
 
-@pytest.mark.parametrize("eager", ["1e4", "-1e4"])
+@pytest.mark.parametrize("bias", ["1e4", "-1e4"])
 @pytest.mark.parametrize("command", ["caption", "ask", "chat"])
-def test_without_an_index_images_are_made_and_named(painter, command, eager):
+def test_without_an_index_images_are_made_and_named(painter, command, bias):
     model, place = painter
     tiny_image(0).save(place / "in.png")
     more = {"caption": ["in.png"], "ask": ["in.png", "what?"], "chat": []}[command]
     more = [str(place / one) if one.endswith("png") else one for one in more]
-    options = ["--max-new-tokens", "5", "--eager", eager, "--show", str(place / "made")]
+    options = ["--max-new-tokens", "5", "--image-logit-bias", bias, "--show", str(place / "made")]
     done = CliRunner().invoke(
         app, [command, str(place / "run"), *more, *options], input="see\n", catch_exceptions=False
     )
     files = sorted((place / "made").glob("*.png"))
-    assert done.exit_code == 0 and bool(files) == (eager == "1e4")
+    assert done.exit_code == 0 and bool(files) == (bias == "1e4")
     assert all(f"[{file}]" in done.output and open_image(file).size == (16, 16) for file in files)
     if command == "chat":
-        output = model.chat().show("see", eager=float(eager), max_new_tokens=5)
+        output = model.chat().show("see", image_logit_bias=float(bias), max_new_tokens=5)
         assert len(output.images) == len(files)
         for file, part in zip(files, output.images, strict=True):
             assert np.array_equal(np.asarray(open_image(file)), np.asarray(part.image))
@@ -107,7 +107,25 @@ def test_a_chat_makes_images_unasked(painter, monkeypatch):
 def test_eagerness_without_images_is_refused(tiny_model):
     for model in (tiny_model(), tiny_model(**PARTS)):
         with pytest.raises(MLLMError, match="give an index that the model finds them in, or a model that makes them"):
-            model.generate([["a cat"]], eager=2.0)
+            model.generate([["a cat"]], image_logit_bias=2.0)
+
+
+def test_the_former_name_of_the_bias_warns_and_does_the_same(place):
+    warn_renamed.cache_clear()
+    picture = str(place / "photos/1.png")
+    arguments = ["caption", str(place / "run"), picture, "--max-new-tokens", "4", "--eager", "1e4"]
+    with pytest.warns(FutureWarning, match="--eager is now called --image-logit-bias"):
+        done = CliRunner().invoke(app, [*arguments, "--index", str(place / "photos.index")], catch_exceptions=False)
+    assert done.output == said(place, "caption", picture)
+
+
+def test_eager_in_python_warns_and_is_passed_on(tiny_model):
+    warn_renamed.cache_clear()
+    with (
+        pytest.warns(FutureWarning, match="'eager' is now called 'image_logit_bias'"),
+        pytest.raises(MLLMError, match="give an index that the model finds them in"),
+    ):
+        tiny_model().generate([["a cat"]], eager=2.0)
 
 
 def test_made_images_are_saved_under_the_next_free_number(tmp_path):

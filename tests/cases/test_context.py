@@ -33,7 +33,7 @@ def test_generate_past_the_context(model_of, family):
 def test_a_view_that_generates_past_the_context(model_of, family):
     model = model_of(family)
     with contextlib.suppress(MLLMError):
-        assert isinstance(model.see([IMAGE, long_text(model)]).go_on(" y", max_new_tokens=20), str)
+        assert isinstance(model.see([IMAGE, long_text(model)]).continue_with(" y", max_new_tokens=20), str)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_a_view_whose_question_passes_the_context_is_refused(model_of, family):
     model = model_of(family)
     view = model.see([IMAGE, long_text(model)])
     with pytest.raises(MLLMError):
-        view.go_on("z" * 30, max_new_tokens=2)
+        view.continue_with("z" * 30, max_new_tokens=2)
 
 
 @every_family

@@ -61,7 +61,7 @@ def test_the_penalty_is_on_new_tokens_or_on_the_prompts_too(model_of, family):
 def test_a_view_continues_as_generate_does(model_of, family, decoding):
     model = model_of(family)
     answer = str(model.generate([[IMAGE, TEXT]], max_new_tokens=NEW_TOKENS, **decoding)[0])
-    assert model.see([IMAGE]).go_on(TEXT, max_new_tokens=NEW_TOKENS, **decoding) == answer
+    assert model.see([IMAGE]).continue_with(TEXT, max_new_tokens=NEW_TOKENS, **decoding) == answer
 
 
 @penalized_families
@@ -79,7 +79,7 @@ def test_an_answer_that_ends_at_once_ends_at_once_everywhere(model_of, family):
         chat = model.chat()
         answers = {
             "generate": str(model.generate([[IMAGE, "x"]], **decoding)[0]),
-            "view": model.see([IMAGE]).go_on("x", **decoding),
+            "view": model.see([IMAGE]).continue_with("x", **decoding),
             "first turn": chat.send("x", [IMAGE], **decoding),
             "second turn": chat.send("y", **decoding),
         }

@@ -120,6 +120,33 @@ def test_stage_overrides_by_deep_merge_and_only_itself(file: Path) -> None:
     assert fit.encoder.resolution is None
 
 
+def test_a_stages_model_holds_what_earlier_stages_trained_and_drew(file: Path) -> None:
+    one = "{name: one, train: {encoder: 1.0e-4, connector: 1.0e-3}, steps: 1}"
+    two = "{name: two, seed: 5, train: {lm.model.norm: 1.0e-4}, steps: 1, lm: {dtype: bfloat16}}"
+    three = "{name: three, seed: 6, train: {connector: 1.0e-3}, steps: 1, encoder: {model: another}}"
+    stages = load(file, f"stages=[{one}, {two}, {three}]", "seed=2").stages
+    assert [stage.assembly.trained for stage in stages] == [
+        ["encoder"], ["encoder", "lm.model.norm"], ["encoder", "lm.model.norm"]
+    ]  # fmt: skip
+    assert [stage.assembly.seed for stage in stages] == [2, 5, 6]
+    # Another precision has the same weights, another model has not.
+    assert [stage.assembly.seeds for stage in stages] == [{}, {"encoder": 2, "lm": 2}, {"lm": 2}]
+    changed = stages[1].model_copy(update={"decoding": {"max_new_tokens": 3}})
+    assert changed.assembly == stages[1].assembly.model_copy(update={"decoding": {"max_new_tokens": 3}})
+
+
+def test_a_stage_knows_which_parts_it_trains_or_sets(file: Path) -> None:
+    fit, align = load(file).stages
+    assert [stage.trains("connector") for stage in (fit, align)] == [False, True]
+    assert [stage.sets("connector") for stage in (fit, align)] == [True, True]
+    (stage,) = load(file, "stages=[{name: s, train: {lm.model.layers.1: 1.0e-4}, steps: 1}]").stages
+    assert stage.trains("lm") and not stage.trains("lm.model") and not stage.sets("connector")
+    (stage,) = load(file, "init.from=run", "stages=[{name: s, train: {lm: 1.0e-4}, steps: 1}]").stages
+    assert stage.sets("connector") and not stage.trains("connector")
+    (stage,) = load(file, "init={from: run, parts: [heads.x]}", "stages=[{name: s, train: [lm], steps: 1}]").stages
+    assert stage.sets("heads") and not stage.sets("connector")
+
+
 def test_extends_takes_the_rest_from_another_recipe(file: Path, tmp_path: Path) -> None:
     (tmp_path / "middle.yaml").write_text("extends: base.yaml\nname: middle\nconnector: {tokens: 9}\n")
     (tmp_path / "last.yaml").write_text("extends: middle.yaml\nname: last\noptim: {warmup: 1}\n")

@@ -198,7 +198,7 @@ def test_long_examples_lose_text_but_never_a_part_of_an_image(tiny_model: Callab
     assert bool((batch.labels >= 0).any())
     (dropped,) = stream(model, mixture, max_length=limit).take(1)
     if limit < len(whole.ids):
-        with pytest.raises(MLLMError, match=rf"x, item 0: {len(whole.ids)} positions, and data.max_length is {limit}"):
+        with pytest.raises(MLLMError, match=rf"x, item 0: {len(whole.ids)} tokens, and data.max_length is {limit}"):
             dropped[0].open()
     else:
         assert dropped == pieces_of(DOCUMENT, PromptSpec())

@@ -14,6 +14,7 @@ from PIL import Image
 
 import mllm
 from mllm.build import load
+from mllm.capabilities import ConditionHead
 from mllm.config.loading import check
 from mllm.decoders.diffusion import DiffusionPipeline
 from mllm.decoders.trained import RunDecoder
@@ -23,7 +24,7 @@ from mllm.objectives.distillation import ScoreDistillation
 from mllm.planning.check import problems, unmet
 from mllm.prompts.pieces import Target
 from mllm.readout.states import read_captions
-from mllm.slots import ConditionHead, Inputs
+from mllm.slots import Inputs
 from mllm.testing import tiny_image
 from mllm.training.batches import inputs
 from mllm.training.setup import parameter_groups

@@ -45,7 +45,7 @@ CALLS = {
     "beams": generates(num_beams=2),
     "stop strings": generates(stop_strings=["x"]),
     "ask": lambda model: model.see([A]).ask("what?", max_new_tokens=4),
-    "go on": lambda model: model.see([A, "text"]).go_on(" more", max_new_tokens=4),
+    "go on": lambda model: model.see([A, "text"]).continue_with(" more", max_new_tokens=4),
     "score": lambda model: model.score([A, "Q"], ["yes", "no"]),
     "chat": chats,
     "features": lambda model: model.features([A, B]).tolist(),

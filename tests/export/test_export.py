@@ -25,6 +25,7 @@ import mllm
 from mllm.cli.app import app
 from mllm.errors import MLLMError
 from mllm.export.export import export
+from mllm.lms.decoding import Decoding
 from mllm.testing import LM_FAMILIES, tiny_encoder, tiny_image
 from mllm.testing.lms import Family, spread
 
@@ -52,8 +53,8 @@ def same_answers(model: Any, folder: Path, cls: Any, image: str, text: str = " w
     theirs = stock(**inputs).logits[..., : mine.shape[-1]]
     torch.testing.assert_close(theirs, mine, atol=1e-5 * float(mine.abs().max()), rtol=0)
     rows = stock.generate(**inputs, max_new_tokens=8, min_new_tokens=8)[:, batch.ids.shape[1] :]
-    settings = {"max_new_tokens": 8, "min_new_tokens": 8}
-    assert rows.tolist() == model.lm.generate(batch.mask, [settings] * 2, inputs_embeds=embeds)
+    decoding = Decoding(max_new_tokens=8, generation={"min_new_tokens": 8})
+    assert rows.tolist() == model.lm.generate(batch.mask, [decoding] * 2, inputs_embeds=embeds)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from mllm.config import loading as recipe
 from mllm.hub import loading as hub
 from mllm.hub.published import configuration
 from mllm.planning.check import problems
-from mllm.planning.paper import on_paper
+from mllm.planning.paper import meta_model
 
 MODELS = Path(__file__).parents[2] / "recipes" / "models"
 
@@ -60,7 +60,7 @@ def size(module: nn.Module) -> int:
 
 def built(name: str, overrides: dict[str, object]) -> Assembly:
     config = recipe.load(name, overrides)
-    return on_paper(config.stages[-1], config)
+    return meta_model(config.stages[-1])
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -87,7 +87,7 @@ def test_recipes_train_what_the_papers_train(
 @pytest.mark.parametrize(("name", "stage", "millions"), ROUNDED)
 def test_recipes_train_about_what_the_papers_train(name: str, stage: int, millions: int) -> None:
     config = recipe.load(name)
-    model = on_paper(config.stages[stage], config)
+    model = meta_model(config.stages[stage])
     trained = sum(size(child) for part, child in model.named_children() if part not in ("encoder", "lm"))
     assert trained / 1e6 == pytest.approx(millions, rel=0.015)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,10 +13,11 @@ from transformers import CLIPModel, CLIPProcessor
 
 import mllm
 from mllm.answering.contrastive import Contrastive
-from mllm.answering.decode import answer, decodings
+from mllm.answering.decode import answer, make_decoding
 from mllm.encoders.dual_encoder import DualEncoder
 from mllm.errors import MLLMError
-from mllm.lms.decoding import Sampler
+from mllm.lms.decoding import Decoding, check_batch
+from mllm.lms.sampling import Sampler
 from mllm.testing import tiny_image
 
 A, B, C = tiny_image(1), tiny_image(2), tiny_image(3, size=(20, 50))
@@ -37,7 +39,7 @@ def test_a_seed_gives_the_same_answer_in_any_company(model):
 
 def test_tokens_are_drawn_as_likely_as_their_scores_say():
     scores = torch.tensor([[1.0, 0.0, 2.0, -1.0]])
-    sampler = Sampler([{"temperature": 2.0, "top_k": 3, "seed": 0}])
+    sampler = Sampler([Decoding(warpers={"temperature": 2.0, "top_k": 3}, seed=0)])
     drawn = Counter(int(sampler(torch.zeros(1, 0), scores).argmax()) for _ in range(20_000))
     expected = torch.tensor([1.0, 0.0, 2.0, -math.inf]).div(2).softmax(-1)
     for token, share in enumerate(expected.tolist()):
@@ -52,11 +54,40 @@ def test_temperature_zero_is_greedy(model):
 def test_rows_of_a_batch_end_each_by_their_own_settings(model):
     whole = str(model.generate([PROMPTS[0]], max_new_tokens=20)[0])
     stop = next(letter for letter in whole if letter.isascii())
-    settings = [{"max_new_tokens": 3}, {"max_new_tokens": 20, "stop_strings": [stop]}, {"max_new_tokens": 20}]
+    options: list[dict[str, Any]] = [
+        {"max_new_tokens": 3},
+        {"max_new_tokens": 20, "stop_strings": [stop]},
+        {"max_new_tokens": 20},
+    ]
     prompts: Any = [PROMPTS[0]] * 3
-    short, stopped, long = map(str, answer(model, prompts, decodings(model, prompts, settings)))
+    short, stopped, long = map(str, answer(model, prompts, [make_decoding(model, one) for one in options]))
     assert long == whole and whole.startswith(short) and len(short) < len(whole)
     assert stopped == whole[: whole.index(stop) + len(stop)]
+
+
+def test_only_what_is_decoded_row_by_row_may_differ_within_a_batch(model):
+    one = Decoding(max_new_tokens=3, seed=1, warpers={"top_k": 5})
+    check_batch([one, replace(one, max_new_tokens=9, seed=None, warpers={}, stop_strings="x")])
+    for other in (
+        replace(one, generation={"repetition_penalty": 1.5}),
+        replace(one, parts={"contrastive": {"alpha": 1.0}}),
+        replace(one, processors=(print,)),
+    ):
+        with pytest.raises(MLLMError, match=r"may differ in max_new_tokens, .*top_p.* only"):
+            check_batch([one, other])
+    beams = Decoding(max_new_tokens=3, generation={"num_beams": 2})
+    check_batch([beams, beams])
+    with pytest.raises(MLLMError, match="the same options for all prompts"):
+        check_batch([beams, replace(beams, max_new_tokens=4)])
+
+
+def test_a_decoding_is_the_recipes_with_the_callers_over_it(tiny_parts):
+    recipe = {"max_new_tokens": 7, "top_p": 0.9, "repetition_penalty": 1.2, "contrastive": {"beta": 0.2}}
+    decoding = make_decoding(mllm.assemble(*tiny_parts, decoding=recipe), {"max_new_tokens": 3, "top_p": None})
+    assert decoding == Decoding(
+        max_new_tokens=3, generation={"repetition_penalty": 1.2}, parts={"contrastive": {"beta": 0.2}}
+    )
+    assert not decoding.samples and replace(decoding, seed=0).samples
 
 
 def test_beams_are_those_of_transformers(model):
@@ -107,7 +138,7 @@ def test_contrast_holds_in_batches_and_views(model):
     together = [str(output) for output in model.generate(PROMPTS, **options)]
     assert together == [str(model.generate([prompt], **options)[0]) for prompt in PROMPTS]
     assert together != [str(output) for output in model.generate(PROMPTS, max_new_tokens=9)]
-    assert model.see([C]).go_on("x", **options) == together[3]
+    assert model.see([C]).continue_with("x", **options) == together[3]
 
 
 def test_calibration_takes_the_blind_score_off(model):
@@ -130,7 +161,7 @@ def test_several_pictures_are_seen_and_asked_in_one_batch(model):
     prompts: list[list[Any]] = [[A], ["first", B, "then", C, "and"], ["words alone"]]
     texts = [["what?", "why is it so?"], [""], ["x", " y", "what?"]]
     views = model.see_each(prompts)
-    found = views.go_on(texts, max_new_tokens=9)
+    found = views.continue_with(texts, max_new_tokens=9)
     for prompt, own, answers in zip(prompts, texts, found, strict=True):
         assert answers == [str(model.generate([[*prompt, text]], max_new_tokens=9)[0]) for text in own]
     assert views[0].ask("who?", max_new_tokens=5) == views.ask([["who?"], [], []], max_new_tokens=5)[0][0]
@@ -138,7 +169,7 @@ def test_several_pictures_are_seen_and_asked_in_one_batch(model):
     for row, prompt in enumerate(prompts):  # padding does not show in scores
         assert views[row].score(["a", "bc"]) == pytest.approx(model.score(prompt, ["a", "bc"]), abs=1e-3)
     with pytest.raises(MLLMError, match="each of the 3 views"):
-        views.go_on([["x"]])
+        views.continue_with([["x"]])
 
 
 def test_examples_are_seen_once_and_queries_behind_them(model):
@@ -146,7 +177,7 @@ def test_examples_are_seen_once_and_queries_behind_them(model):
     queries: list[list[Any]] = [[C], [".", C, "which"], ["words"]]
     for query in queries:
         whole = [A, "a cat.", B, "a dog", *query]
-        assert shots.see(query).go_on(" is", max_new_tokens=8) == str(
+        assert shots.see(query).continue_with(" is", max_new_tokens=8) == str(
             model.generate([[*whole, " is"]], max_new_tokens=8)[0]
         )
         assert shots.see(query).score(["x"]) == pytest.approx(model.score(whole, ["x"]), abs=1e-3)
@@ -159,7 +190,7 @@ def test_a_token_that_the_question_changes_is_read_anew(model, monkeypatch):
     monkeypatch.setattr(model.lm, "tokenize", pairs)
     views = model.see_each([[A, "odd"], [B, "even"], [C, "q"]])
     texts = [["what", "", "s"], ["what", "a"], ["", "pq"]]
-    found = views.go_on(texts, max_new_tokens=8)
+    found = views.continue_with(texts, max_new_tokens=8)
     for prompt, own, answers in zip(views.prompts, texts, found, strict=True):
         assert answers == [str(model.generate([[*prompt, text]], max_new_tokens=8)[0]) for text in own]
 
@@ -182,7 +213,7 @@ def test_the_candidate_closest_to_the_picture_is_kept(tiny_parts, tiny_clip):
         texts = [str(model.generate([prompt], max_new_tokens=6, seed=seed, temperature=2.0)[0]) for seed in (5, 6, 7)]
         best = texts[int(model.scorer.image_text([prompt[0]], texts)[0].argmax())]
         assert str(model.generate([prompt], candidates=3, seed=5, **options)[0]) == best
-        assert model.see(prompt[:1]).go_on(prompt[1], candidates=3, seed=5, **options) == best
+        assert model.see(prompt[:1]).continue_with(prompt[1], candidates=3, seed=5, **options) == best
     with pytest.raises(MLLMError, match="has none"):
         model.generate([["words"]], candidates=2)
     with pytest.raises(MLLMError, match="needs a scorer"):

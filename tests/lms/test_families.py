@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Generation
 from transformers.generation.streamers import BaseStreamer
 
 import mllm
-from mllm.answering.decode import answer, decodings
+from mllm.answering.decode import answer, make_decoding
 from mllm.errors import MLLMError
-from mllm.lms.runners.encoder_decoder import EncoderDecoder
-from mllm.lms.runners.unpadded import Apart
+from mllm.lms.runners.encoder_decoder import EncoderDecoderRunner
+from mllm.lms.runners.unpadded import UnpaddedRunner
 from mllm.objectives.caption import Caption
 from mllm.planning.check import problems
 from mllm.prompts.batch import collate
@@ -83,10 +83,10 @@ def test_answers_are_the_same_alone_and_in_a_batch_seen_and_not(model):
     together = [str(output) for output in model.generate(PROMPTS, max_new_tokens=6)]
     assert together == [str(model.generate([prompt], max_new_tokens=6)[0]) for prompt in PROMPTS]
     whole = [str(model.generate([[*prompt, " Now?"]], max_new_tokens=6)[0]) for prompt in PROMPTS]
-    assert model.see_each(PROMPTS).go_on([[" Now?"]] * 3, max_new_tokens=6) == [[answer] for answer in whole]
+    assert model.see_each(PROMPTS).continue_with([[" Now?"]] * 3, max_new_tokens=6) == [[answer] for answer in whole]
     more = model.see(PROMPTS[1]).see([" then ", PROMPTS[0][0]])
     expected = str(model.generate([[*PROMPTS[1], " then ", PROMPTS[0][0], " Now?"]], max_new_tokens=6)[0])
-    assert more.go_on(" Now?", max_new_tokens=6) == expected
+    assert more.continue_with(" Now?", max_new_tokens=6) == expected
     chat = model.chat()
     replies = [chat.send("What is it?", images=[PROMPTS[0][0]], max_new_tokens=4), chat.send("Sure?", max_new_tokens=4)]
     again = model.chat(messages=chat.messages[:2])
@@ -100,11 +100,11 @@ def test_masked_places_between_others_count_in_no_window(model):
         [str(model.generate([[*prompt, text]], max_new_tokens=4)[0]) for text in own]
         for prompt, own in zip(PROMPTS, texts, strict=True)
     ]
-    assert model.see_each(PROMPTS).go_on(texts, max_new_tokens=4) == whole
+    assert model.see_each(PROMPTS).continue_with(texts, max_new_tokens=4) == whole
     later = [view.see([" and", tiny_image(4), "so"]) for view in model.see_each(PROMPTS)]
     for prompt, view in zip(PROMPTS, later, strict=True):
         (answer,) = model.generate([[*prompt, " and", tiny_image(4), "so it is"]], max_new_tokens=4)
-        assert view.go_on(" it is", max_new_tokens=4) == str(answer)
+        assert view.continue_with(" it is", max_new_tokens=4) == str(answer)
     chat = model.chat()
     chat.send("What is to be seen in this picture, if anything?", images=[tiny_image(1)], max_new_tokens=4)
     first = chat.messages
@@ -123,14 +123,14 @@ def test_a_score_is_the_loss_of_the_answer(model):
 @torch.no_grad()
 def test_text_alone_gives_what_the_bare_model_gives(model, parts):
     """Bit for bit: ids in, logits out; and the same greedy tokens."""
-    auto: Any = AutoModelForSeq2SeqLM if isinstance(model.lm._pass, EncoderDecoder) else AutoModelForCausalLM
+    auto: Any = AutoModelForSeq2SeqLM if isinstance(model.lm.runner, EncoderDecoderRunner) else AutoModelForCausalLM
     bare = auto.from_pretrained(parts[1]).eval()
     prompt = ["The bare model reads this"]
     ids = torch.tensor([model.lm.bos + model.lm.tokenize(prompt[0])])
     config = GenerationConfig(
         max_new_tokens=6, do_sample=False, eos_token_id=model.lm.eos, pad_token_id=model.lm.pad, use_cache=True
     )
-    if isinstance(model.lm._pass, EncoderDecoder):
+    if isinstance(model.lm.runner, EncoderDecoderRunner):
         ids = torch.tensor([model.lm.tokenizer(prompt[0]).input_ids])
         batch = collate([model.encode([*prompt, Target(" so")])], model.lm.pad)
         labels = batch.labels[batch.labels >= 0][None]
@@ -149,15 +149,15 @@ def test_text_alone_gives_what_the_bare_model_gives(model, parts):
         bare(input_ids=ids)
         assert torch.equal(states, captured[0])
     (answer,) = model.generate([prompt], max_new_tokens=6)
-    assert str(answer) == model.lm.decode(model.lm._until_eos(expected.tolist())).strip()
+    assert str(answer) == model.lm.decode(model.lm.text.until_eos(expected.tolist())).strip()
 
 
 def test_which_way_a_model_is_run_is_found_by_a_probe(model, request):
     family = request.node.callspec.params["parts"]
-    assert isinstance(model.lm._pass, Apart) == (
+    assert isinstance(model.lm.runner, UnpaddedRunner) == (
         family in {"mamba", "rwkv", "mpt"}
     )  # MPT's distances count masked places
-    assert isinstance(model.lm._pass, EncoderDecoder) == (family in {"t5", "mt5", "umt5", "bart"})
+    assert isinstance(model.lm.runner, EncoderDecoderRunner) == (family in {"t5", "mt5", "umt5", "bart"})
 
 
 def test_a_conversation_is_learnt_as_its_answers_are_generated(model):
@@ -182,15 +182,15 @@ def test_a_model_without_embeddings_as_input_is_refused_before_a_weight_is_loade
     assert any("takes no embeddings" in problem for problem in problems(str(tmp_path / "recipe.yaml")))
 
 
-class Heard(BaseStreamer):
-    """Keeps what it is told."""
+class Recorder(BaseStreamer):
+    """Records the values that it is given."""
 
     def __init__(self) -> None:
-        self.told: list[Any] = []
+        self.values: list[Any] = []
         self.ended = False
 
     def put(self, value: Any) -> None:
-        self.told.append(value)
+        self.values.append(value)
 
     def end(self) -> None:
         self.ended = True
@@ -198,16 +198,16 @@ class Heard(BaseStreamer):
 
 def test_rows_that_are_decoded_apart_are_told_together(tiny_parts, tmp_path):
     model = mllm.assemble(tiny_parts[0], LM_FAMILIES["mamba"](tmp_path / "lm"), {"type": "linear", "tokens": 4})
-    heard = Heard()
-    answers = answer(model, PROMPTS, decodings(model, PROMPTS, {"max_new_tokens": 5}), heard)
-    columns = torch.stack(heard.told[1:], dim=1).tolist()
-    assert heard.ended
-    assert [model.lm.decode(model.lm._until_eos(row)).strip() for row in columns] == [str(a) for a in answers]
+    streamer = Recorder()
+    answers = answer(model, PROMPTS, [make_decoding(model, {"max_new_tokens": 5})] * len(PROMPTS), streamer)
+    columns = torch.stack(streamer.values[1:], dim=1).tolist()
+    assert streamer.ended
+    assert [model.lm.decode(model.lm.text.until_eos(row)).strip() for row in columns] == [str(a) for a in answers]
 
 
 def test_fixed_positions_change_nothing_behind_them(model):
     lm = model.lm
-    if isinstance(lm._pass, EncoderDecoder):
+    if isinstance(lm.runner, EncoderDecoderRunner):
         pytest.skip("an encoder-decoder model has no states of a sequence")
     embeds, batch = model.prepare([["A cat and a dog"], ["Some longer words that go on"]])
     last = torch.arange(-2, 0) + embeds.shape[1]

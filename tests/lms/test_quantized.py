@@ -9,7 +9,7 @@ import torch
 
 import mllm
 from mllm.lms.language_model import LanguageModel
-from mllm.lms.runners.cached import Cached
+from mllm.lms.runners.cached import CachedRunner
 from mllm.objectives.caption import Caption
 from mllm.prompts.batch import collate
 from mllm.prompts.pieces import Target, images_of
@@ -34,7 +34,7 @@ def test_gradient_is_that_of_the_weights_that_are_computed_with(spec):
     """Also after passes without one: bitsandbytes would then compute with another layout of 4-bit weights."""
     quantized, full = LanguageModel(model=spec["model"], quantize=spec["quantize"]), LanguageModel(model=spec["model"])
     full.model = LanguageModel(model=spec["model"], quantize=spec["quantize"]).model.dequantize().float()
-    full._pass = Cached(full.model)
+    full.runner = CachedRunner(full.model)
     ids = torch.tensor([[5, 6, 7, 8, 9]])
     found: list[Any] = []
     for lm in (quantized, full):
@@ -48,7 +48,7 @@ def test_gradient_is_that_of_the_weights_that_are_computed_with(spec):
 
 def test_connector_and_lora_train_on_a_quantized_model(spec, tiny_parts, tmp_path):
     model = mllm.assemble(tiny_parts[0], spec, {"type": "linear", "tokens": 4}, adapters=[{"type": "lora", "r": 2}])
-    assert isinstance(model.lm._pass, Cached)
+    assert isinstance(model.lm.runner, CachedRunner)
     kinds = {type(module).__name__ for module in model.lm.model.modules()}
     assert kinds & {"Linear8bitLt", "Linear4bit"}
     full = mllm.assemble(tiny_parts[0], spec["model"], {"type": "linear", "tokens": 4})

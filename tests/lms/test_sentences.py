@@ -108,7 +108,7 @@ def test_the_loss_is_cross_entropy_both_ways_and_equal_texts_are_no_rivals(model
 def test_a_run_is_a_scorer_that_finds_what_it_was_fitted_to(recipe, tiny_model, tmp_path):
     assert problems(recipe) == []
     run = mllm.train(recipe, out=tmp_path / "run")
-    scorer = lookup("scorers", "aligned")(model=str(run.path))
+    scorer = lookup("scorers", "aligned")(model=mllm.load(run.path))
     pictures = [tiny_image(number) for number in range(3)]
     cosines = scorer.image_text(pictures, TEXTS)
     assert cosines.argmax(1).tolist() == [0, 1, 2]
@@ -130,7 +130,7 @@ def test_what_does_not_fit_is_refused(recipe, tiny_parts, tiny_model, tmp_path):
     assert any("targets=sentences" in problem for problem in words)
     spoken = problems(recipe, {"lm.type": "transformers", "lm.model": tiny_parts[1]})
     assert any("lm.type=sentences" in problem for problem in spoken)
-    assert any("needs lm.sentences" in problem for problem in spoken)
+    assert any("a sentence encoder in the language model's slot" in problem for problem in spoken), spoken
     tiny_model().save(tmp_path / "model")
     with pytest.raises(MLLMError, match="one space"):
-        lookup("scorers", "aligned")(model=str(tmp_path / "model"))
+        lookup("scorers", "aligned")(model=mllm.load(tmp_path / "model"))

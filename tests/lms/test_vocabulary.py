@@ -36,7 +36,7 @@ def batch(lm):
 
 def expected(lm, embeds, mask, labels):
     """Return transformers' mean loss times the number of targets, and its gradient."""
-    loss = lm.model(**lm._pass._inputs(embeds, mask), labels=labels).loss * 6
+    loss = lm.model(**lm.runner.inputs(embeds, mask), labels=labels).loss * 6
     return loss.detach(), torch.autograd.grad(loss, embeds)[0]
 
 
@@ -50,7 +50,7 @@ def check(found, embeds, wanted):
 @pytest.mark.parametrize("lm", DECODERS, indirect=True)
 def test_the_loss_and_its_gradient_are_transformers_own(lm):
     embeds, mask, labels = batch(lm)
-    assert lm._pass.separable
+    assert lm.runner.separable
     check(lm.losses(embeds, mask, labels), embeds, expected(lm, embeds, mask, labels))
 
 
@@ -61,12 +61,16 @@ def test_chunks_change_nothing(lm):
     shapes = []
     lm.model.get_output_embeddings().register_forward_hook(lambda _, __, out: shapes.append(tuple(out.shape[:2])))
     for size in (1, 2, 4):
-        output = vocabulary.read(lm.model, **lm._pass._inputs(embeds, mask))
+        output = vocabulary.run_body(lm.model, **lm.runner.inputs(embeds, mask))
         hidden = output.last_hidden_state[:, :-1][labels[:, 1:] != IGNORED]
         targets = labels[:, 1:][labels[:, 1:] != IGNORED]
         shapes.clear()
         vocabulary_size = lm.model.get_output_embeddings().weight.shape[0]
-        check(vocabulary.losses(lm.model, hidden, targets, type(output), logits=size * vocabulary_size), embeds, wanted)
+        check(
+            vocabulary.losses(lm.model, hidden, targets, type(output), max_logits=size * vocabulary_size),
+            embeds,
+            wanted,
+        )
         assert max(width for _, width in shapes) <= size
 
 
@@ -74,7 +78,7 @@ def test_chunks_change_nothing(lm):
 def test_what_is_no_body_and_head_gets_the_models_own_logits(lm, monkeypatch):
     monkeypatch.setattr(lm.model, "get_decoder", lambda: lm.model)
     assert not vocabulary.separable(lm.model)
-    monkeypatch.setattr(lm._pass, "separable", False)
+    monkeypatch.setattr(lm.runner, "separable", False)
     embeds, mask, labels = batch(lm)
     check(lm.losses(embeds, mask, labels), embeds, expected(lm, embeds, mask, labels))
 

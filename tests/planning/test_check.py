@@ -17,7 +17,7 @@ from mllm import registry
 from mllm.config import loading as recipe
 from mllm.errors import MLLMError
 from mllm.planning.check import problems
-from mllm.planning.paper import on_paper
+from mllm.planning.paper import meta_model
 from mllm.slots import Connector
 from mllm.testing import tiny_image, tiny_lm
 
@@ -83,17 +83,17 @@ def test_recipe_on_folders_checks_clean(file: Path) -> None:
 def test_parts_that_a_recipe_does_not_name_are_missed_by_what_needs_them(file: Path) -> None:
     assert problems(str(file), ["encoder=null"]) == ["The connector linear reads an encoder's features: give encoder."]
     found = problems(str(file), ["lm=null", "connector=null", "stages.0.train={}"])
-    assert any("the objective 'caption' needs a language model: lm" in problem for problem in found), found
+    assert any("the objective 'caption' needs a language model" in problem for problem in found), found
 
 
 def test_model_on_paper_has_shapes_and_no_weights(file: Path) -> None:
     config = recipe.load(str(file))
-    model: Any = on_paper(config.stages[0], config)
+    model: Any = meta_model(config.stages[0])
     assert (model.connector.num_tokens, model.encoder.dim, model.lm.dim) == (4, 24, 32)
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     config = recipe.load(str(file), ["lm.model=./nowhere"])
     with pytest.raises(MLLMError, match=r"no folder './nowhere'"):
-        on_paper(config.stages[0], config)
+        meta_model(config.stages[0])
 
 
 BROKEN = [

@@ -43,7 +43,7 @@ stages:
 
 def test_sources_are_counted_once_for_all_stages(recipe: Path, tiny_parts: tuple[str, str]) -> None:
     found, shared = inspect(str(recipe))
-    assert [(s.name, s.items, s.answers, s.pictures) for s in found] == [
+    assert [(s.name, s.items, s.answers, s.images) for s in found] == [
         ("align: train 1, table", 5, 9, 4),
         ("align: val 1, table", 1, 1, 1),
     ]
@@ -68,11 +68,11 @@ def test_what_is_wrong_is_listed(recipe: Path) -> None:
     (folder / "val.jsonl").write_text(json.dumps({"image": "twin.bmp", "caption": "a bus"}))
     found, shared = inspect(str(recipe))
     assert [problem.removeprefix("align: train 1, table: ")[:40] for problem in found[0].problems] == [
-        f"1 pictures cannot be read: {folder}/1.png"[:40],
-        "1 items hold the text '<image>', which i",
+        f"1 images cannot be read: {folder}/1.png"[:40],
+        "1 items contain the text '<image>', whic",
         "1 items do not fit into the language mod",
     ]
-    assert shared == ["align: val 1, table: 1 of 1 pictures are trained on, too."]
+    assert shared == ["align: val 1, table: 1 of 1 images are trained on, too."]
     done = CliRunner().invoke(app, ["data", "check", str(recipe)])
     assert isinstance(done.exception, MLLMError) and "4 problems in the data" in str(done.exception)
     assert "1.png" in done.output.replace("\n", "")
@@ -87,7 +87,7 @@ def test_what_examples_together_take_and_what_is_too_long(recipe: Path) -> None:
     recipe.write_text(text.replace(", shots: 2", "").replace("data:", "data:\n  max_length: 30", 1))
     for truncate, what in (("drop", "are left out"), ("text", "lose text")):
         (problem,) = inspect(str(recipe), {"data.truncate": truncate})[0][0].problems
-        assert f"5 items {what}: they take more than the 30 positions" in problem
+        assert f"5 items {what}: they are longer than data.max_length, 30 tokens" in problem
 
 
 def test_pictures_of_a_suite_that_are_trained_on(recipe: Path, tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_pictures_of_a_suite_that_are_trained_on(recipe: Path, tmp_path: Path) -
     (place / "captions_val.json").write_text(json.dumps({"images": images, "annotations": captions}))
     recipe.write_text(recipe.read_text() + "eval: {suites: [coco-captions]}\n")
     _, shared = inspect(str(recipe), data=place)
-    assert shared == ["suite coco-captions: 1 of 2 pictures are trained on, too."]
+    assert shared == ["suite coco-captions: 1 of 2 images are trained on, too."]
     done = CliRunner().invoke(app, ["data", "check", str(recipe), "--data", str(place)])
     assert "1 problem in the data" in str(done.exception)
     with pytest.raises(MLLMError, match="needs --data DIR"):

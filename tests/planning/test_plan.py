@@ -57,9 +57,9 @@ def real(file: str, stage: int, overrides: list[str] | None = None) -> tuple[Any
     """Return the loaded model of a stage, the stage, and its batches."""
     config = recipe.load(file, overrides or [])
     own = config.stages[stage]
-    model: Any = build(config.assembly(own))
+    model: Any = build(own.assembly)
     setup.parameter_groups(model, own)
-    return model, own, workload(model, own, config, processes=1, images=None, text=None)
+    return model, own, workload(model, own, processes=1, images=None, text=None)
 
 
 def test_parameters_are_those_of_the_model(file: str, nothing_is_loaded: None) -> None:
@@ -116,8 +116,8 @@ def test_flops_follow_from_the_shapes_of_a_linear_connector(file: str) -> None:
     planned = plan(file, ["connector={type: linear, tokens: 4}", "adapters=[]", "stages.1.train=[connector]"]).stages[0]
     forward = 2 * 4 * 4 * 24 * 32  # four pictures, four tokens each, from width 24 to 32
     assert planned.flops.connector == 2 * forward  # and the weight's gradient; features need none
-    whole = planned.flops.encoder * planned.pictures + 6 * (planned.flops.connector + planned.flops.lm)
-    assert planned.flops.total == whole and planned.pictures == 3
+    whole = planned.flops.encoder * planned.images + 6 * (planned.flops.connector + planned.flops.lm)
+    assert planned.flops.total == whole and planned.images == 3
 
 
 def test_a_computation_on_paper_peaks_where_its_tensors_do() -> None:
@@ -152,7 +152,7 @@ def test_processes_divide_what_they_are_told_to(file: str) -> None:
     assert [s.rows for s in (alone, ddp)] == [4, 2]
     assert ddp.memory.gradients == 2 * alone.memory.gradients  # the buckets
     config = recipe.load(file)
-    lm = build(config.assembly(config.stages[1])).lm
+    lm = build(config.stages[1].assembly).lm
     layers = sum(p.numel() * p.element_size() for layer in lm.layers for p in layer.parameters())
     assert ddp.memory.weights == alone.memory.weights and fsdp.memory.weights == alone.memory.weights - layers // 2
     assert ddp.memory.optimizer == fsdp.memory.optimizer == alone.memory.optimizer
@@ -162,7 +162,7 @@ def test_processes_divide_what_they_are_told_to(file: str) -> None:
 
 def test_the_cache_is_judged_by_what_it_saves(file: str) -> None:
     once = plan(file, ["stages.0.steps=1", "stages.0.batch_size=2"]).stages[0].cache
-    assert not once.recommended and "comes up once" in once.reason
+    assert not once.recommended and "is read once" in once.reason
     often = plan(file).stages[0]
     assert often.cache.bytes == 3 * 16 * 24 * 4
     work = 24 * often.flops.encoder + 6 * (often.flops.connector + often.flops.lm)
@@ -181,7 +181,7 @@ def test_time_follows_from_the_flops(file: str) -> None:
 def test_what_is_not_here_is_assumed_and_said(file: str, tmp_path: Path) -> None:
     (tmp_path / "train.csv").unlink()
     planned = plan(file, (), Setting(text=40, images=5)).stages[0]
-    assert (planned.positions, planned.pictures, planned.examples) == (44, 5, 24)
+    assert (planned.length, planned.images, planned.examples) == (44, 5, 24)
     assert "40 tokens of text" in planned.assumed and "not on this machine" in planned.assumed
 
 
@@ -195,8 +195,8 @@ PUBLISHED = {  # from the papers and model cards
 def test_a_published_recipe_is_planned_offline(nothing_is_loaded: None) -> None:
     config = recipe.load("llava", ["adapters=[]", "lm.dtype=bfloat16"])
     setting = Setting("gpu", processes=8, text=40)
-    draft = Draft(config.stages[0], config, "gpu")
-    planned = plan_stage(draft, config, setting)
+    draft = Draft(config.stages[0], "gpu")
+    planned = plan_stage(draft, setting)
     assert {part.name: part.parameters for part in planned.parts} == PUBLISHED
     assert planned.tokens_per_image == 576
     # Two FLOPs for each weight and position forward, and as many for the gradient towards the connector.
@@ -210,14 +210,14 @@ def test_a_published_recipe_is_planned_offline(nothing_is_loaded: None) -> None:
 def test_what_does_not_fit_is_told_what_would(file: str) -> None:
     config = recipe.load(file, ["stages.0.batch_size=32"])
     stage, setting = config.stages[0], Setting("gpu")
-    whole = plan_stage(Draft(stage, config, "gpu"), config, setting).memory.peak
-    assert fitting(stage, config, setting, whole) == []
-    smaller = fitting(stage, config, setting, whole - 50_000)
+    whole = plan_stage(Draft(stage, "gpu"), setting).memory.peak
+    assert fitting(stage, 0, setting, whole) == []
+    smaller = fitting(stage, 0, setting, whole - 50_000)
     assert smaller is not None and smaller[0].startswith("stages.0.batch_size=")
     changed = recipe.load(file, ["stages.0.batch_size=32", *smaller])
     own = changed.stages[0]
     assert own.batch_size * own.optim.accumulate == 32
-    assert plan_stage(Draft(own, changed, "gpu"), changed, setting).memory.peak <= whole - 50_000
+    assert plan_stage(Draft(own, "gpu"), setting).memory.peak <= whole - 50_000
 
 
 @pytest.mark.parametrize(

@@ -68,5 +68,5 @@ connector: {{type: linear}}
 data: {{pack: 64, train: {{format: table, path: {tmp_path}/t.jsonl}}}}
 stages: [{{name: align, train: [connector], steps: 1, batch_size: 1}}]
 """)
-    with pytest.raises(MLLMError, match=r"data\.pack: in this language model .* Leave it out"):
+    with pytest.raises(MLLMError, match=r"data\.pack: in this language model .* Leave data.pack out"):
         mllm.train(str(tmp_path / "r.yaml"), out=tmp_path / "run")

@@ -51,9 +51,9 @@ def test_where_the_model_says_the_token_an_image_stands(tiny_model, paths):
     index = ImageIndex.build(model, paths)
     prompts = [["A cat"], [tiny_image(7), "a longer text"]]
     plain = model.generate(prompts, max_new_tokens=5)
-    never = model.generate(prompts, index=index, eager=-1e4, max_new_tokens=5)
+    never = model.generate(prompts, index=index, image_logit_bias=-1e4, max_new_tokens=5)
     assert [list(answer) for answer in plain] == [list(answer) for answer in never]
-    often = model.generate(prompts, index=index, eager=1e4, images=2, max_new_tokens=5)
+    often = model.generate(prompts, index=index, image_logit_bias=1e4, images=2, max_new_tokens=5)
     for prompt, answer in zip(prompts, often, strict=True):
         assert len(answer.images) >= 2 and str(answer) == "".join(part for part in answer if isinstance(part, Text))
         (same,) = model.retrieve([prompt], index, 2)  # the first thing it says is the token

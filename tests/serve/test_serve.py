@@ -156,13 +156,13 @@ def test_a_stop_string_ends_an_answer_and_is_not_in_it(model, port):
 
 def test_requests_that_arrive_together_are_decoded_together(model, port, monkeypatch):
     sizes = []
-    answer = model.answer
+    generate = model.lm.generate
 
-    def watched(prompts, *arguments, **options):
-        sizes.append(len(prompts))
-        return answer(prompts, *arguments, **options)
+    def watched(mask, *arguments, **options):
+        sizes.append(len(mask))
+        return generate(mask, *arguments, **options)
 
-    monkeypatch.setattr(model, "answer", watched)
+    monkeypatch.setattr(model.lm, "generate", watched)
     asks = [user(f"number {number}?", *([A] * (number % 3))) for number in range(16)]
     with client(port) as api, concurrent.futures.ThreadPoolExecutor(16) as pool:
         create = api.chat.completions.create
@@ -262,7 +262,7 @@ def test_a_client_that_hangs_up_frees_its_place(model, slow, stream):
 
 
 def test_a_failure_of_the_model_costs_one_batch(model, port, monkeypatch):
-    monkeypatch.setattr(model, "answer", lambda *arguments, **options: 1 / 0)
+    monkeypatch.setattr(model.lm, "generate", lambda *arguments, **options: 1 / 0)
     status, answer = post(port, {"messages": [user("x")]})
     assert status == 500 and "ZeroDivisionError" in answer["error"]["message"]
     monkeypatch.undo()
@@ -432,7 +432,7 @@ def acted(act: str, told: list[dict[str, Any]]) -> Callable[[Any], None]:
 
 @pytest.fixture
 def index(tiny_model, tmp_path):
-    """A model with a retrieval head, and an index that it is eager to show."""
+    """A model with a retrieval head, and an index that it shows readily."""
     model = tiny_model(heads=[{"type": "retrieval", "dim": 6}], tokens=["[RET]"])
     for number in range(3):
         tiny_image(number, size=(60, 40)).save(tmp_path / f"{number}.png")
@@ -443,9 +443,9 @@ def test_images_of_an_index_come_with_the_message(index):
     model, found = index
     ask = user("what is it?", A)
     prompt = turns(model, [{**ask, "content": [{"type": "image", "image": A}, ask["content"][1]]}])
-    for eager in (1e4, -1e4):
-        (output,) = model.generate([prompt], index=found, eager=eager, max_new_tokens=5)
-        with served(model, show={"index": found, "eager": eager}) as port:
+    for bias in (1e4, -1e4):
+        (output,) = model.generate([prompt], index=found, image_logit_bias=bias, max_new_tokens=5)
+        with served(model, show={"index": found, "image_logit_bias": bias}) as port:
             _, answer = post(port, {"messages": [ask], "max_tokens": 5})
             with client(port) as api:
                 events = list(
@@ -454,7 +454,7 @@ def test_images_of_an_index_come_with_the_message(index):
         message = answer["choices"][0]["message"]
         assert message["content"] == str(output).rstrip()
         told = [image["image_url"]["url"] for image in message.get("images", [])]
-        assert told == [data_url(image) for image in output.images] and bool(told) == (eager > 0)
+        assert told == [data_url(image) for image in output.images] and bool(told) == (bias > 0)
         streamed = [image for event in events for image in getattr(event.choices[0].delta, "images", None) or []]
         assert streamed == message.get("images", [])
         if told:
@@ -465,12 +465,12 @@ def test_images_that_are_made_come_with_the_message(tiny_model, tiny_decoder):
     head = {"type": "generation", "tokens": 2, "length": 1, "width": 32, "dim": 16, "layers": 1, "heads": 2}
     model = tiny_model(heads=[head], tokens=["[IMG0]", "[IMG1]"], decoder={"type": "trained", "model": tiny_decoder})
     ask = user("show it")
-    for eager in (1e4, -1e4):
-        (output,) = model.generate([turns(model, [ask])], eager=eager, max_new_tokens=5)
-        with served(model, show={"index": None, "eager": eager}) as port:
+    for bias in (1e4, -1e4):
+        (output,) = model.generate([turns(model, [ask])], image_logit_bias=bias, max_new_tokens=5)
+        with served(model, show={"index": None, "image_logit_bias": bias}) as port:
             _, answer = post(port, {"messages": [ask], "max_tokens": 5})
         told = [image["image_url"]["url"] for image in answer["choices"][0]["message"].get("images", [])]
-        assert told == [data_url(image) for image in output.images] and bool(told) == (eager > 0)
+        assert told == [data_url(image) for image in output.images] and bool(told) == (bias > 0)
 
 
 def test_the_page_shows_images_in_the_answer(index, chromium):
@@ -489,11 +489,11 @@ def test_the_page_shows_images_in_the_answer(index, chromium):
     });"""
     told: list[dict[str, Any]] = []
 
-    with served(model, acted(act, told), show={"index": found, "eager": 1e4}, max_new_tokens=5) as port:
+    with served(model, acted(act, told), show={"index": found, "image_logit_bias": 1e4}, max_new_tokens=5) as port:
         chromium(f"http://127.0.0.1:{port}/acted", until=lambda: told)
     (seen,) = told
     prompt = turns(model, [{"role": "user", "content": [{"type": "text", "text": "what is it?"}]}])
-    (output,) = model.generate([prompt], index=found, eager=1e4)
+    (output,) = model.generate([prompt], index=found, image_logit_bias=1e4)
     assert seen["wide"] == [60] * len(output.images) and seen["order"].count("IMG") == len(output.images) > 1
     assert seen["text"] == str(output).rstrip()
 

@@ -11,13 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import mllm
 from mllm.encoders.feature_store import FeatureStore, features_folder, open_store
 from mllm.errors import MLLMError
 from mllm.system import write
 from mllm.testing import tiny_image
-from mllm.training.checkpoint import NAME, State
+from mllm.training.checkpoint import NAME, TrainingState
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,7 @@ optim: {{schedule: cosine, warmup: 3}}
 stages:
   - {{name: fit, fit: {{}}}}
   - {{name: one, train: {{connector: 0.01}}, steps: 7, batch_size: 3, checkpoint_every: 2}}
-  - {{name: two, train: {{connector: 0.01, adapters: 0.003}}, steps: 60, batch_size: 3, checkpoint_every: 5,
+  - {{name: two, train: {{connector: 0.01, adapters: 0.003}}, steps: 60, batch_size: 3, checkpoint_every: 5, seed: 5,
      validate_every: 20, optim: {{accumulate: 2}},
      data: {{group_by_length: 4, pack: 120, max_length: 100, skip: 1, train: [
        {{format: table, path: {folder}/train.json, concatenate: 0.5}},
@@ -88,7 +90,7 @@ def test_killed_and_resumed_it_is_the_run_it_would_have_been(recipe, whole, kill
     assert (run.path / "model/assembly.json").read_bytes() == (whole.path / "model/assembly.json").read_bytes()
     assert (run.path / "frozen.json").read_bytes() == (whole.path / "frozen.json").read_bytes()
     assert not (run.path / NAME).exists()
-    with pytest.raises(MLLMError, match="has ended"):
+    with pytest.raises(MLLMError, match="is complete"):
         mllm.train(recipe, resume=folder)
 
 
@@ -120,17 +122,37 @@ def test_what_is_no_run_or_damaged_is_said(recipe, killed, tmp_path):
 
 
 def test_a_write_that_fails_leaves_the_former_checkpoint(tmp_path, monkeypatch):
-    State(1, 5, {"model.x": torch.ones(2)}).write(tmp_path)
+    TrainingState(1, 5, model={"x": torch.ones(2)}).write(tmp_path)
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("mllm.system.os.replace", full)
     with pytest.raises(MLLMError, match="No space left"):
-        State(1, 6, {"model.x": torch.zeros(2)}).write(tmp_path)
+        TrainingState(1, 6, model={"x": torch.zeros(2)}).write(tmp_path)
     monkeypatch.undo()
-    state = State.read(tmp_path)
+    state = TrainingState.read(tmp_path)
     assert state is not None and state.step == 5 and [path.name for path in tmp_path.iterdir()] == [NAME]
+
+
+def test_a_checkpoint_keeps_its_layout(tmp_path):
+    """A run that was started before must resume: prefixes tell the tensors apart, the header holds the rest."""
+    names = ("model.connector.project.weight", "best.connector.project.weight", "optimizer.0.exp_avg", "random.0.cpu")
+    tensors = {name: torch.full((2,), float(number)) for number, name in enumerate(names)}
+    header = {"stage": 1, "step": 5, "schedule": {"last_epoch": 5}, "rates": [0.1], "frozen": {}, "best": 2.5}
+    written = {**header, "waited": 3}
+    save_file(tensors, tmp_path / NAME, metadata={"state": json.dumps(written)})
+    state = TrainingState.read(tmp_path)
+    assert state is not None and (state.stage, state.step, state.best_loss, state.waited) == (1, 5, 2.5, 3)
+    assert [list(group) for group in (state.model, state.best, state.optimizer, state.random)] == [
+        ["connector.project.weight"], ["connector.project.weight"], ["0.exp_avg"], ["0.cpu"]
+    ]  # fmt: skip
+    state.write(tmp_path)
+    with safe_open(tmp_path / NAME, framework="pt") as file:
+        assert json.loads(file.metadata()["state"]) == written
+        assert {name: file.get_tensor(name).tolist() for name in file.keys()} == {  # noqa: SIM118
+            name: tensor.tolist() for name, tensor in tensors.items()
+        }
 
 
 def test_features_are_found_on_disk_and_only_where_nothing_changed(tiny_parts, monkeypatch):

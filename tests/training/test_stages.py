@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import mllm
 import mllm.config.loading
+from mllm.config.parts import AssemblySpec
 from mllm.data.sources import read_all
 from mllm.data.stream import Stream
 from mllm.encoders.feature_store import FeatureStore, features_folder
@@ -23,6 +24,7 @@ from mllm.prompts.pieces import Target
 from mllm.slots import Inputs
 from mllm.testing import tiny_image, tiny_lm
 from mllm.training.setup import parameter_groups
+from mllm.training.stages import carry_over
 from mllm.training.validation import validate
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 220), "white": (250, 250, 250)}
@@ -188,6 +190,18 @@ def test_new_tokens_stand_beside_tables_that_stay(tiny_parts, tmp_path):
     assert torch.equal(model.lm.embed(ids)[0, 0], model.tokens.rows[0])
     again = mllm.load(model.save(tmp_path / "saved"))
     assert torch.equal(again.logits(None, batch), logits)
+
+
+def test_tokens_of_a_head_are_added_once_to_the_model_of_the_next_stage(tiny_parts):
+    model = mllm.assemble(
+        tiny_parts[0], tiny_parts[1], {"type": "linear", "tokens": 4}, heads=[{"type": "retrieval", "dim": 6}]
+    )
+    batch = collate([model.encode(["Some words"])], model.lm.pad)
+    expected = model.logits(None, batch)
+    spec = AssemblySpec.model_validate({**model.spec.model_dump(), "adapters": [{"type": "lora", "r": 2}]})
+    new = carry_over(model, spec)
+    assert len(new.adapters) == 1 and torch.equal(new.tokens.rows, model.tokens.rows)
+    assert torch.equal(new.logits(None, batch), expected)  # a new LoRA changes nothing yet
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mllm.capabilities import DECISIONS
 from mllm.data.files import json_lines
 from mllm.data.items import Item
 from mllm.errors import MLLMError
-from mllm.slots import DECISIONS
 
 
 def decisions(*, path: str) -> list[Item]:

@@ -1,1 +1,1 @@
-"""The ways a language model is run."""
+"""Run a language model of transformers on embeddings; `base.Runner` is the protocol."""

@@ -9,6 +9,7 @@ from sklearn.linear_model import Ridge
 from torch import nn
 from torch.nn.functional import log_softmax
 
+from mllm.capabilities import ConditionHead
 from mllm.config.loading import check
 from mllm.data.items import Item
 from mllm.errors import MLLMError
@@ -18,7 +19,7 @@ from mllm.objectives.distillation import Distillation
 from mllm.objectives.retrieval import RetrievalContrast, TokenPrediction
 from mllm.prompts.pieces import Target
 from mllm.registry import lookup
-from mllm.slots import ConditionHead, Inputs
+from mllm.slots import Inputs
 from mllm.testing import tiny_image
 from mllm.training.batches import inputs
 from mllm.training.setup import parameter_groups

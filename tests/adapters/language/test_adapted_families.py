@@ -92,7 +92,7 @@ def test_an_adapter(kind, family, bare, tiny_parts):
     if kind not in ("prompt", "prefix", "gated"):  # what is inside the layers knows no positions
         return
     whole = [[str(model.generate([[*prompt, " Now?"]], max_new_tokens=3)[0])] for prompt in PROMPTS]
-    assert model.see_each(PROMPTS).go_on([[" Now?"]] * 2, max_new_tokens=3) == whole
+    assert model.see_each(PROMPTS).continue_with([[" Now?"]] * 2, max_new_tokens=3) == whole
 
 
 def logits(model: Any, ids: Any) -> Any:

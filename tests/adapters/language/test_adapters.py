@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 import mllm
 from mllm.config.loading import load as load_recipe
 from mllm.errors import MLLMError
-from mllm.planning.paper import on_paper
+from mllm.planning.paper import meta_model
 from mllm.registry import lookup
 from mllm.testing import tiny_image
 
@@ -78,7 +78,7 @@ def test_batch_equals_single_and_views_equal_generation(model):
     shake(model)
     together = [str(output) for output in model.generate(PROMPTS, max_new_tokens=8)]
     assert together == [str(model.generate([prompt], max_new_tokens=8)[0]) for prompt in PROMPTS]
-    seen = model.see(PROMPTS[0]).go_on(" and", max_new_tokens=8)
+    seen = model.see(PROMPTS[0]).continue_with(" and", max_new_tokens=8)
     assert seen == str(model.generate([[*PROMPTS[0], " and"]], max_new_tokens=8)[0])
 
 
@@ -141,7 +141,7 @@ def test_bottleneck_is_its_formula():
 )
 def test_magmas_adapters_have_their_published_size(options, weights):
     config = load_recipe("limber", {"adapters": [{"type": "bottleneck", **options}]})
-    model = on_paper(config.stages[0], config)
+    model = meta_model(config.stages[0])
     assert sum(parameter.numel() for parameter in model.adapters.parameters()) == weights
 
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn.functional import gelu, layer_norm
 
 import mllm
-from mllm.answering.decode import decodings
 from mllm.errors import MLLMError
 from mllm.export.export import export
-from mllm.lms.cross_attention import extended
+from mllm.lms.cross_attention import append_embeddings
+from mllm.lms.decoding import Decoding
 from mllm.objectives.caption import Caption
 from mllm.planning.check import problems
 from mllm.planning.plan import plan
@@ -100,19 +100,19 @@ def test_a_batch_is_its_members_and_states_are_gone_on_from(family):
         alone = logits(family, [prompt])[0]
         torch.testing.assert_close(together[row, -len(alone) :], alone, atol=1e-4, rtol=1e-4)
     embeds, batch = family.prepare(PROMPTS)
-    answers = family.lm.generate(batch.mask, decodings(family, PROMPTS, {"max_new_tokens": 5}), inputs_embeds=embeds)
+    answers = family.lm.generate(batch.mask, [Decoding(max_new_tokens=5)] * len(PROMPTS), inputs_embeds=embeds)
     for row, ids in enumerate(answers):  # read at once, without states
-        whole, mask = extended(embeds, row, batch.mask, family.lm.embed(torch.tensor([ids])))
+        whole, mask = append_embeddings(embeds, row, batch.mask, family.lm.embed(torch.tensor([ids])))
         assert family.lm.logits(whole, mask)[0, -len(ids) - 1 : -1].argmax(-1).tolist() == ids
     words = [[" Now?"], [], [" Why", " Now?"], [" Where is it?"]]
     each = [[[*prompt, text] for text in own] for prompt, own in zip(PROMPTS, words, strict=True)]
     apart = [[str(family.generate([whole], max_new_tokens=5)[0]) for whole in own] for own in each]
-    assert family.see_each(PROMPTS).go_on(words, max_new_tokens=5) == apart
+    assert family.see_each(PROMPTS).continue_with(words, max_new_tokens=5) == apart
     later = family.see(["So"]).see([" it ", A, " is"])
     (whole,) = family.generate([["So it ", A, " is what?"]], max_new_tokens=5)
-    assert later.go_on(" what?", max_new_tokens=5) == str(whole)
+    assert later.continue_with(" what?", max_new_tokens=5) == str(whole)
     more = family.see(PROMPTS[0]).see([" and ", B, " so "])
-    assert more.go_on("it is", max_new_tokens=5) == str(
+    assert more.continue_with("it is", max_new_tokens=5) == str(
         family.generate([[*PROMPTS[0], " and ", B, " so it is"]], max_new_tokens=5)[0]
     )
     rows = [[*prompt, Target(" so it is")] for prompt in PROMPTS]
@@ -205,7 +205,9 @@ def test_where_it_says_so_an_image_is_shown(tiny_parts, tmp_path):
     for number in range(5):
         tiny_image(number).save(tmp_path / f"{number}.png")
     index = ImageIndex.build(model, [tmp_path / f"{number}.png" for number in range(5)])
-    for prompt, answer in zip(PROMPTS, model.generate(PROMPTS, index=index, eager=1e4, max_new_tokens=3), strict=True):
+    for prompt, answer in zip(
+        PROMPTS, model.generate(PROMPTS, index=index, image_logit_bias=1e4, max_new_tokens=3), strict=True
+    ):
         ((same,),) = model.retrieve([prompt], index, 1)  # the first thing it says is the token
         assert (answer.images[0].source, answer.images[0].score) == (same.source, pytest.approx(same.score, abs=1e-4))
 

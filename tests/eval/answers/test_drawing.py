@@ -76,7 +76,7 @@ def test_a_suite_that_decides_is_compared_with_constant_labels(model, suites, ti
     expected = {name: f1_score(true, [name] * 3, average="macro", zero_division=0) for name in ("retrieve", "generate")}
     assert {name: other["value"] for name, other in entry["baselines"].items()} == pytest.approx(expected)
     assert entry["value"] == pytest.approx(expected["generate"])
-    with pytest.raises(MLLMError, match="the model has none"):
+    with pytest.raises(MLLMError, match="needs a decision head"):
         mllm.evaluate(tiny_model(), str(suites / "decide.yaml"))
 
 

@@ -1,0 +1,195 @@
+"""Say what some parts can do beside their slot's contract (`mllm.slots`): the types that a model is searched by.
+
+``model.find(RetrievalHead)`` returns the one part of a model that is a retrieval head, whoever wrote it; an objective
+lists the types that it ``needs``. The first line of each says how a recipe names one: it stands in the message where a
+model lacks it.
+
+Shapes: as in `mllm.slots`; r tokens that a head reads, L x W a condition of an image decoder, N texts or examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from mllm.prompts.pieces import Piece
+from mllm.slots import Head
+
+
+@runtime_checkable
+class EmbedsTexts(Protocol):
+    """An encoder that also embeds texts: ``encoder: {type: dual-encoder, model: ...}``."""
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Return vectors ``(N, D_vis)`` in the space of the features."""
+
+
+@runtime_checkable
+class ReadsText(Protocol):
+    """A connector that reads text beside the features: ``connector: {type: qformer, words: ...}``.
+
+    One transformer under three masks (BLIP-2, stage 1). Its ``words`` are a tokenizer, a table of words and positions,
+    and a vocabulary head: `mllm.adapters.connectors.qformer_text.Words`.
+    """
+
+    def joint(self, features: Tensor, text_ids: Tensor, mask: Tensor, mode: Any) -> tuple[Tensor, Tensor]:
+        """Return states of the queries ``(B, Q, dim)`` and of the text ``(B, T, dim)``."""
+
+    def read(self, text_ids: Tensor, mask: Tensor) -> Tensor:
+        """Return states ``(B, T, dim)`` of the text alone."""
+
+
+@runtime_checkable
+class SentenceModel(Protocol):
+    """A sentence encoder in the language model's slot: ``lm: {type: sentences, model: mllm/minilm}``."""
+
+    def sentences(self, texts: Sequence[str]) -> Tensor:
+        """Return vectors ``(N, D_lm)`` of length 1; it generates no text."""
+
+
+@runtime_checkable
+class PrefixAdapter(Protocol):
+    """An adapter with trained positions before every sequence: ``adapters: [{type: prompt}]``.
+
+    It has ``embeddings(rows)``, ``(B, positions, D_lm)``, or is a `CachePrefix`.
+    """
+
+    @property
+    def num_positions(self) -> int:
+        """Return how many; 0 while the adapter is off."""
+
+
+@runtime_checkable
+class CachePrefix(PrefixAdapter, Protocol):
+    """A prefix of keys and values in every layer: ``adapters: [{type: prefix}]``."""
+
+    def states(self, rows: int) -> Any:
+        """Return a KV cache that holds the prefix of B rows."""
+
+
+@runtime_checkable
+class CrossAttention(Protocol):
+    """An adapter whose blocks attend to visual tokens outside of the sequence: ``adapters: [{type: gated}]``.
+
+    Its ``mark (D_lm,)`` is the embedding at an image's token.
+    """
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Return how many tokens of the sequence an image takes; 0 while the adapter is off: the connector's number."""
+
+
+class ImageTokenHead(Head):
+    """A head whose tokens stand for an image in an answer: ``heads: [{type: retrieval}]``."""
+
+
+@runtime_checkable
+class RetrievalHead(Protocol):
+    """A retrieval head: ``heads: [{type: retrieval}]``. Its ``scale`` is the logarithm of the factor on cosines."""
+
+    tokens: tuple[str, ...]  # the first one's state is read
+
+    def of_states(self, states: Tensor) -> Tensor:
+        """Return vectors ``(N, D)`` of length 1 of states ``(N, D_lm)`` at the token."""
+
+    def of_features(self, features: Tensor) -> Tensor:
+        """Return vectors ``(I, D)`` of length 1 of features ``(I, P, D_vis)``."""
+
+
+@runtime_checkable
+class ConditionHead(Protocol):
+    """A head that makes an image decoder's condition: ``heads: [{type: generation}]``."""
+
+    tokens: tuple[str, ...]
+    condition: tuple[int, int]  # L, W
+
+    def __call__(self, states: Tensor, embeddings: Tensor) -> Tensor:
+        """Return conditions ``(N, L, W)`` of last states and input embeddings ``(N, r, D_lm)``."""
+
+
+@runtime_checkable
+class RestoresStates(Protocol):
+    """A head that also returns from a condition to the states: ``heads: [{type: aligner}]``."""
+
+    def restore(self, conditions: Tensor) -> Tensor:
+        """Return states ``(N, r, D_lm)`` of conditions ``(N, L, W)``."""
+
+
+DECISIONS = ("retrieve", "generate")  # what a decision head decides between
+
+
+@runtime_checkable
+class DecisionHead(Protocol):
+    """A decision head (retrieve or generate an image): ``heads: [{type: decision}]``."""
+
+    tokens: tuple[str, ...]  # the first one's state is read
+    labels: tuple[str, ...]
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """Return logits ``(N, labels)`` of states ``(N, D_lm)``."""
+
+
+@runtime_checkable
+class ContrastHead(Protocol):
+    """A contrast head (BLIP-2's ITC): ``heads: [{type: contrast}]``. Similarities are divided by ``temperature``."""
+
+    def of_queries(self, states: Tensor) -> Tensor:
+        """Return vectors ``(I, Q, D)`` of length 1 of images' states ``(I, Q, dim)``."""
+
+    def of_texts(self, states: Tensor) -> Tensor:
+        """Return vectors ``(N, D)`` of length 1 of texts' states ``(N, dim)``."""
+
+
+@runtime_checkable
+class MatchHead(Protocol):
+    """A match head (BLIP-2's ITM): ``heads: [{type: match}]``."""
+
+    def match(self, queries: Tensor) -> Tensor:
+        """Return logits of no and yes ``(B, 2)`` of the queries' states ``(B, Q, dim)``."""
+
+
+@runtime_checkable
+class ImageHead(Protocol):
+    """A head that makes an image of a sentence's vector: ``heads: [{type: pixels}]``."""
+
+    side: int  # S
+
+    def body(self, vectors: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Return the input of its map ``project``, of vectors ``(N, D)``; ``noise``: a normal draw of their shape."""
+
+    def __call__(self, vectors: Tensor, seeds: list[int]) -> Tensor:
+        """Return images ``(N, 3, S, S)`` between 0 and 1 of vectors ``(N, D)``."""
+
+
+@runtime_checkable
+class Denoises(Protocol):
+    """An image decoder with a denoising loss: ``decoder: {type: diffusers, model: ...}``."""
+
+    def denoise(self, images: Sequence[Any], conditions: Tensor) -> Tensor:
+        """Return the loss ``(N,)`` of images under conditions ``(N, L, W)``."""
+
+
+@runtime_checkable
+class MatchesPairs(Protocol):
+    """A scorer that also reads an image and a text together: ``scorer: {type: matching, model: RUN}``."""
+
+    rerank: int  # how many of the first candidates of a ranking it reads pair by pair
+
+    def matches(self, images: Sequence[Any], texts: Sequence[str]) -> Tensor:
+        """Return the log-odds ``(N,)`` that each of N images and the text at the same index belong together."""
+
+
+@runtime_checkable
+class ReadsPrompts(Protocol):
+    """A scorer that also embeds interleaved prompts: ``scorer: {type: retrieval, model: RUN}``."""
+
+    def embed_prompts(self, prompts: Sequence[Sequence[Piece]]) -> Tensor:
+        """Return vectors ``(N, D)`` of length 1."""
+
+
+def missing(kind: type) -> str:
+    """Return what a model lacks that has no part of a kind, and how a recipe names one."""
+    first = (kind.__doc__ or "").split("\n\n")[0].split(". ")[0].strip().rstrip(".").replace("``", "")
+    return " ".join(first.split())[:1].lower() + " ".join(first.split())[1:] or kind.__name__

@@ -1,0 +1,110 @@
+"""Sample and end the answers of a batch row by row, so that a batch gives what its members give alone.
+
+Notable: a sampled token comes from its row's random generator (the maximum of logits plus Gumbel noise is a sample from
+their softmax), so a request with a seed gets the same answer in any batch. Beams, penalties and the like are those of
+`transformers`, and hold for a whole batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StopStringCriteria
+from transformers.generation.logits_process import (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+
+from mllm.errors import MLLMError
+from mllm.lms.decoding import Decoding
+
+CLASSES: dict[str, Any] = {  # in the order in which they are applied
+    "temperature": TemperatureLogitsWarper,
+    "top_k": TopKLogitsWarper,
+    "top_p": TopPLogitsWarper,
+    "min_p": MinPLogitsWarper,
+    "typical_p": TypicalLogitsWarper,
+    "epsilon_cutoff": EpsilonLogitsWarper,
+    "eta_cutoff": EtaLogitsWarper,
+}
+NEUTRAL = {"top_k": 0, "top_p": 1.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "min_p": 0.0}
+
+
+class Sampler(LogitsProcessor):
+    """Gives the sampled token the highest score in rows that sample, so that greedy search selects it.
+
+    Args:
+        decodings: of each row; one without a seed draws it from torch's global generator.
+    """
+
+    def __init__(self, decodings: Sequence[Decoding]) -> None:
+        self._rows = [(_warpers(decoding), _generator(decoding)) for decoding in decodings]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return scores ``(B, V)``."""
+        rows = []
+        for number, (warpers, generator) in enumerate(self._rows):
+            row = scores[number : number + 1]
+            if generator is not None:
+                uniform = torch.rand(row.shape, generator=generator).clamp_min(1e-20).to(row.device)
+                row = warpers(cast(Any, input_ids[number : number + 1]), row) - (-uniform.log()).log()
+            rows.append(row)
+        return torch.cat(rows)
+
+
+class RowLimits(StoppingCriteria):
+    """Ends each row by its own decoding: its length, its stop strings, or because it was cancelled.
+
+    Args:
+        decodings: of each row.
+        start: how many of the first ids are not new.
+        tokenizer: of `transformers`.
+    """
+
+    def __init__(self, decodings: Sequence[Decoding], *, start: int, tokenizer: Any) -> None:
+        self._start, self._decodings = start, list(decodings)
+        self._stops = [
+            StopStringCriteria(tokenizer, decoding.stop_strings) if decoding.stop_strings else None
+            for decoding in decodings
+        ]
+
+    def __call__(self, input_ids: Tensor, scores: Any, **options: Any) -> Any:
+        """Return ``(B,)``: True where a row has ended."""
+        ended = []
+        for row, (decoding, stop) in enumerate(zip(self._decodings, self._stops, strict=True)):
+            new = input_ids[row : row + 1, self._start :]
+            ended.append(
+                (decoding.max_new_tokens is not None and new.shape[1] >= decoding.max_new_tokens)
+                or (stop is not None and bool(stop(new, scores)))
+                or (decoding.cancelled is not None and decoding.cancelled())
+            )
+        return torch.tensor(ended, device=input_ids.device)
+
+
+def _warpers(decoding: Decoding) -> LogitsProcessorList:
+    if not decoding.samples:
+        return LogitsProcessorList()
+    active = {
+        name: decoding.warpers[name]
+        for name in CLASSES
+        if name in decoding.warpers and decoding.warpers[name] != NEUTRAL.get(name)
+    }
+    try:
+        return LogitsProcessorList([CLASSES[name](value) for name, value in active.items()])
+    except (ValueError, TypeError) as error:
+        raise MLLMError(f"These decoding options are invalid, {active}: {error}") from None
+
+
+def _generator(decoding: Decoding) -> torch.Generator | None:
+    if not decoding.samples:
+        return None
+    seed = int(torch.randint(2**62, ())) if decoding.seed is None else decoding.seed
+    return torch.Generator().manual_seed(seed)
