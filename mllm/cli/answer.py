@@ -151,11 +151,11 @@ def _showing(run: Path, index: Path | None, bias: float, eager: float | None) ->
 def _tell(model: Assembly, images: list[str], text: str, jsonl: bool, show: Path, **decoding: Any) -> None:
     """Print what the model says to every picture; one that cannot be read costs the others nothing."""
     from mllm.answering.generate import answer_each
-    from mllm.media.images import find_pictures
+    from mllm.media.images import find_images
     from mllm.outputs import with_files
 
     wrong = []
-    paths = find_pictures(images)
+    paths = find_images(images)
     for path, answer in zip(paths, answer_each(model, paths, text, **decoding), strict=True):
         bad = isinstance(answer, MLLMError)
         if bad:
