@@ -45,7 +45,8 @@ ALLOWED = ("A picture of", "What is in the picture?", "The picture shows a red s
 CLEAN = """
 adapters
 eval eval/answers eval/bench eval/metrics
-mllm/answering mllm/config mllm/lms mllm/lms/runners mllm/planning mllm/prompts mllm/readout mllm/serve mllm/training
+mllm/answering mllm/config mllm/data mllm/data/emoji mllm/data/readers mllm/encoders mllm/hub mllm/lms mllm/lms/runners
+mllm/media mllm/planning mllm/prompts mllm/readout mllm/serve mllm/training
 """
 
 

@@ -156,7 +156,7 @@ def _image_options(run: Path, index: Path | None, bias: float, eager: float | No
 def _print_answers(model: Assembly, images: list[str], text: str, jsonl: bool, show: Path, **decoding: Any) -> None:
     """Print the answer for every image; an image that cannot be read does not stop the others."""
     from mllm.answering.generate import answer_each
-    from mllm.media.images import find_pictures
+    from mllm.media.images import find_images
     from mllm.outputs import with_files
 
     errors = []

@@ -18,10 +18,10 @@ def build_index(
 ) -> None:
     """Build an index of images for the model's retrieval head."""
     from mllm.build import load
-    from mllm.media.images import find_pictures
+    from mllm.media.images import find_images
     from mllm.scorers.index import ImageIndex
 
-    paths = find_pictures(images)
+    paths = find_images(images)
     ImageIndex.build(load(run), paths).save(out)
     typer.echo(f"{out}: {len(paths)} images.")
 

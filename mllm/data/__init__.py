@@ -1,1 +1,1 @@
-"""From files to items: readers, the embedded data sets, and batches."""
+"""Read data sets as items, and stream training examples."""

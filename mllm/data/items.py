@@ -1,4 +1,4 @@
-"""What a reader returns: pictures with captions, with a question and its answers, a conversation, or a document."""
+"""Define the items that readers return: images with captions or a question, a conversation, or a document."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from mllm.media.images import ImageSource
 from mllm.prompts.messages import rendered
 from mllm.prompts.pieces import Piece, Target, answer_text, arrange
 
-SEPARATOR = "\n"  # behind an example that another one follows
+SEPARATOR = "\n"  # between an example and the next
 
 
 @dataclass(frozen=True)
 class Item:
-    """One item of a data set, before any prompt is put around it."""
+    """An item of a data set, independent of the prompt format."""
 
     id: str
     images: tuple[ImageSource, ...]
-    answers: tuple[str, ...]  # reference captions, or the annotators' answers (repetitions count)
-    question: str | None = None  # None: a caption is wanted
-    kind: str = ""  # what results are broken down by, e.g. "yes/no"
-    choices: tuple[str, ...] = ()  # the closed set an answer is chosen from, where there is one
-    shots: tuple[Item, ...] = ()  # solved examples that are shown before it
-    messages: tuple[dict[str, Any], ...] = ()  # a whole conversation to learn from, in place of question and answers
-    document: tuple[str | ImageSource, ...] = ()  # texts and pictures as they stand in a page, to learn from
+    answers: tuple[str, ...]  # reference captions, or all annotators' answers, with repetitions
+    question: str | None = None  # None: the answer is a caption
+    kind: str = ""  # results are broken down by kind, e.g. "yes/no"
+    choices: tuple[str, ...] = ()  # the closed set that the answer is chosen from; empty: an open answer
+    shots: tuple[Item, ...] = ()  # solved examples in the prompt before it
+    messages: tuple[dict[str, Any], ...] = ()  # a conversation to train on, instead of a question and answers
+    document: tuple[str | ImageSource, ...] = ()  # interleaved texts and images of a page, to train on
 
 
 def question_text(item: Item, prompt: PromptSpec) -> str:
-    """Return the words an item is put with: the caption prompt, or its question in the question prompt.
+    """Return the text of an item's prompt: the caption prompt, or its question in the question prompt.
 
-    An empty question puts none.
+    An empty question gives an empty text.
     """
     if item.question is None:
         return prompt.caption
@@ -40,21 +40,27 @@ def question_text(item: Item, prompt: PromptSpec) -> str:
 
 
 def pieces_of(item: Item, prompt: PromptSpec, answer: str | None = None, lm: Any = None) -> list[Piece]:
-    """Return an item as an interleaved prompt; with ``answer``, or if it holds it all itself, as a training example.
+    """Return an item as an interleaved prompt, or as a training example with targets.
 
-    ``lm`` is needed for conversations in the language model's own chat template. Of examples before the item nothing is
-    learnt.
+    It is a training example if ``answer`` is given, or if the item is a conversation or a document. The item's shots
+    contain no targets.
+
+    Args:
+        item: the item.
+        prompt: the prompt format.
+        answer: the target.
+        lm: the language model, needed for conversations in its chat template.
     """
     if item.messages:
         return rendered(item.messages, prompt, lm, learn=True)
     if item.document:
-        return _learnt(item.document)
+        return _document_pieces(item.document)
     target = [] if answer is None else [Target(answer_text(answer))]
     return [*before(item, prompt), *arrange(prompt.template, item.images, question_text(item, prompt)), *target]
 
 
 def before(item: Item, prompt: PromptSpec, separator: str = SEPARATOR) -> tuple[Piece, ...]:
-    """Return an item's examples as the pieces before it; of an example's answers the most frequent one is used."""
+    """Return an item's shots as the pieces before it, each with its most frequent answer."""
     pieces: list[Piece] = []
     for shot in item.shots:
         answer = Counter(shot.answers).most_common(1)[0][0]
@@ -63,14 +69,14 @@ def before(item: Item, prompt: PromptSpec, separator: str = SEPARATOR) -> tuple[
     return tuple(pieces)
 
 
-def _learnt(document: tuple[str | ImageSource, ...]) -> list[Piece]:
-    """Return a document with all its text as targets; pictures behind the last text teach nothing and are left out.
+def _document_pieces(document: tuple[str | ImageSource, ...]) -> list[Piece]:
+    """Return a document with all its texts as targets; images after the last text are left out.
 
-    Nothing ends where a picture stands between texts: only the document's own end is learnt as one.
+    Only the end of the whole document has an end-of-sequence target, not a text that precedes an image.
     """
-    last = max(place for place, piece in enumerate(document) if isinstance(piece, str))
-    whole = last == len(document) - 1
+    last = max(index for index, piece in enumerate(document) if isinstance(piece, str))
+    complete = last == len(document) - 1
     return [
-        Target(piece, ends=whole and place == last) if isinstance(piece, str) else piece
-        for place, piece in enumerate(document[: last + 1])
+        Target(piece, ends=complete and index == last) if isinstance(piece, str) else piece
+        for index, piece in enumerate(document[: last + 1])
     ]

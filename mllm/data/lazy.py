@@ -1,4 +1,4 @@
-"""Items that are read one by one, when they are needed: for sets that are larger than memory."""
+"""Define a sequence whose items are read only when they are needed, for data sets larger than memory."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from mllm.data.items import Item
 
 
 class Lazy(Sequence[Item]):
-    """A sequence of items, each made when it is asked for.
+    """A sequence of items, each read when it is accessed.
 
     Args:
-        size: how many there are.
-        make: an item by its place.
-        fingerprint: what tells these items from others, without reading them.
-        shards: the places that one file holds, file by file.
+        size: the number of items.
+        make: returns the item at an index.
+        fingerprint: returns a hash that identifies the items without reading them.
+        shards: the ranges of indices that are in one file each.
     """
 
     def __init__(
@@ -34,20 +34,20 @@ class Lazy(Sequence[Item]):
     def __len__(self) -> int:
         return self._size
 
-    def __getitem__(self, place: Any) -> Any:
-        if isinstance(place, slice):
-            return [self._make(index) for index in range(*place.indices(self._size))]
-        if not 0 <= place < self._size:
-            raise IndexError(place)
-        return self._make(place)
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self._make(number) for number in range(*index.indices(self._size))]
+        if not 0 <= index < self._size:
+            raise IndexError(index)
+        return self._make(index)
 
-    def part(self, places: Sequence[int]) -> Lazy:
-        """Return the items at these places, in order; nothing is read."""
-        cuts = [(bisect_left(places, shard.start), bisect_left(places, shard.stop)) for shard in self.shards]
-        told = hashlib.sha256(f"{self.fingerprint()} {list(places)}".encode()).hexdigest()
+    def part(self, indices: Sequence[int]) -> Lazy:
+        """Return the items at sorted indices; nothing is read."""
+        cuts = [(bisect_left(indices, shard.start), bisect_left(indices, shard.stop)) for shard in self.shards]
+        digest = hashlib.sha256(f"{self.fingerprint()} {list(indices)}".encode()).hexdigest()
         return Lazy(
-            len(places),
-            lambda place: self._make(places[place]),
-            fingerprint=lambda: told,
+            len(indices),
+            lambda index: self._make(indices[index]),
+            fingerprint=lambda: digest,
             shards=[range(start, end) for start, end in cuts if end > start],
         )

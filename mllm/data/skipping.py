@@ -1,4 +1,4 @@
-"""Samples that cannot be read: left out, named in the run's log, and past a share of all of them the run stops."""
+"""Skip samples that cannot be read and log them; stop the run if they are more than a share of all samples."""
 
 from __future__ import annotations
 
@@ -12,43 +12,46 @@ Member = TypeVar("Member")
 
 
 class Skipped:
-    """What could not be read so far.
+    """The samples that could not be read so far.
 
     Args:
-        share: of ``total`` items that may be left out.
-        total: the items there are.
-        log: is given what was left out, ``skipped=...``, each once.
+        share: the share of ``total`` samples that may be skipped.
+        total: the number of samples.
+        log: called once for each skipped sample, with ``skipped=REASON``.
     """
 
     def __init__(self, share: float, total: int, log: Callable[..., None]) -> None:
         self._share, self._total, self._log = share, total, log
-        self._known: dict[str, None] = {}
+        self._reasons: dict[str, None] = {}
 
     def readable(self, members: Sequence[Member], read: Callable[[Member], Any]) -> list[Member]:
-        """Return those that ``read`` raises no `MLLMError` for.
+        """Return the members for which ``read`` raises no `MLLMError`.
 
         Raises:
-            MLLMError: more than the share was left out by now, or nothing is left.
+            MLLMError: more than the share has been skipped, or no member can be read.
         """
-        kept = []
+        readable = []
         for member in members:
             try:
                 read(member)
-                kept.append(member)
+                readable.append(member)
             except MLLMError as error:
                 self._note(str(error))
-        if not kept:
-            raise MLLMError(f"None of {len(members)} samples in a row could be read: {some(list(self._known))}")
-        return kept
+        if not readable:
+            raise MLLMError(
+                f"None of {len(members)} samples in a row could be read: {some(list(self._reasons))}. Expected some: "
+                "see `mllm data check`."
+            )
+        return readable
 
     def _note(self, reason: str) -> None:
-        if reason in self._known:
+        if reason in self._reasons:
             return
-        self._known[reason] = None
+        self._reasons[reason] = None
         self._log(skipped=reason)
-        if len(self._known) > self._share * self._total:
-            listed = "".join(f"\n  {reason}" for reason in self._known)
+        if len(self._reasons) > self._share * self._total:
+            listed = "".join(f"\n  {reason}" for reason in self._reasons)
             raise MLLMError(
-                f"{len(self._known)} of {self._total} samples could not be read, more than the share data.skip="
-                f"{self._share} allows. `mllm data check` lists all.{listed}"
+                f"{len(self._reasons)} of {self._total} samples could not be read, more than data.skip={self._share} "
+                f"allows. `mllm data check` lists all of them.{listed}"
             )

@@ -1,4 +1,4 @@
-"""From a recipe's data to sources of items, and what tells them from others."""
+"""Read the data entries of a recipe as sources of items, check them and compute their fingerprints."""
 
 from __future__ import annotations
 
@@ -19,114 +19,123 @@ from mllm.errors import MLLMError
 from mllm.media.images import Black, ImageFile, ImageSource
 from mllm.registry import lookup
 
-FEW = 2000  # pictures of a source, up to which their content is hashed
+HASH_LIMIT = 2000  # sources with at most this many images have their images' content hashed
 
 
 @dataclass(frozen=True)
 class Source:
-    """The items of one entry of a recipe's data; ``items`` may be read one by one, when they are needed."""
+    """The items of one data entry of a recipe; ``items`` may be `Lazy`."""
 
     spec: DataSpec
     items: Sequence[Item]
 
 
 def reader(spec: DataSpec) -> Callable[[], Sequence[Item]]:
-    """Return the reader of one source with its arguments, not called yet.
+    """Return the reader of one source, bound to its arguments.
 
     Raises:
-        MLLMError: an unknown reader, or arguments that it does not take.
+        MLLMError: an unknown reader, or arguments that it does not accept.
     """
-    found = lookup("readers", spec.format)
-    signature = inspect.signature(found)
+    function = lookup("readers", spec.format)
+    signature = inspect.signature(function)
     try:
         signature.bind(**spec.options())
     except TypeError as error:
         raise MLLMError(
-            f"data: the reader {spec.format!r} does not take these arguments: {error}. "
-            f"It takes: {', '.join(signature.parameters)}."
+            f"data: the reader {spec.format!r} does not accept these arguments: {error}. "
+            f"It accepts: {', '.join(signature.parameters)}."
         ) from None
-    return partial(found, **spec.options())
+    return partial(function, **spec.options())
 
 
 def read(spec: DataSpec, *, seed: int = 0) -> Sequence[Item]:
-    """Return the items of one source; of a ``fraction``, the same ones for one seed, and of a smaller one some of them.
+    """Return the items of one source, or a random ``fraction`` of them.
+
+    The subset depends on the seed alone, and a smaller fraction gives a subset of a larger one.
 
     Raises:
-        MLLMError: an unknown reader or argument, no items, or what the reader finds wrong.
+        MLLMError: an unknown reader or argument, no items, or an error of the reader.
     """
     items = reader(spec)()
     if not items:
-        raise MLLMError(f"data: the reader {spec.format!r} found no items with {spec.options()}.")
+        raise MLLMError(
+            f"data: the reader {spec.format!r} returned no items with {spec.options()}; expected at least one. Change "
+            "its arguments."
+        )
     if spec.blank:
         items = _blank(items)
     if spec.fraction == 1:
         return items
     order = list(range(len(items)))
     random.Random(f"{seed}/fraction").shuffle(order)
-    places = sorted(order[: math.ceil(spec.fraction * len(items))])
-    return items.part(places) if isinstance(items, Lazy) else [items[place] for place in places]
+    indices = sorted(order[: math.ceil(spec.fraction * len(items))])
+    return items.part(indices) if isinstance(items, Lazy) else [items[index] for index in indices]
 
 
 def _blank(items: Sequence[Item]) -> Sequence[Item]:
-    """Return items whose pictures are black."""
+    """Return the items with black images in place of their images."""
 
-    def made(item: Item) -> Item:
+    def blank(item: Item) -> Item:
         if item.messages or item.document:
-            raise MLLMError(f"data: the item {item.id!r} is a conversation or a document; 'blank' is for captions.")
-        shots = tuple(made(shot) for shot in item.shots)
+            raise MLLMError(
+                f"data: the item {item.id!r} is a conversation or a document, but 'blank' is for captions and "
+                "questions. Leave out 'blank'."
+            )
+        shots = tuple(blank(shot) for shot in item.shots)
         return replace(item, images=tuple(Black() for _ in item.images), shots=shots)
 
     if not isinstance(items, Lazy):
-        return [made(item) for item in items]
+        return [blank(item) for item in items]
     return Lazy(
         len(items),
-        lambda place: made(items[place]),
+        lambda index: blank(items[index]),
         fingerprint=lambda: f"{items.fingerprint()} black",
         shards=items.shards,
     )
 
 
 def read_all(specs: Sequence[DataSpec], *, seed: int = 0) -> list[Source]:
-    """Return every source that is trained on; none where there is none.
+    """Return the sources of all entries, checked for training.
 
     Raises:
-        MLLMError: an item has no answer to learn, a source is too small or of the wrong kind for what is asked of it,
-            or what a reader finds wrong.
+        MLLMError: an item has no target, a source is too small or of the wrong kind for its settings, or an error of a
+            reader.
     """
     sources = [Source(spec, read(spec, seed=seed)) for spec in specs]
     for source in sources:
-        for item in () if isinstance(source.items, Lazy) else source.items:  # those are found out when they are read
+        for item in () if isinstance(source.items, Lazy) else source.items:  # lazy items are checked when they are read
             check_learnable(item)
             check_combinable(item, source.spec)
-        needed = max(source.spec.shots, 1 if source.spec.concatenate else 0) + 1
-        if len(source.items) < needed:
+        required = max(source.spec.shots, 1 if source.spec.concatenate else 0) + 1
+        if len(source.items) < required:
             raise MLLMError(
-                f"data: {source.spec.format} has {len(source.items)} items; shots and concatenate need {needed}."
+                f"data: {source.spec.format} has {len(source.items)} items; shots and concatenate need {required}. "
+                "Lower shots, or leave out concatenate."
             )
     return sources
 
 
 def check_learnable(item: Item) -> None:
-    """Raise an `MLLMError` for an item that teaches nothing."""
+    """Raise an `MLLMError` for an item without a target."""
     if not (item.answers or item.messages or any(isinstance(piece, str) for piece in item.document)):
-        raise MLLMError(f"data: the item {item.id!r} has no answer, and training needs one: is it a test split?")
+        raise MLLMError(f"data: the item {item.id!r} has no answer, but training needs one. Use a split with answers.")
 
 
 def check_combinable(item: Item, spec: DataSpec) -> None:
-    """Raise an `MLLMError` for a conversation or a document of a source whose items are put together."""
+    """Raise an `MLLMError` for a conversation or a document in a source with shots or concatenated items."""
     if (spec.shots or spec.concatenate) and not item.answers:
         raise MLLMError(
-            f"data: the item {item.id!r} is a conversation or a document; shots and concatenate are for captions and "
-            "questions. Take them out of this source."
+            f"data: the item {item.id!r} is a conversation or a document, but shots and concatenate are for captions "
+            "and questions. Leave them out for this source."
         )
 
 
 def fingerprint(sources: Sequence[Source]) -> list[dict[str, Any]]:
-    """Return what tells the data of a run from other data: for each source its size and a hash.
+    """Return the fingerprint of a run's data: the size and a hash of each source.
 
-    The hash is over the ids, all texts and the order, and over the pictures: their content where a source has at most
-    2,000, else their names and sizes in bytes, so that a large set is not read. Items that are read one by one are told
-    by their files' index. Where the files are, and when they were written, changes nothing.
+    The hash covers the ids, all texts, the order and the images: their content if a source has at most 2,000 images,
+    else their names and sizes in bytes, so that large data sets need not be read. Lazy items have a hash of the index
+    of their files. Paths and modification times do not matter.
     """
     return [
         {
@@ -139,21 +148,21 @@ def fingerprint(sources: Sequence[Source]) -> list[dict[str, Any]]:
 
 
 def _hash(items: Sequence[Item]) -> str:
-    pictures = {picture for item in items for picture in item.images}
-    known = {picture: _picture(picture, content=len(pictures) <= FEW) for picture in pictures}
-    whole = hashlib.sha256()
+    images = {image for item in items for image in item.images}
+    labels = {image: _image_label(image, content=len(images) <= HASH_LIMIT) for image in images}
+    digest = hashlib.sha256()
     for item in items:
         row = [item.id, item.question, item.answers, item.messages, item.document, [s.id for s in item.shots]]
-        told = [known[picture] for picture in item.images]
-        whole.update(json.dumps([*row, told], default=lambda value: None).encode())  # a picture among texts: its place
-    return whole.hexdigest()
+        shown = [labels[image] for image in item.images]
+        digest.update(json.dumps([*row, shown], default=lambda value: None).encode())  # None for an image among texts
+    return digest.hexdigest()
 
 
-def _picture(picture: ImageSource, *, content: bool) -> str:
-    """Return a picture's content, or its name and size; what is unreadable is so everywhere."""
+def _image_label(image: ImageSource, *, content: bool) -> str:
+    """Return a hash of an image's content, or its name and size; the same for every unreadable image."""
     try:
-        if content or not isinstance(picture, ImageFile):
-            return picture.key()
-        return f"{picture.path.name} {picture.path.stat().st_size}"
+        if content or not isinstance(image, ImageFile):
+            return image.key()
+        return f"{image.path.name} {image.path.stat().st_size}"
     except (MLLMError, OSError):
         return "unreadable"

@@ -1,1 +1,1 @@
-"""The kinds of encoder: a recipe's ``encoder.type`` names them."""
+"""Provide the encoders that a recipe selects with ``encoder.type``."""

@@ -1,4 +1,4 @@
-"""Sound: any audio model that `transformers` loads by its Auto classes (Whisper's encoder, HuBERT, wav2vec2, ...)."""
+"""Encode sounds with any audio model that the Auto classes of `transformers` load (Whisper, HuBERT, wav2vec2)."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from torch import Tensor
 from transformers import AutoFeatureExtractor, AutoModel
 
 from mllm.encoders.base import PretrainedEncoder, layer_of
-from mllm.encoders.truncate import cut, until
+from mllm.encoders.truncate import run_truncated, truncate
 from mllm.errors import MLLMError
 from mllm.hub import loading as hub
 from mllm.media.sounds import Sound, open_sound
 
 
 class AudioModel(PretrainedEncoder):
-    """An audio model of `transformers`, cut after what is used. A sound is padded with silence to one length.
+    """An audio model of `transformers`, truncated after the layer that is used. Sounds are padded with silence.
 
     Args:
-        model: a hub id or a folder.
-        layer: index into the hidden states; None: the model's own output.
-        select: ``patches`` or ``all``: a feature for each frame of time; ``pooled``: their mean.
-        seconds: the length every sound is padded to, and may have; None: the model's own (Whisper: 30), else 10.
-        init: ``random`` cacheable the architecture and draws new weights (a control).
-        seed: of the random weights.
+        model: a Hub id or a folder.
+        layer: an index into the hidden states; None: the model's last hidden state.
+        select: ``patches`` or ``all``: one feature per time frame; ``pooled``: their mean.
+        seconds: the length that sounds are padded to, and their maximum; None: the model's (Whisper: 30), else 10.
+        init: ``random`` uses the architecture with randomly initialized weights (a control).
+        seed: the seed of the random weights.
 
     Raises:
-        MLLMError: it cannot be loaded, has no such layer, or takes no sound of that length.
+        MLLMError: the model cannot be loaded, has no such layer, or does not accept sounds of that length.
     """
 
     grid = None
@@ -53,41 +53,42 @@ class AudioModel(PretrainedEncoder):
         self.model = _tower(self._load()).requires_grad_(False).eval()
         self.processor = hub.load_processor(AutoFeatureExtractor, folder)
         self.rate = int(self.processor.sampling_rate)
-        own: Any = getattr(self.processor, "chunk_length", 10)
-        self.seconds = float(own if seconds is None else seconds)
+        default_seconds: Any = getattr(self.processor, "chunk_length", 10)
+        self.seconds = float(default_seconds if seconds is None else seconds)
         self.set_fingerprint(folder, init)
-        takes = inspect.signature(self.model.forward).parameters
-        self._masks = "attention_mask" in takes and bool(getattr(self.processor, "return_attention_mask", False))
+        parameters = inspect.signature(self.model.forward).parameters
+        self._masks = "attention_mask" in parameters and bool(getattr(self.processor, "return_attention_mask", False))
         self._states = {} if layer is None else {"output_hidden_states": True}
-        with torch.device("cpu"):  # on paper too: the features are computed by numpy
+        with torch.device("cpu"):  # on the meta device too: the feature extractor computes with numpy
             blank = self.preprocess([Sound(np.zeros(self.rate, dtype=np.float32), self.rate)])
         self.shape = tuple(blank.shape[1:])
         try:
-            raw, cuts = cut(self.model, lambda: self._raw(blank))
+            raw, truncated = truncate(self.model, lambda: self._raw(blank))
         except MLLMError:
             raise
         except Exception as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise MLLMError(
-                f"The encoder {model!r} does not take {self.seconds:g} seconds of sound: {reason}"
+                f"The encoder {model!r} does not accept {self.seconds:g} seconds of sound: {reason} Set "
+                "encoder.seconds to a length that it accepts."
             ) from error
-        if cuts:
+        if truncated:
             self._states = {}
         self.num_patches, self.dim = (1 if select == "pooled" else raw.shape[1]), raw.shape[2]
 
     def settings(self) -> dict[str, Any]:
-        """Return what, beside the weights, decides the features."""
-        own = {"layer": self.layer, "select": self.select, "seconds": self.seconds}
-        return {**own, "processor": self.processor.to_dict()}
+        """Return the settings that, with the weights, determine the features."""
+        settings = {"layer": self.layer, "select": self.select, "seconds": self.seconds}
+        return {**settings, "processor": self.processor.to_dict()}
 
     def open(self, piece: Any) -> Sound:
-        """Return a sound at the model's rate."""
+        """Return a sound at the model's sampling rate."""
         return open_sound(piece, self.rate, self.seconds)
 
     def preprocess(self, items: Sequence[Sound]) -> Tensor:
-        """Return what the model's own feature extractor makes of sounds: a spectrogram, or samples ``(B, N)``."""
+        """Return the output of the model's feature extractor: spectrograms, or samples ``(B, N)``."""
         length = round(self.seconds * self.rate)
-        made = self.processor(
+        inputs = self.processor(
             [sound.samples[:length] for sound in items],
             sampling_rate=self.rate,
             padding="max_length",
@@ -95,27 +96,27 @@ class AudioModel(PretrainedEncoder):
             truncation=True,
             return_tensors="pt",
         )
-        return made[self.processor.model_input_names[0]]
+        return inputs[self.processor.model_input_names[0]]
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Return features ``(B, P, D_vis)`` of what `preprocess` returned."""
-        features = until(lambda: self._raw(pixels))
+        """Return features ``(B, P, D_vis)`` of the output of `preprocess`."""
+        features = run_truncated(lambda: self._raw(pixels))
         return features.mean(1, keepdim=True) if self.select == "pooled" else features
 
     def _raw(self, sound: Tensor) -> Tensor:
         sound = sound.to(self.model.device, self.model.dtype)
-        heard = self._masks and sound.ndim == 2 and not sound.is_meta  # on paper, no mask can be looked into
-        mask = {"attention_mask": _heard(sound)} if heard else {}
+        masked = self._masks and sound.ndim == 2 and not sound.is_meta  # a mask needs values
+        mask = {"attention_mask": _padding_mask(sound)} if masked else {}
         output = self.model(sound, **mask, **self._states)
         return output.last_hidden_state if self.layer is None else layer_of(output.hidden_states, self.layer)
 
 
 def _tower(model: Any) -> Any:
-    """Return the encoder of an encoder-decoder, the audio tower of a model with several, or the model itself."""
+    """Return the encoder of an encoder-decoder, the audio tower of a multimodal model, or the model itself."""
     return model.get_encoder() if model.config.is_encoder_decoder else model.get_encoder(modality="audio")
 
 
-def _heard(samples: Tensor) -> Tensor:
-    """Return the mask ``(B, N)`` of samples up to the last that is not the silence of the padding."""
-    left = (samples != 0).flip(1).cumsum(1).flip(1)  # how many there are from here on
-    return (left > 0).long()
+def _padding_mask(samples: Tensor) -> Tensor:
+    """Return the attention mask ``(B, N)``: 1 up to the last sample that is not zero, 0 for the padding after it."""
+    remaining = (samples != 0).flip(1).cumsum(1).flip(1)  # the number of non-zero samples from each position on
+    return (remaining > 0).long()

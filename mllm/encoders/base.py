@@ -1,4 +1,4 @@
-"""Share what encoders have in common: fingerprints, hidden states and the selection of patches."""
+"""Provide what encoders share: fingerprints, hidden states and the selection of patch tokens."""
 
 from __future__ import annotations
 
@@ -14,15 +14,19 @@ from mllm.slots import Encoder
 
 
 class PretrainedEncoder(Encoder):
-    """An encoder with weights of its own, which its fingerprint is a hash of."""
+    """An encoder with weights, whose fingerprint is a hash of them."""
 
     _folder: str
     _hash: str | None
 
     def set_fingerprint(self, folder: str = "", init: str = "random") -> None:
-        """Choose what the fingerprint is a hash of: pretrained weights' files, or random weights as they are now.
+        """Choose the source of the fingerprint: the files of pretrained weights, or the current random weights.
 
-        Called at the end of the constructor, ``init`` says how the weights came.
+        The constructor calls it last.
+
+        Args:
+            folder: of the pretrained weights.
+            init: ``pretrained`` or ``random``.
         """
         self._folder = folder
         self._hash = tensor_hash(self) if init == "random" and not on_meta() else None
@@ -34,12 +38,12 @@ class PretrainedEncoder(Encoder):
 
 
 class Shape(Encoder):
-    """An encoder of which only the shape of the features is known: enough for sizes, not for images.
+    """An encoder of which only the shape of the features is known: enough to plan with, not to encode images.
 
     Args:
-        dim: D_vis.
+        dim: D_vis, the width of the features.
         grid: rows and columns of the patches, or None.
-        patches: P, where there is no grid.
+        patches: P, the number of features, if there is no grid.
     """
 
     def __init__(self, *, dim: int, grid: tuple[int, int] | None = None, patches: int | None = None) -> None:
@@ -49,27 +53,33 @@ class Shape(Encoder):
         self.num_patches = grid[0] * grid[1] if grid else int(patches or 0)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Return features of the right shape and no content ``(B, P, D_vis)``."""
+        """Return features ``(B, P, D_vis)`` of zeros."""
         return torch.zeros(len(pixels), self.num_patches, self.dim)
 
 
 def on_meta() -> bool:
-    """Whether parts are built on the meta device, from configurations alone."""
+    """Return whether parts are built on the meta device, from configurations alone."""
     return torch.get_default_device().type == "meta"
 
 
-def selected(hidden: Tensor, select: str, grid: tuple[int, int] | None, extra: int) -> Tensor:
-    """Return ``(B, P, D_vis)`` of tokens of which the first ``extra`` are no patches.
+def select_tokens(hidden: Tensor, select: str, grid: tuple[int, int] | None, extra: int) -> Tensor:
+    """Return the selected tokens ``(B, P, D_vis)``.
+
+    Args:
+        hidden: all tokens ``(B, N, D_vis)``.
+        select: ``patches``, ``pooled`` (the mean of the patches) or ``all``.
+        grid: rows and columns of the patches; None if the tokens form no grid.
+        extra: the number of leading tokens that are not patches (CLS, registers).
 
     Raises:
-        MLLMError: patches are wanted of tokens that form no grid: which are patches cannot be told.
+        MLLMError: patches are selected, but the tokens form no grid, so it is unknown which tokens are patches.
     """
     if select == "all":
         return hidden
     if grid is None:
         raise MLLMError(
             f"encoder.select is {select!r}, but the {hidden.shape[1]} tokens of this encoder form no square grid, so "
-            "which of them are patches is not known. Set encoder.select=all."
+            "it is unknown which of them are patches. Set encoder.select=all."
         )
     patches = hidden[:, extra:]
     return patches.mean(1, keepdim=True) if select == "pooled" else patches
@@ -79,10 +89,10 @@ def layer_of(states: Sequence[Tensor] | None, layer: int) -> Tensor:
     """Return one of a model's hidden states.
 
     Raises:
-        MLLMError: there are none, or not that many.
+        MLLMError: there are no hidden states, or not that many.
     """
     if not states:
-        raise MLLMError("This encoder returns no hidden states: leave out encoder.layer.")
+        raise MLLMError("encoder.layer is set, but this encoder returns no hidden states: leave out encoder.layer.")
     if not -len(states) <= layer < len(states):
         raise MLLMError(
             f"encoder.layer is {layer}, but the encoder has {len(states)} hidden states: "
@@ -92,7 +102,7 @@ def layer_of(states: Sequence[Tensor] | None, layer: int) -> Tensor:
 
 
 def sizes_of(config: Any, name: str) -> tuple[int, ...]:
-    """Return a configuration's ``image_size`` or ``patch_size`` as (height, width); empty where it has none."""
+    """Return a configuration's ``image_size`` or ``patch_size`` as (height, width), or () if it has none."""
     value = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
     if isinstance(value, int):
         return (value, value)

@@ -1,4 +1,4 @@
-"""The image side of a dual encoder as an encoder: one vector a picture, in the space that texts are in too."""
+"""Encode images with a dual encoder (CLIP, SigLIP): one vector per image, in an embedding space shared with texts."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from mllm.slots import Encoder
 
 
 class JointSpace(Encoder):
-    """A dual encoder of `transformers` (CLIP, SigLIP, ...), behind its projection.
+    """A dual encoder of `transformers` (CLIP, SigLIP, ...); its features are the projected image embeddings.
 
     Args:
-        model: an installed part, a hub id or a folder.
-        seed: not used.
+        model: an installed part, a Hub id or a folder.
+        seed: unused.
 
     Raises:
         MLLMError: the model has no image or no text tower.
@@ -37,7 +37,7 @@ class JointSpace(Encoder):
         self.pair = DualEncoder(model=model)
         if self.pair.ready:
             blank = self.preprocess([Image.new("RGB", (64, 64))])
-        else:  # only its configuration is here
+        else:  # only the configuration is available
             side = self.pair.model.config.vision_config.image_size
             blank = torch.zeros(1, 3, side, side)
         self.shape = tuple(blank.shape[1:])
@@ -45,25 +45,25 @@ class JointSpace(Encoder):
 
     @property
     def fingerprint(self) -> str:
-        """Return what tells these weights from others."""
+        """Return a hash of the weights."""
         return fingerprint(self._folder)
 
     def settings(self) -> dict[str, Any]:
-        """Return what, beside the weights, decides the features."""
+        """Return the settings that, with the weights, determine the features."""
         return {"processor": self.pair.image_settings()}
 
     def preprocess(self, items: Sequence[Image.Image]) -> Tensor:
-        """Return pixels ``(B, 3, H, W)`` of RGB images, as the model's own image processor makes them."""
+        """Return the pixels ``(B, 3, H, W)`` of RGB images from the model's image processor."""
         with torch.device("cpu"):
             return self.pair.pixels(items)
 
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> Tensor:
-        """Return features ``(B, 1, D_vis)`` of length 1."""
+        """Return L2-normalized features ``(B, 1, D_vis)``."""
         return nn.functional.normalize(self.pair.image_vectors(pixels), dim=-1)[:, None]
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Return vectors ``(N, D_vis)`` of length 1, in the same space."""
+        """Return L2-normalized embeddings ``(N, D_vis)`` of texts, in the same space."""
         return self.pair.embed_texts(texts)
 
 
@@ -71,10 +71,10 @@ _BATCH = 64
 
 
 class DualEncoder(nn.Module):
-    """A frozen pair of towers that `transformers` loads with its Auto classes.
+    """A frozen dual encoder that `transformers` loads with its Auto classes.
 
     Args:
-        model: a hub id or a folder.
+        model: a Hub id or a folder.
 
     Raises:
         MLLMError: the model has no image or no text tower.
@@ -86,18 +86,18 @@ class DualEncoder(nn.Module):
         self._processor = hub.load_processor(AutoProcessor, folder)
         self.model = hub.load_model(AutoModel, folder).requires_grad_(False).eval()
         if not hasattr(self.model, "get_image_features") or not hasattr(self.model, "get_text_features"):
-            raise MLLMError(f"The scorer {model} has no image and text towers; expected a dual encoder such as CLIP.")
+            raise MLLMError(f"The scorer {model} has no image and text towers: give a dual encoder such as CLIP.")
 
     def image_text(self, images: Sequence[Any], texts: Sequence[str]) -> Tensor:
         """Return the cosine similarities ``(I, N)`` of images and texts."""
         return self.embed_images(images) @ self.embed_texts(texts).T
 
     def embed_images(self, images: Sequence[Any]) -> Tensor:
-        """Return vectors ``(I, D)`` of length 1."""
+        """Return L2-normalized embeddings ``(I, D)`` of images in any accepted form."""
         return self._embed(images, self._images)
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Return vectors ``(N, D)`` of length 1; a text that is too long is cut."""
+        """Return L2-normalized embeddings ``(N, D)`` of texts; long texts are truncated."""
         return self._embed(texts, self._texts)
 
     @torch.no_grad()
@@ -107,19 +107,19 @@ class DualEncoder(nn.Module):
 
     @property
     def ready(self) -> bool:
-        """Whether pictures and texts can be read: not where only a published model's sizes are here."""
+        """Whether images and texts can be encoded; not if only a published model's configuration is available."""
         return self._processor is not None
 
     def pixels(self, images: Sequence[Any]) -> Tensor:
-        """Return pixels ``(I, 3, H, W)`` of opened pictures."""
+        """Return the pixels ``(I, 3, H, W)`` of PIL images."""
         return self._processor(images=list(images), return_tensors="pt")["pixel_values"]
 
     def image_vectors(self, pixels: Tensor) -> Tensor:
-        """Return vectors ``(I, D)`` of any length."""
+        """Return embeddings ``(I, D)`` of pixels, not normalized."""
         return _vectors(self.model.get_image_features(pixel_values=pixels.to(self.model.device)))
 
     def image_settings(self) -> dict[str, Any]:
-        """Return what, beside the weights, decides the vectors of pictures."""
+        """Return the settings that, with the weights, determine the image embeddings."""
         settings: dict[str, Any] = self._processor.image_processor.to_dict()
         return settings
 
@@ -127,19 +127,19 @@ class DualEncoder(nn.Module):
         return self.image_vectors(self.pixels([open_image(image) for image in images]))
 
     def _texts(self, texts: Sequence[str]) -> Any:
-        # Padded to the full length, as these models are trained: SigLIP masks nothing, and reads the padding too.
-        longest = min(
+        # Padded to the maximum length, as in training: SigLIP uses no attention mask, so padding affects its output.
+        max_length = min(
             self._processor.tokenizer.model_max_length, self.model.config.get_text_config().max_position_embeddings
         )
-        words = self._processor(
-            text=list(texts), return_tensors="pt", padding="max_length", truncation=True, max_length=longest
+        inputs = self._processor(
+            text=list(texts), return_tensors="pt", padding="max_length", truncation=True, max_length=max_length
         )
-        return self.model.get_text_features(**_on(words, self.model))
+        return self.model.get_text_features(**_on(inputs, self.model))
 
 
-def _vectors(found: Any) -> Tensor:
-    """Return ``(N, D)``; newer versions of transformers return an output object."""
-    return found if isinstance(found, Tensor) else found.pooler_output
+def _vectors(output: Any) -> Tensor:
+    """Return embeddings ``(N, D)``; newer versions of transformers return them in an output object."""
+    return output if isinstance(output, Tensor) else output.pooler_output
 
 
 def _on(inputs: BatchEncoding, model: Any) -> dict[str, Any]:

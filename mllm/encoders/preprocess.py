@@ -1,4 +1,4 @@
-"""Pictures to pixels for models whose library has transforms of its own for torchvision: the same steps, by PIL."""
+"""Preprocess images with PIL for models whose libraries use torchvision transforms (timm, open_clip)."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from PIL import Image
 from torch import Tensor
 
 
-def normalised(
+def normalized_pixels(
     images: Sequence[Image.Image], side: int, mean: Sequence[float], std: Sequence[float], filter_: str
 ) -> Tensor:
-    """Return pixels ``(B, 3, side, side)``: the whole picture, resized to the square.
+    """Return normalized pixels ``(B, 3, side, side)`` of whole images, resized to a square without cropping.
 
     Args:
-        images: RGB.
-        side: in pixels.
-        mean: of each channel.
-        std: of each channel.
-        filter_: ``bicubic``, ``bilinear``, ...; what resizes.
+        images: RGB images.
+        side: the side of the square in pixels.
+        mean: the mean of each channel.
+        std: the standard deviation of each channel.
+        filter_: the resampling filter: ``bicubic``, ``bilinear``, ...
     """
     squares = [image.resize((side, side), Image.Resampling[filter_.upper()]) for image in images]
     values = torch.from_numpy(np.stack([np.asarray(square) for square in squares])).permute(0, 3, 1, 2)

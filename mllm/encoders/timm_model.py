@@ -1,36 +1,40 @@
-"""Any image model of `timm`: the extra ``timm``, in an environment that has torchvision.
+"""Encode images with any image model of `timm` (the extra ``timm``, which needs torchvision).
 
-Notable: layers are read by timm's own ``forward_intermediates``, which gives every family's blocks as maps.
+Layers are read with timm's ``forward_intermediates``, which returns the blocks of every architecture as feature maps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeVar
 
 import torch
 from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 
-from mllm.encoders.base import PretrainedEncoder, on_meta, selected
-from mllm.encoders.preprocess import normalised
-from mllm.encoders.truncate import cut, until
+from mllm.encoders.base import PretrainedEncoder, on_meta, select_tokens
+from mllm.encoders.preprocess import normalized_pixels
+from mllm.encoders.truncate import run_truncated, truncate
 from mllm.errors import MLLMError, near
+
+T = TypeVar("T")
+LAYER_ZERO = "encoder.layer is 0, but blocks are counted from 1, or backwards from -1. Set another layer."
+TOO_FEW_BLOCKS = "encoder.layer is {layer}, but the encoder has fewer blocks. Set a layer closer to 0."
 
 
 class TimmModel(PretrainedEncoder):
     """An image model of timm.
 
     Args:
-        model: timm's name of it (``nf_resnet50.ra2_in1k``, ``eva02_large_patch14_224``), with or without ``timm/``.
-        layer: k > 0: what the k-th block gives; k < 0: counted from the last one, which is -1. None: the features that
-            the model itself would classify by.
-        select: ``patches``, ``pooled`` (the model's own pooling; of a layer, the mean), ``all`` (with CLS, ...).
-        resolution: side of the square input in pixels; None: the model's own.
-        weights: a file to load in place of those on the hub.
-        init: ``random`` draws new weights (a control).
-        seed: of the random weights.
+        model: its name in timm (``nf_resnet50.ra2_in1k``, ``eva02_large_patch14_224``), with or without ``timm/``.
+        layer: k > 0: the output of the k-th block; k < 0: counted from the last block, which is -1. None: the features
+            before the model's classifier.
+        select: ``patches``, ``pooled`` (the model's pooling; with ``layer``, the mean), ``all`` (with CLS, ...).
+        resolution: side of the square input in pixels; None: the model's native resolution.
+        weights: a file to load instead of the weights on the Hub.
+        init: ``random`` uses randomly initialized weights (a control).
+        seed: the seed of the random weights.
 
     Raises:
         MLLMError: timm is not installed, has no such model, or the model has no such layer or size.
@@ -55,22 +59,26 @@ class TimmModel(PretrainedEncoder):
         self.config = timm.data.resolve_model_data_config(self.model)
         self.size, self.model = _resized(self.model, resolution, self.config)
         self.shape = (3, self.size, self.size)
-        raw, _ = explained(lambda: cut(self.model, lambda: self._raw(torch.zeros(1, *self.shape))), model, self.size)
+        raw, _ = explain_errors(
+            lambda: truncate(self.model, lambda: self._raw(torch.zeros(1, *self.shape))), model, self.size
+        )
         features, self.grid = self._tokens(raw)
         self.num_patches, self.dim = features.shape[1], features.shape[2]
 
     def settings(self) -> dict[str, Any]:
-        """Return what, beside the weights, decides the features."""
-        own = {"layer": self.layer, "select": self.select, "size": self.size}
-        return own | {key: self.config[key] for key in ("mean", "std", "interpolation")}
+        """Return the settings that, with the weights, determine the features."""
+        settings = {"layer": self.layer, "select": self.select, "size": self.size}
+        return settings | {key: self.config[key] for key in ("mean", "std", "interpolation")}
 
     def preprocess(self, items: Sequence[Image.Image]) -> Tensor:
         """Return pixels ``(B, 3, H, W)`` of RGB images."""
-        return normalised(items, self.size, self.config["mean"], self.config["std"], self.config["interpolation"])
+        return normalized_pixels(
+            items, self.size, self.config["mean"], self.config["std"], self.config["interpolation"]
+        )
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Return features ``(B, P, D_vis)`` of pixels ``(B, 3, H, W)``."""
-        return self._tokens(until(lambda: self._raw(pixels)))[0]
+        return self._tokens(run_truncated(lambda: self._raw(pixels)))[0]
 
     def _raw(self, pixels: Tensor) -> Tensor:
         weight = next(self.model.parameters())
@@ -88,26 +96,26 @@ class TimmModel(PretrainedEncoder):
 
 
 def layer_of_blocks(model: Any, pixels: Tensor, layer: int, select: str) -> Tensor:
-    """Return what a block gives, as a map ``(B, D, h, w)``; with the tokens before the patches, ``(B, N, D)``.
+    """Return the output of a block as a feature map ``(B, D, h, w)``, or with prefix tokens as tokens ``(B, N, D)``.
 
     Raises:
-        MLLMError: the model does not give its blocks, or has not that many.
+        MLLMError: the model does not return its blocks' outputs, or has fewer blocks.
     """
     if not hasattr(model, "forward_intermediates"):
-        raise MLLMError("This encoder does not give what its blocks compute: leave out encoder.layer.")
+        raise MLLMError(
+            "encoder.layer is set, but this encoder does not return its blocks' outputs: leave out encoder.layer."
+        )
     if layer == 0:
-        raise MLLMError("encoder.layer is 0; here layers are blocks, from 1 on, or from -1 back.")
+        raise MLLMError(LAYER_ZERO)
     options: dict[str, Any] = {"return_prefix_tokens": True} if select == "all" and _has_prefix(model) else {}
     index = layer - 1 if layer > 0 else layer
     try:
-        found = model.forward_intermediates(
+        outputs = model.forward_intermediates(
             pixels, indices=[index], stop_early=True, intermediates_only=True, **options
         )
     except (AssertionError, IndexError, ValueError):
-        raise MLLMError(
-            f"encoder.layer is {layer}, and the encoder has not so many blocks. Take one nearer to 0."
-        ) from None
-    last = found[-1]
+        raise MLLMError(TOO_FEW_BLOCKS.format(layer=layer)) from None
+    last = outputs[-1]
     if not isinstance(last, tuple):
         return last
     patches = rearrange(last[0], "b d h w -> b (h w) d")
@@ -115,7 +123,13 @@ def layer_of_blocks(model: Any, pixels: Tensor, layer: int, select: str) -> Tens
 
 
 def tokens_of(raw: Tensor, select: str, prefix: int) -> tuple[Tensor, tuple[int, int] | None]:
-    """Return features ``(B, P, D_vis)`` and their grid, of a vector, a map, or tokens of which some come first."""
+    """Return features ``(B, P, D_vis)`` and their grid.
+
+    Args:
+        raw: a pooled vector ``(B, D)``, a feature map ``(B, D, h, w)``, or tokens ``(B, N, D)``.
+        select: ``patches``, ``pooled`` or ``all``.
+        prefix: the number of leading tokens that are not patches.
+    """
     if raw.ndim == 2:
         return rearrange(raw, "b d -> b 1 d"), None
     if raw.ndim == 4:
@@ -124,19 +138,19 @@ def tokens_of(raw: Tensor, select: str, prefix: int) -> tuple[Tensor, tuple[int,
     else:
         side = round((raw.shape[1] - prefix) ** 0.5)
         grid = (side, side) if side * side == raw.shape[1] - prefix else None
-    features = selected(raw, select, grid, prefix)
+    features = select_tokens(raw, select, grid, prefix)
     return features, grid if select == "patches" or (select == "all" and prefix == 0) else None
 
 
-def explained(run: Any, model: str, size: int) -> Any:
-    """Return what ``run`` returns; what it raises is said of the model and the size."""
+def explain_errors(run: Callable[[], T], model: str, size: int) -> T:
+    """Return the result of ``run``; turn what it raises into an `MLLMError` that names the model and the size."""
     try:
         return run()
     except MLLMError:
         raise
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise MLLMError(f"The encoder {model!r} does not take pictures of {size} x {size} pixels: {reason}") from error
+        raise MLLMError(f"The encoder {model!r} does not accept images of {size} x {size} pixels: {reason}") from error
 
 
 def _has_prefix(model: Any) -> bool:
@@ -153,24 +167,24 @@ def _timm() -> Any:
 
 
 def _created(timm: Any, name: str, weights: str | None, init: str, seed: int) -> nn.Module:
-    """Return a model without its classifier, its weights loaded or drawn."""
+    """Return a model without its classifier, with pretrained or randomly initialized weights."""
     if not timm.is_model(name):
         raise MLLMError(f"timm has no model {name!r}. {near(name, timm.list_models())}")
-    loads = init == "pretrained" and not on_meta()
+    load = init == "pretrained" and not on_meta()
     options = {"pretrained_cfg_overlay": {"file": weights}} if weights is not None else {}
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model: nn.Module = timm.create_model(name, pretrained=loads, num_classes=0, **options)
+            model: nn.Module = timm.create_model(name, pretrained=load, num_classes=0, **options)
     except (OSError, RuntimeError, ValueError) as error:
         raise MLLMError(
-            f"timm could not load the weights of {name!r}: {str(error).splitlines()[0]} Give encoder.weights, a file."
+            f"timm could not load the weights of {name!r}: {str(error).splitlines()[0]} Give a file as encoder.weights."
         ) from error
     return model.requires_grad_(False).eval()
 
 
 def _resized(model: Any, resolution: int | None, config: dict[str, Any]) -> tuple[int, Any]:
-    """Return the side of the input, and the model made for it: positions are interpolated by timm."""
+    """Return the side of the input and the model resized for it; timm interpolates the position embeddings."""
     native = int(config["input_size"][-1])
     if resolution is not None and resolution != native and hasattr(model, "set_input_size"):
         model.set_input_size(img_size=(resolution, resolution))

@@ -1,1 +1,1 @@
-"""Load pretrained models: a Hub id, a folder, or an embedded part."""
+"""Load pretrained models: a Hub id, a folder or an embedded part."""

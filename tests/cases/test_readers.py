@@ -23,7 +23,7 @@ from mllm.data.readers.tables import table
 from mllm.data.readers.tars import webdataset
 from mllm.data.sources import check_learnable
 from mllm.errors import MLLMError
-from mllm.media.images import find_pictures
+from mllm.media.images import find_images
 from mllm.prompts.pieces import images_of
 from mllm.testing import tiny_image
 
@@ -61,7 +61,7 @@ def tar(path: Path, members: dict[str, bytes]) -> str:
 
 @planned(hidden)
 def test_hidden_files_are_no_images_of_a_folder(macos_folder):
-    assert [path.name for path in find_pictures([macos_folder])] == ["a.jpg", "b.jpg"]
+    assert [path.name for path in find_images([macos_folder])] == ["a.jpg", "b.jpg"]
 
 
 @planned(hidden)

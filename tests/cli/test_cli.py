@@ -142,9 +142,9 @@ def test_check_prints_every_problem_and_counts_them(mllm: Mllm, recipe: Path) ->
 
 def test_pictures_that_cannot_be_read(mllm: Mllm, model: Path, recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.png").write_text("no picture")
-    fails(mllm("caption", model, tmp_path / "notes.png"), "notes.png is no picture")
+    fails(mllm("caption", model, tmp_path / "notes.png"), "notes.png is not a readable image")
     fails(mllm("ask", model, tmp_path / "none.png", "What?"), "none.png")
-    fails(mllm("train", recipe, "--out", tmp_path / "run"), "1 of 2 pictures are not there: ")
+    fails(mllm("train", recipe, "--out", tmp_path / "run"), "1 of 2 images are missing: ")
 
 
 def test_run_of_another_version(mllm: Mllm, model: Path, picture: Path, tmp_path: Path) -> None:
@@ -220,7 +220,7 @@ def test_many_pictures_are_described_and_a_bad_one_costs_the_others_nothing(
     status, out, err = mllm("ask", model, f"{folder}/[ac].png", "What?", "--max-new-tokens", "3")
     assert status == 0
     assert [line.partition(": ")[0] for line in out.splitlines()] == [f"{folder}/{n}.png" for n in "ac"]
-    fails(mllm("caption", model, tmp_path / "pictures" / "*.jpg"), "holds no pictures")
+    fails(mllm("caption", model, tmp_path / "pictures" / "*.jpg"), "contains no images")
 
 
 def test_chat_in_the_terminal(

@@ -1,4 +1,4 @@
-"""The stream of examples: a function of the seed, that can be passed over and shared, and never cuts an image."""
+"""Test the stream of examples: determined by the seed, skippable, shared by processes, and never splitting an image."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from mllm.testing import tiny_image
 
 
 class Counted(Lazy):
-    """Items that are made when they are asked for; it notes which were."""
+    """Lazy items that record which of them were read."""
 
     def __init__(self, size: int, shards: int = 1) -> None:
         self.asked = list[int]()
         each = size // shards
         ranges = [range(start, start + each) for start in range(0, size, each)]
-        super().__init__(size, self._made, fingerprint=lambda: "", shards=ranges)
+        super().__init__(size, self._read, fingerprint=lambda: "", shards=ranges)
 
-    def _made(self, index: int) -> Item:
+    def _read(self, index: int) -> Item:
         self.asked.append(index)
         return item(index)
 
@@ -49,39 +49,39 @@ def sources(**keys: Any) -> list[Source]:
     return [first, Source(DataSpec(format="two"), Counted(24, shards=6))]
 
 
-def stream(model: Any, given: list[Source], **data: Any) -> Stream:
+def stream(model: Any, mixture: list[Source], **data: Any) -> Stream:
     options = {"lm": model.lm, "num_visual": 4, "data": Data.model_validate(data)}
-    return Stream(given, PromptSpec(), seed=3, **options)
+    return Stream(mixture, PromptSpec(), seed=3, **options)
 
 
-WAYS = [({}, {}), ({"shots": 2}, {}), ({"concatenate": 0.5}, {"group_by_length": 3}), ({}, {"max_length": 40})]
+SETTINGS = [({}, {}), ({"shots": 2}, {}), ({"concatenate": 0.5}, {"group_by_length": 3}), ({}, {"max_length": 40})]
 
 
-@pytest.mark.parametrize(("keys", "data"), WAYS)
-def test_what_is_passed_over_changes_nothing_of_what_follows(tiny_model: Callable[..., Any], keys: Any, data: Any):
+@pytest.mark.parametrize(("keys", "data"), SETTINGS)
+def test_skipping_does_not_change_later_examples(tiny_model: Callable[..., Any], keys: Any, data: Any):
     model = tiny_model()
     whole = stream(model, sources(**keys), **data)
     batches = [whole.take(4) for _ in range(30)]
     for done in (1, 5, 17):
-        given = sources(**keys)
-        resumed = stream(model, given, **data)
+        mixture = sources(**keys)
+        resumed = stream(model, mixture, **data)
         resumed.skip(done, 4)
-        assert isinstance(given[1].items, Counted)
-        assert len(given[1].items.asked) <= (12 if data.get("group_by_length") else 0)
+        assert isinstance(mixture[1].items, Counted)
+        assert len(mixture[1].items.asked) <= (12 if data.get("group_by_length") else 0)
         assert [resumed.take(4) for _ in range(3)] == batches[done : done + 3]
     shared = [stream(model, sources(**keys), **data) for _ in range(2)]
     for batch in batches[:8]:
         parts = [one.take(4, rank=rank, world=2) for rank, one in enumerate(shared)]
-        assert [parts[place % 2][place // 2] for place in range(4)] == batch
+        assert [parts[index % 2][index // 2] for index in range(4)] == batch
 
 
-def test_a_process_reads_its_own_part_only() -> None:
+def test_a_process_reads_only_its_part() -> None:
     items = Counted(24)
     Stream([Source(DataSpec(format="x"), items)], PromptSpec(), seed=0).take(12, rank=1, world=3)
     assert len(items.asked) == 4
 
 
-def test_items_in_shards_come_a_few_shards_at_a_time_and_all_of_them() -> None:
+def test_all_sharded_items_come_a_few_shards_at_a_time() -> None:
     items = Counted(40, shards=10)
     epochs = Stream([Source(DataSpec(format="x"), items)], PromptSpec(), seed=0)
     epochs.take(40)
@@ -92,12 +92,12 @@ def test_items_in_shards_come_a_few_shards_at_a_time_and_all_of_them() -> None:
     assert sorted(items.asked) == list(range(40)) and items.asked != first
 
 
-def test_lengths_within_a_batch_are_alike_and_nothing_is_lost(tiny_model: Callable[..., Any]) -> None:
+def test_lengths_within_a_batch_are_similar_and_no_example_is_lost(tiny_model: Callable[..., Any]) -> None:
     model = tiny_model({"type": "linear", "tokens": 4})
-    given = [Source(DataSpec(format="x"), [item(index) for index in range(32)])]
+    mixture = [Source(DataSpec(format="x"), [item(index) for index in range(32)])]
 
     def spread(**data: Any) -> tuple[int, list[str]]:
-        one = stream(model, given, **data)
+        one = stream(model, mixture, **data)
         batches = [one.take(4) for _ in range(8)]
         lengths = [[len(model.encode(pieces).ids) for pieces in batch] for batch in batches]
         names = sorted(str(image.path) for batch in batches for pieces in batch for image in images_of(pieces))
@@ -120,10 +120,10 @@ def test_a_fraction_is_the_same_for_a_seed_and_part_of_a_larger_one(tmp_path: Pa
     assert ids(0.01) < ids(0.1) == ids(0.1) != ids(0.1, seed=1)
 
 
-def test_pairs_are_put_one_after_another(tiny_model: Callable[..., Any]) -> None:
+def test_pairs_are_concatenated(tiny_model: Callable[..., Any]) -> None:
     model = tiny_model({"type": "linear", "tokens": 4})
-    given = [Source(DataSpec(format="x", concatenate=0.5), [item(index) for index in range(30)])]
-    rows = stream(model, given).take(300)
+    mixture = [Source(DataSpec(format="x", concatenate=0.5), [item(index) for index in range(30)])]
+    rows = stream(model, mixture).take(300)
     double = [pieces for pieces in rows if len(images_of(pieces)) == 2]
     assert abs(len(double) - 150) < 4 * 75**0.5 and all(len(images_of(pieces)) <= 2 for pieces in rows)
     for pieces in double[:20]:
@@ -134,7 +134,7 @@ def test_pairs_are_put_one_after_another(tiny_model: Callable[..., Any]) -> None
         assert labels == [*model.lm.tokenize(target.text), *eos, *model.lm.tokenize(last.text), *eos]
 
 
-def test_of_shots_nothing_is_learnt(tiny_model: Callable[..., Any]) -> None:
+def test_shots_are_not_targets(tiny_model: Callable[..., Any]) -> None:
     model = tiny_model()
     for pieces in stream(model, [Source(DataSpec(format="x", shots=2), [item(i) for i in range(5)])]).take(40):
         assert len({*images_of(pieces)}) == 3
@@ -142,18 +142,21 @@ def test_of_shots_nothing_is_learnt(tiny_model: Callable[..., Any]) -> None:
         assert pieces[-1] == Target(f" {pieces[-1].text.strip()}") and pieces[2].endswith("\n")
 
 
-def test_what_cannot_be_put_together_is_said() -> None:
+def test_items_that_cannot_be_combined_are_refused() -> None:
     talk = Item("a", (), (), messages=({"role": "user", "content": []},))
     with pytest.raises(MLLMError, match="either 'shots' or 'concatenate'"):
         recipe.load("limber-cpu", {"data.val": [{"format": "easy-vqa", "shots": 1, "concatenate": 0.1}]})
     spec = DataSpec(format="table", shots=3)
-    for items, message in (([talk] * 4, "is a conversation or a document"), ([item(1)] * 4, "0 can be had")):
+    for items, message in (
+        ([talk] * 4, "is a conversation or a document"),
+        ([item(1)] * 4, "only 0 examples show another image"),
+    ):
         (only,) = Stream([Source(spec, items)], PromptSpec(), seed=0).take(1)
         with pytest.raises(MLLMError, match=rf"table, item \d: .*{message}"):
             only[0].open()
 
 
-def test_too_few_items_for_shots_is_said_before_training(tmp_path: Path) -> None:
+def test_too_few_items_for_shots_are_refused_before_training(tmp_path: Path) -> None:
     tiny_image().save(tmp_path / "0.png")
     (tmp_path / "t.json").write_text(json.dumps([{"image": "0.png", "caption": "x"}]))
     spec = DataSpec.model_validate({"format": "table", "path": str(tmp_path / "t.json"), "shots": 1})
@@ -169,31 +172,31 @@ DOCUMENT = Item(
 )
 
 
-def test_a_documents_text_is_all_learnt_and_ends_once(tiny_model: Callable[..., Any]) -> None:
+def test_all_texts_of_a_document_are_targets_with_one_end(tiny_model: Callable[..., Any]) -> None:
     model = tiny_model({"type": "linear", "tokens": 4})
     encoded = model.encode(pieces_of(DOCUMENT, PromptSpec()))
     lm = model.lm
     texts = [lm.tokenize(text) for text in ("It starts", "goes on and on", "and ends here")]
     assert encoded.ids == [*texts[0], *[lm.pad] * 4, *texts[1], *[lm.pad] * 4, *texts[2], lm.eos]
     nothing = [IGNORED] * 4
-    # Nothing stands before the first token, so it cannot be foretold; and no end is learnt where an image follows.
+    # The first token has no context to be predicted from, and no end is a target where an image follows.
     assert encoded.labels == [IGNORED, *texts[0][1:], *nothing, *texts[1], *nothing, *texts[2], lm.eos]
     open_end = Item("page", (), (), document=DOCUMENT.document[:4])
     assert pieces_of(open_end, PromptSpec())[-1] == Target("goes on and on", ends=False)
 
 
 @pytest.mark.parametrize("limit", range(8, 44))
-def test_what_is_too_long_loses_text_and_never_a_part_of_an_image(tiny_model: Callable[..., Any], limit: int) -> None:
+def test_long_examples_lose_text_but_never_a_part_of_an_image(tiny_model: Callable[..., Any], limit: int) -> None:
     model = tiny_model({"type": "linear", "tokens": 4})
     whole = model.encode(pieces_of(DOCUMENT, PromptSpec()))
-    given = [Source(DataSpec(format="x"), [DOCUMENT])]
-    (pieces,) = stream(model, given, max_length=limit, truncate="text").take(1)
+    mixture = [Source(DataSpec(format="x"), [DOCUMENT])]
+    (pieces,) = stream(model, mixture, max_length=limit, truncate="text").take(1)
     encoded = model.encode(pieces)
     assert len(encoded.ids) <= limit and sum(encoded.visual) == 4 * len(images_of(pieces))
     assert encoded.ids == whole.ids[: len(encoded.ids)] and encoded.labels == whole.labels[: len(encoded.ids)]
     batch = collate([encoded], model.lm.pad)
     assert bool((batch.labels >= 0).any())
-    (dropped,) = stream(model, given, max_length=limit).take(1)
+    (dropped,) = stream(model, mixture, max_length=limit).take(1)
     if limit < len(whole.ids):
         with pytest.raises(MLLMError, match=rf"x, item 0: {len(whole.ids)} tokens, and data.max_length is {limit}"):
             dropped[0].open()
@@ -201,14 +204,14 @@ def test_what_is_too_long_loses_text_and_never_a_part_of_an_image(tiny_model: Ca
         assert dropped == pieces_of(DOCUMENT, PromptSpec())
 
 
-def test_a_fingerprint_tells_content_and_not_places(tmp_path: Path) -> None:
-    def told(folder: str, seed: int, caption: str) -> list[dict[str, Any]]:
-        place = tmp_path / folder
-        place.mkdir()
-        tiny_image(seed).save(place / "0.png")
-        (place / "t.json").write_text(json.dumps([{"image": "0.png", "caption": caption}]))
-        return fingerprint(read_all([DataSpec.model_validate({"format": "table", "path": str(place / "t.json")})]))
+def test_a_fingerprint_depends_on_content_and_not_on_paths(tmp_path: Path) -> None:
+    def fingerprint_of(folder: str, seed: int, caption: str) -> list[dict[str, Any]]:
+        path = tmp_path / folder
+        path.mkdir()
+        tiny_image(seed).save(path / "0.png")
+        (path / "t.json").write_text(json.dumps([{"image": "0.png", "caption": caption}]))
+        return fingerprint(read_all([DataSpec.model_validate({"format": "table", "path": str(path / "t.json")})]))
 
-    first = told("a", 0, "x")
-    assert first == told("b", 0, "x") and first[0]["items"] == 1
-    assert first != told("c", 1, "x") and first != told("d", 0, "y")
+    first = fingerprint_of("a", 0, "x")
+    assert first == fingerprint_of("b", 0, "x") and first[0]["items"] == 1
+    assert first != fingerprint_of("c", 1, "x") and first != fingerprint_of("d", 0, "y")

@@ -1,4 +1,4 @@
-"""Sounds: files that the tests make, through tiny audio models."""
+"""Test audio encoders: sound files that the tests write, encoded by tiny audio models."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def built(model: str, **values: Any) -> Any:
     return encoder_of(checked(EncoderSpec, {"type": "audio", "model": model, **values}), seed=0)
 
 
-def test_a_file_is_read_at_one_rate_and_channel(tmp_path: Path) -> None:
+def test_a_file_is_resampled_and_mixed_to_mono(tmp_path: Path) -> None:
     for suffix, rate in (("wav", 44100), ("flac", 8000), ("ogg", 48000)):
         stereo = np.stack([tone(440, rate), tone(440, rate)], axis=1)
         soundfile.write(tmp_path / f"a.{suffix}", stereo, rate)
@@ -46,15 +46,15 @@ def test_a_file_is_read_at_one_rate_and_channel(tmp_path: Path) -> None:
     assert np.abs(same.samples - tone(440, 44100)).max() < 1e-3
 
 
-def test_what_is_no_sound_is_said(tmp_path: Path) -> None:
+def test_unreadable_sounds_are_refused(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "long.wav", tone(440, seconds=2), 16000)
     (tmp_path / "text.wav").write_text("no sound")
     for piece, message in (
-        (tmp_path / "long.wav", r"takes 2\.00 seconds; from 0 to 1 are taken"),
-        (tmp_path / "text.wav", "text.wav is no sound that can be read"),
+        (tmp_path / "long.wav", r"is 2\.00 seconds long; expected more than 0 and at most 1"),
+        (tmp_path / "text.wav", "text.wav is not a readable sound"),
         (tmp_path / "none.wav", "There is no sound file"),
-        (Sound(np.zeros(0, dtype=np.float32), 16000), "takes 0.00 seconds"),
-        (tiny_image(), "Image is no sound"),
+        (Sound(np.zeros(0, dtype=np.float32), 16000), "is 0.00 seconds long"),
+        (tiny_image(), "Image is not a sound"),
     ):
         with pytest.raises(MLLMError, match=message):
             open_sound(piece, 16000, 1)
@@ -62,22 +62,22 @@ def test_what_is_no_sound_is_said(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", AUDIO_FAMILIES)
 @pytest.mark.parametrize("layer", [None, -2])
-def test_features_are_the_models_own_and_the_tower_is_cut(
+def test_features_are_those_of_the_whole_model_and_the_tower_is_truncated(
     folders: dict[str, str], family: str, layer: int | None
 ) -> None:
     encoder = built(folders[family], seconds=1, layer=layer)
     sounds = [Sound(tone(440), 16000), Sound(tone(300, seconds=1.0), 16000)]
-    given = encoder.preprocess(sounds)
-    features = encoder(given)
+    inputs = encoder.preprocess(sounds)
+    features = encoder(inputs)
     whole = AutoModel.from_pretrained(folders[family]).eval()
     whole = whole.get_encoder() if family == "whisper" else whole
     options: dict[str, Any] = {}
-    if family == "hubert":  # made with masks: what is padded is not attended to
-        made = encoder.processor([sound.samples for sound in sounds], sampling_rate=16000, padding="max_length",
+    if family == "hubert":  # trained with attention masks: the padding is masked
+        batch = encoder.processor([sound.samples for sound in sounds], sampling_rate=16000, padding="max_length",
                                  max_length=16000, return_tensors="pt")  # fmt: skip
-        options["attention_mask"] = made["attention_mask"]
+        options["attention_mask"] = batch["attention_mask"]
     with torch.no_grad():
-        output = whole(given, output_hidden_states=True, **options)
+        output = whole(inputs, output_hidden_states=True, **options)
     assert torch.equal(features, output.last_hidden_state if layer is None else output.hidden_states[layer])
     assert features.shape == (2, encoder.num_patches, 24) and encoder.grid is None
     sizes = [sum(p.numel() for p in model.parameters()) for model in (encoder, whole)]
@@ -85,16 +85,16 @@ def test_features_are_the_models_own_and_the_tower_is_cut(
     alone = torch.cat([encoder(encoder.preprocess([sound])) for sound in sounds])
     torch.testing.assert_close(features, alone, rtol=1e-4, atol=1e-5)
     pooled = built(folders[family], seconds=1, layer=layer, select="pooled")
-    torch.testing.assert_close(pooled(given)[:, 0], features.mean(1))
+    torch.testing.assert_close(pooled(inputs)[:, 0], features.mean(1))
     with torch.device("meta"):
-        paper = built(folders[family], seconds=1, layer=layer)
-    assert (paper.num_patches, paper.dim) == (encoder.num_patches, encoder.dim)
+        on_meta = built(folders[family], seconds=1, layer=layer)
+    assert (on_meta.num_patches, on_meta.dim) == (encoder.num_patches, encoder.dim)
 
 
-def test_length_is_the_models_own_and_another_is_refused_where_it_must_be(folders: dict[str, str]) -> None:
+def test_length_defaults_to_the_models_and_unsupported_lengths_are_refused(folders: dict[str, str]) -> None:
     assert built(folders["whisper"]).seconds == 1
     assert built(folders["wav2vec2"], seconds=2).num_patches > built(folders["wav2vec2"], seconds=1).num_patches
-    with pytest.raises(MLLMError, match="does not take 2 seconds of sound"):
+    with pytest.raises(MLLMError, match="does not accept 2 seconds of sound"):
         built(folders["whisper"], seconds=2)
     with pytest.raises(MLLMError, match=r"encoder\.layer is 7"):
         built(folders["hubert"], layer=7)

@@ -1,4 +1,4 @@
-"""Encoders of timm and open_clip, in the environment of `make test-extras`, with random weights."""
+"""Test the encoders of timm and open_clip with random weights, in the environment of `make test-extras`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mllm.errors import MLLMError
 from mllm.hub.published import configuration
 from mllm.testing import tiny_image
 
-PICTURES = [tiny_image(1), tiny_image(2, (30, 60))]
+IMAGES = [tiny_image(1), tiny_image(2, (30, 60))]
 
 
 def built(**values: Any) -> Any:
@@ -32,7 +32,7 @@ def test_without_the_library_the_extra_is_named(kind: str, monkeypatch: pytest.M
         built(type=kind, model="x")
 
 
-TIMM = [  # name, patches, tokens before them, width, blocks
+TIMM = [  # name, number of patches, number of prefix tokens, width
     ("vit_tiny_patch16_224", 196, 1, 192),
     ("vit_small_patch14_reg4_dinov2", 1369, 5, 384),
     ("eva02_tiny_patch14_224", 256, 1, 192),
@@ -44,31 +44,31 @@ TIMM = [  # name, patches, tokens before them, width, blocks
 
 @pytest.mark.extras
 @pytest.mark.parametrize(("name", "patches", "prefix", "dim"), TIMM)
-def test_timm_features_are_the_models_own(name: str, patches: int, prefix: int, dim: int) -> None:
+def test_timm_features_are_those_of_the_whole_model(name: str, patches: int, prefix: int, dim: int) -> None:
     import timm
 
     encoder = built(type="timm", model=f"timm/{name}")
     assert (encoder.num_patches, encoder.dim) == (patches, dim) and encoder.grid
-    pixels = encoder.preprocess(PICTURES)
+    pixels = encoder.preprocess(IMAGES)
     assert pixels.shape[0] == 2 and encoder.shape == tuple(pixels.shape[1:])
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        own = timm.create_model(name, pretrained=False).eval()
-    own.load_state_dict(encoder.model.state_dict(), strict=False)  # the classifier is the only difference
+        reference = timm.create_model(name, pretrained=False).eval()
+    reference.load_state_dict(encoder.model.state_dict(), strict=False)  # the classifier is the only difference
     with torch.no_grad():
-        expected = own.forward_features(pixels)
-        block = own.forward_intermediates(pixels, indices=[-2], intermediates_only=True)[0]
-        head = own.forward_head(expected, pre_logits=True)
+        expected = reference.forward_features(pixels)
+        block = reference.forward_intermediates(pixels, indices=[-2], intermediates_only=True)[0]
+        head = reference.forward_head(expected, pre_logits=True)
     if expected.ndim == 4:
         expected = expected.flatten(1, 2) if "swin" in name else expected.flatten(2).mT
     assert torch.equal(encoder(pixels), expected[:, prefix:])
-    cut = built(type="timm", model=name, layer=-2)
-    assert torch.equal(cut(pixels), block.flatten(2).mT) and size(cut) < size(encoder)
+    truncated = built(type="timm", model=name, layer=-2)
+    assert torch.equal(truncated(pixels), block.flatten(2).mT) and size(truncated) < size(encoder)
     assert torch.equal(built(type="timm", model=name, select="pooled")(pixels)[:, 0], head)
 
 
 @pytest.mark.extras
-def test_timm_stretches_positions_and_says_what_is_wrong() -> None:
+def test_timm_interpolates_positions_and_names_errors() -> None:
     assert built(type="timm", model="vit_tiny_patch16_224", resolution=96).grid == (6, 6)
     every = built(type="timm", model="vit_tiny_patch16_224", layer=-2, select="all")
     assert (every.num_patches, every.grid) == (197, None)
@@ -77,7 +77,7 @@ def test_timm_stretches_positions_and_says_what_is_wrong() -> None:
     for values, message in (
         ({"model": "vit_tiny_patch16_22"}, "timm has no model.*Did you mean 'vit_tiny_patch16_224"),
         ({"model": "vit_tiny_patch16_224", "layer": 40}, "encoder.layer is 40"),
-        ({"model": "vit_tiny_patch16_224", "layer": 0}, "from 1 on"),
+        ({"model": "vit_tiny_patch16_224", "layer": 0}, "counted from 1"),
         ({"model": "vit_tiny_patch16_224", "init": "pretrained"}, r"could not load the weights.*encoder.weights"),
     ):
         with pytest.raises(MLLMError, match=message):
@@ -86,23 +86,23 @@ def test_timm_stretches_positions_and_says_what_is_wrong() -> None:
 
 @pytest.mark.extras
 @pytest.mark.parametrize(("name", "extra"), [("ViT-B-32", 1), ("RN50", 0)])
-def test_open_clip_features_are_the_towers_own(name: str, extra: int) -> None:
+def test_open_clip_features_are_those_of_the_whole_tower(name: str, extra: int) -> None:
     import open_clip
 
     encoder = built(type="open-clip", model=f"open-clip/{name}", layer=-2)
-    pixels = encoder.preprocess(PICTURES)
+    pixels = encoder.preprocess(IMAGES)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        own = open_clip.create_model(name, pretrained=None).visual.eval()
+        reference = open_clip.create_model(name, pretrained=None).visual.eval()
     with torch.no_grad():
-        expected = own.forward_intermediates(pixels, indices=[3 if extra == 0 else 10], intermediates_only=True)
-        vector = own(pixels)
+        expected = reference.forward_intermediates(pixels, indices=[3 if extra == 0 else 10], intermediates_only=True)
+        pooled = reference(pixels)
     assert torch.equal(encoder(pixels), expected["image_intermediates"][0].flatten(2).mT)
-    assert size(encoder) < size(own)
+    assert size(encoder) < size(reference)
     if extra:
         every = built(type="open-clip", model=name, layer=-2, select="all")
         assert torch.equal(every(pixels)[:, 1:], encoder(pixels)) and every.num_patches == encoder.num_patches + 1
-    torch.testing.assert_close(built(type="open-clip", model=name, select="pooled")(pixels)[:, 0], vector)
+    torch.testing.assert_close(built(type="open-clip", model=name, select="pooled")(pixels)[:, 0], pooled)
 
 
 @pytest.mark.extras
@@ -110,15 +110,15 @@ def test_open_clip_features_are_the_towers_own(name: str, extra: int) -> None:
     ("model", "values", "grid"),
     [("RN50x16", {}, (12, 12)), ("EVA01-g-14", {"layer": -2, "select": "all"}, None)],
 )
-def test_published_shapes_are_the_real_ones(model: str, values: dict[str, Any], grid: Any) -> None:
+def test_published_shapes_are_those_of_the_real_models(model: str, values: dict[str, Any], grid: Any) -> None:
     from mllm.encoders.open_clip_model import OpenClipModel
 
-    known = configuration(f"open-clip/{model}")
-    assert known is not None
+    published = configuration(f"open-clip/{model}")
+    assert published is not None
     with torch.device("meta"):
         encoder = OpenClipModel(model=model, init="random", **values)
-    assert (encoder.dim, encoder.grid) == (known["dim"], grid)
-    assert encoder.num_patches == known.get("patches", 144)
+    assert (encoder.dim, encoder.grid) == (published["dim"], grid)
+    assert encoder.num_patches == published.get("patches", 144)
 
 
 @pytest.mark.extras

@@ -1,4 +1,4 @@
-"""Features that were computed elsewhere."""
+"""Test precomputed features as an encoder."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def built(**values: Any) -> Any:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two pictures in a folder, and their features by every kind of name, a file each."""
+    """Return a folder with two images and, for each way to name tensors, a file of their features."""
     (tmp_path / "images" / "val").mkdir(parents=True)
     rows: dict[str, dict[str, torch.Tensor]] = {"name": {}, "stem": {}, "path": {}, "content": {}}
     for index, name in enumerate(("cat.png", "dog.png")):
@@ -41,18 +41,18 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("by", ["name", "stem", "path", "content"])
-def test_a_picture_is_looked_up(folder: Path, by: str) -> None:
+def test_features_of_an_image_are_looked_up(folder: Path, by: str) -> None:
     encoder = built(path=f"{folder}/{by}.safetensors", by=by, root=f"{folder}/images", grid=[2, 2])
-    pictures = [folder / "images" / "val" / name for name in ("dog.png", "cat.png")]
-    items = [encoder.open(picture) for picture in pictures]
+    images = [folder / "images" / "val" / name for name in ("dog.png", "cat.png")]
+    items = [encoder.open(image) for image in images]
     features = encoder(encoder.preprocess(items))
     assert features[:, 0, 0].tolist() == [1.0, 0.0]
     assert (encoder.num_patches, encoder.dim, encoder.grid) == (4, 6, (2, 2))
-    assert torch.equal(encoder.open(ImageFile(pictures[0])), items[0])
+    assert torch.equal(encoder.open(ImageFile(images[0])), items[0])
     assert encoder.open(items[0]) is items[0]
 
 
-def test_a_model_trains_on_them_through_the_same_readers(folder: Path) -> None:
+def test_a_model_trains_on_stored_features_with_the_same_readers(folder: Path) -> None:
     rows = "".join(f"val/{name}.png,a {name}\n" for name in ("cat", "dog"))
     (folder / "train.csv").write_text(f"image,caption\n{rows}")
     recipe = folder / "recipe.yaml"
@@ -72,19 +72,19 @@ stages: [{{name: align, train: {{connector: 1.0e-2}}, steps: 2, batch_size: 2}}]
     assert str(model.generate([[folder / "images" / "val" / "cat.png", "It is"]], max_new_tokens=2)[0]) is not None
 
 
-def test_one_that_was_kept_in_the_cache_is_the_same(folder: Path, tmp_path: Path) -> None:
+def test_features_written_by_the_cache_can_be_used(folder: Path, tmp_path: Path) -> None:
     from mllm.encoders.feature_store import FeatureStore
 
     model = mllm.assemble(tiny_encoder(tmp_path / "encoder"), tiny_lm(tmp_path / "lm"))
-    store = FeatureStore(model, folder=tmp_path / "kept")
-    pictures = sorted((folder / "images" / "val").iterdir())
-    features = store(pictures)
+    store = FeatureStore(model, folder=tmp_path / "cached")
+    images = sorted((folder / "images" / "val").iterdir())
+    features = store(images)
     store.flush()
-    encoder = built(path=str(tmp_path / "kept"), by="content")
-    assert torch.equal(encoder.preprocess([encoder.open(picture) for picture in pictures]), features)
+    encoder = built(path=str(tmp_path / "cached"), by="content")
+    assert torch.equal(encoder.preprocess([encoder.open(image) for image in images]), features)
 
 
-def test_what_cannot_be_found_is_said(folder: Path) -> None:
+def test_missing_features_are_named(folder: Path) -> None:
     encoder = built(path=f"{folder}/name.safetensors")
     with pytest.raises(MLLMError, match=r"no features called 'cat\.jpg' .*Did you mean 'cat\.png'"):
         encoder.open(Path("cat.jpg"))
@@ -93,14 +93,14 @@ def test_what_cannot_be_found_is_said(folder: Path) -> None:
     with pytest.raises(MLLMError, match=r"outside of encoder\.root"):
         built(path=f"{folder}/path.safetensors", by="path", root="/else").open(Path("cat.png"))
     for values, message in (
-        ({"path": f"{folder}/none"}, "there is no such file"),
-        ({"path": f"{folder}/images"}, r"no \*\.safetensors in that folder"),
-        ({"path": f"{folder}/images/val/cat.png"}, "no safetensors file"),
+        ({"path": f"{folder}/none"}, "no such file"),
+        ({"path": f"{folder}/images"}, r"a folder without \*\.safetensors files"),
+        ({"path": f"{folder}/images/val/cat.png"}, "not a readable safetensors file"),
         ({"path": str(folder), "by": "nam"}, "encoder.by is 'nam'"),
-        ({"path": f"{folder}/name.safetensors", "grid": [3, 3]}, "has 4 features a picture"),
+        ({"path": f"{folder}/name.safetensors", "grid": [3, 3]}, "has 4 features per image"),
     ):
         with pytest.raises(MLLMError, match=message):
             built(**values)
-    save_file({"cat.png": torch.zeros(1)}, folder / "twice.safetensors")
-    with pytest.raises(MLLMError, match=r"both have features called 'cat\.png'"):
+    save_file({"cat.png": torch.zeros(1)}, folder / "duplicate.safetensors")
+    with pytest.raises(MLLMError, match=r"both contain features of 'cat\.png'"):
         built(path=str(folder))

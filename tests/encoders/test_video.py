@@ -1,4 +1,4 @@
-"""Videos: files that the tests make, read as frames, encoded and pooled."""
+"""Test video encoders: video files that the tests write, read as frames, encoded and pooled."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from mllm.config.parts import EncoderSpec
 from mllm.encoders.video import merged
 from mllm.errors import MLLMError
 from mllm.media.images import ImageFile, source_of
-from mllm.media.videos import Clip, open_clip, places
+from mllm.media.videos import Clip, frame_indices, open_clip
 from mllm.registry import lookup
 from mllm.testing import tiny_encoder, tiny_image, tiny_lm
 
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve frames, each a grey of its own: 0, 20, 40, ..."""
+    """Return a video of twelve frames, each of another grey level: 0, 20, 40, ..."""
     return film(tmp_path_factory.mktemp("clip") / "clip.mp4", [Image.new("L", (64, 48), 20 * i) for i in range(12)])
 
 
@@ -52,11 +52,11 @@ def greys(clip: Clip) -> list[float]:
     return [float(np.asarray(frame).mean()) for frame in clip.frames]
 
 
-def test_frames_are_spread_over_the_whole() -> None:
-    assert places(12, 4) == [1, 4, 7, 10]
-    assert places(3, 3) == [0, 1, 2]
-    assert places(2, 4) == [0, 0, 1, 1]
-    assert places(100, 1) == [50]
+def test_frames_are_evenly_spaced() -> None:
+    assert frame_indices(12, 4) == [1, 4, 7, 10]
+    assert frame_indices(3, 3) == [0, 1, 2]
+    assert frame_indices(2, 4) == [0, 0, 1, 1]
+    assert frame_indices(100, 1) == [50]
 
 
 @pytest.mark.parametrize("form", [Path, str, lambda p: p.read_bytes(), ImageFile, source_of])
@@ -64,24 +64,24 @@ def test_a_file_is_read_in_every_form(clip: Path, form: Any) -> None:
     assert greys(open_clip(form(clip), 4)) == pytest.approx([20.0, 80, 140, 200], abs=4)
 
 
-def test_pictures_are_a_clip_too() -> None:
-    pictures = [tiny_image(seed) for seed in range(3)]
-    assert open_clip(pictures, 3).frames == tuple(pictures)
-    assert len(open_clip(Clip((pictures[0],)), 4).frames) == 4
-    assert Clip((pictures[0],)).key() != Clip((pictures[1],)).key()
+def test_a_list_of_images_is_a_clip() -> None:
+    images = [tiny_image(seed) for seed in range(3)]
+    assert open_clip(images, 3).frames == tuple(images)
+    assert len(open_clip(Clip((images[0],)), 4).frames) == 4
+    assert Clip((images[0],)).key() != Clip((images[1],)).key()
 
 
-def test_what_is_no_video_is_said(clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_videos_are_refused(clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     half = tmp_path / "half.mp4"
     half.write_bytes(clip.read_bytes()[:600])
     playlist = tmp_path / "list.m3u8"
     playlist.write_text(f"#EXTM3U\n#EXTINF:1,\nfile://{clip}\n#EXT-X-ENDLIST\n")
     for piece, message in (
-        (half, "half.mp4 is no video that can be read"),
-        (playlist, "is no video that can be read"),
+        (half, "half.mp4 is not a readable video"),
+        (playlist, "is not a readable video"),
         (tmp_path / "none.mp4", "There is no video file"),
-        (b"nothing", "the 7 bytes given is no video"),
-        (tiny_image(), "Image is no video. This encoder takes videos: give a path, or bytes"),
+        (b"nothing", "the video of 7 bytes is not a readable video"),
+        (tiny_image(), "Image is not a video, and this encoder takes videos. Give a path or bytes"),
         (Clip(()), "no frames"),
     ):
         with pytest.raises(MLLMError, match=message):
@@ -102,17 +102,21 @@ def test_frames_go_through_the_image_encoder(image_encoder: str, pool: str, patc
     clips = [Clip(tuple(tiny_image(3 * n + seed) for seed in range(3))) for n in range(2)]
     assert (video.num_patches, video.grid, video.dim) == (patches, grid, 24)
     features = video(video.preprocess(clips))
-    each = torch.stack([video.of(video.of.preprocess(clip.frames)) for clip in clips])  # (B, T, P, D_vis)
-    expected = {"mean": each.mean(1), "none": each.flatten(1, 2), "merge": merged(each, 2).flatten(1, 2)}[pool]
+    per_frame = torch.stack([video.of(video.of.preprocess(clip.frames)) for clip in clips])  # (B, T, P, D_vis)
+    expected = {
+        "mean": per_frame.mean(1),
+        "none": per_frame.flatten(1, 2),
+        "merge": merged(per_frame, 2).flatten(1, 2),
+    }[pool]
     torch.testing.assert_close(features, expected)
     assert features.shape == (2, patches, 24)
 
 
-def test_merging_joins_what_is_most_alike_and_keeps_the_order() -> None:
+def test_merging_averages_the_most_similar_frames_and_keeps_the_order() -> None:
     a, b, c = torch.eye(3)
     frames = torch.stack([a, b, b + 0.1 * c, c])[None, :, None]  # (1, 4, 1, 3)
-    joined = merged(frames, 3)[0, :, 0]
-    torch.testing.assert_close(joined, torch.stack([a, b + 0.05 * c, c]))
+    result = merged(frames, 3)[0, :, 0]
+    torch.testing.assert_close(result, torch.stack([a, b + 0.05 * c, c]))
     features = torch.randn(2, 5, 4, 3)
     torch.testing.assert_close(merged(features, 1)[:, 0], features.mean(1))
     assert torch.equal(merged(features, 5), features)
@@ -124,12 +128,14 @@ def test_a_temporal_transformer_is_a_connector(image_encoder: str) -> None:
     features = torch.randn(2, 64, 8)
     assert connector(features).shape == (2, 4, 12) and connector.num_tokens == 4
     backwards = features.unflatten(1, (4, 16)).flip(1).flatten(1, 2)
-    assert (connector(features) - connector(backwards)).abs().max() > 1e-4, "the order of the frames counts"
+    assert (connector(features) - connector(backwards)).abs().max() > 1e-4, "the order of the frames matters"
     with pytest.raises(MLLMError, match=r"connector\.frames is 3"):
         lookup("connectors", "temporal")(**sizes, frames=3)
 
 
-def test_a_model_answers_about_a_file_and_batch_is_single(clip: Path, image_encoder: str, tmp_path: Path) -> None:
+def test_a_model_answers_about_a_file_alike_in_a_batch_and_alone(
+    clip: Path, image_encoder: str, tmp_path: Path
+) -> None:
     encoder = {"type": "video", "of": {"model": image_encoder}, "frames": 2, "pool": "none"}
     connector = {"type": "temporal", "frames": 2, "dim": 16, "heads": 2}
     model = mllm.assemble(encoder, tiny_lm(tmp_path / "lm"), connector)
@@ -141,10 +147,10 @@ def test_a_model_answers_about_a_file_and_batch_is_single(clip: Path, image_enco
     assert [str(answer) for answer in saved.generate(prompts, max_new_tokens=4)] == together
 
 
-def test_wrong_settings_are_said_on_paper(image_encoder: str) -> None:
+def test_wrong_settings_are_refused_on_the_meta_device(image_encoder: str) -> None:
     with torch.device("meta"):
         assert built(image_encoder, frames=3, pool="none").num_patches == 48
         with pytest.raises(MLLMError, match="pool mean, none or merge"):
             built(image_encoder, pool="max")
-        with pytest.raises(MLLMError, match=r"keeps from 1 to frames=4 of the frames \(5\)"):
+        with pytest.raises(MLLMError, match=r"encoder\.keep is 5.*keep from 1 to frames=4"):
             built(image_encoder, pool="merge", keep=5)

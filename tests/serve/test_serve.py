@@ -179,7 +179,7 @@ def test_requests_that_arrive_together_are_decoded_together(model, port, monkeyp
         (b"{", 400, "JSON"),
         ({"messages": []}, 400, "messages"),
         ({"messages": [{"role": "robot", "content": "x"}]}, 400, "role"),
-        ({"messages": [user("x", "data:image/png;base64,AAAA")]}, 400, "no picture"),
+        ({"messages": [user("x", "data:image/png;base64,AAAA")]}, 400, "not a readable image"),
         ({"messages": [user("x", "https://example.com/a.png")]}, 400, "does not download"),
         ({"messages": [user("x", "/etc/passwd")]}, 400, "does not read"),
         ({"messages": [user("x", "file:///etc/passwd")]}, 400, "does not read"),

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import mllm
-from mllm.encoders.feature_store import FeatureStore, open_store, place_of
+from mllm.encoders.feature_store import FeatureStore, features_folder, open_store
 from mllm.errors import MLLMError
 from mllm.system import write
 from mllm.testing import tiny_image
@@ -168,8 +168,8 @@ def test_features_are_found_on_disk_and_only_where_nothing_changed(tiny_parts, m
         mllm.assemble({"model": tiny_parts[0], "init": "random"}, tiny_parts[1]),
         mllm.assemble({"model": tiny_parts[0], "select": "all"}, tiny_parts[1]),
     ):
-        assert place_of(changed) != place_of(model)
-        assert not place_of(changed).exists()
+        assert features_folder(changed) != features_folder(model)
+        assert not features_folder(changed).exists()
 
 
 def test_without_a_cache_nothing_is_kept(tiny_parts):
@@ -177,7 +177,7 @@ def test_without_a_cache_nothing_is_kept(tiny_parts):
     store = open_store(model, "off")
     store([tiny_image(0)])
     store.flush()
-    assert not place_of(model).exists()
+    assert not features_folder(model).exists()
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import mllm.config.loading
 from mllm.config.parts import AssemblySpec
 from mllm.data.sources import read_all
 from mllm.data.stream import Stream
-from mllm.encoders.feature_store import FeatureStore, place_of
+from mllm.encoders.feature_store import FeatureStore, features_folder
 from mllm.errors import MLLMError
 from mllm.hub.fingerprints import tensor_hash
 from mllm.objectives.caption import Caption
@@ -74,7 +74,7 @@ def test_an_encoder_that_trains_is_saved_and_nothing_stale_is_found(base, tiny_p
     bare, model = mllm.assemble(tiny_parts[0], tiny_parts[1], {"type": "linear", "tokens": 4}), mllm.load(run.path)
     assert tensor_hash(model.encoder) != tensor_hash(bare.encoder)
     assert tensor_hash(model.lm) == tensor_hash(bare.lm)
-    assert place_of(model) != place_of(bare)
+    assert features_folder(model) != features_folder(bare)
     frozen = json.loads((run.path / "frozen.json").read_text())
     assert set(frozen["one"]["before"]) == {"lm"} and set(frozen["two"]["before"]) == {"encoder", "lm"}
     saved = load_file(next((run.path / "model").glob("trained-*")))

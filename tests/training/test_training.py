@@ -216,7 +216,7 @@ def test_the_closed_form_start_points_features_at_their_words(tiny_parts):
     [
         ("stages.0.train.conector=0.1", "conector.*Did you mean 'connector"),
         ("data.train.path=nowhere.json", "nowhere.json cannot be read"),
-        ("data.train.pth=x", "does not take these arguments"),
+        ("data.train.pth=x", "does not accept these arguments"),
         ("stages.0.objectives=[{type: captoin}]", "Did you mean 'caption'"),
         ("encoder.model=mllm/none", "mllm/none"),
         ("connector.type=liner", "Did you mean 'linear'"),
@@ -257,7 +257,7 @@ def damaged(recipe, tmp_path):
 def test_what_cannot_be_read_is_left_out_and_named(damaged, tmp_path):
     run = mllm.train(str(damaged), {"data.skip": 0.07}, out=tmp_path / "run")
     rows = [json.loads(line) for line in (run.path / "log.jsonl").read_text().splitlines()]
-    named = {(row["stage"], Path(row["skipped"].split(" is no picture")[0]).name) for row in rows if "skipped" in row}
+    named = {(row["stage"], Path(row["skipped"].split(" is not")[0]).name) for row in rows if "skipped" in row}
     assert named == {(stage, name) for stage in ("fit", "align") for name in ("4.png", "9.png")}
     assert len([row for row in rows if "skipped" in row]) == 4  # once each, however often they come up
     assert len(log(run)) == 10 and (run.path / "loss.png").is_file()
@@ -273,5 +273,5 @@ def test_too_much_that_cannot_be_read_stops_the_run_with_the_list(damaged, tmp_p
     good = [row for row in json.loads(train.read_text()) if row["image"] not in ("4.png", "9.png")]
     train.write_text(json.dumps(good))
     val.write_text(json.dumps([{"image": "4.png", "caption": "red"}]))
-    with pytest.raises(MLLMError, match=r"4\.png is no picture that can be read"):
+    with pytest.raises(MLLMError, match=r"4\.png is not a readable image"):
         mllm.train(str(damaged), out=tmp_path / "val")

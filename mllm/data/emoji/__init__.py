@@ -1,1 +1,1 @@
-"""The embedded data set: scenes of emoji."""
+"""Provide the embedded data set `mllm/emoji-scenes`: images of emoji."""

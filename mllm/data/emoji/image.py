@@ -1,6 +1,6 @@
-"""Scenes of `mllm/emoji-scenes`: which kinds of object there are, where each object stands, and how it is drawn.
+"""Render the scenes of `mllm/emoji-scenes` from their specifications: kind, position, size and angle of each object.
 
-Nothing is shipped as pixels. A scene is a short specification; ``Scene.open`` draws it with OpenMoji's colour font.
+The data set contains no pixels. A scene is a short specification, which ``Scene.open`` renders with OpenMoji's font.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from PIL import Image, ImageDraw, ImageFont
 from mllm.hub.embedded import locate
 from mllm.system import cache_dir
 
-VERSION = 1  # raised when the same specification would give other pixels
+VERSION = 1  # increased when the same specification gives other pixels
 SIDE = 224  # pixels
-GLYPH = 128  # font size that every glyph is drawn at, once; the largest object of a scene is about as large
+GLYPH = 128  # font size at which every glyph is rendered once; about the size of the largest objects
 BACKGROUNDS = {
     "white": (250, 250, 250),
     "grey": (168, 168, 168),
@@ -38,7 +38,7 @@ BACKGROUNDS = {
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of object: a row of kinds.tsv."""
+    """A kind of object: a row of kinds.tsv."""
 
     code: int  # Unicode code point
     name: str  # singular, without article
@@ -48,53 +48,53 @@ class Kind:
 
 @dataclass(frozen=True)
 class Thing:
-    """One object of a scene: it fills a square of ``size`` pixels around ``(x, y)``, which no other object touches."""
+    """An object of a scene, in a square of ``size`` pixels centred at ``(x, y)`` that no other object touches."""
 
     kind: Kind
     x: int  # pixels from the left
     y: int  # pixels from the top
     size: int  # pixels
-    angle: int  # degrees, anticlockwise
+    angle: int  # degrees, counterclockwise
 
 
 @dataclass(frozen=True)
 class Scene:
     """An image source (``mllm.media.images.ImageSource``): up to four objects on a plain background, 224 x 224, RGB.
 
-    Drawn lazily, and kept as PNG in ``<cache>/scenes/``: one core draws about 330 scenes a second and
+    It is rendered lazily and cached as PNG in ``<cache>/scenes/``: one core renders about 330 scenes per second, and
     reads three to six times as many.
     """
 
     background: str  # a name in BACKGROUNDS
-    colour: tuple[int, int, int]  # a tone of it, RGB
+    colour: tuple[int, int, int]  # the exact RGB value, a shade of the background
     things: tuple[Thing, ...]
 
     def open(self) -> Image.Image:
-        """Return the picture; equal scenes give equal pixels."""
+        """Return the RGB image; equal scenes give equal pixels."""
         key = self.key()
         path = cache_dir() / "scenes" / key[:2] / f"{key}.png"
         try:
-            with Image.open(path) as kept:
-                return kept.convert("RGB")
+            with Image.open(path) as cached:
+                return cached.convert("RGB")
         except FileNotFoundError:
-            image = draw(self)
-            with suppress(OSError):  # a folder that cannot be written costs time, not pictures
+            image = render(self)
+            with suppress(OSError):  # without a writable cache, scenes are rendered each time
                 _write(image, path)
             return image
 
     def key(self) -> str:
-        """Return a hash of the specification, of the renderer's version and of the font."""
+        """Return a hash of the specification, the renderer's version and the font."""
         return hashlib.sha256(f"{VERSION} {_font_hash()} {self.specification()}".encode()).hexdigest()
 
     def specification(self) -> str:
-        """Return everything the pixels depend on, as JSON."""
+        """Return everything that determines the pixels, as JSON."""
         things = [[thing.kind.code, thing.x, thing.y, thing.size, thing.angle] for thing in self.things]
         return json.dumps([self.colour, things])
 
 
 @cache
 def kinds() -> tuple[Kind, ...]:
-    """Return every kind of object, by code point."""
+    """Return every kind of object, ordered by code point."""
     table = files("mllm.data.emoji").joinpath("kinds.tsv").read_text(encoding="utf-8")
     return tuple(
         Kind(
@@ -108,7 +108,7 @@ def kinds() -> tuple[Kind, ...]:
 
 
 def regular_plural(name: str) -> str:
-    """Return the plural by rule: "box of popcorn" -> "boxes of popcorn", "strawberry" -> "strawberries"."""
+    """Return the regular plural: "box of popcorn" -> "boxes of popcorn", "strawberry" -> "strawberries"."""
     head, of, rest = name.partition(" of ")
     if head.endswith(("s", "x", "z", "ch", "sh")):
         head += "es"
@@ -119,27 +119,27 @@ def regular_plural(name: str) -> str:
     return head + of + rest
 
 
-def draw(scene: Scene) -> Image.Image:
-    """Return the scene drawn anew, (224, 224) RGB."""
+def render(scene: Scene) -> Image.Image:
+    """Return a newly rendered scene, 224 x 224 RGB."""
     image = Image.new("RGB", (SIDE, SIDE), scene.colour)
     for thing in scene.things:
-        turned = _trim(glyph(thing.kind.code).rotate(thing.angle, Image.Resampling.BICUBIC, expand=True))
-        scale = thing.size / max(turned.size)
-        size = (max(1, round(turned.width * scale)), max(1, round(turned.height * scale)))
-        small = turned.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
+        rotated = _crop(glyph(thing.kind.code).rotate(thing.angle, Image.Resampling.BICUBIC, expand=True))
+        scale = thing.size / max(rotated.size)
+        size = (max(1, round(rotated.width * scale)), max(1, round(rotated.height * scale)))
+        small = rotated.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
         image.paste(small, (thing.x - size[0] // 2, thing.y - size[1] // 2), small)
     return image
 
 
 @lru_cache(maxsize=1024)
 def glyph(code: int) -> Image.Image:
-    """Return the large picture of one code point, RGBA, cut to what is drawn."""
+    """Return a large RGBA image of one code point, cropped to its visible pixels."""
     canvas = Image.new("RGBA", (2 * GLYPH, 2 * GLYPH))
     ImageDraw.Draw(canvas).text((GLYPH // 2, GLYPH // 4), chr(code), font=_font(), embedded_color=True)
-    return _trim(canvas)
+    return _crop(canvas)
 
 
-def _trim(image: Image.Image) -> Image.Image:
+def _crop(image: Image.Image) -> Image.Image:
     box = image.getchannel("A").getbbox()
     assert box, "the glyph is empty"
     return image.crop(box)
@@ -160,7 +160,7 @@ def _font_hash() -> str:
 
 
 def _write(image: Image.Image, path: Path) -> None:
-    """Write aside, then move into place: another process sees the whole file or none."""
+    """Write atomically: other processes see the complete file or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(suffix=".part", dir=path.parent)
     with os.fdopen(handle, "wb") as file:

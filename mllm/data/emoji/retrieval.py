@@ -1,4 +1,4 @@
-"""Scenes of `mllm/emoji-scenes` to be found by what is said of them, and what is said by the scenes."""
+"""Read `mllm/emoji-scenes` for image-text retrieval: scenes by their captions, and captions by their scenes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mllm.data.emoji.text import groups, phrase
 from mllm.data.items import Item
 from mllm.errors import MLLMError
 
-DRAWN = 4  # scenes for each that is wanted: some say the same as another
+OVERSAMPLING = 4  # scenes generated per scene returned, since some have the same content
 
 
 def emoji_retrieval(
@@ -23,42 +23,50 @@ def emoji_retrieval(
     size: int = 150,
     seed: int = 1,
 ) -> list[Item]:
-    """Return captions whose scene is to be found among all ``size``, and scenes whose caption is.
+    """Return retrieval items: captions as queries for one of ``size`` scenes, and scenes as queries for a caption.
 
-    No two scenes show the same things before the same background. An answer is a place, counted from 0, among the
-    item's images or choices.
+    No two scenes show the same objects on the same background. An answer is an index, counted from 0, into the item's
+    images or choices.
 
     Args:
-        find: "images", kind "text to image"; "texts", kind "image to text"; or both, one behind the other.
-        told: what a text says: "object", one kind of the scene's things; "objects", all; "scene", the background too.
-            Of several the items follow each other, and the kind says which.
+        find: what is retrieved: "images" (kind "text to image"), "texts" (kind "image to text"), or "both".
+        told: the content of a text: "object", one kind of the scene's objects; "objects", all of them; "scene", the
+            background too. With several values, the items follow each other, and their kind names the value.
         split: see `mllm.data.emoji.scenes.emoji_scenes`.
-        size: scenes.
-        seed: of the scenes.
+        size: the number of scenes.
+        seed: the seed of the scenes.
 
     Raises:
-        MLLMError: an unknown value, or fewer scenes that differ.
+        MLLMError: an unknown value, or fewer than ``size`` distinct scenes.
     """
     if wrong := {find} - {"images", "texts", "both"} or set(told) - {"object", "objects", "scene"}:
-        raise MLLMError(f"emoji-retrieval cannot find, or be told, {wrong.pop()!r}: see find and told.")
-    different: dict[Any, Item] = {}
-    for item in emoji_scenes(split=split, size=DRAWN * size, seed=seed):
-        different.setdefault(_content(cast(Scene, item.images[0])), item)
-    scenes = list(different.values())[:size]
+        raise MLLMError(
+            f"emoji-retrieval does not support {wrong.pop()!r}: expected find: images, texts or both, and told: "
+            "object, objects or scene. Set find and told to these."
+        )
+    distinct: dict[Any, Item] = {}
+    for item in emoji_scenes(split=split, size=OVERSAMPLING * size, seed=seed):
+        distinct.setdefault(_content(cast(Scene, item.images[0])), item)
+    scenes = list(distinct.values())[:size]
     if len(scenes) < size:
-        raise MLLMError(f"emoji-retrieval: {size} scenes are wanted, and {len(scenes)} of those drawn differ.")
-    pictures = tuple(scene.images[0] for scene in scenes)
+        raise MLLMError(
+            f"emoji-retrieval: size is {size}, but only {len(scenes)} of the generated scenes are distinct. Set a "
+            "smaller size."
+        )
+    images = tuple(scene.images[0] for scene in scenes)
     items: list[Item] = []
-    for much in told:
-        texts = tuple(_text(scene, much) for scene in scenes)
-        more = f", {much} told" if len(told) > 1 else ""
+    for content in told:
+        texts = tuple(_text(scene, content) for scene in scenes)
+        suffix = f", {content} told" if len(told) > 1 else ""
         to_image = [
-            Item(f"{scene.id}/image/{much}", pictures, (str(place),), question=text, kind=f"text to image{more}")
-            for place, (scene, text) in enumerate(zip(scenes, texts, strict=True))
+            Item(f"{scene.id}/image/{content}", images, (str(index),), question=text, kind=f"text to image{suffix}")
+            for index, (scene, text) in enumerate(zip(scenes, texts, strict=True))
         ]
         to_text = [
-            Item(f"{scene.id}/text/{much}", scene.images, (str(place),), kind=f"image to text{more}", choices=texts)
-            for place, scene in enumerate(scenes)
+            Item(
+                f"{scene.id}/text/{content}", scene.images, (str(index),), kind=f"image to text{suffix}", choices=texts
+            )
+            for index, scene in enumerate(scenes)
         ]
         items += chain(*{"images": [to_image], "texts": [to_text], "both": [to_image, to_text]}[find])
     return items
@@ -68,8 +76,8 @@ def _content(scene: Scene) -> tuple[str, tuple[str, ...]]:
     return scene.background, tuple(sorted(phrase(group) for group in groups(scene)))
 
 
-def _text(item: Item, much: str) -> str:
-    """Return the caption that says so much; see `mllm.data.emoji.text.captions` for the order."""
-    if much == "object":
+def _text(item: Item, content: str) -> str:
+    """Return the caption with a content; see `mllm.data.emoji.text.captions` for their order."""
+    if content == "object":
         return phrase(groups(cast(Scene, item.images[0]))[0])
-    return item.answers[-3] if much == "objects" else item.answers[-2]
+    return item.answers[-3] if content == "objects" else item.answers[-2]

@@ -1,7 +1,7 @@
-"""`mllm/emoji-scenes`: captions of, and questions about, scenes that are made from a seed and drawn.
+"""Generate `mllm/emoji-scenes` from a seed: captions of, and questions about, rendered scenes.
 
-About a tenth of the kinds of object, and a tenth of the pairs of the others, are held out by a fixed rule, so that
-naming what was never seen and putting together what was never seen together can be measured apart.
+A fixed rule holds out about a tenth of the kinds of object, and a tenth of the pairs of the other kinds, so that
+generalization to unseen objects and to unseen combinations can be measured separately.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ SPLITS = ("train", "val", "combinations", "kinds")
 TASKS = ("captions", "questions", "both", "name", "objects", "draw", "source")
 MAX_KINDS = 3
 SIZES = {1: (96, 156), 2: (60, 104), 3: (52, 84), 4: (48, 76)}  # of an object in pixels, by number of objects
-STILL = (SIDE // 2, SIDE // 2, 180)  # x, y and size of the object of a still scene
-MARGIN = 4  # pixels between objects, and to the picture's edge
-TILT = 30  # degrees either way
-TONE = 8  # how far each of red, green, blue may be from the background's own colour, of 255
+STILL = (SIDE // 2, SIDE // 2, 180)  # x, y and size of the object in a still scene
+MARGIN = 4  # pixels between objects, and to the image's edge
+TILT = 30  # maximum rotation in degrees, in either direction
+TONE = 8  # maximum difference of red, green and blue from the nominal background colour, of 255
 
 
 def emoji_scenes(
@@ -36,35 +36,38 @@ def emoji_scenes(
     max_objects: int = 4,
     still: bool = False,
 ) -> list[Item]:
-    """Return ``size`` items; item i depends on everything but ``size``.
+    """Return ``size`` items; item i does not depend on ``size``.
 
     Args:
         split: "train"; "val", new scenes of the same kinds; "combinations", scenes with a pair of kinds that "train"
             never shows together; "kinds", scenes of kinds that "train" never shows.
-        task: "captions" (kind "single" or "multi": one object or several), "questions" (up to three a scene, following
-            each other; kind is the question's type), "both", "name": one object, captioned "a red apple", the
-            captions of all the split's kinds being the choices; "objects": several objects, the answers name them;
-            "draw": one object, the question is a caption with the background, and the answer what a picture of it is to
-            show; or "source": the same question without the picture, and where a picture comes from: "retrieve" of the
-            half of the kinds that an index is taken to hold, by a fixed rule, "generate" of the others.
-        size: number of items.
+        task: "captions" (kind "single" or "multi": one object or several); "questions" (up to three per scene,
+            consecutive; the kind is the question's type); "both"; "name": one object, captioned "a red apple", with
+            the captions of all kinds of the split as choices; "objects": several objects, the answers are their names;
+            "draw": one object, the question is a caption with the background, and the answer names the object that an
+            image should show; or "source": the same question without the image, and the answer is the source of an
+            image: "retrieve" for the half of the kinds that an index contains, by a fixed rule, else "generate".
+        size: the number of items.
         seed: other seeds give other scenes of the same split.
-        max_objects: most objects in a scene, 1 to 4. About half of the scenes hold one ("combinations": none).
-        still: scenes hold one object, upright and in the middle, always as large: but for a tone of the background they
-            are what a caption says.
+        max_objects: the most objects in a scene, 1 to 4. About half of the scenes have one ("combinations": none).
+        still: scenes have one object, upright, centred and of fixed size, so that a caption determines all but the
+            exact shade of the background.
 
     Raises:
         MLLMError: an unknown split or task, or a number out of range.
     """
     _check(split, task, size, max_objects)
     if still and (task == "objects" or split == "combinations"):
-        raise MLLMError(f"emoji-scenes has no still scenes of several objects ({task!r}, {split!r}). Leave out still.")
-    alone = still or task in ("name", "draw", "source")
-    return list(islice(_items(split, task, seed, 1 if alone else max_objects, still), size))
+        raise MLLMError(
+            f"emoji-scenes has no still scenes of several objects (task {task!r}, split {split!r}): expected one. "
+            "Leave out still."
+        )
+    single = still or task in ("name", "draw", "source")
+    return list(islice(_items(split, task, seed, 1 if single else max_objects, still), size))
 
 
 def names(split: str) -> list[str]:
-    """Return the names of the kinds that scenes of ``split`` are made of: the known ones, or for "kinds" the others.
+    """Return the names of the kinds in scenes of a split: the training kinds, or for "kinds" the held-out kinds.
 
     Raises:
         MLLMError: an unknown split.
@@ -74,7 +77,7 @@ def names(split: str) -> list[str]:
 
 
 def indexed(kind: Kind) -> bool:
-    """Say whether pictures of a kind are among those that an index is taken to hold: about half of the kinds are."""
+    """Return whether task "source" assumes that an index contains images of a kind; it does for about half of them."""
     return hashlib.sha256(f"index {kind.code:X}".encode()).digest()[0] % 2 == 0
 
 
@@ -102,24 +105,24 @@ def _items(split: str, task: str, seed: int, max_objects: int, still: bool) -> I
         if task == "name":
             yield Item(name, (scene,), (phrase(scene.things),), kind="single", choices=_choices(split))
         if task in ("draw", "source"):
-            wanted = f"{phrase(scene.things)} on {article(scene.background)} {scene.background} background"
+            description = f"{phrase(scene.things)} on {article(scene.background)} {scene.background} background"
             if task == "draw":
-                yield Item(name, (scene,), (phrase(scene.things),), wanted, kind="single")
+                yield Item(name, (scene,), (phrase(scene.things),), description, kind="single")
             else:
                 answer = "retrieve" if indexed(scene.things[0].kind) else "generate"
-                yield Item(name, (), (answer,), wanted, kind=answer)
+                yield Item(name, (), (answer,), description, kind=answer)
         if task == "objects" and len(scene.things) > 1:
             yield Item(name, (scene,), tuple(noun(group) for group in groups(scene)), kind="multi")
         if task in ("captions", "both"):
             kind = "single" if len(scene.things) == 1 else "multi"
             yield Item(name, (scene,), captions(scene, Random(name)), kind=kind)
         if task in ("questions", "both"):
-            for number, asked in enumerate(questions(scene, _pool(split), Random(f"{name}?"))):
-                yield Item(f"{name}/{number}", (scene,), (asked.answer,), asked.text, asked.type)
+            for number, question in enumerate(questions(scene, _pool(split), Random(f"{name}?"))):
+                yield Item(f"{name}/{number}", (scene,), (question.answer,), question.text, question.type)
 
 
 def _scene(split: str, max_objects: int, random: Random, still: bool) -> Scene:
-    """Draw scenes by lot until one belongs to the split."""
+    """Generate random scenes until one belongs to the split."""
     while True:
         several = split == "combinations" or random.random() < 0.5
         num_things = random.randint(2, max_objects) if several and max_objects > 1 else 1
@@ -138,34 +141,37 @@ def _belongs(scene: Scene, split: str, chosen: list[Kind]) -> bool:
     new_pair = any(_held_out(*pair) for pair in combinations(chosen, 2))
     if split == "combinations":
         return new_pair
-    is_val = _tenth(scene.specification())  # so no scene is in both, whatever the seeds
+    is_val = _tenth(scene.specification())  # so that no scene is in both splits, for any seeds
     return not new_pair and is_val == (split == "val")
 
 
 def _things(chosen: list[Kind], num_things: int, random: Random) -> tuple[Thing, ...]:
-    """Place each kind at least once, in order from one side to the other: that makes most relations clear ones."""
+    """Return objects with each kind at least once, sorted by kind along one axis, so that most relations are clear."""
     extra = random.choices(chosen, k=num_things - len(chosen))
     order = [kind for kind in chosen for _ in range(1 + extra.count(kind))]
-    places = _places(num_things, random)
+    squares = _squares(num_things, random)
     axis = random.choice((0, 1))
-    places.sort(key=lambda place: place[axis])
+    squares.sort(key=lambda square: square[axis])
     return tuple(
-        Thing(kind, x, y, size, random.randint(-TILT, TILT)) for kind, (x, y, size) in zip(order, places, strict=True)
+        Thing(kind, x, y, size, random.randint(-TILT, TILT)) for kind, (x, y, size) in zip(order, squares, strict=True)
     )
 
 
-def _places(num_things: int, random: Random) -> list[tuple[int, int, int]]:
-    """Return squares (x, y, size) inside the picture that do not touch."""
+def _squares(num_things: int, random: Random) -> list[tuple[int, int, int]]:
+    """Return squares (x, y, size) in the image that do not touch each other."""
     while True:
-        places: list[tuple[int, int, int]] = []
+        squares: list[tuple[int, int, int]] = []
         for _ in range(60):
             size = random.randint(*SIZES[num_things])
-            near_edge = size // 2 + MARGIN
-            x, y = random.randint(near_edge, SIDE - near_edge), random.randint(near_edge, SIDE - near_edge)
-            if all(max(abs(x - u), abs(y - v)) >= (size + other) / 2 + MARGIN for u, v, other in places):
-                places.append((x, y, size))
-            if len(places) == num_things:
-                return places
+            edge_distance = size // 2 + MARGIN
+            x, y = (
+                random.randint(edge_distance, SIDE - edge_distance),
+                random.randint(edge_distance, SIDE - edge_distance),
+            )
+            if all(max(abs(x - u), abs(y - v)) >= (size + other) / 2 + MARGIN for u, v, other in squares):
+                squares.append((x, y, size))
+            if len(squares) == num_things:
+                return squares
 
 
 @cache
@@ -178,11 +184,11 @@ def _pool(split: str) -> tuple[Kind, ...]:
     return tuple(kind for kind in kinds() if _held_out(kind) == (split == "kinds"))
 
 
-def _held_out(*some: Kind) -> bool:
-    """Say whether a kind, or a pair of kinds, is kept out of "train". Other rows of the table play no part in it."""
-    return _tenth(" ".join(f"{kind.code:X}" for kind in sorted(some, key=lambda kind: kind.code)))
+def _held_out(*members: Kind) -> bool:
+    """Return whether a kind, or a pair of kinds, is held out of "train", whatever other kinds there are."""
+    return _tenth(" ".join(f"{kind.code:X}" for kind in sorted(members, key=lambda kind: kind.code)))
 
 
 def _tenth(text: str) -> bool:
-    """Say yes to about one text in ten, always the same ones."""
+    """Return True for about one text in ten, by a hash of the text."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4]) % 10 == 0

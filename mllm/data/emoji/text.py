@@ -1,4 +1,4 @@
-"""What is said about a scene of `mllm/emoji-scenes`: reference captions, and questions with their answers."""
+"""Write the texts about a scene of `mllm/emoji-scenes`: reference captions, and questions with their answers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ QUESTIONS_PER_SCENE = 3
 
 
 class Question(NamedTuple):
-    """One question about a scene."""
+    """A question about a scene, with its answer."""
 
     type: str  # "what", "how many", "where", "colour", "yes/no", "knowledge"
     text: str
@@ -25,14 +25,14 @@ class Question(NamedTuple):
 
 
 class Fact(NamedTuple):
-    """A question that takes knowledge: "yes" of the labels ``yes``, not asked of ``unsure``, "no" of all others."""
+    """A knowledge question: "yes" for kinds with a label in ``yes``, not asked for ``unsure``, "no" for all others."""
 
     text: str
     yes: frozenset[str]
     unsure: frozenset[str]
 
     def holds(self, kind: Kind) -> bool | None:
-        """Say whether it is so, None where opinions differ."""
+        """Return the answer for a kind; None if it is debatable."""
         if kind.labels & self.yes:
             return True
         return None if kind.labels & self.unsure else False
@@ -65,32 +65,32 @@ FACTS = (
 
 
 def article(noun: str) -> str:
-    """Return "a" or "an", whichever goes before ``noun``."""
+    """Return the indefinite article of ``noun``, "a" or "an"."""
     if noun.startswith(SOUNDS_LIKE_VOWEL):
         return "an"
     return "an" if noun[0] in "aeiou" and not noun.startswith(SOUNDS_LIKE_CONSONANT) else "a"
 
 
 def groups(scene: Scene) -> list[tuple[Thing, ...]]:
-    """Return the scene's objects by kind; those of a kind follow each other in ``scene.things``."""
+    """Return the scene's objects grouped by kind; objects of a kind are consecutive in ``scene.things``."""
     return [tuple(group) for _, group in groupby(scene.things, key=lambda thing: thing.kind)]
 
 
 def noun(group: Sequence[Thing]) -> str:
-    """Return "dog" or "dogs"."""
+    """Return the singular or plural noun of a group: "dog" or "dogs"."""
     return group[0].kind.name if len(group) == 1 else group[0].kind.plural
 
 
 def phrase(group: Sequence[Thing]) -> str:
-    """Return "a dog" or "two dogs"."""
+    """Return the noun phrase of a group: "a dog" or "two dogs"."""
     return f"{article(noun(group)) if len(group) == 1 else NUMBERS[len(group)]} {noun(group)}"
 
 
 def relation(these: Sequence[Thing], those: Sequence[Thing]) -> str | None:
-    """Return where ``these`` are, seen from ``those``: a key of ``RELATIONS``, or None where no single word is true.
+    """Return the spatial relation of ``these`` to ``those``: a key of ``RELATIONS``, or None if none is clear.
 
-    It is "left" when every one of these lies wholly left of every one of those, and their mean places differ more
-    from left to right than from top to bottom.
+    It is "left" if each of these is entirely left of each of those, and their mean positions differ more horizontally
+    than vertically.
     """
     dx = _mean([thing.x for thing in these]) - _mean([thing.x for thing in those])
     dy = _mean([thing.y for thing in these]) - _mean([thing.y for thing in those])
@@ -106,7 +106,7 @@ def _mean(values: Sequence[int]) -> float:
 
 
 def _order(these: list[tuple[int, int]], those: list[tuple[int, int]], words: tuple[str, str]) -> str | None:
-    """Compare two lists of (centre, size) on one axis: before, after, or None where they overlap."""
+    """Compare two lists of (centre, size) on one axis; return the word for before or after, or None if they overlap."""
 
     def before(first: list[tuple[int, int]], second: list[tuple[int, int]]) -> bool:
         return max(centre + size / 2 for centre, size in first) <= min(centre - size / 2 for centre, size in second)
@@ -117,23 +117,23 @@ def _order(these: list[tuple[int, int]], those: list[tuple[int, int]], words: tu
 
 
 def captions(scene: Scene, random: Random) -> tuple[str, ...]:
-    """Return three to five reference captions; the first says what there is and, of several kinds, where."""
+    """Return three to five reference captions; the first names the objects and, if it is clear, their relation."""
     parts = groups(scene)
     random.shuffle(parts)
-    every = _join([phrase(part) for part in parts])
+    objects = _join([phrase(part) for part in parts])
     background = f"{article(scene.background)} {scene.background} background"
-    return (*_placed(parts)[:2], every, f"{every} on {background}", f"{every} in front of {background}")
+    return (*_relational(parts)[:2], objects, f"{objects} on {background}", f"{objects} in front of {background}")
 
 
-def _placed(parts: list[tuple[Thing, ...]]) -> list[str]:
-    """Return a caption for each group that has one relation to all the others together."""
-    placed = []
+def _relational(parts: list[tuple[Thing, ...]]) -> list[str]:
+    """Return a caption for each group that has one clear relation to all other groups together."""
+    sentences = []
     for part in parts:
         others = [other for other in parts if other is not part]
         where = relation(part, [thing for other in others for thing in other]) if others else None
         if where:
-            placed.append(f"{phrase(part)} {RELATIONS[where]} {_join([phrase(other) for other in others])}")
-    return placed
+            sentences.append(f"{phrase(part)} {RELATIONS[where]} {_join([phrase(other) for other in others])}")
+    return sentences
 
 
 def _join(phrases: list[str]) -> str:
@@ -141,8 +141,8 @@ def _join(phrases: list[str]) -> str:
 
 
 def questions(scene: Scene, pool: Sequence[Kind], random: Random) -> list[Question]:
-    """Return up to three questions, of different types; absent things are asked for out of ``pool``."""
-    found = [
+    """Return up to three questions of different types; questions about absent objects take them from ``pool``."""
+    candidates = [
         _colour(scene, random),
         _what(scene, random),
         _how_many(scene, random),
@@ -150,12 +150,12 @@ def questions(scene: Scene, pool: Sequence[Kind], random: Random) -> list[Questi
         _is_there(scene, pool, random),
         _knowledge(scene, pool, random),
     ]
-    asked = [question for question in found if question]
-    return random.sample(asked, min(QUESTIONS_PER_SCENE, len(asked)))
+    possible = [question for question in candidates if question]
+    return random.sample(possible, min(QUESTIONS_PER_SCENE, len(possible)))
 
 
 def _colour(scene: Scene, random: Random) -> Question | None:
-    """Ask in one scene of three only: it is the easy one, and could be asked always."""
+    """Ask about the background in a third of the scenes only: the question is easy, and always possible."""
     return Question("colour", "What colour is the background?", scene.background) if random.random() < 1 / 3 else None
 
 
@@ -164,7 +164,7 @@ def _what(scene: Scene, random: Random) -> Question | None:
     if len(parts) == 1:
         return Question("what", "What is in the picture?", noun(parts[0]))
     if len(parts) > 2:
-        return None  # of three kinds more than one may be the answer
+        return None  # with three kinds, more than one answer may be right
     this, that = random.sample(parts, 2)
     where = relation(this, that)
     return Question("what", f"What is {RELATIONS[where]} the {noun(that)}?", noun(this)) if where else None
@@ -172,7 +172,7 @@ def _what(scene: Scene, random: Random) -> Question | None:
 
 def _how_many(scene: Scene, random: Random) -> Question | None:
     if len(scene.things) == 1:
-        return None  # else the answer is "1" most of the time
+        return None  # otherwise most answers would be "1"
     part = random.choice(groups(scene))
     return Question("how many", f"How many {part[0].kind.plural} are there?", str(len(part)))
 
@@ -188,23 +188,23 @@ def _where(scene: Scene, random: Random) -> Question | None:
 
 
 def _is_there(scene: Scene, pool: Sequence[Kind], random: Random) -> Question | None:
-    """Ask for a thing that is there or, as often, for one that is not."""
+    """Ask for an object that is present or, equally often, for one that is absent."""
     present = {thing.kind for thing in scene.things}
-    named = [kind for kind in sorted(present, key=lambda kind: kind.code) if "generic" not in kind.labels]
-    if not named:
+    specific = [kind for kind in sorted(present, key=lambda kind: kind.code) if "generic" not in kind.labels]
+    if not specific:
         return None
     answer = random.choice(("yes", "no"))
-    # A generic name ("bird") may be true of a kind that has another name ("eagle"), so it is not asked for.
+    # A generic name ("bird") may also be true of another kind ("eagle"), so it is not asked for.
     absent = [kind for kind in pool if kind not in present and "generic" not in kind.labels]
-    asked = random.choice(named if answer == "yes" else absent)
-    return Question("yes/no", f"Is there {article(asked.name)} {asked.name}?", answer)
+    kind = random.choice(specific if answer == "yes" else absent)
+    return Question("yes/no", f"Is there {article(kind.name)} {kind.name}?", answer)
 
 
 def _knowledge(scene: Scene, pool: Sequence[Kind], random: Random) -> Question | None:
-    """Ask a lone object a question of ``FACTS``, answered "yes" and "no" equally often.
+    """Ask a question of ``FACTS`` about a single object, answered "yes" and "no" equally often.
 
-    The "no" questions are borrowed from another kind, of which they are true: so the words of a question say
-    little about its answer, and the picture is needed.
+    A "no" question is one that is true of another random kind, so that the question alone reveals little about its
+    answer, and the image is needed.
     """
     kind = scene.things[0].kind
     true = [fact for fact in FACTS if fact.holds(kind)]
@@ -212,8 +212,8 @@ def _knowledge(scene: Scene, pool: Sequence[Kind], random: Random) -> Question |
         return None
     if random.random() < 0.5:
         return Question("knowledge", random.choice(true).text, "yes")
-    borrowed: list[Fact] = []
-    while not borrowed:
+    false: list[Fact] = []
+    while not false:
         other = random.choice(pool)
-        borrowed = [fact for fact in FACTS if fact.holds(other) and fact.holds(kind) is False]
-    return Question("knowledge", random.choice(borrowed).text, "no")
+        false = [fact for fact in FACTS if fact.holds(other) and fact.holds(kind) is False]
+    return Question("knowledge", random.choice(false).text, "no")

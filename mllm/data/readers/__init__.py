@@ -1,1 +1,1 @@
-"""Readers: a file format to items."""
+"""Provide the readers, each of which reads one file format as items."""

@@ -1,4 +1,4 @@
-"""Labels that say of prompts whether an image is looked up or made."""
+"""Read prompts labelled with the source of an image: retrieved or generated."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from mllm.errors import MLLMError
 
 
 def decisions(*, path: str) -> list[Item]:
-    """Read lines of JSON with a ``prompt`` and its ``label``, ``retrieve`` or ``generate``, as GILL has them.
+    """Read GILL's decision data: JSON lines with a ``prompt`` and its ``label``, ``retrieve`` or ``generate``.
 
     Args:
-        path: the file.
+        path: the JSON Lines file.
 
     Raises:
-        MLLMError: the file cannot be read, or a row lacks one of the two.
+        MLLMError: the file cannot be read, or a row has no prompt or no valid label.
     """
     items = []
     for number, row in enumerate(json_lines(Path(path)), start=1):
@@ -25,7 +25,7 @@ def decisions(*, path: str) -> list[Item]:
         if not isinstance(prompt, str) or not prompt.strip() or label not in DECISIONS:
             raise MLLMError(
                 f"{path}, row {number}: prompt {prompt!r}, label {label!r}. Expected a text, and one of "
-                f"{', '.join(DECISIONS)}."
+                f"{', '.join(DECISIONS)}. Correct the row."
             )
         items.append(Item(str(number), (), (label,), prompt.strip(), kind=label))
     return items

@@ -1,4 +1,4 @@
-"""`mllm/easy-vqa`: 48,248 questions about 5,000 drawn pictures, 64 x 64, of one coloured shape each."""
+"""Read `mllm/easy-vqa`: 48,248 questions about 5,000 synthetic images, 64 x 64, of one coloured shape each."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from mllm.errors import MLLMError, near
 from mllm.hub.embedded import locate
 from mllm.media.images import ImageFile
 
-SPLITS = ("train", "test")  # the package's own
+SPLITS = ("train", "test")  # as the package defines them
 SHAPES = ("circle", "rectangle", "triangle")
 
 
 def easy_vqa(*, split: str, size: int | None = None) -> list[Item]:
-    """Return the questions of ``split`` in the package's order; ``kind`` is "shape", "colour" or "yes/no".
+    """Return the questions of a split in the package's order; the kind is "shape", "colour" or "yes/no".
 
     Args:
-        split: "train" (38,575 questions, 4,000 pictures) or "test" (9,673 and 1,000).
-        size: at most so many items; None for all.
+        split: "train" (38,575 questions, 4,000 images) or "test" (9,673 and 1,000).
+        size: the most items; None: all.
 
     Raises:
         MLLMError: an unknown split, a negative size, or the part is not installed.
@@ -26,12 +26,12 @@ def easy_vqa(*, split: str, size: int | None = None) -> list[Item]:
     if split not in SPLITS:
         raise MLLMError(f"easy-vqa has no split {split!r}. {near(split, SPLITS)}")
     if size is not None and size < 0:
-        raise MLLMError(f"easy-vqa cannot have size {size}: expected 0 or more. Leave size out to have every item.")
+        raise MLLMError(f"easy-vqa cannot have size {size}: expected 0 or more. Leave out size to get all items.")
     folder = locate("mllm/easy-vqa") / "data" / split
     rows = json.loads((folder / "questions.json").read_text(encoding="utf-8"))
-    pictures = {number: ImageFile(folder / "images" / f"{number}.png") for _, _, number in rows}
+    images = {number: ImageFile(folder / "images" / f"{number}.png") for _, _, number in rows}
     return [
-        Item(f"easy-vqa/{split}/{index}", (pictures[number],), (answer,), question, _kind(answer))
+        Item(f"easy-vqa/{split}/{index}", (images[number],), (answer,), question, _kind(answer))
         for index, (question, answer, number) in enumerate(rows[:size])
     ]
 

@@ -1,11 +1,11 @@
-"""Readers of what is matched rather than said: caption pairs, classes, pictures and captions to be found."""
+"""Read data for matching images and texts: caption pairs, classes, and images and captions for retrieval."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Literal
 
-from mllm.data.files import form, inside, json_lines, json_of, present
+from mllm.data.files import check_present, expect_form, inside, json_lines, json_of
 from mllm.data.items import Item
 from mllm.data.readers.captions import karpathy
 from mllm.errors import MLLMError
@@ -13,49 +13,51 @@ from mllm.media.images import SUFFIXES, ImageFile
 
 
 def winoground(*, annotations: str, images: str) -> list[Item]:
-    """Read Winoground: two pictures and two captions of the same words, to be matched; the kind is ``collapsed_tag``.
+    """Read Winoground: two images and two captions of the same words to match; the kind is ``collapsed_tag``.
 
     Args:
         annotations: ``examples.jsonl``, lines of ``{id, image_0, image_1, caption_0, caption_1, collapsed_tag}``.
-        images: the folder with ``IMAGE_0.png``.
+        images: the folder of the image files ``IMAGE_0.png``.
     """
     items = []
-    with form(annotations, "lines of {id, image_0, image_1, caption_0, caption_1}"):
+    with expect_form(annotations, "lines of {id, image_0, image_1, caption_0, caption_1}"):
         for row in json_lines(Path(annotations)):
             files = [f"{Path(row[key]).stem}.png" for key in ("image_0", "image_1")]
-            pictures = tuple(ImageFile(inside(images, file, annotations)) for file in files)
+            pair = tuple(ImageFile(inside(images, file, annotations)) for file in files)
             captions = (str(row["caption_0"]), str(row["caption_1"]))
             kind = str(row.get("collapsed_tag", ""))
-            items.append(Item(str(row["id"]), pictures, ("text", "image", "group"), kind=kind, choices=captions))
-    return present(items, annotations)
+            items.append(Item(str(row["id"]), pair, ("text", "image", "group"), kind=kind, choices=captions))
+    return check_present(items, annotations)
 
 
 def sugarcrepe(*, annotations: str, images: str) -> list[Item]:
-    """Read SugarCrepe: which of two captions is a picture's; the kind is the file (``add_att``, ``swap_obj``, ...).
+    """Read SugarCrepe: an image with a right and a wrong caption; the kind is the file's name (``add_att``, ...).
 
     Args:
-        annotations: the folder of files ``{number: {filename, caption, negative_caption}}``.
-        images: COCO's pictures ``val2017``.
+        annotations: the folder of JSON files ``{number: {filename, caption, negative_caption}}``.
+        images: the folder of COCO's ``val2017`` images.
     """
     items = []
     for file in sorted(Path(annotations).glob("*.json")):
         content = json_of(file)
-        with form(file, "{number: {filename, caption, negative_caption}}"):
+        with expect_form(file, "{number: {filename, caption, negative_caption}}"):
             for key, row in content.items():
-                picture = ImageFile(inside(images, row["filename"], file))
+                image = ImageFile(inside(images, row["filename"], file))
                 both = (str(row["caption"]), str(row["negative_caption"]))
-                items.append(Item(f"{file.stem}/{key}", (picture,), both[:1], kind=file.stem, choices=both))
-    return present(items, annotations)
+                items.append(Item(f"{file.stem}/{key}", (image,), both[:1], kind=file.stem, choices=both))
+    return check_present(items, annotations)
 
 
 def classes(*, path: str) -> list[Item]:
-    """Read a folder with a folder of pictures for each class, named as the class is; "_" stands for a blank.
+    """Read an image folder: a subfolder of images per class, with the class's name ("_" for a space).
 
-    An item's choices are all classes, so a suite can choose among them.
+    An item's choices are all classes, so that a suite can choose among them.
     """
-    folders = sorted(place for place in Path(path).glob("*") if place.is_dir())
+    folders = sorted(folder for folder in Path(path).glob("*") if folder.is_dir())
     if not folders:
-        raise MLLMError(f"{path} holds no folders; expected one for each class, with its pictures.")
+        raise MLLMError(
+            f"{path} contains no folders; expected one per class, with its images. Move the images to such folders."
+        )
     names = tuple(folder.name.replace("_", " ") for folder in folders)
     items = [
         Item(f"{folder.name}/{file.name}", (ImageFile(file),), (name,), kind=name, choices=names)
@@ -63,25 +65,25 @@ def classes(*, path: str) -> list[Item]:
         for file in sorted(folder.iterdir())
         if file.suffix.lower() in SUFFIXES
     ]
-    return present(items, path)
+    return check_present(items, path)
 
 
 def karpathy_retrieval(
     *, annotations: str, images: str, find: Literal["texts", "images"], split: str = "test"
 ) -> list[Item]:
-    """Read one of Karpathy's splits for retrieval: a picture's captions, or a caption's picture, among all.
+    """Read one of Karpathy's splits for retrieval: the captions of an image, or the image of a caption, among all.
 
-    An answer is a place, counted from 0, among the item's choices (``texts``) or images (``images``).
+    An answer is an index, counted from 0, into the item's choices (``find="texts"``) or images (``find="images"``).
     """
     sources = karpathy(annotations=annotations, images=images, split=split)
     texts = tuple(text for item in sources for text in item.answers)
-    pictures = tuple(image for item in sources for image in item.images)
-    items, place = [], 0
+    candidates = tuple(image for item in sources for image in item.images)
+    items, start = [], 0
     for number, item in enumerate(sources):
-        places = range(place, place + len(item.answers))
-        place += len(item.answers)
+        indices = range(start, start + len(item.answers))
+        start += len(item.answers)
         if find == "texts":
-            items.append(Item(item.id, item.images, tuple(map(str, places)), choices=texts))
+            items.append(Item(item.id, item.images, tuple(map(str, indices)), choices=texts))
         else:
-            items += [Item(f"{item.id}/{p}", pictures, (str(number),), question=texts[p]) for p in places]
+            items += [Item(f"{item.id}/{i}", candidates, (str(number),), question=texts[i]) for i in indices]
     return items

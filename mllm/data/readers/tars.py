@@ -1,4 +1,4 @@
-"""The reader of WebDataset's tars: an index of where things are, and each sample read from there when it is needed."""
+"""Read WebDataset tars: index each tar once, and read each sample at its offset when it is needed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
-from mllm.data.files import form, parsed, some, texts
+from mllm.data.files import expect_form, parse_json, some, texts
 from mllm.data.items import Item
 from mllm.data.lazy import Lazy
 from mllm.errors import MLLMError
@@ -23,7 +23,7 @@ from mllm.system import cache_dir, write
 
 
 class Index(NamedTuple):
-    """Where a tar has its samples: names ``(N,)``, and ``(N, 4)`` offset and size of the picture and of the text."""
+    """The samples of a tar: names ``(N,)``, and offset and size of image and text ``(N, 4)``; -1: missing."""
 
     names: np.ndarray
     spans: np.ndarray
@@ -31,7 +31,7 @@ class Index(NamedTuple):
 
 @dataclass(frozen=True)
 class TarImage:
-    """A picture inside a tar."""
+    """An image inside a tar."""
 
     tar: Path
     name: str
@@ -39,11 +39,11 @@ class TarImage:
     size: int
 
     def open(self) -> Image.Image:
-        """Return the picture, RGB."""
+        """Return the image, RGB."""
         return self._read().open()
 
     def key(self) -> str:
-        """Return a hash of the picture's bytes."""
+        """Return a hash of the image's bytes."""
         return self._read().key()
 
     def _read(self) -> ImageBytes:
@@ -62,45 +62,45 @@ def webdataset(
     question: str | None = None,
     missing: Literal["raise", "drop"] = "raise",
 ) -> Lazy:
-    """Read pictures with texts out of WebDataset's tars: members of one name up to the first dot are one sample.
+    """Read images with texts from WebDataset tars: members with the same name up to the first dot are one sample.
 
-    Nothing is unpacked, and neither pictures nor texts are kept in memory. An index of each tar is made once and kept
-    in the cache folder. Training takes the tars in a new order every epoch, and mixes the samples of four at a time.
+    Nothing is unpacked, and neither images nor texts are kept in memory. An index of each tar is made once and stored
+    in the cache folder. Training shuffles the tars every epoch, and mixes the samples of four at a time.
 
     Args:
-        path: a tar, a folder of tars, or a pattern such as ``cc3m-{0000..0331}.tar``. Plain tars, not compressed ones.
-        image: the picture's ending, or several of which the first that is there is taken.
-        text: the ending of the text; with ``answers`` of a JSON object.
-        answers: the object's key of the caption or the answers; None: the text is the caption, as it stands.
-        question: the object's key of the question; None: captions are wanted.
-        missing: ``drop`` leaves out samples without a picture or a text.
+        path: a tar, a folder of tars, or a pattern such as ``cc3m-{0000..0331}.tar``. Tars must not be compressed.
+        image: the suffix of images, or several, of which the first that exists is used.
+        text: the suffix of texts; with ``answers``, of JSON objects.
+        answers: the key of the caption or answers in the JSON object; None: the whole text is the caption.
+        question: the key of the question in the JSON object; None: the answers are captions.
+        missing: ``drop`` leaves out samples without an image or a text.
 
     Raises:
-        MLLMError: no tars, one that is compressed or cut short, samples without a picture or a text.
+        MLLMError: there are no tars, a tar is compressed or truncated, or samples lack an image or a text.
     """
     tars = _tars(path)
     indices = [_index(tar, image.split(";"), text) for tar in tars]
     lacking = [f"{tar.name}/{name}" for tar, index in zip(tars, indices, strict=True) for name in _lacking(index)]
     if lacking and missing == "raise":
         raise MLLMError(
-            f"{path}: {len(lacking)} samples lack a picture ({image}) or a text ({text}): {some(lacking)}. "
+            f"{path}: {len(lacking)} samples lack an image ({image}) or a text ({text}): {some(lacking)}. "
             "Set missing: drop to leave them out."
         )
-    kept = [index.spans[(index.spans >= 0).all(1)] for index in indices]
+    spans = [index.spans[(index.spans >= 0).all(1)] for index in indices]
     names = [index.names[(index.spans >= 0).all(1)] for index in indices]
-    starts = [0, *accumulate(len(spans) for spans in kept)]
+    starts = [0, *accumulate(len(rows) for rows in spans)]
 
-    def make(place: int) -> Item:
-        which = bisect_right(starts, place) - 1
-        tar, row = tars[which], place - starts[which]
-        name = names[which][row].decode()
-        picture_at, picture_size, at, size = map(int, kept[which][row])
-        picture = TarImage(tar, name, picture_at, picture_size)
-        asked, told = _words(_bytes(tar, at, size), answers, question, f"{tar}, {name}.{text}")
-        return Item(f"{tar.stem}/{name}", (picture,), tuple(told), asked)
+    def make(index: int) -> Item:
+        shard = bisect_right(starts, index) - 1
+        tar, row = tars[shard], index - starts[shard]
+        name = names[shard][row].decode()
+        image_offset, image_size, offset, size = map(int, spans[shard][row])
+        source = TarImage(tar, name, image_offset, image_size)
+        asked, captions = _texts_of(_bytes(tar, offset, size), answers, question, f"{tar}, {name}.{text}")
+        return Item(f"{tar.stem}/{name}", (source,), tuple(captions), asked)
 
     def fingerprint() -> str:
-        parts = [*(tar.name.encode() for tar in tars), *(part.tobytes() for part in (*names, *kept))]
+        parts = [*(tar.name.encode() for tar in tars), *(part.tobytes() for part in (*names, *spans))]
         return hashlib.sha256(b"\0".join(parts)).hexdigest()
 
     shards = [range(start, end) for start, end in pairwise(starts) if end > start]
@@ -109,30 +109,31 @@ def webdataset(
 
 def _tars(path: str) -> list[Path]:
     if Path(path).is_dir():
-        found = sorted(Path(path).glob("*.tar"))
+        tars = sorted(Path(path).glob("*.tar"))
     else:
         try:
             from webdataset.shardlists import expand_urls
         except ImportError:
-            raise MLLMError("Patterns of tars need webdataset: pip install 'mllm-assembly[data]'.") from None
-        found = [Path(name) for name in expand_urls(path)] if "{" in path else [Path(path)]
-    gone = [str(tar) for tar in found if not tar.is_file()]
-    if gone or not found:
-        raise MLLMError(f"{path}: {f'these tars are not there: {some(gone)}' if gone else 'no *.tar files there'}.")
-    return found
+            raise MLLMError("A pattern of tars needs webdataset: pip install 'mllm-assembly[data]'.") from None
+        tars = [Path(name) for name in expand_urls(path)] if "{" in path else [Path(path)]
+    missing = [str(tar) for tar in tars if not tar.is_file()]
+    if missing or not tars:
+        problem = f"missing tars: {some(missing)}" if missing else "contains no *.tar files"
+        raise MLLMError(f"{path}: {problem}. Expected existing tars: correct the path, or add the files.")
+    return tars
 
 
 def _index(tar: Path, images: Sequence[str], text: str) -> Index:
-    """Return a tar's index, out of the cache where it is there and the tar has not changed."""
-    seen = tar.stat()
-    key = f"{tar.resolve()} {seen.st_size} {seen.st_mtime_ns} {images} {text}"
-    kept = cache_dir() / "tars" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
-    if kept.is_file():
-        with np.load(kept, allow_pickle=False) as arrays:
+    """Return a tar's index, from the cache if it is there and the tar has not changed."""
+    status = tar.stat()
+    key = f"{tar.resolve()} {status.st_size} {status.st_mtime_ns} {images} {text}"
+    cached = cache_dir() / "tars" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
+    if cached.is_file():
+        with np.load(cached, allow_pickle=False) as arrays:
             return Index(arrays["names"], arrays["spans"])
     index = _scanned(tar, images, text)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    write(kept, lambda file: _save(file, index))
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    write(cached, lambda file: _save(file, index))
     return index
 
 
@@ -146,13 +147,13 @@ def _scanned(tar: Path, images: Sequence[str], text: str) -> Index:
     ranks: dict[str, int] = {}
     for name, offset, size in _members(tar):
         folder, _, file = name.rpartition("/")
-        stem, _, ending = file.partition(".")
-        sample, ending = f"{folder}/{stem}" if folder else stem, ending.lower()
+        stem, _, suffix = file.partition(".")
+        sample, suffix = f"{folder}/{stem}" if folder else stem, suffix.lower()
         spans = samples.setdefault(sample, [-1, -1, -1, -1])
-        if ending == text:
+        if suffix == text:
             spans[2:] = offset, size
-        elif ending in images and images.index(ending) < ranks.get(sample, len(images)):
-            ranks[sample], spans[:2] = images.index(ending), [offset, size]
+        elif suffix in images and images.index(suffix) < ranks.get(sample, len(images)):
+            ranks[sample], spans[:2] = images.index(suffix), [offset, size]
     return Index(
         np.array([name.encode() for name in samples], dtype=np.bytes_),
         np.array(list(samples.values()), dtype=np.int64).reshape(-1, 4),
@@ -160,36 +161,40 @@ def _scanned(tar: Path, images: Sequence[str], text: str) -> Index:
 
 
 def _members(tar: Path) -> Iterator[tuple[str, int, int]]:
-    """Yield name, offset and size of every file in a tar."""
+    """Yield the name, offset and size of every file in a tar."""
     length = tar.stat().st_size
     try:
         with tarfile.open(tar, "r:") as archive:
             while (member := archive.next()) is not None:
-                vars(archive)["members"].clear()  # else they are all kept
+                vars(archive)["members"].clear()  # otherwise the archive keeps all of them in memory
                 if member.offset_data + member.size > length:
                     raise tarfile.ReadError(f"it ends within {member.name}")
                 if member.isfile():
                     yield member.name, member.offset_data, member.size
-            if _bytes(tar, archive.offset, tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # what a whole one ends with
+            if _bytes(tar, archive.offset, tarfile.BLOCKSIZE) != bytes(
+                tarfile.BLOCKSIZE
+            ):  # a complete tar ends with zeros
                 raise tarfile.ReadError("its end is missing")
     except (tarfile.TarError, OSError) as error:
-        raise MLLMError(f"{tar} is no plain tar that can be read: {error}. Is it whole, and not compressed?") from None
+        raise MLLMError(
+            f"{tar} is not a readable tar: {error}. Expected a complete, uncompressed one: pack it again."
+        ) from None
 
 
 def _lacking(index: Index) -> list[str]:
     return [name.decode() for name in index.names[(index.spans < 0).any(1)]]
 
 
-def _words(data: bytes, answers: str | None, question: str | None, where: str) -> tuple[str | None, list[str]]:
+def _texts_of(data: bytes, answers: str | None, question: str | None, label: str) -> tuple[str | None, list[str]]:
     """Return a sample's question, if it has one, and its captions or answers."""
     try:
-        words = data.decode("utf-8")
+        text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise MLLMError(f"{where} is no text: {error}") from None
+        raise MLLMError(f"{label} is not text: {error}. Store texts as UTF-8.") from None
     if answers is None:
-        return None, texts(words)
-    with form(where, "a JSON object with the keys that 'answers' and 'question' name"):
-        row = parsed(words, where)
+        return None, texts(text)
+    with expect_form(label, "a JSON object with the keys that 'answers' and 'question' name"):
+        row = parse_json(text, label)
         return str(row[question]) if question else None, texts(row[answers])
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from mllm.data.emoji import image as scene_image
-from mllm.data.emoji.image import SIDE, Scene, draw, glyph, kinds
+from mllm.data.emoji.image import SIDE, Scene, glyph, kinds, render
 from mllm.data.emoji.scenes import emoji_scenes
 from mllm.data.items import Item
 from mllm.errors import MLLMError
@@ -68,20 +68,20 @@ def test_plurals(name: str, plural: str) -> None:
 
 
 @needs_font
-def test_every_kind_is_drawn_whole_and_not_as_a_bare_outline() -> None:
+def test_every_kind_is_rendered_completely_and_in_colour() -> None:
     for kind in kinds():
-        picture = np.asarray(glyph(kind.code))  # (H, W, 4), cut to what is drawn
-        assert max(picture.shape[:2]) < 1.75 * scene_image.GLYPH, f"{kind.name} reaches the canvas's edge"
-        seen = picture[picture[..., 3] > 128]
-        assert len(seen) > 0.1 * picture[..., 3].size, f"{kind.name} is nearly empty"
-        assert np.ptp(seen[:, :3], axis=0).max() > 50, f"{kind.name} has one colour only"
+        image = np.asarray(glyph(kind.code))  # (H, W, 4), cropped to the visible pixels
+        assert max(image.shape[:2]) < 1.75 * scene_image.GLYPH, f"{kind.name} reaches the canvas's edge"
+        visible = image[image[..., 3] > 128]
+        assert len(visible) > 0.1 * image[..., 3].size, f"{kind.name} is nearly empty"
+        assert np.ptp(visible[:, :3], axis=0).max() > 50, f"{kind.name} has one colour only"
 
 
 @needs_font
 def test_pixels_follow_the_specification() -> None:
     for item in emoji_scenes(split="train", size=20):
         source = scene(item)
-        pixels = np.asarray(draw(source)).astype(int)  # (224, 224, 3)
+        pixels = np.asarray(render(source)).astype(int)  # (224, 224, 3)
         assert pixels.shape == (SIDE, SIDE, 3)
         empty = np.ones((SIDE, SIDE), dtype=bool)
         for thing in source.things:
@@ -93,13 +93,13 @@ def test_pixels_follow_the_specification() -> None:
 
 
 @needs_font
-def test_pictures_are_kept_and_read_back_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_cached_and_read_back_identically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scene_image, "cache_dir", lambda: tmp_path)
     first, second = (scene(item) for item in emoji_scenes(split="train", size=2))
-    drawn = first.open()
-    (kept,) = (tmp_path / "scenes").rglob("*.*")
-    assert kept == tmp_path / "scenes" / first.key()[:2] / f"{first.key()}.png"
-    monkeypatch.setattr(scene_image, "draw", lambda scene: pytest.fail("drawn again"))
+    rendered = first.open()
+    (cached,) = (tmp_path / "scenes").rglob("*.*")
+    assert cached == tmp_path / "scenes" / first.key()[:2] / f"{first.key()}.png"
+    monkeypatch.setattr(scene_image, "render", lambda scene: pytest.fail("rendered again"))
     assert first.open().mode == "RGB"
-    assert first.open().tobytes() == drawn.tobytes() == draw(first).tobytes()
+    assert first.open().tobytes() == rendered.tobytes() == render(first).tobytes()
     assert first.key() != second.key()

@@ -1,4 +1,4 @@
-"""Scenes to be found: none says the same as another, and the more is told, the fewer scenes it fits."""
+"""Test retrieval of scenes: their contents are distinct, and longer queries match fewer scenes."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from mllm.errors import MLLMError
 from mllm.registry import lookup
 
 
-def test_each_scene_has_a_caption_of_its_own():
+def test_each_scene_has_a_distinct_caption():
     items = emoji_retrieval(size=40)
     images, texts = items[:40], items[40:]
     assert {item.kind for item in images} == {"text to image"} and {item.kind for item in texts} == {"image to text"}
     assert len({item.question for item in images}) == 40 and len(set(images[0].images)) == 40
-    for place, (to_image, to_text) in enumerate(zip(images, texts, strict=True)):
-        assert to_image.answers == to_text.answers == (str(place),)
-        assert to_text.choices[place] == to_image.question and to_text.images == (to_image.images[place],)
+    for index, (to_image, to_text) in enumerate(zip(images, texts, strict=True)):
+        assert to_image.answers == to_text.answers == (str(index),)
+        assert to_text.choices[index] == to_image.question and to_text.images == (to_image.images[index],)
 
 
-def test_the_more_is_told_the_fewer_scenes_fit(monkeypatch):
+def test_longer_queries_match_fewer_scenes(monkeypatch):
     items = emoji_retrieval(find="images", told=["object", "objects", "scene"], size=30)
     one, every, scene = items[:30], items[30:60], items[60:]
     assert {item.kind for item in one} == {"text to image, object told"}
@@ -33,10 +33,10 @@ def test_the_more_is_told_the_fewer_scenes_fit(monkeypatch):
         assert least.answers == more.answers == most.answers
         few, many, whole = (str(item.question) for item in (least, more, most))
         assert few in many and whole.startswith(many) and whole.endswith("background") and "background" not in many
-    with pytest.raises(MLLMError, match="cannot find, or be told, 'all'"):
+    with pytest.raises(MLLMError, match="does not support 'all'"):
         lookup("readers", "emoji-retrieval")(told=["all"])
-    monkeypatch.setattr("mllm.data.emoji.retrieval.DRAWN", 1)
-    with pytest.raises(MLLMError, match="100 scenes are wanted"):
+    monkeypatch.setattr("mllm.data.emoji.retrieval.OVERSAMPLING", 1)
+    with pytest.raises(MLLMError, match="size is 100"):
         emoji_retrieval(split="kinds", size=100)
 
 
@@ -51,9 +51,9 @@ def test_the_suite_runs(tiny_model, tmp_path):
     assert (tmp_path / "report.html").stat().st_size > 10_000
 
 
-def test_the_command_tells_each_kind(tiny_model, tmp_path):
+def test_the_command_prints_each_kind(tiny_model, tmp_path):
     tiny_model(heads=[{"type": "retrieval", "dim": 6}], tokens=["[RET]"]).save(tmp_path / "run")
     command = ["eval", str(tmp_path / "run"), "data.size=6", "--suite", "emoji-context"]
-    told = CliRunner().invoke(app, command, catch_exceptions=False).output
-    for much in ("object", "objects", "scene"):
-        assert re.search(rf"text to image, {much} told: retrieval/r@1 \d\.\d{{3}}, 6 items", told)
+    output = CliRunner().invoke(app, command, catch_exceptions=False).output
+    for content in ("object", "objects", "scene"):
+        assert re.search(rf"text to image, {content} told: retrieval/r@1 \d\.\d{{3}}, 6 items", output)

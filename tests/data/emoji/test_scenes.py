@@ -9,7 +9,7 @@ from itertools import combinations
 
 import pytest
 
-from mllm.data.emoji.image import SIDE, Scene, draw, kinds
+from mllm.data.emoji.image import SIDE, Scene, kinds, render
 from mllm.data.emoji.scenes import _belongs, emoji_scenes, names
 from mllm.data.emoji.text import FACTS, RELATIONS, article
 from mllm.data.items import Item
@@ -28,13 +28,13 @@ DIGEST = """
 import hashlib, json
 from mllm.data.emoji.scenes import emoji_scenes
 items = emoji_scenes(split="val", task="both", size=40, seed=5)
-told = [[i.id, i.images[0].specification(), i.answers, i.question, i.kind] for i in items]
-print(hashlib.sha256(json.dumps(told).encode()).hexdigest())
+rows = [[i.id, i.images[0].specification(), i.answers, i.question, i.kind] for i in items]
+print(hashlib.sha256(json.dumps(rows).encode()).hexdigest())
 """
 PIXELS = """
 import hashlib
-from mllm.data.emoji.image import draw
-print(hashlib.sha256(b"".join(draw(i.images[0]).tobytes() for i in items[:8])).hexdigest())
+from mllm.data.emoji.image import render
+print(hashlib.sha256(b"".join(render(i.images[0]).tobytes() for i in items[:8])).hexdigest())
 """
 
 
@@ -86,12 +86,12 @@ def test_item_does_not_depend_on_size(split: str, task: str) -> None:
 
 def test_items_are_the_same_in_another_process() -> None:
     items = emoji_scenes(split="val", task="both", size=40, seed=5)
-    told = [[i.id, scene(i).specification(), i.answers, i.question, i.kind] for i in items]
-    expected = [hashlib.sha256(json.dumps(told).encode()).hexdigest()]
+    rows = [[i.id, scene(i).specification(), i.answers, i.question, i.kind] for i in items]
+    expected = [hashlib.sha256(json.dumps(rows).encode()).hexdigest()]
     program = DIGEST
     if INSTALLED:
         program += PIXELS
-        expected.append(hashlib.sha256(b"".join(draw(scene(i)).tobytes() for i in items[:8])).hexdigest())
+        expected.append(hashlib.sha256(b"".join(render(scene(i)).tobytes() for i in items[:8])).hexdigest())
     assert run(program, hash_seed="7") == expected
 
 
@@ -114,9 +114,9 @@ def test_train_never_shows_a_pair_of_combinations_whatever_the_seed() -> None:
     new = [next(iter(p)) for p in pairs(emoji_scenes(split="combinations", size=1500, seed=8)) if len(p) == 1]
     assert len(new) > 300
     for split in ("train", "val"):
-        seen = set[tuple[int, int]]().union(*pairs(emoji_scenes(split=split, size=2500, seed=9)))
-        assert len(seen) > 1000
-        assert not seen & set(new)
+        shown = set[tuple[int, int]]().union(*pairs(emoji_scenes(split=split, size=2500, seed=9)))
+        assert len(shown) > 1000
+        assert not shown & set(new)
 
 
 def test_a_scene_belongs_to_train_or_to_val_whatever_the_seed() -> None:
@@ -129,7 +129,7 @@ def test_a_scene_belongs_to_train_or_to_val_whatever_the_seed() -> None:
             assert not _belongs(s, other, chosen)
 
 
-def test_objects_are_inside_the_picture_and_apart() -> None:
+def test_objects_are_inside_the_image_and_do_not_touch() -> None:
     for item in emoji_scenes(split="train", size=1500):
         things = scene(item).things
         assert 1 <= len(things) <= 4
@@ -141,7 +141,7 @@ def test_objects_are_inside_the_picture_and_apart() -> None:
             assert max(abs(one.x - other.x), abs(one.y - other.y)) >= (one.size + other.size) / 2
 
 
-def test_about_half_of_the_scenes_hold_one_object() -> None:
+def test_about_half_of_the_scenes_have_one_object() -> None:
     items = emoji_scenes(split="train", size=2000)
     assert 0.45 < sum(len(scene(item).things) == 1 for item in items) / 2000 < 0.55
     assert all((item.kind == "single") == (len(scene(item).things) == 1) for item in items)
@@ -149,7 +149,7 @@ def test_about_half_of_the_scenes_hold_one_object() -> None:
 
 
 def edges(item: Item, text: str) -> tuple[tuple[int, int, int, int], set[int]]:
-    """Return left, top, right, bottom of all that ``text`` names, and which kinds, checking numbers and articles."""
+    """Return the edges of the objects that ``text`` names, and their kinds; checks numbers and articles."""
     numbers = {"a": 1, "an": 1, "two": 2, "three": 3, "four": 4}
     counts = Counter(thing.kind for thing in scene(item).things)
     phrases = {}
@@ -170,14 +170,14 @@ def edges(item: Item, text: str) -> tuple[tuple[int, int, int, int], set[int]]:
 
 def split_list(text: str, known: set[str]) -> list[str]:
     """Split "a bow and arrow, two dogs and a cat" where the parts are ``known``."""
-    found = [
+    parts = [
         part for part in sorted(known, key=len, reverse=True) if re.search(rf"(^| ){re.escape(part)}($|,| and )", text)
     ]
     rest = text
-    for part in found:
+    for part in parts:
         rest = rest.replace(part, "", 1)
     assert not re.sub(r",| and | ", "", rest), f"{text!r}: {rest!r} is not in the scene"
-    return found
+    return parts
 
 
 def test_captions_agree_with_the_scene() -> None:
@@ -215,7 +215,7 @@ def asked() -> list[Item]:
     return emoji_scenes(split="train", task="questions", size=8000)
 
 
-def test_items_of_a_scene_share_its_picture(asked: list[Item]) -> None:
+def test_items_of_a_scene_share_its_image(asked: list[Item]) -> None:
     by_scene = Counter(item.id.rpartition("/")[0] for item in asked[:300])
     assert set(by_scene.values()) <= {1, 2, 3}
     assert len({id(item.images[0]) for item in asked[:300]}) == len(by_scene)
@@ -292,6 +292,6 @@ def test_facts(name: str, question: str, expected: bool | None) -> None:
         ({"split": "combinations", "max_objects": 1}, "expected at least two"),
     ],
 )
-def test_mistakes_are_explained(arguments: dict[str, object], message: str) -> None:
+def test_invalid_arguments_are_refused(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(MLLMError, match=message):
         lookup("readers", "emoji-scenes")(**arguments)

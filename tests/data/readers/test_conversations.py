@@ -1,4 +1,4 @@
-"""Conversations that are learnt: read from their authors' files, and put as a chat puts them."""
+"""Test conversations to train on: read from published formats, and formatted like a chat."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mllm.prompts.messages import checked_messages, turns
 from mllm.prompts.pieces import Target
 from mllm.testing import tiny_image
 
-SAID = [
+TURNS = [
     {"from": "human", "value": "<image>\nWhat is it?"},
     {"from": "gpt", "value": "A cat."},
     {"from": "human", "value": "How many?"},
@@ -40,18 +40,18 @@ def read(folder: Path, *rows: dict[str, Any]) -> list[Item]:
     return llava(path=str(folder / "data.json"), images=str(folder))
 
 
-def test_llavas_json_becomes_messages(folder: Path) -> None:
+def test_llava_json_becomes_messages(folder: Path) -> None:
     first, second, third = read(
         folder,
-        {"id": "a", "image": "0.png", "conversations": SAID},
+        {"id": "a", "image": "0.png", "conversations": TURNS},
         {"id": "b", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
-        {"image": ["1.png", "2.png"], "conversations": [{**SAID[0], "value": "Same?"}, SAID[1]]},
+        {"image": ["1.png", "2.png"], "conversations": [{**TURNS[0], "value": "Same?"}, TURNS[1]]},
     )
-    picture = ImageFile(folder / "0.png")
+    image = ImageFile(folder / "0.png")
     assert (first.id, second.id, third.id) == ("a", "b", "2")
-    assert first.images == (picture,) and second.images == ()
+    assert first.images == (image,) and second.images == ()
     assert first.messages[0]["content"] == [
-        {"type": "image", "image": picture},
+        {"type": "image", "image": image},
         {"type": "text", "text": "What is it?"},
     ]
     assert [m["role"] for m in first.messages] == ["user", "assistant"] * 2
@@ -59,7 +59,7 @@ def test_llavas_json_becomes_messages(folder: Path) -> None:
 
 
 def test_messages_in_transformers_schema(folder: Path) -> None:
-    picture = [ImageFile(folder / f"{index}.png") for index in range(3)]
+    image = [ImageFile(folder / f"{index}.png") for index in range(3)]
     parts = [{"type": "text", "text": "First"}, {"type": "image"}, {"type": "text", "text": "or"}]
     rows = [
         {"messages": [{"role": "user", "content": "<image>or<image>?"}, {"role": "assistant", "content": "one"}]}
@@ -75,32 +75,32 @@ def test_messages_in_transformers_schema(folder: Path) -> None:
     ]
     (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
     first, second = messages(path=str(folder / "data.jsonl"), images=str(folder))
-    assert first.images == (picture[0], picture[1]) and second.images == (picture[1], picture[2])
+    assert first.images == (image[0], image[1]) and second.images == (image[1], image[2])
     shown = [part.get("image") or part["text"] for part in second.messages[1]["content"]]
-    assert shown == ["First", picture[1], "or", picture[2]]
+    assert shown == ["First", image[1], "or", image[2]]
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
         (
-            {"image": "0.png", "conversations": [{**SAID[0], "value": "<image><image>"}, SAID[1]]},
+            {"image": "0.png", "conversations": [{**TURNS[0], "value": "<image><image>"}, TURNS[1]]},
             "2 marks <image> for 1",
         ),
-        ({"conversations": SAID}, "1 marks <image> for 0 images"),
-        ({"image": "0.png", "conversations": SAID[:1]}, "nothing is answered"),
-        ({"image": "9.png", "conversations": SAID}, r"not there: .*9\.png"),
-        ({"image": "../0.png", "conversations": SAID}, "outside of"),
-        ({"image": "0.png", "conversations": [{"from": "robot", "value": "x"}]}, "of another form"),
+        ({"conversations": TURNS}, "1 marks <image> for 0 images"),
+        ({"image": "0.png", "conversations": TURNS[:1]}, "no turn of the assistant has text"),
+        ({"image": "9.png", "conversations": TURNS}, r"images are missing: .*9\.png"),
+        ({"image": "../0.png", "conversations": TURNS}, "outside of"),
+        ({"image": "0.png", "conversations": [{"from": "robot", "value": "x"}]}, "has an unexpected form"),
     ],
 )
-def test_conversations_with_something_wrong(folder: Path, row: dict[str, Any], message: str) -> None:
+def test_malformed_conversations_are_refused(folder: Path, row: dict[str, Any], message: str) -> None:
     with pytest.raises(MLLMError, match=message):
         read(folder, row)
 
 
 @pytest.mark.parametrize("chat", ["plain", "own"])
-def test_what_is_learnt_is_what_a_chat_puts(folder: Path, tiny_model: Callable[..., Any], chat: str) -> None:
+def test_targets_are_the_answers_in_the_chat_format(folder: Path, tiny_model: Callable[..., Any], chat: str) -> None:
     model = tiny_model({"type": "linear", "tokens": 4})
     model.spec.prompt.chat = chat
     lm = model.lm
@@ -108,22 +108,22 @@ def test_what_is_learnt_is_what_a_chat_puts(folder: Path, tiny_model: Callable[.
         "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}<|end|>{% endfor %}"
         "{% if add_generation_prompt %}[assistant]{% endif %}"
     )
-    (item,) = read(folder, {"id": "a", "image": "0.png", "conversations": SAID})
-    learnt = model.encode(pieces_of(item, model.spec.prompt, lm=lm))
+    (item,) = read(folder, {"id": "a", "image": "0.png", "conversations": TURNS})
+    encoded = model.encode(pieces_of(item, model.spec.prompt, lm=lm))
     asked = model.encode(turns(model, checked_messages(item.messages[:3])))  # a chat before its second answer
-    assert learnt.ids[: len(asked.ids)] == asked.ids
+    assert encoded.ids[: len(asked.ids)] == asked.ids
     answer = "two" if chat == "own" else " two"
-    assert learnt.ids[len(asked.ids) :] == [*lm.tokenize(answer), lm.eos]
-    # Each answer and its end are targets, and nothing else: what a chat has in the end's place is not learnt.
+    assert encoded.ids[len(asked.ids) :] == [*lm.tokenize(answer), lm.eos]
+    # The targets are each answer and its end, and nothing else of the chat template.
     runs = [lm.tokenize(answer.replace("two", "A cat.")), lm.tokenize(answer)]
-    assert [label for label in learnt.labels if label != IGNORED] == [*runs[0], lm.eos, *runs[1], lm.eos]
-    at = learnt.labels.index(runs[0][0])
-    assert learnt.ids[at : at + len(runs[0])] == runs[0] and learnt.labels[at + len(runs[0])] == lm.eos
+    assert [label for label in encoded.labels if label != IGNORED] == [*runs[0], lm.eos, *runs[1], lm.eos]
+    at = encoded.labels.index(runs[0][0])
+    assert encoded.ids[at : at + len(runs[0])] == runs[0] and encoded.labels[at + len(runs[0])] == lm.eos
     assert isinstance(pieces_of(item, model.spec.prompt, lm=lm)[-1], Target)
 
 
-def test_a_conversation_is_learnt_by_heart(folder: Path, tiny_parts: tuple[str, str]) -> None:
-    (folder / "data.json").write_text(json.dumps([{"id": "a", "image": "0.png", "conversations": SAID}]))
+def test_a_conversation_is_memorized(folder: Path, tiny_parts: tuple[str, str]) -> None:
+    (folder / "data.json").write_text(json.dumps([{"id": "a", "image": "0.png", "conversations": TURNS}]))
     recipe = f"""name: talk
 encoder: {{model: {tiny_parts[0]}}}
 lm: {{model: {tiny_parts[1]}}}
@@ -142,11 +142,13 @@ stages:
     assert chat.send("How many?", max_new_tokens=12) == "two"
 
 
-def test_the_first_stage_of_llava_discards_what_is_asked(folder: Path) -> None:
-    (folder / "data.json").write_text(json.dumps([{"id": "a", "image": "0.png", "conversations": SAID[:2]}]))
+def test_captions_of_llava_discard_the_question(folder: Path) -> None:
+    (folder / "data.json").write_text(json.dumps([{"id": "a", "image": "0.png", "conversations": TURNS[:2]}]))
     options = {"path": str(folder / "data.json"), "images": str(folder)}
     (item,) = llava(**options, task="captions")
     assert (item.answers, item.question, item.messages) == (("A cat.",), None, ())
-    (folder / "data.json").write_text(json.dumps([{"id": "b", "conversations": [{**SAID[0], "value": "Hi"}, SAID[1]]}]))
+    (folder / "data.json").write_text(
+        json.dumps([{"id": "b", "conversations": [{**TURNS[0], "value": "Hi"}, TURNS[1]]}])
+    )
     with pytest.raises(MLLMError, match=r"'b': 0 images; a caption needs one image"):
         llava(**options, task="captions")

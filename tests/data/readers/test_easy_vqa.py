@@ -41,9 +41,9 @@ def test_first_questions_are_about_a_blue_rectangle() -> None:
     first, second, third = easy_vqa(split="train", size=3)
     assert (first.question, first.answers) == ("what is the blue shape?", ("rectangle",))
     assert first.images == second.images == third.images
-    picture = first.images[0].open()
-    assert (picture.size, picture.mode) == ((64, 64), "RGB")
-    pixels = np.asarray(picture).astype(int)  # (64, 64, 3)
+    image = first.images[0].open()
+    assert (image.size, image.mode) == ((64, 64), "RGB")
+    pixels = np.asarray(image).astype(int)  # (64, 64, 3)
     assert ((pixels[..., 2] > 150) & (pixels[..., :2].max(axis=-1) < 100)).sum() > 20
 
 
@@ -51,6 +51,6 @@ def test_first_questions_are_about_a_blue_rectangle() -> None:
     ("arguments", "message"),
     [({"split": "tets"}, "no split 'tets'.*'test'"), ({"split": "test", "size": -2}, "size -2")],
 )
-def test_mistakes_are_explained(arguments: dict[str, object], message: str) -> None:
+def test_invalid_arguments_are_refused(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(MLLMError, match=message):
         lookup("readers", "easy-vqa")(**arguments)

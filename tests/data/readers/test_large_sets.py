@@ -1,4 +1,4 @@
-"""Tars, saved data sets and documents: every sample arrives, what is wrong is named, and nothing is read too early."""
+"""Test tars, saved data sets and documents: all samples are read, lazily, and errors name the file."""
 
 from __future__ import annotations
 
@@ -42,20 +42,20 @@ def pack(path: Path, members: dict[str, bytes], mode: Any = "w") -> None:
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
-    """Three tars of five samples."""
+    """Return a folder of three tars with five samples."""
     folder = tmp_path / "shards"
     folder.mkdir()
     for shard in range(3):
         members: dict[str, bytes] = {}
         for number in range(shard * 5, shard * 5 + 5):
-            told = json.dumps({"q": f"what is {number}?", "a": [f"it is {number}"]}).encode()
-            members |= {f"x/{number:04}.json": told, f"x/{number:04}.png": png(number)}
+            text = json.dumps({"q": f"what is {number}?", "a": [f"it is {number}"]}).encode()
+            members |= {f"x/{number:04}.json": text, f"x/{number:04}.png": png(number)}
             members[f"x/{number:04}.txt"] = f"number {number}\n".encode()
         pack(folder / f"s-{shard}.tar", members)
     return folder
 
 
-def test_tars_give_their_samples(shards: Path) -> None:
+def test_all_samples_of_tars_are_read(shards: Path) -> None:
     items = webdataset(path=str(shards))
     assert len(items) == 15 and [len(shard) for shard in items.shards] == [5, 5, 5]
     assert [(one.id, one.answers, one.question) for one in items[:2]] == [
@@ -63,8 +63,8 @@ def test_tars_give_their_samples(shards: Path) -> None:
         ("s-0/x/0001", ("number 1",), None),
     ]
     for number, one in enumerate(items):
-        (picture,) = one.images
-        assert picture.open() == tiny_image(number) and picture.key() == ImageBytes(png(number), "").key()
+        (image,) = one.images
+        assert image.open() == tiny_image(number) and image.key() == ImageBytes(png(number), "").key()
     asked = webdataset(path=f"{shards}/s-{{1..2}}.tar", text="json", answers="a", question="q")[3]
     assert (asked.id, asked.answers, asked.question) == ("s-1/x/0008", ("it is 8",), "what is 8?")
 
@@ -82,7 +82,7 @@ def test_a_tars_index_is_made_once_and_again_when_it_changes(shards: Path, monke
     assert webdataset(path=path)[0].answers == ("new",) and webdataset(path=path).fingerprint() != first.fingerprint()
 
 
-def test_a_stream_over_tars_passes_over_them_unread(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_skips_tars_without_reading_them(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = DataSpec.model_validate({"format": "webdataset", "path": str(shards)})
 
     def stream() -> Stream:
@@ -102,25 +102,25 @@ def test_a_stream_over_tars_passes_over_them_unread(shards: Path, monkeypatch: p
     assert fingerprint(read_all([spec])) == fingerprint(read_all([spec]))
 
 
-def test_tars_with_something_wrong(shards: Path, tmp_path: Path) -> None:
-    def told(message: str, path: Any, **options: Any) -> None:
+def test_damaged_tars_are_refused(shards: Path, tmp_path: Path) -> None:
+    def refused(message: str, path: Any, **options: Any) -> None:
         with pytest.raises(MLLMError, match=message):
             webdataset(path=str(path), **options)
 
     pack(tmp_path / "half.tar", {"a.png": png(0), "a.txt": b"x", "b.png": png(1), "c.txt": b"c"})
-    told(r"2 samples lack a picture \(jpg;.*\) or a text \(txt\): half.tar/b, half.tar/c. Set missing", tmp_path)
+    refused(r"2 samples lack an image \(jpg;.*\) or a text \(txt\): half.tar/b, half.tar/c. Set missing", tmp_path)
     assert [one.id for one in webdataset(path=str(tmp_path / "half.tar"), missing="drop")] == ["half/a"]
     pack(tmp_path / "zip.tar", {"a.png": png(0)}, "w:gz")
-    told("zip.tar is no plain tar.*not compressed", tmp_path / "zip.tar")
+    refused("zip.tar is not a readable tar.*uncompressed", tmp_path / "zip.tar")
     (tmp_path / "cut.tar").write_bytes((shards / "s-0.tar").read_bytes()[:1400])
-    told("cut.tar is no plain tar", tmp_path / "cut.tar")
-    told("these tars are not there: .*s-3.tar", f"{shards}/s-{{2..3}}.tar")
+    refused("cut.tar is not a readable tar", tmp_path / "cut.tar")
+    refused("missing tars: .*s-3.tar", f"{shards}/s-{{2..3}}.tar")
     (tmp_path / "empty").mkdir()
-    told(r"no \*.tar files", tmp_path / "empty")
-    pack(tmp_path / "odd.tar", {"a.png": b"no picture", "a.txt": b"\xff\xfe\xfa", "b.png": png(0), "b.txt": b" "})
+    refused(r"no \*.tar files", tmp_path / "empty")
+    pack(tmp_path / "odd.tar", {"a.png": b"no image", "a.txt": b"\xff\xfe\xfa", "b.png": png(0), "b.txt": b" "})
     spec = DataSpec.model_validate({"format": "webdataset", "path": str(tmp_path / "odd.tar")})
     for pieces in Stream(read_all([spec]), PromptSpec(), seed=0).take(2):
-        with pytest.raises(MLLMError, match=r"odd.tar, a.txt is no text|'odd/b' has no answer"):
+        with pytest.raises(MLLMError, match=r"odd.tar, a.txt is not text|'odd/b' has no answer"):
             images_of(pieces)[0].open()
 
 
@@ -139,14 +139,14 @@ def test_a_data_set_that_datasets_saved(tmp_path: Path, recwarn: pytest.Warnings
     for path, options, message in (
         ("split", {}, "has no split None. Known: train"),
         ("plain", {"answers": "captions"}, "no column 'captions'. Did you mean 'caption'"),
-        ("none", {}, "is no data set"),
+        ("none", {}, "is not a readable data set"),
     ):
         with pytest.raises(MLLMError, match=message):
             saved_dataset(path=str(tmp_path / path), **options)
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
+def folder(tmp_path: Path) -> Path:
     for index in range(3):
         tiny_image(index).save(tmp_path / f"{index}.png")
     return tmp_path
@@ -157,16 +157,16 @@ def lines(folder: Path, *rows: Any) -> dict[str, Any]:
     return {"path": str(folder / "docs.jsonl"), "images": str(folder)}
 
 
-def info(name: str, place: int, similarity: float = 0.3) -> dict[str, Any]:
-    return {"image_name": name, "raw_url": "", "matched_text_index": place, "matched_sim": similarity}
+def info(name: str, index: int, similarity: float = 0.3) -> dict[str, Any]:
+    return {"image_name": name, "raw_url": "", "matched_text_index": index, "matched_sim": similarity}
 
 
-def test_documents_of_mmc4(pictures: Path, tiny_model: Callable[..., Any]) -> None:
+def test_documents_of_mmc4(folder: Path, tiny_model: Callable[..., Any]) -> None:
     row = {"text_list": ["One.", "Two.", "Three."], "image_info": [info("1.png", 2), info("0.png", 0, 0.1)]}
-    image = [ImageFile(pictures / f"{index}.png") for index in range(3)]
-    (one,) = mmc4(**lines(pictures, row))
+    image = [ImageFile(folder / f"{index}.png") for index in range(3)]
+    (one,) = mmc4(**lines(folder, row))
     assert one.document == (image[0], "One. Two.", image[1], "Three.") and one.images == (image[0], image[1])
-    (one,) = mmc4(**lines(pictures, row), min_similarity=0.24)
+    (one,) = mmc4(**lines(folder, row), min_similarity=0.24)
     assert one.document == ("One. Two.", image[1], "Three.")
     model = tiny_model({"type": "linear", "tokens": 4})
     encoded = model.encode(pieces_of(one, PromptSpec()))
@@ -175,33 +175,33 @@ def test_documents_of_mmc4(pictures: Path, tiny_model: Callable[..., Any]) -> No
     )
 
 
-def test_documents_of_obelics(pictures: Path) -> None:
+def test_documents_of_obelics(folder: Path) -> None:
     row = {"texts": ["One.", None, None, "Two.", "Three."], "images": [None, "0.png", "2.png", None, None]}
-    image = [ImageFile(pictures / f"{index}.png") for index in range(3)]
-    one, other = obelics(**lines(pictures, row, {"texts": ["Words."], "images": [None]}))
+    image = [ImageFile(folder / f"{index}.png") for index in range(3)]
+    one, other = obelics(**lines(folder, row, {"texts": ["Words."], "images": [None]}))
     assert one.document == ("One.", image[0], image[2], "Two.\n\nThree.") and other.document == ("Words.",)
-    (pictures / "more").mkdir()
-    (pictures / "docs.jsonl").rename(pictures / "more" / "a.jsonl")
-    assert [one.id for one in obelics(path=str(pictures / "more"), images=str(pictures))] == ["a/1", "a/2"]
+    (folder / "more").mkdir()
+    (folder / "docs.jsonl").rename(folder / "more" / "a.jsonl")
+    assert [one.id for one in obelics(path=str(folder / "more"), images=str(folder))] == ["a/1", "a/2"]
 
 
 @pytest.mark.parametrize(
     ("reader", "row", "message"),
     [
-        (mmc4, {"text_list": ["a"], "image_info": [info("0.png", 1)]}, "matched_text_index is 1, of 1"),
-        (mmc4, {"text_list": ["a"], "image_info": [info("9.png", 0)]}, "1 of 1 pictures are not there.*missing: drop"),
+        (mmc4, {"text_list": ["a"], "image_info": [info("0.png", 1)]}, "matched_text_index is 1; expected 0 to 0"),
+        (mmc4, {"text_list": ["a"], "image_info": [info("9.png", 0)]}, "1 of 1 images are missing.*missing: drop"),
         (mmc4, {"text_list": ["a"], "image_info": [info("../0.png", 0)]}, "outside of"),
-        (mmc4, {"texts": ["a"]}, "document 1 is of another form"),
+        (mmc4, {"texts": ["a"]}, "document 1 has an unexpected form"),
         (obelics, {"texts": ["a", None], "images": [None]}, "2 texts and 1 images"),
-        (obelics, {"texts": [None], "images": [None]}, "a text and an image at one place, or none"),
+        (obelics, {"texts": [None], "images": [None]}, "both a text and an image at an index, or neither"),
         (obelics, {"texts": [None], "images": ["0.png"]}, "document 1: no text"),
     ],
 )
-def test_documents_with_something_wrong(pictures: Path, reader: Any, row: Any, message: str) -> None:
+def test_damaged_documents_are_refused(folder: Path, reader: Any, row: Any, message: str) -> None:
     with pytest.raises(MLLMError, match=message):
-        reader(**lines(pictures, row))
+        reader(**lines(folder, row))
 
 
-def test_pictures_of_documents_that_are_gone_may_be_left_out(pictures: Path) -> None:
+def test_missing_images_of_documents_can_be_dropped(folder: Path) -> None:
     row = {"texts": ["a", None, "b"], "images": [None, "9.png", None]}
-    assert obelics(**lines(pictures, row), missing="drop")[0].document == ("a\n\nb",)
+    assert obelics(**lines(folder, row), missing="drop")[0].document == ("a\n\nb",)

@@ -1,4 +1,4 @@
-"""Every published set: its files, laid out as its suite expects them, arrive as items; what is wrong is named."""
+"""Test every published data set: the files that its suite expects are read as items, and errors name the file."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from mllm.errors import MLLMError
 from mllm.testing import tiny_image
 
 
-def place(folder: Path, files: dict[str, Any]) -> Path:
-    """Write files: a picture where the name ends so, lines of JSON for a list in a ``.jsonl``, else JSON."""
+def write_files(folder: Path, files: dict[str, Any]) -> Path:
+    """Write files: images by their suffix, JSON lines for a list in a ``.jsonl``, else JSON."""
     for name, content in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,8 +37,8 @@ def place(folder: Path, files: dict[str, Any]) -> Path:
 
 def items_of(suite: str, folder: Path, *overrides: str) -> list[Item]:
     module = import_module("mllm.eval.suite")
-    found: list[Item] = module.read_items(module.load_suite(suite, overrides), folder)
-    return found
+    items: list[Item] = module.read_items(module.load_suite(suite, overrides), folder)
+    return items
 
 
 VQA_IMAGES = {f"val2014/COCO_val2014_{number:012d}.jpg": number for number in (7, 42)}
@@ -53,7 +53,7 @@ ANNOTATIONS = [
 V2 = "v2_OpenEnded_mscoco_val2014_questions.json", "v2_mscoco_val2014_annotations.json"
 OK = "OpenEnded_mscoco_val2014_questions.json", "mscoco_val2014_annotations.json"
 
-# suite -> files, and for each item: id, picture, question, answers, kind, choices
+# suite -> files, and for each item: id, image, question, answers, kind, choices
 CASES: dict[str, tuple[dict[str, Any], list[tuple[Any, ...]]]] = {
     **{
         suite: (
@@ -172,7 +172,7 @@ CASES: dict[str, tuple[dict[str, Any], list[tuple[Any, ...]]]] = {
             "problems.json": {
                 "5": {"question": "Which?", "hint": "Look.", "choices": ["x", "y"], "answer": 1}
                 | {"image": "image.png", "split": "test", "subject": "natural science"},
-                "6": {"question": "No picture", "choices": ["x"], "answer": 0, "image": None, "split": "test"},
+                "6": {"question": "No image", "choices": ["x"], "answer": 0, "image": None, "split": "test"},
                 "7": {"question": "Other", "choices": ["x"], "answer": 0, "image": "image.png", "split": "train"},
             },
             "test/5/image.png": 0,
@@ -235,49 +235,49 @@ CASES: dict[str, tuple[dict[str, Any], list[tuple[Any, ...]]]] = {
 
 
 @pytest.mark.parametrize("suite", CASES)
-def test_a_sets_files_arrive_as_items(suite: str, tmp_path: Path) -> None:
+def test_published_files_are_read_as_items(suite: str, tmp_path: Path) -> None:
     files, expected = CASES[suite]
-    found = [
+    rows = [
         (i.id, i.images[0].path.name, i.question, list(i.answers), i.kind, list(i.choices))  # type: ignore[attr-defined]
-        for i in items_of(suite, place(tmp_path, files))
+        for i in items_of(suite, write_files(tmp_path, files))
     ]
-    assert found == expected
+    assert rows == expected
 
 
 @pytest.mark.parametrize("suite", [name for name in CASES if name != "classes"])
-def test_damaged_files_and_missing_pictures_are_named(suite: str, tmp_path: Path) -> None:
+def test_damaged_files_and_missing_images_are_named(suite: str, tmp_path: Path) -> None:
     files, _ = CASES[suite]
-    place(tmp_path, files)
-    pictures = [name for name in files if name.endswith((".jpg", ".png"))]
-    (tmp_path / pictures[0]).unlink()
-    with pytest.raises(MLLMError, match=f"pictures are not there: .*{Path(pictures[0]).name}"):
+    write_files(tmp_path, files)
+    images = [name for name in files if name.endswith((".jpg", ".png"))]
+    (tmp_path / images[0]).unlink()
+    with pytest.raises(MLLMError, match=f"images are missing: .*{Path(images[0]).name}"):
         items_of(suite, tmp_path)
-    table = next(name for name in files if name not in pictures)
+    table = next(name for name in files if name not in images)
     written = (tmp_path / table).read_text()
     (tmp_path / table).write_text(written[: len(written) // 2])
     with pytest.raises(MLLMError, match=f"{Path(table).name}.* is not JSON"):
         items_of(suite, tmp_path)
     (tmp_path / table).write_text('{"other": "form"}' if not written.startswith("[") else '[{"other": "form"}]')
-    with pytest.raises(MLLMError, match=f"{Path(table).name}.*(expected|holds no items)"):
+    with pytest.raises(MLLMError, match=f"{Path(table).name}.*(expected|contains no items)"):
         items_of(suite, tmp_path)
 
 
 def test_questions_without_annotations_are_a_test_split_or_a_mistake(tmp_path: Path) -> None:
     files, _ = CASES["vqav2"]
-    place(tmp_path, files | {V2[1]: {"annotations": ANNOTATIONS[:1]}})
+    write_files(tmp_path, files | {V2[1]: {"annotations": ANNOTATIONS[:1]}})
     with pytest.raises(MLLMError, match=r"in one of them only: 420\."):
         items_of("vqav2", tmp_path)
     options = {"questions": str(tmp_path / V2[0]), "images": str(tmp_path / "val2014")}
     spec = DataSpec(format="vqa", name="COCO_val2014_{:012d}.jpg", **options)  # type: ignore[call-arg, arg-type]
     with pytest.raises(MLLMError, match="'420' has no answer"):
         read_all([spec])
-    place(tmp_path, {V2[0]: {"questions": [*QUESTIONS, QUESTIONS[0]]}})
-    with pytest.raises(MLLMError, match="question_id stands there twice"):
+    write_files(tmp_path, {V2[0]: {"questions": [*QUESTIONS, QUESTIONS[0]]}})
+    with pytest.raises(MLLMError, match="a question_id occurs twice"):
         items_of("vqav2", tmp_path)
 
 
 def test_a_test_split_is_answered_for_the_official_server(tmp_path: Path, tiny_model: Callable[..., Any]) -> None:
-    place(tmp_path, {V2[0]: {"questions": QUESTIONS}, **VQA_IMAGES})
+    write_files(tmp_path, {V2[0]: {"questions": QUESTIONS}, **VQA_IMAGES})
     overrides = ["folder.annotations=null", "metrics=[]"]
     model = tiny_model({"type": "linear", "tokens": 4})
     report = mllm.evaluate(model, "vqav2", tmp_path, out=tmp_path / "out", overrides=overrides)
@@ -288,11 +288,11 @@ def test_a_test_split_is_answered_for_the_official_server(tmp_path: Path, tiny_m
         mllm.evaluate(model, "vqav2", tmp_path, overrides=overrides[:1])
 
 
-def test_open_ended_mini_imagenet_teaches_names_before_it_asks(tmp_path: Path, tiny_model: Callable[..., Any]) -> None:
+def test_open_ended_mini_imagenet_defines_names_in_shots(tmp_path: Path, tiny_model: Callable[..., Any]) -> None:
     row = {"image_1": "1.jpg", "caption_1": "This is a dax.", "image_2": "2.jpg", "caption_2": "This is a blicket."}
     row |= {"question_image": "3.jpg", "question": "What is this?", "answer": "dax"}
     name = "open_ended_mi_shots_1_ways_2_all_questions.json"
-    place(tmp_path, {name: [row], **{f"images/{i}.jpg": i for i in (1, 2, 3)}})
+    write_files(tmp_path, {name: [row], **{f"images/{i}.jpg": i for i in (1, 2, 3)}})
     model = tiny_model({"type": "linear", "tokens": 4})
     model.spec.prompt.question = "Q: {question} A:"
     report = mllm.evaluate(model, "open-ended-mini-imagenet", tmp_path, baselines=["blind"])
@@ -309,30 +309,30 @@ def encoded(seed: int) -> bytes:
 
 
 def mirrored(folder: Path, **columns: list[Any]) -> Path:
-    pictures = [{"bytes": encoded(seed), "path": f"{seed}.png"} for seed in range(2)]
-    pyarrow.parquet.write_table(pyarrow.table({"image": pictures, **columns}), folder / "val-00000-of-00001.parquet")
+    images = [{"bytes": encoded(seed), "path": f"{seed}.png"} for seed in range(2)]
+    pyarrow.parquet.write_table(pyarrow.table({"image": images, **columns}), folder / "val-00000-of-00001.parquet")
     return folder
 
 
-def test_a_parquet_mirror_is_read_in_place_of_the_authors_files(tmp_path: Path) -> None:
+def test_parquet_files_replace_the_authors_files(tmp_path: Path) -> None:
     answers = [[{"answer": "two", "answer_confidence": "yes"}] * 2, [{"answer": "red"}]]
     columns: dict[str, Any] = {"question": ["How many?", "Colour?"], "answers": answers, "question_id": [7, 9]}
     folder = mirrored(tmp_path, **columns, answer_type=["number", "other"])
-    found = items_of("vqav2", folder)
-    assert [(i.id, i.question, i.answers, i.kind) for i in found] == [
+    items = items_of("vqav2", folder)
+    assert [(i.id, i.question, i.answers, i.kind) for i in items] == [
         ("7", "How many?", ("two", "two"), "number"),
         ("9", "Colour?", ("red",), "other"),
     ]
-    assert [i.images[0].open().tobytes() for i in found] == [tiny_image(seed).tobytes() for seed in range(2)]
+    assert [i.images[0].open().tobytes() for i in items] == [tiny_image(seed).tobytes() for seed in range(2)]
     with pytest.raises(MLLMError, match=r"no column 'caption_str'.*Known: answer_type, answers"):
         items_of("textcaps", folder)
 
 
-def test_a_mirrors_answer_may_be_a_place_among_choices(tmp_path: Path) -> None:
+def test_an_answer_in_parquet_may_be_an_index_of_a_choice(tmp_path: Path) -> None:
     columns: dict[str, Any] = {"question": ["a", "b"], "subject": ["x", "x"], "choices": [["u", "v"], ["w", "z"]]}
     (first, second) = items_of("scienceqa-img", mirrored(tmp_path, **columns, answer=[1, 0]))
     assert (first.answers, first.choices, second.answers) == (("v",), ("u", "v"), ("w",))
-    with pytest.raises(MLLMError, match="row 1: the answer is 2, of 2 choices"):
+    with pytest.raises(MLLMError, match="row 1: the answer is 2; expected 0 to 1"):
         items_of("scienceqa-img", mirrored(tmp_path, **columns, answer=[0, 2]))
     (tmp_path / "val-00000-of-00001.parquet").write_bytes(b"PAR1 cut")
     with pytest.raises(MLLMError, match="cannot be read"):

@@ -1,4 +1,4 @@
-"""Readers of files as their authors publish them: every row arrives, and what is wrong in a file is named."""
+"""Test the readers of common formats: every row is read, and errors name the file and the row."""
 
 from __future__ import annotations
 
@@ -65,13 +65,13 @@ def test_coco_groups_the_captions_of_an_image(folder: Path) -> None:
 
 
 def test_coco_names_what_is_missing(folder: Path) -> None:
-    with pytest.raises(MLLMError, match=r"images that are not listed there: 1, 2, 3 and 1 more"):
+    with pytest.raises(MLLMError, match=r"images that are not listed in it: 1, 2, 3 and 1 more"):
         coco(folder, [A], [{"image_id": number, "caption": "x"} for number in (1, 2, 3, 4)])
     gone = [{"id": number, "file_name": f"gone-{number}.png"} for number in range(5)]
     captions = [{"image_id": number, "caption": "x"} for number in (0, 1, 2, 3, 4, 7)]
-    with pytest.raises(MLLMError, match=r"5 of 6 pictures are not there: .*gone-0.png, .*gone-2.png and 2 more"):
+    with pytest.raises(MLLMError, match=r"5 of 6 images are missing: .*gone-0.png, .*gone-2.png and 2 more"):
         coco(folder, [*gone, A], captions)
-    with pytest.raises(MLLMError, match="holds no items"):
+    with pytest.raises(MLLMError, match="contains no items"):
         coco(folder, [A], [])
 
 
@@ -88,14 +88,14 @@ def test_coco_names_what_is_missing(folder: Path) -> None:
         '{"images": {"id": 1}, "annotations": []}',
     ],
 )
-def test_coco_in_another_form_is_explained(folder: Path, content: str) -> None:
+def test_malformed_coco_files_are_refused(folder: Path, content: str) -> None:
     (folder / "coco.json").write_text(content)
     with pytest.raises(MLLMError, match=r"coco.json is not in COCO's captions format.*expected images"):
         coco_captions(annotations=str(folder / "coco.json"), images=str(folder))
 
 
 @pytest.mark.parametrize("name", ["../secret.png", "/etc/hostname", "images/../../secret.png"])
-def test_a_data_file_cannot_name_pictures_outside_its_folder(folder: Path, name: str) -> None:
+def test_a_data_file_cannot_name_images_outside_its_folder(folder: Path, name: str) -> None:
     inside = folder / "images"
     (folder / "coco.json").write_text(
         json.dumps({"images": [{"id": 1, "file_name": name}], "annotations": [{"image_id": 1, "caption": "x"}]})
@@ -107,7 +107,7 @@ def test_a_data_file_cannot_name_pictures_outside_its_folder(folder: Path, name:
         table(path=str(folder / "t.jsonl"), images=str(inside))
 
 
-def test_a_picture_outside_is_read_where_the_folder_allows_it(folder: Path) -> None:
+def test_an_image_outside_is_read_if_the_folder_contains_it(folder: Path) -> None:
     (folder / "t.jsonl").write_text(json.dumps({"image": str(folder / "a.png"), "caption": "x"}))
     (item,) = table(path=str(folder / "t.jsonl"), images="/")
     assert item.images == (ImageFile(folder / "a.png"),)
@@ -182,20 +182,20 @@ def test_images_may_be_in_another_folder(folder: Path) -> None:
         ("t.csv", "image,caption\na.png,x\na.png,  \n", r"row 2: neither a 'caption'"),
         ("t.csv", "image,caption\na.png\n", r"row 1: neither a 'caption'"),
         ("t.csv", "image,caption\n,x\n", r"row 1: no 'image'"),
-        ("t.csv", "image,caption\n", r"t.csv holds no items"),
-        ("t.csv", "", r"t.csv holds no items"),
-        ("t.csv", "image,caption\na.png,x\nc.png,y\n", r"1 of 2 pictures are not there: .*c.png"),
+        ("t.csv", "image,caption\n", r"t.csv contains no items"),
+        ("t.csv", "", r"t.csv contains no items"),
+        ("t.csv", "image,caption\na.png,x\nc.png,y\n", r"1 of 2 images are missing: .*c.png"),
         ("t.csv", "image,caption\na.png," + "x" * 200_000, r"t.csv is not a table: field larger"),
         ("t.json", '[{"image": "a.png", "capt', r"t.json is not JSON"),
-        ("t.json", '{"image": "a.png"}', r"t.json holds a dict; expected a list"),
-        ("t.json", '["a.png"]', r"row 1: 'a.png' is no row"),
+        ("t.json", '{"image": "a.png"}', r"t.json contains a dict; expected a list"),
+        ("t.json", '["a.png"]', r"row 1: 'a.png' is not a row"),
         ("t.json", '[{"image": ["a.png", "b.png"], "caption": "x"}]', r"row 1: no 'image'"),
         ("t.jsonl", '{"image": "a.png", "caption": "x"}\n{"image": "b.p', r"t.jsonl, line 2 is not JSON"),
-        ("t.xlsx", "", r"unknown kind '.xlsx'. Known: .csv, .json, .jsonl, .tsv"),
-        ("t", "", r"unknown kind ''"),
+        ("t.xlsx", "", r"unknown file type '.xlsx'. Known: .csv, .json, .jsonl, .tsv"),
+        ("t", "", r"unknown file type ''"),
     ],
 )
-def test_tables_with_something_wrong(folder: Path, name: str, text: str, message: str) -> None:
+def test_malformed_tables_are_refused(folder: Path, name: str, text: str, message: str) -> None:
     with pytest.raises(MLLMError, match=message):
         rows(folder, name, text)
 
@@ -214,14 +214,14 @@ def test_reading_by_a_recipes_source(folder: Path) -> None:
     assert len(read(DataSpec(format="table", path=str(folder / "t.csv")))) == 1  # type: ignore[call-arg]
     for options, message in (
         ({"format": "tabel"}, "Did you mean 'table'"),
-        ({"format": "table"}, "does not take these arguments: missing.*'path'.*It takes: path, images"),
-        ({"format": "table", "pth": "x"}, "does not take these arguments: .*It takes: path, images"),
+        ({"format": "table"}, "does not accept these arguments: missing.*'path'.*It accepts: path, images"),
+        ({"format": "table", "pth": "x"}, "does not accept these arguments: .*It accepts: path, images"),
     ):
         with pytest.raises(MLLMError, match=message):
             read(DataSpec(**options))  # type: ignore[arg-type]
 
 
-def test_examples_come_in_an_order_of_their_own_every_epoch_and_the_same_every_run(folder: Path) -> None:
+def test_examples_are_shuffled_every_epoch_alike_in_every_run(folder: Path) -> None:
     items = [Item(str(number), (ImageFile(folder / "a.png"),), (str(number),)) for number in range(20)]
     answers = [
         [
@@ -236,14 +236,14 @@ def test_examples_come_in_an_order_of_their_own_every_epoch_and_the_same_every_r
     assert first != second
 
 
-def test_sources_come_by_their_weight(folder: Path) -> None:
-    picture = (ImageFile(folder / "a.png"),)
+def test_sources_are_sampled_by_weight(folder: Path) -> None:
+    image = (ImageFile(folder / "a.png"),)
     sources = [
-        Source(DataSpec(format="table", weight=weight), [Item(name, picture, (name,))])
+        Source(DataSpec(format="table", weight=weight), [Item(name, image, (name,))])
         for weight, name in ((3.0, "a"), (1.0, "b"))
     ]
-    drawn = [pieces[-1].text.strip() for pieces in Stream(sources, PromptSpec(), seed=0).take(4000)]
-    assert abs(drawn.count("a") / 4000 - 0.75) < 0.03  # four standard deviations
+    sampled = [pieces[-1].text.strip() for pieces in Stream(sources, PromptSpec(), seed=0).take(4000)]
+    assert abs(sampled.count("a") / 4000 - 0.75) < 0.03  # four standard deviations
 
 
 def test_a_question_is_put_into_the_prompt_and_a_caption_is_not() -> None:
@@ -253,27 +253,27 @@ def test_a_question_is_put_into_the_prompt_and_a_caption_is_not() -> None:
     assert pieces_of(Item("1", (), ("a cat ",)), prompt, "a cat ") == ["It shows", Target(" a cat")]
 
 
-def test_lines_of_captions_and_pictures(folder: Path) -> None:
+def test_lines_of_captions_and_images(folder: Path) -> None:
     (folder / "cc.tsv").write_text("a red dog\ta.png\nit\tb.png\r\na dog\ta.png\n\n")
-    found = caption_lines(path=str(folder / "cc.tsv"), images=str(folder))
-    assert [(item.id, item.answers) for item in found] == [("a.png", ("a red dog", "a dog")), ("b.png", ("it",))]
+    items = caption_lines(path=str(folder / "cc.tsv"), images=str(folder))
+    assert [(item.id, item.answers) for item in items] == [("a.png", ("a red dog", "a dog")), ("b.png", ("it",))]
     for line in ("no tab", "\ta.png", "a\tb.png\tc"):
         (folder / "cc.tsv").write_text(f"a dog\ta.png\n{line}\n")
         with pytest.raises(MLLMError, match=r"cc\.tsv, line 2 is .*one tab"):
             caption_lines(path=str(folder / "cc.tsv"), images=str(folder))
 
 
-def test_a_folder_of_pictures_with_texts_beside_them(folder: Path) -> None:
+def test_a_folder_of_images_with_text_files(folder: Path) -> None:
     for name, text in (("a", "a dog\nthe dog\n"), ("b", "a cat"), ("images/a", "a bus")):
         (folder / f"{name}.txt").write_text(text)
-    found = caption_folder(path=str(folder))
-    assert [(i.id, i.answers) for i in found] == [
+    items = caption_folder(path=str(folder))
+    assert [(i.id, i.answers) for i in items] == [
         ("a.png", ("a dog", "the dog")),
         ("b.png", ("a cat",)),
         ("images/a.png", ("a bus",)),
     ]
     (folder / "b.txt").write_text(" \n")
-    with pytest.raises(MLLMError, match=r"b\.txt is empty; expected the caption of b\.png"):
+    with pytest.raises(MLLMError, match=r"b\.txt is empty; expected the captions of b\.png"):
         caption_folder(path=str(folder))
     (folder / "b.txt").unlink()
     with pytest.raises(MLLMError, match=r"b\.txt cannot be read"):

@@ -1,4 +1,4 @@
-"""Stories and dialogues in their authors' files: what is told, what is looked for, what a suite makes of them."""
+"""Test stories and dialogues in their authors' files: queries, candidates and the suites that use them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HEAD: dict[str, Any] = {"heads": [{"type": "retrieval", "dim": 6}], "tokens": ["
 
 @pytest.fixture
 def vist(tmp_path):
-    """Two whole stories of three pictures, and one of which a picture is gone."""
+    """Return a folder with two complete stories of three images, and one with a missing image."""
     (tmp_path / "sis").mkdir()
     (tmp_path / "images").mkdir()
     rows = []
@@ -40,7 +40,7 @@ def names(pieces: Any) -> list[str]:
     return [piece if isinstance(piece, str) else piece.path.stem for piece in pieces]
 
 
-def test_a_storys_last_picture_is_looked_for(vist):
+def test_the_last_image_of_a_story_is_retrieved(vist):
     module = import_module("mllm.eval.suite")
     items = module.read_items(module.load_suite("vist"), vist)
     assert [item.id for item in items] == [f"{s}/{much}" for much in ("caption", "captions", "story") for s in "78"]
@@ -52,13 +52,13 @@ def test_a_storys_last_picture_is_looked_for(vist):
         ["7 0. 7 1. 7 2."],
         ["7 0.", "a", "7 1.", "b", "7 2."],
     ]
-    with pytest.raises(MLLMError, match="all pictures of none of the 3 stories"):
+    with pytest.raises(MLLMError, match="all images of none of the 3 stories"):
         lookup("readers", "vist")(annotations=str(vist / "sis/val.story-in-sequence.json"), images=str(vist / "sis"))
-    with pytest.raises(MLLMError, match="cannot be told 'all'"):
+    with pytest.raises(MLLMError, match="does not support told='all'"):
         module.read_items(module.load_suite("vist", ["data.told=[all]"]), vist)
 
 
-def test_the_suite_hides_what_the_story_shows(vist, tiny_model, tmp_path):
+def test_the_suite_excludes_images_of_the_query(vist, tiny_model, tmp_path):
     report = mllm.evaluate(tiny_model(**HEAD), "vist", vist, out=tmp_path / "out")
     assert report.summary["baselines"] == ["shuffled", "blind"] and len(report.summary["kinds"]) == 3
     assert [len(row["prediction"].split()) for row in report.rows] == [5, 5, 5, 5, 3, 3]
@@ -68,12 +68,12 @@ def test_the_suite_hides_what_the_story_shows(vist, tiny_model, tmp_path):
 
 @pytest.fixture
 def visdial(tmp_path):
-    """Two dialogues of two rounds, three options a question."""
+    """Return a folder with two dialogues of two rounds and three options per question."""
     questions, answers = ["is it red", "how many", "where"], ["yes", "no", "2", "in a park"]
     dialogs: list[dict[str, Any]] = [
         {
             "image_id": 7 + number,
-            "caption": "not told",
+            "caption": "unused",
             "dialog": [
                 {"question": number, "answer": 0, "answer_options": [1, 0, 2], "gt_index": 1},
                 {"question": 2, "answer": 3, "answer_options": [3, 1, 0], "gt_index": 0},
@@ -93,11 +93,11 @@ def visdial(tmp_path):
 
 def items_of(suite: str, folder: Path, *overrides: str) -> list[Item]:
     module = import_module("mllm.eval.suite")
-    found: list[Item] = module.read_items(module.load_suite(suite, overrides), folder)
-    return found
+    items: list[Item] = module.read_items(module.load_suite(suite, overrides), folder)
+    return items
 
 
-def test_a_dialogues_picture_is_looked_for(visdial):
+def test_the_image_of_a_dialogue_is_retrieved(visdial):
     items = items_of("visdial", visdial, "data.rounds=[1,2]")
     assert [(item.id, item.kind, item.answers) for item in items] == [
         ("7/1", "1 round", ("0",)),
@@ -109,7 +109,7 @@ def test_a_dialogues_picture_is_looked_for(visdial):
     assert items[3].document == ("Q: how many? A: yes. Q: where? A: in a park.",)
 
 
-def test_answers_are_put_in_order_by_likelihood(visdial, tiny_model):
+def test_answers_are_ranked_by_likelihood(visdial, tiny_model):
     items = items_of("visdial-answers", visdial)
     assert [item.id for item in items] == ["7/1", "7/2", "8/1", "8/2"]
     assert (items[1].question, items[1].choices) == (
@@ -122,15 +122,15 @@ def test_answers_are_put_in_order_by_likelihood(visdial, tiny_model):
     assert report.summary["baselines"] == ["blind", "shuffled"]
     prompt = [items[1].images[0], model.spec.prompt.question.format(question=items[1].question)]
     scores = model.score(prompt, items[1].choices)
-    assert report.rows[1]["prediction"].split() == [str(place) for place in sorted(range(3), key=lambda i: -scores[i])]
+    assert report.rows[1]["prediction"].split() == [str(index) for index in sorted(range(3), key=lambda i: -scores[i])]
 
 
-def test_relevance_is_told_as_often_as_an_answer_is_right(visdial, tiny_model):
+def test_relevance_is_the_number_of_repetitions(visdial, tiny_model):
     (item,) = items_of("visdial-relevant", visdial)
     assert item.id == "7/2" and item.answers == ("0",) * 20 + ("2",) * 4
     assert mllm.evaluate(tiny_model(), "visdial-relevant", visdial).summary["n"] == 1
-    with pytest.raises(MLLMError, match="give dense"):
+    with pytest.raises(MLLMError, match="Set dense"):
         items_of("visdial-answers", visdial, "data.find=relevant")
     (visdial / "visdial_1.0_val_dense_annotations.json").write_text("[{}]")
-    with pytest.raises(MLLMError, match=r"dense_annotations\.json is of another form"):
+    with pytest.raises(MLLMError, match=r"dense_annotations\.json has an unexpected form"):
         items_of("visdial-relevant", visdial)
