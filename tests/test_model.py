@@ -171,7 +171,7 @@ def test_one_seed_draws_the_same_connector_and_another_seed_another(tiny_parts):
         ("a text", "list of prompts"),
         ([[]], "expected a list of texts"),
         ([["x"], [""]], "Prompt 1"),
-        ([["x", 3]], "int is no picture"),
+        ([["x", 3]], "int is not an image"),
         ([["x" * 300]], "300 tokens"),
     ],
 )

@@ -160,7 +160,7 @@ def _print_answers(model: Assembly, images: list[str], text: str, jsonl: bool, s
     from mllm.outputs import with_files
 
     errors = []
-    paths = find_pictures(images)
+    paths = find_images(images)
     for path, answer in zip(paths, answer_each(model, paths, text, **decoding), strict=True):
         failed = isinstance(answer, MLLMError)
         if failed:

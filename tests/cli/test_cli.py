@@ -215,7 +215,7 @@ def test_many_pictures_are_described_and_a_bad_one_costs_the_others_nothing(
     status, out, err = mllm("caption", model, folder, "--max-new-tokens", "3", "--jsonl")
     rows = [json.loads(line) for line in out.splitlines()]
     assert [Path(row["image"]).name for row in rows] == ["a.png", "b.png", "c.png"]
-    assert rows[0]["text"] == rows[2]["text"] and "b.png is no picture" in rows[1]["error"]
+    assert rows[0]["text"] == rows[2]["text"] and "b.png is not a readable image" in rows[1]["error"]
     assert status == 1 and "1 of 3 images could not be read" in err
     status, out, err = mllm("ask", model, f"{folder}/[ac].png", "What?", "--max-new-tokens", "3")
     assert status == 0
