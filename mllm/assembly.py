@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from mllm.answering import generate as generating
 from mllm.answering.chat import Chat
+from mllm.answering.decode import image_free_prompt
 from mllm.answering.drawing import draw
 from mllm.answering.view import View, Views
 from mllm.answering.with_images import retrieve
@@ -124,7 +125,7 @@ class Assembly(Model):
         scores = self.see(prompt).score(candidates, normalize=normalize)
         if not calibrate:
             return scores
-        blind = self.see(self.blind(prompt)).score(candidates, normalize=normalize)
+        blind = self.see(image_free_prompt(self, prompt)).score(candidates, normalize=normalize)
         return [score - calibrate * other for score, other in zip(scores, blind, strict=True)]
 
     def chat(self, system: str | None = None, messages: Sequence[dict[str, Any]] = ()) -> Chat:

@@ -70,11 +70,16 @@ def build(spec: AssemblySpec) -> Assembly:
     check_condition(spec)
     encoder = build_encoder(spec)
     return_memory()  # of the encoder's test forward pass
-    return join(spec, encoder=encoder, lm=build_lm(spec))
+    return _joined(spec, encoder=encoder, lm=build_lm(spec))
 
 
 def join(spec: AssemblySpec, *, encoder: Any, lm: Any) -> Assembly:
     """Return the model of a built encoder and a built language model, joined by new trained parts."""
+    check_condition(spec)
+    return _joined(spec, encoder=encoder, lm=lm)
+
+
+def _joined(spec: AssemblySpec, *, encoder: Any, lm: Any) -> Assembly:
     widths = {"lm_dim": lm.dim if lm is not None else None, "vis_dim": encoder.dim if encoder is not None else None}
     connector = None
     if spec.connector is not None:

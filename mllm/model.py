@@ -19,7 +19,7 @@ from mllm.errors import MLLMError, near
 from mllm.hub.fingerprints import tensor_hash
 from mllm.lms.cross_attention import embed_with_memory
 from mllm.prompts.batch import Batch, Encoded, collate, encode
-from mllm.prompts.pieces import Control, Piece, arrange, images_of, without_images
+from mllm.prompts.pieces import Piece, images_of
 from mllm.slots import Inputs, LanguageModel, Objective
 
 Kind = TypeVar("Kind")
@@ -252,13 +252,6 @@ class Model(nn.Module):
         images = [image for pieces in prompts for image in images_of(pieces)]
         visual = self.connector(self.features(images)) if images else None
         return self.embed(visual, batch), batch
-
-    def blind(self, pieces: Sequence[Piece]) -> list[Piece]:
-        """Return a prompt without its images; an empty one becomes the EOS token, which starts a sequence."""
-        if not any(isinstance(piece, str) for piece in pieces):
-            pieces = arrange(self.spec.prompt.template, pieces)
-        end = Control(self.lm.tokenizer.decode([self.lm.eos]))
-        return without_images(pieces) or [end]
 
     @functools.cached_property
     def scorer(self) -> Any:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from mllm.answering.decode import image_free_prompt
 from mllm.model import Model
 from mllm.prompts.batch import collate
 from mllm.prompts.pieces import Piece
@@ -31,7 +32,9 @@ class Contrastive(LogitsProcessor):
         self, model: Model, prompts: Sequence[Sequence[Piece]], *, alpha: float = 0.5, beta: float = 0.1
     ) -> None:
         self._lm, self._alpha, self._threshold = model.lm, alpha, math.log(beta) if beta else -math.inf
-        batch = collate([model.encode(model.blind(prompt)) for prompt in prompts], model.lm.pad).to(model.device)
+        batch = collate([model.encode(image_free_prompt(model, prompt)) for prompt in prompts], model.lm.pad).to(
+            model.device
+        )
         self._mask = batch.mask
         self._cache, self._blind = self._lm.prefill(model.embed(None, batch), batch.mask)
         self._answers = batch.ids[:, :0]
