@@ -1,4 +1,4 @@
-"""The command line's door: prints what a user can mend as one message, and the rest as it is."""
+"""Run the command line: print an error that the user can fix as one message, and others with their traceback."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mllm.system import keep_freed_memory
 
 
 def main() -> None:
-    """Run `mllm`: status 0; 1 with one message where the user can mend it; 2 for wrong usage."""
+    """Run `mllm`: status 0; 1 with one message where the user can fix it; 2 for wrong usage."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

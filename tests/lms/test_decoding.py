@@ -216,5 +216,5 @@ def test_the_candidate_closest_to_the_picture_is_kept(tiny_parts, tiny_clip):
         assert model.see(prompt[:1]).continue_with(prompt[1], candidates=3, seed=5, **options) == best
     with pytest.raises(MLLMError, match="has none"):
         model.generate([["words"]], candidates=2)
-    with pytest.raises(MLLMError, match="needs a scorer"):
+    with pytest.raises(MLLMError, match="has no scorer"):
         mllm.assemble(tiny_parts[0], tiny_parts[1]).generate([[A, "x"]], candidates=2)
