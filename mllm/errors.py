@@ -13,7 +13,7 @@ R = TypeVar("R")
 
 
 class MLLMError(ValueError):
-    """Something the user can mend: the message says what was wrong, what was expected, and what to do.
+    """Something the user can fix: the message says what was wrong, what was expected, and what to do.
 
     The command line prints it and exits with status 1; a traceback is shown with ``--debug`` only.
     """
