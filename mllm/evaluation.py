@@ -1,4 +1,4 @@
-"""Open the door to `mllm.eval`: run a suite, score predictions, compare evaluations, find a metric.
+"""Give access to `mllm.eval`: run a suite, score predictions, compare evaluations, find a metric.
 
 Nothing else in this package imports `mllm.eval`, and these functions import it only when they are called.
 """
