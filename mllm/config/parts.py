@@ -12,8 +12,10 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
     ValidationInfo,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -52,6 +54,12 @@ class HeadSpec(PartSpec):
     def _named(self) -> HeadSpec:
         self.name = self.name or self.type
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_a_default_name(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out a name that is the type: a run that was written before heads had names is resumed unchanged."""
+        values: dict[str, Any] = write(self)
+        return {key: value for key, value in values.items() if key != "name" or value != self.type}
 
 
 def _distinct(heads: list[HeadSpec]) -> list[HeadSpec]:

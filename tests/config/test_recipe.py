@@ -10,6 +10,7 @@ import pytest
 
 from mllm.config import loading as recipe
 from mllm.config import recipe as spec
+from mllm.config.parts import AssemblySpec
 from mllm.errors import MLLMError
 
 TEXT = """
@@ -288,3 +289,13 @@ def test_names_of_recipes_that_are_not_there(tmp_path: Path) -> None:
     for name in (str(tmp_path / "none.yaml"), str(tmp_path), "none.yml"):
         with pytest.raises(MLLMError, match="There is no recipe file"):
             recipe.load(name)
+
+
+def test_a_heads_default_name_is_not_written() -> None:
+    def written(**head: Any) -> Any:
+        spec = AssemblySpec.model_validate({"heads": [{"type": "retrieval", "dim": 6, **head}]})
+        assert AssemblySpec.model_validate_json(spec.model_dump_json()) == spec
+        return spec.model_dump()["heads"]
+
+    assert written() == written(name="retrieval") == [{"type": "retrieval", "dim": 6}]
+    assert written(name="second") == [{"type": "retrieval", "dim": 6, "name": "second"}]
