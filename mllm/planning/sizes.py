@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mllm.config.parts import PARTS
+from mllm.config.parts import PARTS, EncoderSpec, LMSpec
 from mllm.config.recipe import Stage
 from mllm.hub import loading as hub
 from mllm.model import Model
@@ -87,9 +87,9 @@ def _bytes(model: Model, stage: Stage, name: str, parameters: Sequence[nn.Parame
     return kept + round(sum(p.numel() for p in maps) * BYTES_A_WEIGHT[kind])
 
 
-def _stored(spec: Any, group: str) -> int:
+def _stored(spec: EncoderSpec | LMSpec | None, group: str) -> int:
     """Return the bytes of a model's files, where these are in a folder on this machine and are loaded."""
-    name = getattr(spec, "model", None)
-    if name is None or spec.init == "random" or not (name.startswith("mllm/") or Path(name).is_dir()):
+    name = None if spec is None or spec.init == "random" else spec.model
+    if name is None or not (name.startswith("mllm/") or Path(name).is_dir()):
         return 0
     return sum(path.stat().st_size for path in Path(hub.resolve(name, group=group)).glob("*.safetensors"))
