@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -25,8 +25,10 @@ from mllm.readout.tokens import every_token, heads_on_meta
 from mllm.registry import lookup, made
 from mllm.saving import find_folder, read_about, restore
 from mllm.scorers.own import own_scorer
-from mllm.slots import Connector, Encoder, Head, Objective
+from mllm.slots import Connector, Encoder, Head, ImageDecoder, Objective
 from mllm.system import return_memory
+
+Slot = TypeVar("Slot")
 
 
 def assemble(
@@ -88,7 +90,7 @@ def _joined(spec: AssemblySpec, *, encoder: Any, lm: Any) -> Assembly:
                 f"The connector {spec.connector.type} reads an encoder's features, and there is none: give encoder."
             )
         connector = build_connector(spec, encoder=encoder, lm_dim=widths["lm_dim"])
-    heads: dict[str, Head] = {part.name: _build_seeded(spec, "head", part, **widths) for part in spec.heads}
+    heads: dict[str, Head] = {part.name: _build_seeded(spec, Head, "head", part, **widths) for part in spec.heads}
     model = Assembly(
         encoder=encoder,
         connector=connector,
@@ -96,7 +98,7 @@ def _joined(spec: AssemblySpec, *, encoder: Any, lm: Any) -> Assembly:
         adapters=build_adapters(spec, lm=lm),
         tokens=build_tokens(spec, every_token(spec.tokens, heads.values()), lm=lm),
         heads=heads,
-        decoder=None if spec.decoder is None else _build_seeded(spec, "image_decoder", spec.decoder),
+        decoder=None if spec.decoder is None else _build_seeded(spec, ImageDecoder, "image_decoder", spec.decoder),
         spec=spec,
         open_scorer=open_scorer,
     )
@@ -105,12 +107,25 @@ def _joined(spec: AssemblySpec, *, encoder: Any, lm: Any) -> Assembly:
     return model
 
 
-def _build_seeded(spec: AssemblySpec, kind: str, part: PartSpec, **options: Any) -> Any:
-    """Return a part of a registry group; its random weights depend on the specification's seeds alone."""
+def _build_seeded(spec: AssemblySpec, contract: type[Slot], group: str, part: PartSpec, **options: Any) -> Slot:
+    """Return a part of a registry group; its random weights depend on the specification's seeds alone.
+
+    Raises:
+        MLLMError: arguments that the part does not take, or a part of another package that breaks its contract.
+    """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(spec.seed_of(kind.removeprefix("image_")))
-        cls = lookup(f"{kind}s", part.type)
-        return made(cls, f"{kind.replace('_', ' ')} {part.type}", **options, **with_runs(cls, part.options()))
+        torch.manual_seed(spec.seed_of(group.removeprefix("image_")))
+        cls, label = lookup(f"{group}s", part.type), f"{group.replace('_', ' ')} {part.type}"
+        return _fulfilled(contract, label, made(cls, label, **options, **with_runs(cls, part.options())))
+
+
+def _fulfilled(contract: type[Slot], label: str, part: Any) -> Slot:
+    if not isinstance(part, contract):
+        raise MLLMError(
+            f"The {label} is a {type(part).__name__}, and not an mllm.slots.{contract.__name__}: inherit from that "
+            "class, or give it the methods that are listed there."
+        )
+    return part
 
 
 def with_runs(cls: Any, options: dict[str, Any]) -> dict[str, Any]:
@@ -137,13 +152,7 @@ def build_connector(spec: AssemblySpec, *, encoder: Any, lm_dim: int | None) -> 
     """Return the connector; with ``lm_dim`` None, without the projection to a language model's width."""
     assert spec.connector is not None
     widths = {"vis_dim": encoder.dim, "lm_dim": lm_dim, "num_patches": encoder.num_patches, "grid": encoder.grid}
-    connector = _build_seeded(spec, "connector", spec.connector, **widths)
-    if not isinstance(connector, Connector):
-        raise MLLMError(
-            f"The connector {spec.connector.type} is a {type(connector).__name__}, and not an mllm.slots.Connector: "
-            "inherit from that class."
-        )
-    return connector
+    return _build_seeded(spec, Connector, "connector", spec.connector, **widths)
 
 
 def build_tokens(spec: AssemblySpec, names: Sequence[str], *, lm: Any) -> NewTokens | None:
@@ -212,7 +221,7 @@ def load(folder: str | Path) -> Assembly:
     return model
 
 
-def encoder_of(spec: EncoderSpec, *, seed: int) -> Encoder | nn.Module:
+def encoder_of(spec: EncoderSpec, *, seed: int) -> Encoder:
     """Return the encoder of an `mllm.config.parts.EncoderSpec`; the encoders in its ``of`` are built first.
 
     Raises:
@@ -226,7 +235,8 @@ def encoder_of(spec: EncoderSpec, *, seed: int) -> Encoder | nn.Module:
         options["of"] = [encoder_of(member, seed=seed) for member in spec.of]
     else:
         options["seed"] = seed
-    return made(lookup("encoders", spec.type), f"encoder {spec.model or spec.type}", **options)
+    label = f"encoder {spec.model or spec.type}"
+    return _fulfilled(Encoder, label, made(lookup("encoders", spec.type), label, **options))
 
 
 def objectives_of(specs: Sequence[ObjectiveSpec]) -> list[Objective]:

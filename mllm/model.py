@@ -20,7 +20,7 @@ from mllm.hub.fingerprints import tensor_hash
 from mllm.lms.cross_attention import embed_with_memory
 from mllm.prompts.batch import Batch, Encoded, collate, encode
 from mllm.prompts.pieces import Piece, images_of
-from mllm.slots import Inputs, LanguageModel, Objective
+from mllm.slots import ImageDecoder, Inputs, LanguageModel, Objective
 
 Kind = TypeVar("Kind")
 
@@ -57,7 +57,7 @@ class Model(nn.Module):
         adapters: Sequence[nn.Module] = (),
         heads: Mapping[str, nn.Module] | None = None,
         tokens: nn.Module | None = None,
-        decoder: nn.Module | None = None,
+        decoder: ImageDecoder | None = None,
         spec: AssemblySpec,
         open_scorer: Callable[[Model], Any],
     ) -> None:
