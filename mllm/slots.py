@@ -84,7 +84,7 @@ class Connector(nn.Module):
     num_tokens: int
 
     def tokens_of(self, piece: Any) -> int:
-        """Return how many visual tokens an image of a prompt takes; today the same for every image."""
+        """Return how many visual tokens an image of a prompt takes: Q, since prompts count the same for every image."""
         return self.num_tokens
 
     def linear(self) -> nn.Linear | None:

@@ -77,6 +77,7 @@ def scores(model: Assembly, spec: EvalSpec, folder: Path) -> dict[str, float]:
     """Return ``suite/metric`` -> value of each suite's metrics, on its first items; the reports go to a folder."""
     values: dict[str, float] = {}
     for suite in spec.suites:
-        report = evaluate(model, suite, limit=spec.limit, out=folder / suite, baselines=[])
-        values |= {f"{suite}/{entry['name']}": entry["value"] for entry in report.summary["metrics"]}
+        name = Path(suite).stem  # a suite's name, or the path of its YAML file
+        report = evaluate(model, suite, limit=spec.limit, out=folder / name, baselines=[])
+        values |= {f"{name}/{entry['name']}": entry["value"] for entry in report.summary["metrics"]}
     return values

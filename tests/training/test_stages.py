@@ -148,6 +148,17 @@ def test_answers_and_suites_are_logged_while_training(base, tmp_path):
     assert log(run, "loss") == log(silent, "loss")  # looking changes nothing
 
 
+def test_a_suite_of_ones_own_is_run_while_training(base, tmp_path):
+    suite = tmp_path / "mine.yaml"
+    data = f"{{format: table, path: {base.parent}/train.json}}"
+    suite.write_text(f"name: mine\nabout: of its own\ndata: {data}\nmetrics: [caption/rouge-l]\n")
+    options = {"eval.every": 2, "eval.suites": [str(suite)], "eval.limit": 2, "eval.show": 0}
+    run = mllm.train(str(base), {**options, "decoding.max_new_tokens": 3}, out=tmp_path / "run")
+    assert log(run, "suite") == ["mine/caption/rouge-l"] * 2
+    assert sorted(path.parent.name for path in run.path.glob("eval/*/mine/report.html")) == ["mine"] * 2
+    assert not (tmp_path / "report.html").exists() and not suite.with_suffix("").exists()
+
+
 def test_losses_go_to_a_tracker_and_one_that_is_not_installed_is_named(base, tmp_path):
     with pytest.raises(MLLMError, match="track: wandb cannot be imported"):
         mllm.train(str(base), {"track": ["wandb"]}, out=tmp_path / "none")
