@@ -1,4 +1,4 @@
-"""Say what some parts can do beside their slot's contract (`mllm.slots`): the types that a model is searched by.
+"""Define what some parts can do in addition to their contract (`mllm.slots`): the types that a model is searched by.
 
 ``model.find(RetrievalHead)`` returns the one part of a model that is a retrieval head, whoever wrote it; an objective
 lists the types that it ``needs``. The first line of each says how a recipe names one: it stands in the message where a
@@ -187,6 +187,9 @@ class ReadsPrompts(Protocol):
 
     def embed_prompts(self, prompts: Sequence[Sequence[Piece]]) -> Tensor:
         """Return vectors ``(N, D)`` of length 1."""
+
+
+SEVERAL: tuple[type, ...] = (ImageTokenHead,)  # kinds that a model may have several parts of, which work together
 
 
 def missing(kind: type) -> str:

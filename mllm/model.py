@@ -107,13 +107,13 @@ class Model(nn.Module):
         yield from ((f"adapters.{number}", adapter) for number, adapter in enumerate(self.adapters))
         yield from ((f"heads.{name}", head) for name, head in self.heads.items())
 
-    def all(self, kind: type[Kind]) -> dict[str, Kind]:
+    def find_all(self, kind: type[Kind]) -> dict[str, Kind]:
         """Return the parts that are of a kind (`mllm.slots`), by their paths."""
         return {path: part for path, part in self.parts() if isinstance(part, kind)}
 
     def has(self, *kinds: type) -> bool:
         """Whether the model has a part of each kind (`mllm.slots`)."""
-        return all(self.all(kind) for kind in kinds)
+        return all(self.find_all(kind) for kind in kinds)
 
     def find(self, kind: type[Kind]) -> Kind:
         """Return the one part that is of a kind (`mllm.slots`).
@@ -121,7 +121,7 @@ class Model(nn.Module):
         Raises:
             MLLMError: there is none, or there are several, which the message names.
         """
-        candidates = self.all(kind)
+        candidates = self.find_all(kind)
         if not candidates:
             raise MLLMError(f"This model lacks a part: it needs {missing(kind)}.")
         if len(candidates) > 1:
@@ -195,7 +195,7 @@ class Model(nn.Module):
     @property
     def cross_attention(self) -> CrossAttention | None:
         """Return the cross-attention adapter; None where the visual tokens are part of the sequence."""
-        return next((adapter for adapter in self.all(CrossAttention).values() if adapter.tokens_per_image), None)
+        return next((adapter for adapter in self.find_all(CrossAttention).values() if adapter.tokens_per_image), None)
 
     @property
     def tokens_per_image(self) -> int:

@@ -1,7 +1,7 @@
-"""Say what every part is: the contracts of the slots, with shapes. Read this page first.
+"""Define what every part is: the contracts of the slots, with shapes. Read this page first.
 
 A part is found by its exact name (`mllm.registry`). A slot is a class to inherit from where it brings something along,
-and a protocol where it asks for methods alone; what a part can do beside its contract is a type of `mllm.capabilities`.
+and a protocol where it asks for methods alone; what a part can do in addition is a type of `mllm.capabilities`.
 The first line of each says how a recipe names one; it stands in the message where a model lacks it.
 
 Shapes: B batch, T text tokens, I images, P patches, Q visual tokens of an image, D_vis and D_lm the widths of features

@@ -12,7 +12,7 @@ from typing import Any
 
 from mllm.assembly import Assembly
 from mllm.build import fit_of, objectives_of
-from mllm.capabilities import ImageTokenHead, missing
+from mllm.capabilities import SEVERAL, ImageTokenHead, missing
 from mllm.config import loading
 from mllm.config.data import DataSpec
 from mllm.config.parts import PARTS
@@ -98,9 +98,12 @@ def unmet(model: Assembly, stage: Stage) -> list[str]:
         return []
     lacking = []
     for spec, objective in zip(stage.objectives, objectives_of(stage.objectives), strict=True):
-        lacking += [
-            f"the objective {spec.type!r} needs {missing(kind)}." for kind in objective.needs if not model.has(kind)
-        ]
+        for kind in objective.needs:
+            parts: dict[str, object] = model.find_all(kind)
+            if not parts:
+                lacking.append(f"the objective {spec.type!r} needs {missing(kind)}.")
+            elif len(parts) > 1 and kind not in SEVERAL:
+                lacking.append(f"the objective {spec.type!r} takes one of {', '.join(parts)}. Keep one of them.")
     return lacking
 
 

@@ -51,4 +51,5 @@ def decide(model: Model, states: Tensor) -> list[str]:
     Raises:
         MLLMError: the model has no decision head.
     """
-    return [DECISIONS[index] for index in model.find(DecisionHead)(states).argmax(-1).tolist()]
+    head = model.find(DecisionHead)
+    return [head.labels[index] for index in head(states).argmax(-1).tolist()]

@@ -25,7 +25,7 @@ def image_tokens(model: Model) -> tuple[str, ...]:
     Raises:
         MLLMError: no head shows images, or two of them read different tokens.
     """
-    heads = model.all(ImageTokenHead)
+    heads = model.find_all(ImageTokenHead)
     if not heads:
         raise MLLMError(
             "This model has no head that shows images. Add one: heads: [{type: retrieval}] (docs/retrieval.md)."

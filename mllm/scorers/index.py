@@ -159,7 +159,7 @@ def opened(index: str | Path | ImageIndex, run: str | Path | None = None) -> Ima
 
 def hash_of(model: Model) -> str:
     """Return a hash of everything that determines a model's image vectors."""
-    paths = list(model.all(RetrievalHead))
+    paths = list(model.find_all(RetrievalHead))
     return _hash(model.trained_state(), paths, str(model.encoder.fingerprint), model.spec.encoder)
 
 

@@ -180,6 +180,9 @@ def test_heads_have_distinct_names_and_agree_on_an_images_tokens(file: Path) -> 
     (problem,) = problems(str(file), [f"heads=[{two}}}]"])
     assert "two heads are called 'retrieval': give one of them another name" in problem
     assert problems(str(file), [f"heads=[{two}, name: second}}]"]) == []
+    both = [f"heads=[{two}, name: second}}]", "stages.1.objectives=[{type: retrieval}]"]
+    (problem,) = problems(str(file), both)
+    assert "the objective 'retrieval' takes one of heads.retrieval, heads.second. Keep one of them" in problem
     (problem,) = problems(str(file), [f"heads=[{two}, name: second, token: '[IMG]'}}]"])
     assert "The head heads.second reads '[IMG]', and an image's tokens are ['[RET]']. Set the head's token" in problem
 
