@@ -131,15 +131,18 @@ def export(
     run: RunPath,
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The new folder.")],
     to: Annotated[str, typer.Option(help="The format: hf-llava or hf-blip2.")],
+    dtype: Annotated[str, typer.Option(help="Of the weights: float32, bfloat16 or float16.")] = "float32",
 ) -> None:
     """Export a model as an equivalent transformers class, and compare the two."""
     from mllm.build import load
     from mllm.export.export import export as export_model
 
-    comparisons = export_model(load(run), folder, to=to)
+    comparisons = export_model(load(run), folder, to=to, dtype=dtype)
     largest = max(comparison.difference for comparison in comparisons)
+    equal = sum(comparison.tokens == comparison.stock for comparison in comparisons)
     typer.echo(
-        f"{folder}: on {len(comparisons)} probes logits differ by at most {largest:.3g}, and all tokens are equal."
+        f"{folder}: on {len(comparisons)} probes logits differ by at most {largest:.3g}, and {equal} of the answers "
+        "are equal."
     )
 
 

@@ -9,7 +9,6 @@ from torch import nn
 from transformers import (
     Blip2Config,
     Blip2ForConditionalGeneration,
-    Blip2Processor,
     Blip2QFormerConfig,
     Blip2VisionConfig,
     Blip2VisionModel,
@@ -18,17 +17,17 @@ from transformers import (
 
 from mllm.errors import MLLMError
 from mllm.export.stock import (
-    IMAGE,
     StockModel,
-    add_image_embedding,
+    assign,
     build_stock,
     causal_lm,
     check_adapters,
     each,
-    for_saving,
-    image_processor,
+    finished,
+    make_processor,
     merged_lm,
     part_of,
+    text_config,
     whole_tower,
     with_image_token,
 )
@@ -49,29 +48,23 @@ def blip2(model: Model) -> StockModel:
     )
     lm, connector = merged_lm(model), model.connector
     image_id, tokenizer = with_image_token(model)
+    processor = make_processor(model, tokenizer, int(vision.patch_size), "full")
+    text = text_config(model, lm)
     config = Blip2Config(
         vision_config=vision,
         qformer_config=qformer,
-        text_config=lm.config,
+        text_config=text,
         num_query_tokens=connector.num_tokens,
         image_token_index=image_id,
     )
+    config.tie_word_embeddings = text.tie_word_embeddings
     stock = build_stock(lambda: Blip2ForConditionalGeneration(config))
-    stock.vision_model.load_state_dict(tower)
-    stock.query_tokens.data.copy_(connector.queries.data)
-    stock.qformer.load_state_dict(connector.qformer.state_dict())
-    stock.language_projection.load_state_dict(connector.project.state_dict())
-    stock.language_model.load_state_dict(lm.state_dict())
-    add_image_embedding(stock, image_id)
-    stock.config.text_config = stock.language_model.config
-    # The processor can only put images before all text. In other prompts the image tokens are written in the text.
-    front = not model.lm.bos and model.spec.prompt.template.startswith("{images}")
-    processor = Blip2Processor(
-        image_processor=image_processor(model),
-        tokenizer=tokenizer,
-        num_query_tokens=connector.num_tokens if front else None,
-    )
-    return StockModel(for_saving(stock, model, image_id), processor, "" if front else IMAGE * connector.num_tokens)
+    assign(stock.vision_model, tower)
+    stock.query_tokens = nn.Parameter(connector.queries.detach(), requires_grad=False)
+    assign(stock.qformer, connector.qformer.state_dict())
+    assign(stock.language_projection, connector.project.state_dict())
+    assign(stock.language_model, lm.state_dict())
+    return finished(stock, model, image_id, processor)
 
 
 def _qformer_config(model: Model) -> Any:

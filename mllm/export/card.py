@@ -7,7 +7,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mllm.export.stock import StockModel
+from mllm.export.compare import Comparison
+from mllm.export.files import needs_5
+from mllm.export.stock import IMAGE
 from mllm.hub.embedded_list import PARTS
 from mllm.model import Model
 from mllm.version import __version__
@@ -28,48 +30,90 @@ pipeline_tag: image-text-to-text
 {adapters}
 ## Equivalence
 
-This folder (`mllm export RUN --to {to}`) was loaded with transformers alone and compared with the original model, in
-float32, on the {count} prompts of `probes/probes.json`:
+This folder (`mllm export RUN --to {to} --dtype {dtype}`) was loaded with transformers alone and compared with the
+original model, which computed in float32, on the {count} prompts and conversations of `probes/probes.json`, which were
+decoded in batches of several lengths. The input ids and the pixels are equal.
 
-- the largest difference of any logit is {difference:.3g}, where the largest logit is {largest:.3g};
-- the greedily decoded tokens are equal on every prompt ({tokens} in total), and so are the input ids and the pixels.
+{equivalence}
 {merged}
 mllm {mllm}, transformers {transformers}, torch {torch}. The pixels are those of the image processors on PIL; those on
-torchvision differ a little.
+torchvision differ a little. {versions}
 
 ## Usage
 
 ```python
+from transformers import pipeline
+
+pipe = pipeline("image-text-to-text", model=FOLDER)
+content = [{{"type": "image", "image": image}}, {{"type": "text", "text": "What is in the image?"}}]
+print(pipe(text=[{{"role": "user", "content": content}}], max_new_tokens=20, return_full_text=False))
+```
+
+The chat template formats messages as in training. The other prompts of the training, where `<image>` is an image:
+
+```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-processor = AutoProcessor.from_pretrained(FOLDER, backend="pil")
-model = AutoModelForImageTextToText.from_pretrained(FOLDER)
+processor = AutoProcessor.from_pretrained(FOLDER, backend="pil")  # transformers 4.57: use_fast=False
+model = AutoModelForImageTextToText.from_pretrained(FOLDER, dtype="auto")
 caption = {caption!r}
 question = {question!r}
 inputs = processor(images=[image], text=question.format(question="What is in the image?"), return_tensors="pt")
-answer = model.generate(**inputs, max_new_tokens=20)[:, inputs["input_ids"].shape[1]:]
+answer = model.generate(**inputs.to(model.dtype), max_new_tokens=20)[:, inputs["input_ids"].shape[1]:]
 print(processor.tokenizer.decode(answer[0], skip_special_tokens=True))
 ```
-
-{where}
 """
+EXACTLY = """\
+- The largest difference of any logit is {difference:.3g}, where the largest logit is {largest:.3g}; {allowed:g} of it
+  is allowed.
+- The greedily decoded tokens are equal on every prompt ({tokens} in total)."""
+ROUNDED = """\
+- Before the weights were rounded to {dtype}, the class in float32 decoded the same {tokens} tokens, and its logits were
+  equal to {exact:g} of the largest.
+- In {dtype}, the largest difference of any logit is {share:.2g} of the largest logit; {allowed:.2g} is allowed, from
+  what rounding to {dtype} changes in the original model. {equal} of the {count} greedy answers are those in float32."""
 MERGED = """
 The LoRA adapters were merged into the weights; the difference comes from rounding.
 """
+BOTH = "transformers 4.57 reads the folder, too."
+ONLY_5 = """\
+**Load this folder with transformers 5:** in 4.57 this language model scales the visual tokens as it scales its
+embeddings, and the answers are others."""
 
 
-def card(model: Model, to: str, stock: StockModel, comparisons: Sequence[dict[str, Any]]) -> str:
-    """Return the card's text, from the comparisons on each probe."""
-    spec = model.spec
-    worst = max(comparisons, key=lambda comparison: float(comparison["difference"]))
+def card(model: Model, to: str, stock: Any, comparisons: Sequence[Comparison], *, allowed: float, exact: float) -> str:
+    """Return the card's text.
+
+    Args:
+        model: the original.
+        to: the format.
+        stock: the transformers model, as loaded from the folder.
+        comparisons: on each probe.
+        allowed: the largest difference of logits that was allowed, as a share of the largest logit.
+        exact: the same of the comparison in float32.
+    """
+    spec, dtype = model.spec, str(stock.dtype).removeprefix("torch.")
+    worst = max(comparisons, key=lambda one: one.difference)
     options = ", ".join(f"{key}: {value}" for key, value in spec.connector.options().items())
     prompts = {
-        "caption": spec.prompt.template.format(images=stock.image, prompt=spec.prompt.caption),
-        "question": spec.prompt.template.format(images=stock.image, prompt=spec.prompt.question),
+        "caption": spec.prompt.template.format(images=IMAGE, prompt=spec.prompt.caption),
+        "question": spec.prompt.template.format(images=IMAGE, prompt=spec.prompt.question),
     }
+    equivalence = (EXACTLY if dtype == "float32" else ROUNDED).format(
+        dtype=dtype,
+        difference=worst.difference,
+        largest=worst.largest,
+        share=max(one.difference / max(one.largest, 1e-12) for one in comparisons),
+        allowed=allowed,
+        exact=exact,
+        tokens=sum(len(one.tokens) for one in comparisons),
+        equal=sum(one.tokens == one.stock for one in comparisons),
+        count=len(comparisons),
+    )
     return CARD.format(
-        title=type(stock.model).__name__,
+        title=type(stock).__name__,
         to=to,
+        dtype=dtype,
         encoder=_display_name(spec.encoder.label),
         encoder_licence=_licence(spec.encoder.label),
         lm=_display_name(spec.lm.model),
@@ -78,17 +122,11 @@ def card(model: Model, to: str, stock: StockModel, comparisons: Sequence[dict[st
         adapters="| adapters | LoRA, merged into the weights | yours |\n" if spec.adapters else "",
         merged=MERGED if spec.adapters else "",
         count=len(comparisons),
-        difference=worst["difference"],
-        largest=worst["largest"],
-        tokens=sum(len(comparison["tokens"]) for comparison in comparisons),
+        equivalence=equivalence,
         mllm=__version__,
         transformers=version("transformers"),
         torch=version("torch"),
-        where=(
-            "The image tokens are in the text, at the position that they had in training."
-            if stock.image
-            else "The processor puts the image before the text, as in training; there is one image per prompt."
-        ),
+        versions=ONLY_5 if needs_5(stock.config) else BOTH,
         **prompts,
     )
 

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import chain
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mllm.errors import MLLMError
-from mllm.export.stock import StockModel
+from mllm.export.probes import Probe, inputs_of
+from mllm.export.stock import stop_tokens
 from mllm.lms.decoding import Decoding
 from mllm.model import Model
-from mllm.prompts.pieces import arrange
 
 TOKENS = 12  # generated tokens per probe
+POSITIONS = 64  # the last ones of a probe, whose logits are compared; they attend to all others
 EXACT, MERGED = 1e-5, 1e-4  # the largest difference of logits, as a share of the largest logit
+ROUNDED = 4.0  # in half precision: times the difference that the rounding of matrix products makes in the original
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Comparison:
     """The results of both models on one probe.
 
     Attributes:
-        prompt: the text for the transformers processor.
+        prompt: the text for the transformers processor; of a conversation, as the chat template formats it.
         images: image files in the exported folder.
         difference: the largest absolute difference of any logit.
         largest: the largest absolute logit.
@@ -44,69 +43,112 @@ class Comparison:
     stock: list[int]
 
 
-def compare(model: Model, exported: StockModel, folder: Path) -> list[Comparison]:
-    """Return the comparisons of the original model with the model that transformers loads from the folder.
+@dataclass(frozen=True)
+class Reference:
+    """The original model's results on one probe.
 
-    Raises:
-        MLLMError: the two differ.
+    Attributes:
+        ids: the token ids, with that of the image token at visual tokens.
+        pixels: of the images.
+        logits: ``(K, V)`` at the last positions.
+        tokens: greedily decoded, in one batch with the other probes of its kind.
     """
-    stock = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-    processor = AutoProcessor.from_pretrained(folder, backend="pil")
-    (folder / "probes").mkdir()
-    comparisons = []
-    for pieces in _probes(model, several=bool(exported.image)):
-        names, words = [], []
-        for piece in pieces:
-            if not isinstance(piece, str):
-                names.append(f"probes/{_number(piece)}.png")
-                piece.save(folder / names[-1])
-            words.append(piece if isinstance(piece, str) else exported.image)
-        comparisons.append(_compared(model, stock, processor, pieces, "".join(words), names))
-    _check(comparisons, MERGED if model.spec.adapters else EXACT)
-    return comparisons
+
+    ids: list[int]
+    pixels: Tensor
+    logits: Tensor
+    tokens: list[int]
 
 
 @torch.no_grad()
-def _compared(
-    model: Model, stock: Any, processor: Any, pieces: Sequence[Any], prompt: str, names: list[str]
-) -> Comparison:
-    images = [piece for piece in pieces if not isinstance(piece, str)]
-    inputs = processor(images=images, text=prompt, return_tensors="pt")
-    embeds, batch = model.prepare([pieces])
-    _check_inputs(model, stock, inputs, images, batch)
-    original: Tensor = model.logits(model.connector(model.features(images)), batch)
-    exported: Tensor = stock(**inputs).logits[..., : original.shape[-1]]
-    decoding = Decoding(max_new_tokens=TOKENS, do_sample=False)
-    (tokens,) = model.lm.generate(batch.mask, [decoding], inputs_embeds=embeds)
-    ids = stock.generate(**inputs, max_new_tokens=TOKENS)[0].tolist()
-    ids = ids[batch.ids.shape[1] :]
-    return Comparison(
-        prompt=prompt,
-        images=names,
-        difference=float((original - exported).abs().max()),
-        largest=float(original.abs().max()),
-        tokens=tokens,
-        stock=ids[: ids.index(model.lm.eos)] if model.lm.eos in ids else ids,
-    )
+def references(model: Model, probes: Sequence[Sequence[Probe]], image: int) -> list[list[Reference]]:
+    """Return the original model's results on probes of each kind.
+
+    Args:
+        model: the original.
+        probes: by kind; those of one kind are a batch.
+        image: the id of the image token.
+    """
+    return [_references(model, kind, image) for kind in probes]
 
 
-def _check_inputs(model: Model, stock: Any, inputs: Any, images: Sequence[Any], batch: Any) -> None:
-    """Raise an `MLLMError` where the transformers processor returns other ids or pixels for a prompt."""
-    expected = batch.ids.masked_fill(batch.visual, stock.config.image_token_id)
-    if inputs["input_ids"].tolist() != expected.tolist():
-        raise MLLMError(
-            "The transformers processor returns other ids for a prompt than this model was trained with, so nothing is "
-            f"exported: {inputs['input_ids'].tolist()[0][:8]}... instead of {expected.tolist()[0][:8]}...."
-        )
-    if not torch.equal(inputs["pixel_values"], model.encoder.preprocess(images)):
-        raise MLLMError("The transformers image processor returns other pixels for an image, so nothing is exported.")
+def _references(model: Model, probes: Sequence[Probe], image: int) -> list[Reference]:
+    embeds, batch = model.prepare([probe.pieces for probe in probes])
+    decodings = [Decoding(max_new_tokens=TOKENS, do_sample=False)] * len(probes)
+    answers = model.lm.generate(batch.mask, decodings, inputs_embeds=embeds)
+    results = []
+    for probe, answer in zip(probes, answers, strict=True):
+        encoded = model.encode(probe.pieces)
+        ids = [image if visual else token for token, visual in zip(encoded.ids, encoded.visual, strict=True)]
+        pixels = model.encoder.preprocess(probe.images)
+        results.append(Reference(ids, pixels, _logits(model, probe), _answer(answer, model)))
+    return results
 
 
-def _check(comparisons: Sequence[Comparison], tolerance: float) -> None:
+def _logits(model: Model, probe: Probe) -> Tensor:
+    """Return the original model's logits ``(K, V)`` at a probe's last positions."""
+    embeds, batch = model.prepare([probe.pieces])
+    length = batch.ids.shape[1]
+    return model.lm.logits(embeds, batch.mask, torch.arange(max(length - POSITIONS, 0), length))[0].float()
+
+
+@torch.no_grad()
+def rounding(
+    model: Model, probes: Sequence[Sequence[Probe]], expected: Sequence[Sequence[Reference]], dtype: torch.dtype
+) -> float:
+    """Return what rounding changes: the original's largest difference, as a share of the largest logit, in a precision.
+
+    Its matrix products are computed in this precision (`torch.autocast`), which needs no second copy of the weights.
+    """
+    shares = []
+    with torch.autocast("cpu", dtype=dtype, cache_enabled=False):
+        for probe, reference in zip(chain(*probes), chain(*expected), strict=True):
+            shares.append(float((_logits(model, probe) - reference.logits).abs().max() / reference.logits.abs().max()))
+    return ROUNDED * max(shares)
+
+
+@torch.no_grad()
+def compare_all(
+    model: Model,
+    stock: Any,
+    processor: Any,
+    probes: Sequence[Sequence[Probe]],
+    expected: Sequence[Sequence[Reference]],
+) -> list[Comparison]:
+    """Return the comparisons of the transformers model with the original on all probes.
+
+    The logits are those of every probe alone; the tokens are decoded in one padded batch of each kind of probes, where
+    this language model can run one.
+
+    Raises:
+        MLLMError: the processor returns other ids or pixels for a probe.
+    """
+    comparisons = []
+    for kind, results in zip(probes, expected, strict=True):
+        answers = _generated(model, stock, processor, kind)
+        for probe, reference, answer in zip(kind, results, answers, strict=True):
+            inputs = inputs_of(processor, [probe])
+            _check_inputs(inputs, reference)
+            keep, vocabulary = reference.logits.shape
+            logits = stock(**inputs.to(stock.dtype)).logits[0, -keep:, :vocabulary].float()
+            comparisons.append(
+                Comparison(
+                    prompt=probe.written(processor),
+                    images=probe.files,
+                    difference=float((reference.logits - logits).abs().max()),
+                    largest=float(reference.logits.abs().max()),
+                    tokens=reference.tokens,
+                    stock=answer,
+                )
+            )
+    return comparisons
+
+
+def check(comparisons: Sequence[Comparison], tolerance: float) -> None:
     """Raise an `MLLMError` where tokens differ, or logits by more than the tolerance (relative to the largest)."""
     for result in comparisons:
         relative = result.difference / max(result.largest, 1e-12)
-        if relative > tolerance or result.tokens != result.stock:
+        if not relative <= tolerance or result.tokens != result.stock:
             raise MLLMError(
                 f"The transformers class differs, so nothing is exported: after {result.prompt[-40:]!r} logits differ "
                 f"by {relative:.2g} of the largest (the tolerance is {tolerance:g}), and the tokens are "
@@ -114,24 +156,43 @@ def _check(comparisons: Sequence[Comparison], tolerance: float) -> None:
             )
 
 
-def _probes(model: Model, *, several: bool) -> list[list[Any]]:
-    """Return the recipe's prompts with one image each, and with two images where the processor accepts several."""
-    first, second = _images()
-    prompt = model.spec.prompt
-    caption, question = prompt.caption, prompt.question.format(question="What is in the picture?")
-    probes = [arrange(prompt.template, [first], caption), arrange(prompt.template, [second], question)]
-    return [*probes, *([arrange(prompt.template, [first, second], question)] if several else [])]
+def check_rounded(comparisons: Sequence[Comparison], allowed: float) -> None:
+    """Raise an `MLLMError` where logits in half precision differ by more than rounding explains, or are not finite."""
+    for result in comparisons:
+        relative = result.difference / max(result.largest, 1e-12)
+        if not relative <= allowed:
+            raise MLLMError(
+                f"In this precision the transformers class differs by more than rounding explains: after "
+                f"{result.prompt[-40:]!r} logits differ by {relative:.2g} of the largest (allowed: {allowed:.2g}). "
+                "Nothing is exported. Export in float32, or in bfloat16, whose range is that of float32."
+            )
 
 
-def _images() -> list[Image.Image]:
-    """Return an image of noise and one of a color gradient, which are not square."""
-    random = np.random.default_rng(0)
-    noise = random.integers(0, 256, (90, 120, 3), dtype=np.uint8)
-    rows, columns = np.mgrid[0:150, 0:100]
-    gradient = np.stack([rows, columns, rows + columns], axis=-1).astype(np.uint8)
-    return [Image.fromarray(noise), Image.fromarray(gradient)]
+def _generated(model: Model, stock: Any, processor: Any, probes: Sequence[Probe]) -> list[list[int]]:
+    """Return the tokens that the transformers model decodes greedily after every probe."""
+    rows = []
+    for group in [probes] if model.lm.whole_batches else [[probe] for probe in probes]:
+        inputs = inputs_of(processor, group).to(stock.dtype)
+        ids = stock.generate(**inputs, max_new_tokens=TOKENS)[:, inputs["input_ids"].shape[1] :]
+        rows += [_answer(row, model) for row in ids.tolist()]
+    return rows
 
 
-def _number(image: Image.Image) -> int:
-    """Return an image's number in its file name: 1 for the noise, 2 for the gradient."""
-    return 1 if image.height < image.width else 2
+def _answer(ids: list[int], model: Model) -> list[int]:
+    """Return the tokens before the first that ends an answer."""
+    stops = stop_tokens(model)
+    return ids[: next((place for place, token in enumerate(ids) if token in stops), len(ids))]
+
+
+def _check_inputs(inputs: Any, reference: Reference) -> None:
+    """Raise an `MLLMError` where the transformers processor returns other ids or pixels for a prompt."""
+    ids = inputs["input_ids"].tolist()[0]
+    if ids != reference.ids:
+        place = next((i for i, (a, b) in enumerate(zip(ids, reference.ids, strict=False)) if a != b), 0)
+        raise MLLMError(
+            "The transformers processor returns other ids for a prompt than this model was trained with, so nothing is "
+            f"exported: at place {place} {ids[place : place + 8]}... instead of "
+            f"{reference.ids[place : place + 8]}...."
+        )
+    if not torch.equal(inputs["pixel_values"], reference.pixels):
+        raise MLLMError("The transformers image processor returns other pixels for an image, so nothing is exported.")

@@ -5,21 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoModel, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import AutoModel, LlavaConfig, LlavaForConditionalGeneration
 
 from mllm.errors import MLLMError
 from mllm.export.stock import (
-    IMAGE,
     StockModel,
-    add_image_embedding,
+    assign,
     build_stock,
     causal_lm,
     check_adapters,
     each,
-    for_saving,
-    image_processor,
+    finished,
+    make_processor,
     merged_lm,
+    text_config,
     whole_tower,
     with_image_token,
 )
@@ -40,33 +41,25 @@ def llava(model: Model) -> StockModel:
     )
     lm = merged_lm(model)
     image_id, tokenizer = with_image_token(model)
+    processor = make_processor(model, tokenizer, int(tower.config.patch_size), strategy)
+    text = text_config(model, lm)
     config = LlavaConfig(
         vision_config=tower.config,
-        text_config=lm.config,
+        text_config=text,
         image_token_index=image_id,
+        image_seq_length=model.connector.num_tokens,
         vision_feature_layer=layer,
         vision_feature_select_strategy=strategy,
         projector_hidden_act=act,
-        tie_word_embeddings=bool(getattr(lm.config, "tie_word_embeddings", False)),
+        tie_word_embeddings=text.tie_word_embeddings,
     )
     stock = build_stock(lambda: LlavaForConditionalGeneration(config))
-    stock.model.vision_tower.load_state_dict(tower.state_dict())
-    stock.model.language_model.load_state_dict(lm.base_model.state_dict())
-    stock.lm_head.load_state_dict(lm.get_output_embeddings().state_dict())
-    stock.model.multi_modal_projector.linear_1.load_state_dict(first)
-    stock.model.multi_modal_projector.linear_2.load_state_dict(second)
-    add_image_embedding(stock, image_id)
-    patch = int(tower.config.patch_size)
-    processor = LlavaProcessor(
-        image_processor=image_processor(model),
-        tokenizer=tokenizer,
-        patch_size=patch,
-        vision_feature_select_strategy=strategy,
-        num_additional_image_tokens=model.connector.num_tokens
-        - (model.encoder.size // patch) ** 2
-        + (strategy == "default"),
-    )
-    return StockModel(for_saving(stock, model, image_id), processor, IMAGE)
+    assign(stock.model.vision_tower, tower.state_dict())
+    assign(stock.model.language_model, lm.base_model.state_dict())
+    assign(stock.lm_head, lm.get_output_embeddings().state_dict())
+    assign(stock.model.multi_modal_projector.linear_1, first)
+    assign(stock.model.multi_modal_projector.linear_2, second)
+    return finished(stock, model, image_id, processor)
 
 
 def _projector(model: Model) -> tuple[dict[str, Any], dict[str, Any], str]:
@@ -95,13 +88,14 @@ def _projector(model: Model) -> tuple[dict[str, Any], dict[str, Any], str]:
 def _hidden_state(model: Model) -> tuple[Any, int, str]:
     """Return the vision tower, the hidden state that the encoder returns, and whether without its first token."""
     tower, layer = whole_tower(model), model.spec.encoder.layer
-    pixels = torch.rand(1, 3, model.encoder.size, model.encoder.size)
+    pixels = torch.rand(1, *model.encoder.shape)
     features = model.encoder(pixels)
     try:
-        blank = AutoModel.from_config(tower.config)
+        with init_empty_weights():
+            blank = AutoModel.from_config(tower.config)
         assert type(blank) is type(tower)
-        blank.load_state_dict(tower.state_dict())
-        states = blank.float().eval()(pixels, output_hidden_states=True).hidden_states or ()
+        assign(blank, tower.state_dict())
+        states = blank.eval()(pixels, output_hidden_states=True).hidden_states or ()
     except (ValueError, TypeError, AssertionError, RuntimeError) as error:
         raise MLLMError(f"The encoder cannot be this class's vision tower: {error or type(tower).__name__}.") from None
     index = -1 if layer is None else layer

@@ -2,22 +2,25 @@
 
 Equivalence is tested numerically, not by class names: which hidden state the encoder returns, and whether a language
 model's logits are one linear layer on its body's states. A model that is not equivalent is refused, with all reasons.
+
+Weights are not copied: the transformers model is built without them, and its parameters are then those of the model.
+Only what the export changes is new: layers with a merged LoRA, and the embeddings with a row for the image token.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from accelerate import init_empty_weights
 from peft.tuners.lora import LoraLayer
-from transformers import (
-    AddedToken,
-    GenerationConfig,
-)
+from torch import Tensor, nn
+from transformers import AddedToken, GenerationConfig, LlavaProcessor
 
 from mllm.errors import MLLMError
+from mllm.export.chat import chat_template
 from mllm.model import Model
 
 IMAGE = "<image>"
@@ -25,11 +28,10 @@ IMAGE = "<image>"
 
 @dataclass(frozen=True)
 class StockModel:
-    """A transformers model with this model's weights, its processor, and the text for an image in its prompts."""
+    """A transformers model with this model's weights, and its processor; ``<image>`` is an image in its prompts."""
 
     model: Any
     processor: Any
-    image: str
 
 
 def each(*steps: Callable[[], Any]) -> list[Any]:
@@ -58,21 +60,19 @@ def check_adapters(model: Model) -> None:
     for spec in model.spec.adapters:
         if spec.type != "lora":
             raise MLLMError(f"The adapter {spec.type!r} cannot be merged into the language model; lora can.")
-    if model.spec.lm.quantize is not None:
-        raise MLLMError(
-            "The language model is quantized (lm.quantize): its weights are not those of the transformers class."
-        )
 
 
 def merged_lm(model: Model) -> Any:
-    """Return the language model without adapters: LoRA is merged into the weights of a copy."""
+    """Return the language model without adapters, which shares the weights that a LoRA does not change."""
     if not model.spec.adapters:
         return model.lm.model
-    lm = copy.deepcopy(model.lm.model)
+    original = model.lm.model
+    lm = copy.deepcopy(original, {id(tensor): tensor for tensor in (*original.parameters(), *original.buffers())})
     for name, module in list(lm.named_modules()):
         if isinstance(module, LoraLayer):
-            module.merge()
-            lm.set_submodule(name, module.get_base_layer())
+            layer = copy.deepcopy(module)
+            layer.merge()
+            lm.set_submodule(name, layer.get_base_layer())
     return lm
 
 
@@ -99,7 +99,17 @@ def causal_lm(model: Model) -> Any:
     return model.lm.model
 
 
-def part_of(state: dict[str, Any], old: str, new: str) -> dict[str, Any]:
+def text_config(model: Model, lm: Any) -> Any:
+    """Return the language model's configuration, with the special tokens of its tokenizer and no path of its files."""
+    config, tokenizer = copy.deepcopy(lm.config), model.lm.tokenizer
+    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, model.lm.eos
+    config.pad_token_id = model.lm.pad
+    config.tie_word_embeddings = lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
+    config._name_or_path = ""
+    return config
+
+
+def part_of(state: Mapping[str, Any], old: str, new: str) -> dict[str, Any]:
     """Return a module's weight, and its bias if it has one, under another name."""
     return {f"{new}.{name}": state[f"{old}.{name}"] for name in ("weight", "bias") if f"{old}.{name}" in state}
 
@@ -114,7 +124,30 @@ def with_image_token(model: Model) -> tuple[int, Any]:
     return int(tokenizer.convert_tokens_to_ids(IMAGE)), tokenizer
 
 
-def image_processor(model: Model) -> Any:
+def make_processor(model: Model, tokenizer: Any, patch: int, strategy: str) -> Any:
+    """Return the processor: every ``<image>`` of a prompt becomes as many image tokens as an image has here.
+
+    It is LLaVA's for every class: that of BLIP-2 has no chat template, and one image before everything else.
+
+    Args:
+        model: the model.
+        tokenizer: with the image token.
+        patch: the side of the encoder's patches in pixels.
+        strategy: LLaVA's ``vision_feature_select_strategy``.
+    """
+    patches = (model.encoder.size // patch) ** 2
+    return LlavaProcessor(
+        image_processor=_image_processor(model),
+        tokenizer=tokenizer,
+        patch_size=patch,
+        vision_feature_select_strategy=strategy,
+        num_additional_image_tokens=model.connector.num_tokens - patches + (strategy == "default"),
+        image_token=IMAGE,
+        chat_template=chat_template(model, IMAGE),
+    )
+
+
+def _image_processor(model: Model) -> Any:
     """Return the image processor with the encoder's settings: resized to a square, without cropping."""
     processor, side = copy.deepcopy(model.encoder.processor), model.encoder.size
     processor.size = {"height": side, "width": side}
@@ -125,29 +158,51 @@ def image_processor(model: Model) -> Any:
 
 
 def build_stock(build: Callable[[], Any]) -> Any:
-    """Return the built transformers model; a failure is an `MLLMError` with the reason."""
+    """Return the built transformers model, without weights; a failure is an `MLLMError` with the reason."""
     try:
-        return build()
+        with init_empty_weights():
+            return build()
     except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
         raise MLLMError(f"- The class cannot be built of these parts: {error}.") from None
 
 
-def add_image_embedding(stock: Any, image: int) -> None:
-    """Extend the vocabulary for the image token, with all-zero rows; the token is never generated."""
-    embeddings = stock.get_input_embeddings()
-    if image < embeddings.num_embeddings:
-        return
-    rows = embeddings.num_embeddings
+def assign(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Let a module's parameters be these tensors, and its other buffers keep their values."""
+    module.load_state_dict(state, assign=True)
+
+
+def finished(stock: Any, model: Model, image: int, processor: Any) -> StockModel:
+    """Return the transformers model, with an embedding of the image token, tied weights and a generation config."""
+    if stock.config.get_text_config().tie_word_embeddings:
+        stock.tie_weights()
+    suppressed = _add_image_embedding(stock, image)
+    stops = stop_tokens(model)
+    stock.generation_config = GenerationConfig(  # greedy decoding, which ends where this model ends
+        do_sample=False,
+        bos_token_id=model.lm.tokenizer.bos_token_id,
+        eos_token_id=stops if len(stops) > 1 else stops[0],
+        pad_token_id=model.lm.pad,
+        suppress_tokens=suppressed,
+    )
+    return StockModel(stock.requires_grad_(False).eval(), processor)
+
+
+def _add_image_embedding(stock: Any, image: int) -> list[int]:
+    """Extend the vocabulary for the image token, with all-zero rows, and return the ids that are never generated."""
+    rows = stock.get_input_embeddings().num_embeddings
+    if image < rows:
+        return [image]
     stock.resize_token_embeddings(image + 1, mean_resizing=False)
     for table in (stock.get_input_embeddings(), stock.get_output_embeddings()):
         table.weight.data[rows:] = 0
         if getattr(table, "bias", None) is not None:
             table.bias.data[rows:] = 0
+    return [*range(rows, image + 1)]
 
 
-def for_saving(stock: Any, model: Model, image: int) -> Any:
-    """Return the transformers model in float32, with a generation config for greedy decoding as here."""
-    stock.generation_config = GenerationConfig(
-        do_sample=False, eos_token_id=model.lm.eos, pad_token_id=model.lm.pad, suppress_tokens=[image]
-    )
-    return stock.float().eval()
+def stop_tokens(model: Model) -> list[int]:
+    """Return the ids that end an answer: the tokenizer's end of sequence, and those of the generation config."""
+    config = getattr(model.lm.model, "generation_config", None)
+    ids = getattr(config, "eos_token_id", None)
+    more = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+    return list(dict.fromkeys([model.lm.eos, *more]))

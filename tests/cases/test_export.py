@@ -58,11 +58,6 @@ def exported(request, encoder, lm_folder, tmp_path_factory):
     return Exported(model, out, stock, transformers.AutoProcessor.from_pretrained(out, backend="pil"))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="Right with the parts that people bring: an exported processor pads a batch on the left",
-)
 def test_a_batch_as_the_processor_pads_it_is_answered_as_ours(exported):
     assert exported.answers(exported.inputs(PROMPTS)) == list(map(str, exported.ours.generate(PROMPTS, **DECODING)))
 
@@ -88,11 +83,6 @@ def test_a_pipeline_answers_as_ours(exported, pipeline):
     assert answer[0]["generated_text"].strip() == str(exported.ours.generate([[A, "short"]], **DECODING)[0])
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=ValueError,
-    reason="Right with the parts that people bring: an exported processor has the chat template",
-)
 def test_a_pipeline_takes_messages(pipeline):
     content = [{"type": "image", "image": A}, {"type": "text", "text": "hi"}]
     answer = pipeline(text=[{"role": "user", "content": content}], generate_kwargs=DECODING)

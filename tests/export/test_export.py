@@ -42,11 +42,11 @@ def moved(model: Any) -> Any:
 
 
 @torch.no_grad()
-def same_answers(model: Any, folder: Path, cls: Any, image: str, text: str = " what is it?") -> None:
+def same_answers(model: Any, folder: Path, cls: Any, text: str = " what is it?") -> None:
     """Compare a batch of the transformers class with the model: logits to 1e-5, and greedy tokens."""
     stock = cls.from_pretrained(folder).eval()
     inputs = AutoProcessor.from_pretrained(folder, backend="pil")(
-        images=IMAGES, text=[image + text] * 2, return_tensors="pt"
+        images=IMAGES, text=["<image>" + text] * 2, return_tensors="pt"
     )
     embeds, batch = model.prepare([[source, text] for source in IMAGES])
     mine = model.lm.logits(embeds, batch.mask)
@@ -68,9 +68,9 @@ def same_answers(model: Any, folder: Path, cls: Any, image: str, text: str = " w
 def test_tower_map_and_decoder_are_llava(tiny_clip, tiny_parts, tmp_path, encoder, connector):
     model = moved(mllm.assemble({"model": tiny_clip, **encoder}, tiny_parts[1], connector))
     results = export(model, tmp_path / "out", to="hf-llava")
-    assert len(results) == 3
+    assert len(results) == 6  # three prompts, three conversations
     assert all(one.difference <= 1e-5 * one.largest and one.tokens == one.stock for one in results)
-    same_answers(model, tmp_path / "out", LlavaForConditionalGeneration, "<image>")
+    same_answers(model, tmp_path / "out", LlavaForConditionalGeneration)
 
 
 # The families that have embed_tokens and whose logits are one linear layer on the body's states; others are refused.
@@ -89,7 +89,7 @@ REFUSED = {
 def test_families_that_fit_llavas_class(tiny_clip, tmp_path, family):
     model = moved(mllm.assemble({"model": tiny_clip, "layer": -1}, LM_FAMILIES[family](tmp_path / "lm"), "linear"))
     export(model, tmp_path / "out", to="hf-llava")
-    same_answers(model, tmp_path / "out", LlavaForConditionalGeneration, "<image>")
+    same_answers(model, tmp_path / "out", LlavaForConditionalGeneration)
 
 
 @pytest.mark.parametrize("family", REFUSED)
@@ -119,8 +119,7 @@ def test_vit_qformer_and_decoder_are_blip2(tiny_parts, tmp_path, family):
     lm = {**LM_FAMILIES, "opt": opt}[family](tmp_path / "lm")
     model = moved(mllm.assemble(encoder, lm, {**QFORMER, "norm": False}))
     export(model, tmp_path / "out", to="hf-blip2")
-    image = "" if not model.lm.bos else "<image>" * 4
-    same_answers(model, tmp_path / "out", Blip2ForConditionalGeneration, image)
+    same_answers(model, tmp_path / "out", Blip2ForConditionalGeneration)
 
 
 def blip2(folder: Path, lm: str) -> str:
@@ -150,7 +149,7 @@ def test_blip2s_own_tower_goes_in_and_out(tmp_path, layer):
     encoder = {"model": blip2(tmp_path / "blip2", lm), "select": "all", "layer": layer}
     model = moved(mllm.assemble(encoder, lm, {**QFORMER, "norm": layer is not None}))
     export(model, tmp_path / "out", to="hf-blip2")
-    same_answers(model, tmp_path / "out", Blip2ForConditionalGeneration, "<image>" * 4 if model.lm.bos else "")
+    same_answers(model, tmp_path / "out", Blip2ForConditionalGeneration)
 
 
 def test_lora_is_merged_and_the_card_says_so(tiny_clip, tiny_parts, tmp_path):
