@@ -9,6 +9,7 @@ model shares those of the original until it is saved, and is gone before the fol
 
 from __future__ import annotations
 
+import gc
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -67,6 +68,7 @@ def export(model: Model, folder: str | Path, *, to: str, dtype: str = "float32")
         save_images(temporary)
         with _on_cpu_in_float32(model):
             stock = _converted(model, to)
+            gc.collect()  # the language model of which it was made, and which may hold merged weights
             probes = make_probes(model, chats=stock.processor.chat_template is not None)
             expected = references(model, probes, stock.model.config.image_token_id)
             allowed = exact
@@ -75,6 +77,7 @@ def export(model: Model, folder: str | Path, *, to: str, dtype: str = "float32")
                 allowed = rounding(model, probes, expected, getattr(torch, dtype))
             write_files(stock, temporary, getattr(torch, dtype))
             del stock
+            gc.collect()
         loaded = AutoModelForImageTextToText.from_pretrained(temporary, dtype=getattr(torch, dtype)).eval()
         processor = AutoProcessor.from_pretrained(temporary, backend="pil")
         comparisons = compare_all(model, loaded, processor, probes, expected)

@@ -33,54 +33,56 @@ LAYERS: dict[str, Any] = {
 VISION: dict[str, Any] = {
     "hidden_size": 24,
     "intermediate_size": 48,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 3,
     "num_attention_heads": 2,
     "image_size": 32,
     "patch_size": 8,
 }
-ENCODERS = ("clip_vision_model", "siglip_vision_model", "dinov2", "vit", "beit")
+ENCODERS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model", "dinov2": "dinov2", "vit": "vit"}
 LMS: dict[str, dict[str, Any]] = {
     **{name: {} for name in ("llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "stablelm", "smollm3")},
     "mixtral": {"num_local_experts": 4},
-    "gemma3_text": {"head_dim": 8},
+    "gemma3": {"head_dim": 8},
 }
-QFORMER = {**VISION, "encoder_hidden_size": 24}
+TWO_LAYERS = {**VISION, "num_hidden_layers": 2}  # of BLIP-2's vision model and Q-Former
 BLIP2_LMS: dict[str, dict[str, Any]] = {
-    "opt": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 64},
+    "opt": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "word_embed_proj_dim": 32},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4},
     "llama": {},
 }
 
 
-def names() -> dict[str, list[str]]:
+def names() -> dict[str, str]:
     """Return the names of the weights that this transformers saves, by encoder and language model."""
-    config, shapes = transformers.AutoConfig.for_model, {}
-    for encoder, lm in [*((encoder, "llama") for encoder in ENCODERS), *(("clip_vision_model", lm) for lm in LMS)]:
-        text = config(lm, **LAYERS, **LMS[lm], tie_word_embeddings=False)
-        llava = transformers.LlavaConfig(vision_config=config(encoder, **VISION), text_config=text)
-        shapes[f"llava {encoder} {lm}"] = _saved_names(transformers.LlavaForConditionalGeneration(llava))
+    config = transformers.AutoConfig.for_model
+    listed: dict[str, str] = {}
+    for encoder, lm in [*((encoder, "llama") for encoder in ENCODERS), *(("clip", lm) for lm in LMS)]:
+        kind = "gemma3_text" if lm == "gemma3" else lm
+        text = config(kind, **LAYERS, **LMS[lm], tie_word_embeddings=False)
+        llava = transformers.LlavaConfig(vision_config=config(ENCODERS[encoder], **VISION), text_config=text)
+        listed[f"llava {encoder} {lm}"] = _saved_names(transformers.LlavaForConditionalGeneration(llava))
     for lm, shape in BLIP2_LMS.items():
         text = config(lm, **{**(LAYERS if lm == "llama" else {"vocab_size": 300}), **shape}, tie_word_embeddings=False)
         blip2 = transformers.Blip2Config(
-            vision_config=transformers.Blip2VisionConfig(**VISION),
-            qformer_config=transformers.Blip2QFormerConfig(**QFORMER),
-            text_config=text,
+            vision_config=transformers.Blip2VisionConfig(**TWO_LAYERS).to_dict(),
+            qformer_config=transformers.Blip2QFormerConfig(**TWO_LAYERS, encoder_hidden_size=24).to_dict(),
+            text_config=text.to_dict(),
         )
-        shapes[f"blip2 {lm}"] = _saved_names(transformers.Blip2ForConditionalGeneration(blip2))
-    return shapes
+        listed[f"blip2 {lm}"] = _saved_names(transformers.Blip2ForConditionalGeneration(blip2))
+    return listed
 
 
-def _saved_names(model: Any) -> list[str]:
+def _saved_names(model: Any) -> str:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         with safe_open(Path(folder) / "model.safetensors", "pt") as weights:
-            return sorted(weights.keys())
+            return " ".join(sorted(weights.keys()))
 
 
 @torch.no_grad()
 def answers(folder: Path) -> dict[str, Any]:
     """Return what a folder answers in a batch of several lengths, to a conversation, and what it lacks."""
-    auto = transformers.AutoModelForImageTextToText
+    auto: Any = transformers.AutoModelForImageTextToText
     model, info = auto.from_pretrained(folder, output_loading_info=True)
     older = {"use_fast": False} if transformers.__version__.startswith("4.") else {"backend": "pil"}
     processor = transformers.AutoProcessor.from_pretrained(folder, **older)
@@ -112,4 +114,6 @@ if __name__ == "__main__":
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     task, *folders = sys.argv[1:]
-    print(json.dumps(names() if task == "names" else [answers(Path(folder)) for folder in folders]))
+    print(
+        json.dumps(names(), indent=1) if task == "names" else json.dumps([answers(Path(folder)) for folder in folders])
+    )
