@@ -58,7 +58,7 @@ class Pixels(Head):
 
     def body(self, vectors: Tensor, noise: Tensor | None = None) -> Tensor:
         """Return features ``(N, F)`` of vectors ``(N, D)``; ``noise``: a standard normal sample of their shape."""
-        vectors = nn.functional.normalize(vectors, dim=-1)
+        vectors = nn.functional.normalize(vectors.to(self.frequencies.dtype), dim=-1)
         if noise is not None:
             vectors = vectors + self.noise * noise / math.sqrt(self.dim)
         return (vectors @ self.frequencies + self.phases).cos()

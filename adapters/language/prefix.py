@@ -32,7 +32,7 @@ class PrefixTuning(Switchable):
         for key, value in _shapes(model):
             for parameters, template in ((self.keys, key), (self.values, value)):
                 heads, _, dim = template.shape[1:]
-                parameters.append(nn.Parameter(torch.randn(heads, positions, dim, device=template.device) * std))
+                parameters.append(nn.Parameter((torch.randn(heads, positions, dim) * std).to(template.device)))
 
     @property
     def num_positions(self) -> int:

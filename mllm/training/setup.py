@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from transformers import get_scheduler
 
 from mllm.build import objectives_of
 from mllm.config.recipe import Stage
+from mllm.devices import choose_device
 from mllm.errors import MLLMError
 from mllm.model import Model, trained_module
 from mllm.prompts.batch import Batch
@@ -98,6 +100,8 @@ class Engine:
         for tracker in self.accelerator.trackers:  # end_training would end the other processes, too
             tracker.finish()
         self.accelerator.free_memory()
+        for name in ("forward", "_original_forward"):  # accelerate's, with this stage's precision
+            self.model.__dict__.pop(name, None)
 
 
 def accelerator_for(stage: Stage, folder: Path) -> Accelerator:
@@ -113,6 +117,7 @@ def accelerator_for(stage: Stage, folder: Path) -> Accelerator:
     # A process whose examples have no image leaves the connector out of its graph.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     asked()  # first: accelerate is not to divide anything itself
+    AcceleratorState._reset_state()  # a stage's precision may be another than that of the stage before
     accelerator = Accelerator(
         mixed_precision=precision(stage),
         log_with=list(stage.track) or None,
@@ -202,7 +207,7 @@ def precision(stage: Stage) -> str:
     """Return accelerate's word; ``auto`` is bfloat16 on a GPU that has it, else the precision of the loaded parts."""
     names = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
     if stage.optim.precision == "auto":
-        return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+        return "bf16" if choose_device().type == "cuda" and torch.cuda.is_bf16_supported() else "no"
     return names[stage.optim.precision]
 
 
