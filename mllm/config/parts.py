@@ -77,6 +77,11 @@ def listed(value: Any) -> Any:
     return [] if value is None else [value] if isinstance(value, Mapping) else value
 
 
+def switch(value: Any) -> Any:
+    """Return ``on`` or ``off`` for a boolean, as which YAML reads these words where they are not quoted."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
 class EncoderSpec(PartSpec):
     """The frozen encoder: which model, and which of its outputs. Every other key is an argument of its type."""
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 
 from mllm.config.data import Data
 from mllm.config.parts import (
@@ -18,6 +18,7 @@ from mllm.config.parts import (
     Parts,
     Spec,
     part_of,
+    switch,
 )
 
 
@@ -51,7 +52,7 @@ class Settings(Parts):
     data: Data = Data()
     init: InitSpec = InitSpec()
     optim: OptimSpec = OptimSpec()
-    cache: Literal["auto", "on", "off"] = "auto"
+    cache: Annotated[Literal["auto", "on", "off"], BeforeValidator(switch)] = "auto"
     eval: EvalSpec = EvalSpec()
     track: list[Literal["tensorboard", "trackio", "wandb"]] = []  # where losses are logged, too
 

@@ -145,7 +145,7 @@ def parameter_groups(model: Model, stage: Stage) -> Groups:
     A parameter belongs to the longest path that names it; an adapter's belongs to ``adapters``, wherever it stands.
 
     Raises:
-        MLLMError: a path that is no part, or weights that are quantized.
+        MLLMError: a path that is no part, or weights that are quantized or in float16.
     """
     model.requires_grad_(False)
     inside = {id(parameter) for parameter in model.adapters.parameters()}
@@ -159,6 +159,11 @@ def parameter_groups(model: Model, stage: Stage) -> Groups:
         parameters = [parameter for name, parameter in owner.values() if name == path]
         if not all(parameter.is_floating_point() for parameter in parameters):
             raise MLLMError(f"A stage's 'train' names {path!r}, which is quantized. Set quantize: null, or use LoRA.")
+        if any(parameter.dtype == torch.float16 for parameter in parameters):
+            raise MLLMError(
+                f"A stage's 'train' names {path!r}, which is stored in float16, in which training diverges. Set "
+                "lm.dtype: float32, or use LoRA."
+            )
         groups.append({"params": [parameter.requires_grad_(True) for parameter in parameters], "lr": rate})
     return groups
 

@@ -62,7 +62,8 @@ def train(
         run = Run.reopen(Path(resume), loading.dump(config), accept=accept_changes)
         model, state = _restored(run, config)
     else:
-        model, state = build(config.stages[0].assembly, device=loading_device()), TrainingState()  # first: what does not fit leaves no folder
+        model = build(config.stages[0].assembly, device=loading_device())  # first: what does not fit leaves no folder
+        state = TrainingState()
         run = Run.create(_folder(out, config.name), loading.dump(config))
     try:
         for number, stage in enumerate(config.stages[state.stage :], start=state.stage):
