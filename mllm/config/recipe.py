@@ -17,6 +17,7 @@ from mllm.config.parts import (
     ObjectiveSpec,
     Parts,
     Spec,
+    listed,
     part_of,
     switch,
 )
@@ -54,7 +55,9 @@ class Settings(Parts):
     optim: OptimSpec = OptimSpec()
     cache: Annotated[Literal["auto", "on", "off"], BeforeValidator(switch)] = "auto"
     eval: EvalSpec = EvalSpec()
-    track: list[Literal["tensorboard", "trackio", "wandb"]] = []  # where losses are logged, too
+    track: Annotated[
+        list[Literal["tensorboard", "trackio", "wandb"]], BeforeValidator(listed)
+    ] = []  # where losses are logged, too
 
 
 class Stage(Settings):
