@@ -124,7 +124,7 @@ def test_an_audio_encoder(gpu, tmp_path, tiny_parts, family):
 @pytest.mark.parametrize("kind", ["fuse", "video", "merged video", "dual-encoder"])
 def test_an_encoder_of_encoders(gpu, tiny_parts, tiny_clip, kind):
     one = {"model": tiny_parts[0]}
-    encoder = {
+    encoder: Any = {
         "fuse": {"fuse": "width", "of": [one, one]},
         "video": {"type": "video", "of": one, "frames": 3},
         "merged video": {"type": "video", "of": one, "frames": 3, "pool": "merge", "keep": 2},
@@ -181,9 +181,22 @@ def test_a_head_that_conditions_an_image_decoder(gpu, tiny_model, tiny_decoder, 
     assert on_device(device)
     for one, other in zip(*(model.draw(PROMPTS, count=2, seed=3) for model in (cpu, device)), strict=True):
         assert isinstance(one, ImagePart)
-        assert np.array_equal(*map(np.asarray, (one.image, other.image)))
+        assert np.array_equal(np.asarray(one.image), np.asarray(other.image))
     kinds = ("distillation", "token-prediction", "retrieval")
     assert losses(device, *kinds) == pytest.approx(losses(cpu, *kinds), rel=1e-4)
+
+
+def test_a_diffusion_pipeline(gpu, tiny_model, pipeline):
+    head = {"type": "generation", "tokens": 2, "length": 8, "width": 16, "dim": 16, "layers": 1, "heads": 2}
+    decoder = {"type": "diffusers", "model": pipeline[1], "steps": 2}
+    cpu, device = both(tiny_model, heads=[head], decoder=decoder)
+    texts = [model.decoder.encode(["a cat"]) for model in (cpu, device)]
+    assert texts[1].is_cuda
+    torch.testing.assert_close(texts[1].cpu(), texts[0])
+    images = [np.asarray(model.draw(PROMPTS[:1], seed=3)[0].image).astype(int) for model in (cpu, device)]
+    assert np.abs(images[0] - images[1]).max() <= 1
+    kinds = ("distillation", "score-distillation")
+    assert losses(device, *kinds) == pytest.approx(losses(cpu, *kinds), rel=1e-3)
 
 
 def test_an_index_and_answers_with_its_images(gpu, tiny_model, tiny_decoder, tmp_path):

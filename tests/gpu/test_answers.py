@@ -22,12 +22,6 @@ def model(trained, device):
     return mllm.load(trained).to(device)
 
 
-@pytest.mark.xfail(
-    not SMOKE,
-    strict=True,
-    raises=AssertionError,
-    reason="Right with the parts that people bring: inference and evaluation run on the GPU that torch reports",
-)
 def test_a_model_is_loaded_on_the_device(trained, device, figures):
     figures["device after mllm.load"] = mllm.load(trained).device
     assert mllm.load(trained).device.type == device
