@@ -75,7 +75,7 @@ class Connector(nn.Module):
     """A connector, features to visual tokens; trained: ``connector: {type: linear}``.
 
     Features are cast to the type of its weights before `forward`: an encoder may be in half precision, and what trains
-    is not. Who calls another of its methods casts them first, by `cast`.
+    is not. Other methods that read features cast them by `cast`.
 
     Its constructor takes keyword arguments alone: ``vis_dim`` (D_vis), ``lm_dim`` (D_lm; None where the recipe has no
     language model), ``num_patches`` (P), ``grid`` (rows and columns of the patches, or None), and its own options.

@@ -8,14 +8,13 @@ import json
 import sys
 import threading
 from collections.abc import Iterator
+from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
 import uvicorn
 import yaml
-from mllm.eval.bench.generate import agree
-from mllm.eval.bench.shapes import llava
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 import mllm
@@ -170,6 +169,7 @@ def test_a_training_in_python_is_told_the_device(gpu, folder):
 
 def test_the_bench_compares_two_models_of_one_device(gpu, tiny_parts, tmp_path):
     size = {"hidden_size": 24, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    ours, stock = llava(tmp_path / "vision", size={**size, "image_size": 32}, lm=tiny_parts[1])
+    shapes, generate = (import_module(f"mllm.eval.bench.{name}") for name in ("shapes", "generate"))
+    ours, stock = shapes.llava(tmp_path / "vision", size={**size, "image_size": 32}, lm=tiny_parts[1])
     assert {parameter.device.type for model in (ours, stock) for parameter in model.parameters()} == {"cuda"}
-    agree(ours, stock, print)
+    generate.agree(ours, stock, print)

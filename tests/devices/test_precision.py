@@ -139,7 +139,7 @@ def test_heads_decoders_and_scorers_read_states_in_half_precision(tiny_model, ti
         assert each.retrieve([[IMAGE, "A"]], index)[0][0].source == str(tmp_path / "a.png")
         assert each.draw([["A cat"]])[0].image.size == (16, 16)
         each.generate([[IMAGE, "A"]], index=index, image_logit_bias=9.0, max_new_tokens=2)
-        each.generate([[IMAGE, "A"]], candidates=2, max_new_tokens=2)
+        each.generate([[IMAGE, "A"]], images=0, candidates=2, max_new_tokens=2)
 
 
 @pytest.fixture
