@@ -18,6 +18,8 @@ from typing import Any
 
 import yaml
 
+from mllm.config.loading import load
+from mllm.config.recipe import Recipe
 from mllm.errors import MLLMError
 from mllm.processes import processes
 from mllm.system import write
@@ -137,7 +139,8 @@ class Run:
         out = self.path / "loss.png"
         if self.writes and (self.path / "log.jsonl").is_file():
             with self._written(out.name):
-                write(out, lambda file: loss_plot(self.path / "log.jsonl", file))
+                notes = data_notes(load(str(self.path / "recipe.yaml")))
+                write(out, lambda file: loss_plot(self.path / "log.jsonl", file, notes))
         return out
 
     @contextlib.contextmanager
@@ -148,6 +151,16 @@ class Run:
         except OSError as error:
             reason = error.strerror or error
             raise MLLMError(f"{self.path / name} cannot be written: {reason}. Free some disk space.") from None
+
+
+def data_notes(recipe: Recipe) -> list[str]:
+    """Return a line for each stage whose validation loss is of other data than its training loss."""
+    notes = []
+    for stage in recipe.stages:
+        train, val = ([spec.label for spec in specs] for specs in (stage.data.train, stage.data.val))
+        if stage.train and val and sorted(train) != sorted(val):
+            notes.append(f"{stage.name}: training loss on {', '.join(train)}; validation loss on {', '.join(val)}")
+    return notes
 
 
 def changes(before: dict[str, Any], after: dict[str, Any], path: str = "") -> list[str]:
