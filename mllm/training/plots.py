@@ -101,7 +101,7 @@ def loss_figure(curves: dict[str, Curve], notes: Sequence[str] = ()) -> Figure:
         start += curve.steps
     if not curves:
         axes.text(0.5, 0.5, "no loss was logged", transform=axes.transAxes, ha="center", color=GREY)
-    below = "\n".join(textwrap.fill(note, 110) for note in notes)
+    below = "\n".join(textwrap.fill(note, 150) for note in notes)
     figure.text(0.01, -0.01, below, fontsize=7, color=GREY, va="top", parse_math=False)
     axes.set(xlabel="step", ylabel="loss", xlim=(0, max(start, 1)))
     axes.spines[["top", "right"]].set_visible(False)
