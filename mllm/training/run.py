@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from mllm.config.loading import load
+from mllm.config.loading import dump, load
 from mllm.config.recipe import Recipe
 from mllm.errors import MLLMError
 from mllm.processes import processes
@@ -72,7 +72,7 @@ class Run:
             raise MLLMError(f"There is no run in {path}: expected recipe.yaml there.")
         if (path / "model" / "assembly.json").is_file():
             raise MLLMError(f"The run {path} is complete: there is nothing to resume. `mllm eval {path}` evaluates it.")
-        differing = changes(yaml.safe_load(written.read_text()), yaml.safe_load(recipe))
+        differing = changes(yaml.safe_load(_today(written)), yaml.safe_load(recipe))
         if differing and not accept:
             listed = "".join(f"\n  {change}" for change in differing)
             raise MLLMError(f"The recipe changed since {path} was started; --accept-changes continues with it:{listed}")
@@ -175,6 +175,13 @@ def changes(before: dict[str, Any], after: dict[str, Any], path: str = "") -> li
         elif old != new:
             differing.append(f"{path}{key}: {old!r} -> {new!r}")
     return differing
+
+
+def _today(written: Path) -> str:
+    """Return a run's recipe with the keys that came to recipes since it was written, at their defaults."""
+    with contextlib.suppress(MLLMError):
+        return dump(load(str(written)))
+    return written.read_text()
 
 
 def free_folder(name: str) -> Path:
