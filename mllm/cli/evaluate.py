@@ -24,7 +24,7 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Folder of the report; RUN/eval/SUITE by default.")] = None,
     baselines: Annotated[
         str | None,
-        typer.Option(help="Names with commas (blind,shuffled), all, or none; the suite's usual ones by default."),
+        typer.Option(help="Names with commas (blind,nearest), all, or none; the suite's usual ones by default."),
     ] = None,
     device: DeviceName = None,
     dtype: DTypeName = None,
