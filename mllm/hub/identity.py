@@ -105,11 +105,7 @@ def preprocessing(processor: Any) -> dict[str, Any] | None:
     if processor is None:
         return None
     values = processor.to_dict().items()
-    return {
-        name: value
-        for name, value in values
-        if value is not None and value is not False and not BOOKKEEPING.fullmatch(name)
-    }
+    return {name: value for name, value in values if _is_set(value) and not BOOKKEEPING.fullmatch(name)}
 
 
 def tokenization(tokenizer: Any) -> dict[str, Any] | None:
@@ -123,13 +119,16 @@ def tokenization(tokenizer: Any) -> dict[str, Any] | None:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         state = json.loads(backend.to_str())
-        return {
-            "special": special,
-            **{name: state[name] for name in state.keys() - {"version", "truncation", "padding"}},
-        }
+        model = json.dumps(state.pop("model"), sort_keys=True)  # it has hundreds of thousands of entries
+        kept = {name: state[name] for name in state.keys() - {"version", "truncation", "padding"}}
+        return {**kept, "special": special, "model": hashlib.sha256(model.encode()).hexdigest()}
     file = Path(getattr(tokenizer, "vocab_file", None) or "")
     vocabulary = {"vocab": tokenizer.get_vocab(), "file": file_hash(file) if file.is_file() else None}
     return {"special": special, "type": type(tokenizer).__name__, **vocabulary}
+
+
+def _is_set(value: Any) -> bool:
+    return value is not None and value is not False  # 0 is a resampling filter
 
 
 @functools.cache
