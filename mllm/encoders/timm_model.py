@@ -56,7 +56,7 @@ class TimmModel(PretrainedEncoder):
         timm = _timm()
         self.model: Any = _created(timm, model.removeprefix("timm/"), weights, init, seed)
         self.config = timm.data.resolve_model_data_config(self.model)
-        architecture = self.model.pretrained_cfg["architecture"]
+        architecture = self.model.pretrained_cfg.get("architecture") or model  # its tag names the weights
         self.set_fingerprint(configuration=architecture, preprocessing=self.config)
         self.size, self.model = _resized(self.model, resolution, self.config)
         self.shape = (3, self.size, self.size)
