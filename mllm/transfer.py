@@ -12,7 +12,9 @@ from torch import Tensor
 from mllm.config.parts import AssemblySpec, EncoderSpec, LMSpec, PartSpec
 from mllm.config.recipe import Stage
 from mllm.errors import MLLMError, near
-from mllm.hub.identity import differing, without
+from mllm.hub import loading as hub
+from mllm.hub.fingerprints import fingerprint
+from mllm.hub.identity import differing, of_language_model, without
 from mllm.model import Model
 from mllm.saving import (
     TensorShape,
@@ -95,9 +97,15 @@ def _is_same(model: Model, part: str, spec: FrozenSpec, expected: str) -> bool:
     if spec is None or _is_random(spec):
         return False
     with contextlib.suppress(MLLMError):
-        fingerprint = without(str(model.get_submodule(part).fingerprint), "chat_template")
-        return not differing(expected, fingerprint)
+        return not differing(expected, without(_fingerprint(model, part, spec), "chat_template"))
     return False
+
+
+def _fingerprint(model: Model, part: str, spec: FrozenSpec) -> str:
+    if isinstance(spec, LMSpec):  # on the meta device it has no weights to hash
+        folder = hub.resolve(spec.model, group="lms")
+        return of_language_model(fingerprint(folder), folder, model.lm.tokenizer)
+    return str(model.get_submodule(part).fingerprint)
 
 
 def _transferred(
