@@ -36,7 +36,7 @@ class Encoder(nn.Module):
         num_patches: P.
         shape: of one image as `preprocess` returns it.
         cacheable: whether features cost enough to be kept in the feature cache.
-        fingerprint: a hash of the weights.
+        fingerprint: identifies its weights, and whatever else changes with the model (`mllm.hub.identity`).
     """
 
     dim: int
@@ -47,11 +47,11 @@ class Encoder(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """Return a hash of the weights."""
+        """Return a hash of the weights, or what `mllm.hub.identity.fingerprint_of` makes of it."""
         raise NotImplementedError
 
     def settings(self) -> dict[str, Any]:
-        """Return what, beside the weights, determines the features: part of the feature cache's key."""
+        """Return what, besides the fingerprint, determines the features: part of the feature cache's key."""
         raise NotImplementedError
 
     def open(self, piece: Any) -> Any:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mllm.errors import MLLMError
 from mllm.hub.fingerprints import file_hash
+from mllm.hub.identity import BOOKKEEPING, fingerprint_of
 from mllm.hub.published import configuration
 from mllm.media.images import open_image
 
@@ -90,11 +91,13 @@ class DiffusionPipeline(nn.Module):
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Return a hash of the weights."""
-        digest = hashlib.sha256()
-        for file in sorted(_folder(self._model).rglob("*.safetensors")):
+        """Return the fingerprint of the weights, and of the configurations and tokenizer files beside them."""
+        folder, digest = _folder(self._model), hashlib.sha256()
+        for file in sorted(folder.rglob("*.safetensors")):
             digest.update(f"{file.parent.name}/{file.name} {file_hash(file)}".encode())
-        return digest.hexdigest()
+        texts = {*folder.rglob("*.json"), *folder.rglob("*.txt")}
+        contents = {file.relative_to(folder).as_posix(): _content(file) for file in texts}
+        return fingerprint_of(digest.hexdigest(), configuration=contents)
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Tensor:
@@ -231,6 +234,17 @@ def _folder(model: str) -> Path:
             f"There is no pipeline {model!r}: {reason} Give a folder that diffusers saved, or the id of a repository "
             "that you can access."
         ) from None
+
+
+def _content(file: Path) -> Any:
+    """Return a configuration without bookkeeping; of a file that is none, its hash."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return file_hash(file)
+    if not isinstance(content, dict):
+        return content
+    return {name: value for name, value in content.items() if not BOOKKEEPING.fullmatch(name)}
 
 
 def _json(model: str, file: str) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mllm.hub import loading as hub
 from mllm.hub.fingerprints import fingerprint, tensor_hash
+from mllm.hub.identity import of_language_model
 from mllm.lms import generation
 from mllm.lms.cross_attention import EmbeddingsWithMemory
 from mllm.lms.decoding import Decoding
@@ -84,8 +85,9 @@ class LanguageModel(nn.Module):
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Return the fingerprint of the weights."""
-        return fingerprint(self._folder) if self._init == "pretrained" else tensor_hash(self.model)
+        """Return the fingerprint of weights, configuration, tokenizer and chat template."""
+        weights = fingerprint(self._folder) if self._init == "pretrained" else tensor_hash(self.model)
+        return of_language_model(weights, self._folder, self.tokenizer)
 
     @property
     def dim(self) -> int:

@@ -22,6 +22,7 @@ from mllm.errors import MLLMError
 from mllm.fits.base import Material
 from mllm.media.images import open_image
 from mllm.processes import progress
+from mllm.saving import fingerprints_of
 from mllm.system import return_memory
 from mllm.training.batches import Batches, check_packing, training_sources
 from mllm.training.calibration import calibrate_new
@@ -91,6 +92,7 @@ def carry_over(model: Assembly, spec: AssemblySpec, run: Run | None = None) -> A
 def run_stage(run: Run, model: Assembly, stage: Stage, state: TrainingState) -> None:
     """Fit or train one stage, and record that what it does not train hashes the same afterwards."""
     return_memory()  # of loading and of the stage before
+    state.fingerprints = fingerprints_of(model)
     store = open_store(model, "off" if stage.trains("encoder") else stage.cache)
     trained = [stage.fit.part] if stage.fit else list(stage.train)
     before = _hashes(model, trained)

@@ -20,7 +20,7 @@ from mllm.config.recipe import Recipe
 from mllm.devices import DeviceName, use_device
 from mllm.errors import MLLMError
 from mllm.processes import processes
-from mllm.saving import save
+from mllm.saving import check_fingerprints, fingerprints_of, save
 from mllm.training.checkpoint import NAME as CHECKPOINT
 from mllm.training.checkpoint import TrainingState, random_states, set_random_states
 from mllm.training.run import Run, free_folder
@@ -70,7 +70,13 @@ def train(
             if not state.step:
                 model = begin_stage(run, model, stage, config.seed)
             run_stage(run, model, stage, state)
-            state = TrainingState(number + 1, model=model.trained_state(), random=random_states(), frozen=state.frozen)
+            state = TrainingState(
+                number + 1,
+                model=model.trained_state(),
+                random=random_states(),
+                frozen=state.frozen,
+                fingerprints=state.fingerprints,
+            )
             state.write(run.path)
     finally:
         run.plot()
@@ -98,6 +104,9 @@ def _restored(run: Run, config: Recipe) -> tuple[Assembly, TrainingState]:
     if state.random:  # there is a checkpoint
         if state.model.keys() != model.trained_state().keys():
             raise MLLMError(f"The checkpoint of {run.path} is of another model: the recipe's parts changed.")
+        if state.fingerprints:  # an earlier version wrote none
+            here = fingerprints_of(model)
+            check_fingerprints(run.path, state.fingerprints, here, instead="start a new run with this one")
         model.load_state_dict(state.model, strict=False)
         model.calibrated = any(stage.sets("connector") for stage in config.stages[: number + 1])
         set_random_states(state.random)
