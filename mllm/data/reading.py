@@ -35,6 +35,7 @@ class Report:
     """What was left out while a source was read.
 
     Attributes:
+        label: the source's file, for messages.
         rows: the number of rows that the files hold.
         bad: the number of bad rows that were skipped.
         reasons: why, for the first of them, each with its file and row.
@@ -42,6 +43,7 @@ class Report:
         counts: other things that were left out, by what they are.
     """
 
+    label: str = "the data"
     rows: int = 0
     bad: int = 0
     reasons: list[str] = field(default_factory=list)
@@ -53,12 +55,13 @@ class Report:
         named = {"bad rows": self.bad, "missing images": len(self.absent), **self.counts}
         return {what: number for what, number in named.items() if number}
 
-    def lines(self) -> list[str]:
-        """Return a line on each kind of thing that was left out, with examples."""
+    def lines(self, apart: Sequence[str] = ()) -> list[str]:
+        """Return a line on each kind of thing that was left out, with examples; ``apart``: kinds to pass over."""
         examples = {"bad rows": self.reasons, "missing images": self.absent}
         return [
             f"{number} {what} left out" + (f": {some(examples[what])}" if what in examples else "")
             for what, number in self.left_out().items()
+            if what not in apart
         ]
 
 
@@ -90,17 +93,18 @@ class Reading:
         Raises:
             MLLMError: there are no items, more bad rows than may be skipped, missing images, or an error of the reader.
         """
-        label = str(next((options[name] for name in _FILES if name in options), "the data"))
+        label = str(next((options[name] for name in _FILES if name in options), self.report.label))
         label += f", split {options['split']}" if options.get("split") else ""
+        self.report.label = label
         body, unique = getattr(function, "body", None), getattr(function, "unique", False)
         items: Sequence[Item] = body(self, **options) if body else function(**options)
         if not isinstance(items, Lazy):
             items = self.present(items)
             if unique:
-                items = self._unique(items, label)
+                items = self._unique(items)
             if check:
                 items = [item for item in items if self._passes(item, check)]
-        self._raise(items, label)
+        self._raise(items)
         return items
 
     def each(
@@ -187,11 +191,12 @@ class Reading:
             self.report.counts["items with a missing image"] += len(items) - len(kept)
         return kept
 
-    def _unique(self, items: Sequence[Item], label: str) -> list[Item]:
+    def _unique(self, items: Sequence[Item]) -> list[Item]:
         """Return the items whose id no other item has."""
         times = Counter(item.id for item in items)
         for key in (key for key, number in times.items() if number > 1):
-            self.bad(f"{label}: the id {key!r} belongs to {times[key]} items; expected one. Remove the others.")
+            label = f"{self.report.label}: the id {key!r}"
+            self.bad(f"{label} belongs to {times[key]} items; expected one. Remove the others.")
         return [item for item in items if times[item.id] == 1]
 
     def _passes(self, item: Item, check: Callable[[Item], None]) -> bool:
@@ -202,9 +207,9 @@ class Reading:
             return False
         return True
 
-    def _raise(self, items: Sequence[Item], label: str) -> None:
+    def _raise(self, items: Sequence[Item]) -> None:
         """Raise the error that becomes due when everything is read."""
-        report = self.report
+        report, label = self.report, self.report.label
         if report.absent and self.missing == "raise":
             raise MLLMError(
                 f"{label}: {len(report.absent)} of {len(self._exists)} images are missing: "

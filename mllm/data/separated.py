@@ -75,14 +75,12 @@ def _header(fields: list[str], problem: str, file: Path) -> list[str]:
 
 
 def _swallowed(later: list[str], header: list[str], delimiter: str) -> str:
-    """Return what is wrong with a row that goes on in ``later`` lines, if one of them is a row of its own."""
+    """Return what is wrong with a row that continues in ``later`` lines, if one of them is a row of its own."""
     if not later or IMAGE not in header:
         return ""
     for offset, fields in enumerate(csv.reader(later, delimiter=delimiter), start=1):
         if len(fields) == len(header) and Path(fields[header.index(IMAGE)].strip()).suffix.lower() in SUFFIXES:
-            return (
-                f'a field that " opens goes on into line {offset} after it, which is a row. Close it, or write it as ""'
-            )
+            return f'a field that " opens contains line {offset} after it, which is a row. Close it, or write " as ""'
     return ""
 
 

@@ -64,13 +64,13 @@ def _bound(spec: DataSpec, skip: float = 0.0) -> tuple[Callable[..., Sequence[It
 
 def read(spec: DataSpec, *, seed: int = 0) -> Sequence[Item]:
     """Return the items of one source, as `read_source` does; the first bad row is an error."""
-    return read_source(spec, seed=seed).items
+    return _logged(read_source(spec, seed=seed)).items
 
 
 def read_source(
     spec: DataSpec, *, seed: int = 0, skip: float = 0.0, check: Callable[[Item], None] | None = None
 ) -> Source:
-    """Read one source, or a random ``fraction`` of its items, and log what was left out.
+    """Read one source, or a random ``fraction`` of its items.
 
     The subset depends on the seed alone, and a smaller fraction gives a subset of a larger one.
 
@@ -86,8 +86,6 @@ def read_source(
     """
     function, reading, options = _bound(spec, skip)
     items = reading.run(function, options, check)
-    if left_out := reading.report.lines():
-        _log_once(f"data: {spec.format} {next(iter(options.values()), '')}: {'; '.join(left_out)}.")
     if spec.blank:
         items = _blank(items)
     if spec.fraction < 1:
@@ -96,6 +94,13 @@ def read_source(
         indices = sorted(order[: math.ceil(spec.fraction * len(items))])
         items = items.part(indices) if isinstance(items, Lazy) else [items[index] for index in indices]
     return Source(spec, items, reading.report)
+
+
+def _logged(source: Source) -> Source:
+    """Log what was left out of a source, and return it."""
+    if left_out := source.report.lines():
+        _log_once(f"{source.report.label}: {'; '.join(left_out)}.")
+    return source
 
 
 @cache
@@ -134,7 +139,7 @@ def read_all(specs: Sequence[DataSpec], *, seed: int = 0, skip: float = 0.0) -> 
         MLLMError: an item has no target, a source is too small or of the wrong kind for its settings, or an error of a
             reader.
     """
-    sources = [read_source(spec, seed=seed, skip=skip, check=check_learnable) for spec in specs]
+    sources = [_logged(read_source(spec, seed=seed, skip=skip, check=check_learnable)) for spec in specs]
     for source in sources:
         for item in () if isinstance(source.items, Lazy) else source.items:  # lazy items are checked when they are read
             check_combinable(item, source.spec)
