@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import functools
 import gzip
 import json
 import lzma
@@ -158,7 +159,7 @@ def records_of(file: Path) -> Iterator[Record]:
         yield Record(f"{file}, line {line}", number, lambda content=content: parse_json(content))  # type: ignore[misc]
 
 
-def rows_of(content: Any, file: Any, expected: str, key: str | None = None) -> list[Record]:
+def rows_of(content: Any, file: Any, expected: str, key: str | None = None) -> Iterator[Record]:
     """Return the rows of a list, or of the list under a key of an object.
 
     Raises:
@@ -168,10 +169,10 @@ def rows_of(content: Any, file: Any, expected: str, key: str | None = None) -> l
     if not isinstance(rows, list):
         raise MLLMError(f"{file} has an unexpected form: it is no list of rows; expected {expected}. Correct the file.")
     label = f"{file}, {key}, row" if key else f"{file}, row"
-    return [Record(f"{label} {number}", number, lambda row=row: row) for number, row in enumerate(rows, start=1)]  # type: ignore[misc]
+    return (Record(f"{label} {number}", number, lambda row=row: row) for number, row in enumerate(rows, start=1))  # type: ignore[misc]
 
 
-def entries_of(content: Any, file: Any, expected: str) -> list[Record]:
+def entries_of(content: Any, file: Any, expected: str) -> Iterator[Record]:
     """Return the entries of an object as rows ``(key, value)``.
 
     Raises:
@@ -179,10 +180,10 @@ def entries_of(content: Any, file: Any, expected: str) -> list[Record]:
     """
     if not isinstance(content, dict):
         raise MLLMError(f"{file} has an unexpected form: it is no object; expected {expected}. Correct the file.")
-    return [
+    return (
         Record(f"{file}, entry {entry[0]!r}", number, lambda entry=entry: entry)  # type: ignore[misc]
         for number, entry in enumerate(content.items(), start=1)
-    ]
+    )
 
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:
@@ -199,10 +200,15 @@ def inside(folder: Path | str, name: Any) -> Path:
     name = text_in(name, "image's file name")
     if name.startswith(("http://", "https://", "s3://", "gs://")):
         raise MLLMError(f"the image {name[:200]!r} is an address, and nothing is downloaded. Give a file.")
-    path = Path(os.path.normpath(Path(folder) / name))
-    if not path.is_relative_to(os.path.normpath(folder)):
+    root = _absolute(str(folder), os.getcwd())
+    if not os.path.normpath(os.path.join(root, name)).startswith(os.path.join(root, "")):
         raise MLLMError(f"the image {name[:200]!r} is outside of {folder}. Set 'images' to a folder that contains it.")
-    return path
+    return Path(os.path.normpath(os.path.join(folder, name)))
+
+
+@functools.cache
+def _absolute(folder: str, working: str) -> str:
+    return os.path.normpath(os.path.join(working, folder))
 
 
 def some(names: Sequence[str]) -> str:

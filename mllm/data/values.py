@@ -29,7 +29,7 @@ def text_in(value: Any, what: str, *, numbers: bool = False, empty: bool = False
         raise MLLMError(f"the {what} is {_shown(value)}; expected a text. Correct it.")
     if not empty and not value.strip():
         raise MLLMError(f"the {what} is empty; expected a text. Write one, or remove the row.")
-    if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
+    if "\0" in value or not (value.isascii() or _encodable(value)):
         raise MLLMError(f"the {what} {_shown(value)} has a NUL or half a character; expected a text. Correct it.")
     return value
 
@@ -81,6 +81,15 @@ def absent(value: Any) -> bool:
     if isinstance(value, float):
         return math.isnan(value)
     return value is None or value == [] or (isinstance(value, str) and not value.strip())
+
+
+def _encodable(text: str) -> bool:
+    """Return whether a text has no surrogates, which JSON can escape and UTF-8 cannot encode."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _shown(value: Any) -> str:
