@@ -77,12 +77,18 @@ def files_in(folder: Path, *suffixes: str) -> list[Path]:
 
 
 def images_in(folder: Path, *, deep: bool = False) -> list[Path]:
-    """Return the image files of a folder, and of its subfolders if ``deep``, by name, without hidden ones."""
+    """Return the image files of a folder, with its subfolders if ``deep``, by name, without hidden ones."""
     return [path for path in visible_in(folder, deep=deep) if path.suffix.lower() in SUFFIXES]
 
 
 def visible_in(folder: Path, *, deep: bool = False) -> list[Path]:
-    """Return all files and folders in a folder that are not hidden, by name."""
+    """Return all files and folders in a folder that are not hidden, by name.
+
+    Raises:
+        MLLMError: there is no such folder.
+    """
+    if not os.path.isdir(folder):
+        raise MLLMError(f"{str(folder)[:200]} is no folder. Give the path of a folder.")
     paths = sorted(folder.rglob("*") if deep else folder.glob("*"))
     return [path for path in paths if not is_hidden(path.relative_to(folder))]
 

@@ -27,6 +27,7 @@ LISTED = 10  # of them that an error lists
 _FILES = ("path", "annotations", "questions", "problems")  # arguments that name a reader's file, for messages
 
 Value = TypeVar("Value")
+Items = TypeVar("Items", bound=Sequence[Item])
 Reader = Callable[..., Sequence[Item]]
 
 
@@ -231,11 +232,11 @@ class Reading:
 
 
 @overload
-def reader(function: Reader) -> Reader: ...
+def reader(function: Callable[..., Items]) -> Callable[..., Items]: ...
 
 
 @overload
-def reader(*, unique: bool) -> Callable[[Reader], Reader]: ...
+def reader(*, unique: bool) -> Callable[[Callable[..., Items]], Callable[..., Items]]: ...
 
 
 def reader(function: Reader | None = None, *, unique: bool = True) -> Any:

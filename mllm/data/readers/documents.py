@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -99,12 +100,12 @@ def _documents(rows: Reading, path: str, pieces: Callable[[Any], Pieces], separa
 
 def _named(path: Path) -> Iterator[Record]:
     """Yield each document with its name: its number, after its file's name if ``path`` is a folder."""
-    files = files_in(path, ".jsonl") if path.is_dir() else [path]
+    files = files_in(path, ".jsonl") if os.path.isdir(path) else [path]
     if not files:
         raise MLLMError(f"{path} contains no *.jsonl files; expected at least one. Give another folder.")
     for file in files:
         for record in records_of(file):
-            name = f"{stem_of(file)}/{record.number}" if path.is_dir() else str(record.number)
+            name = f"{stem_of(file)}/{record.number}" if os.path.isdir(path) else str(record.number)
             label = f"{path}, document {name}"
             yield Record(label, record.number, lambda name=name, record=record: (name, record.load()))  # type: ignore[misc]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -170,7 +171,7 @@ def pope(rows: Reading, *, annotations: str, images: str) -> list[Item]:
 
     path = Path(annotations)
     items = []
-    for file in files_in(path, ".json", ".jsonl") if path.is_dir() else [path]:
+    for file in files_in(path, ".json", ".jsonl") if os.path.isdir(path) else [path]:
         kind = stem_of(file).rpartition("_")[2]
         items += rows.each(records_of(file), item_of, _POPE)
     return items

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,13 @@ def table(rows: Reading, *, path: str, images: str | None = None) -> list[Item]:
     file = Path(path)
     folder = Path(images) if images else file.parent
 
+    @cache
+    def image_of(name: str) -> ImageFile:
+        return ImageFile(inside(folder, name))
+
     def row_of(row: Any, number: int) -> tuple[tuple[str, ...], tuple[ImageFile, ...], str | None, list[str]]:
         names, question, answers = _columns(row, rows)
-        return names, tuple(ImageFile(inside(folder, name)) for name in names), question, answers
+        return names, tuple(map(image_of, names)), question, answers
 
     sources: dict[tuple[tuple[str, ...], str | None], tuple[ImageFile, ...]] = {}
     grouped: dict[tuple[tuple[str, ...], str | None], list[str]] = defaultdict(list)
@@ -62,10 +67,9 @@ def _columns(row: Any, rows: Reading) -> tuple[tuple[str, ...], str | None, list
     """Return a row's images, its question if it has one, and its captions or answers."""
     if not isinstance(row, dict):
         raise MLLMError(f"{str(row)[:60]!r} is not a row. Expected the columns 'image' and 'caption'.")
-    columns = f"columns found: {', '.join(map(str, row))}"
     image, question, caption = (row.get(name) for name in ("image", "question", "caption"))
     if absent(image):
-        raise MLLMError(f"no 'image'; {columns}. Name an image file in the column 'image' of each row.")
+        raise MLLMError(f"no 'image'; {_found(row)}. Name an image file in the column 'image' of each row.")
     names = tuple(text_in(name, "image").strip() for name in listed(image))
     asked = None if absent(question) else text_in(question, "question").strip()
     if asked and not absent(caption):
@@ -73,8 +77,12 @@ def _columns(row: Any, rows: Reading) -> tuple[tuple[str, ...], str | None, list
     value = row.get("answer") if asked else caption
     answers = [] if absent(value) else (rows.answers if asked else rows.captions)(value)
     if not answers:
-        raise MLLMError(f"neither a 'caption' nor a 'question' with an 'answer'; {columns}. Add one of them.")
+        raise MLLMError(f"neither a 'caption' nor a 'question' with an 'answer'; {_found(row)}. Add one of them.")
     return names, asked, answers
+
+
+def _found(row: Mapping[str, Any]) -> str:
+    return f"columns found: {', '.join(map(str, row))}"
 
 
 def _records(file: Path) -> Iterable[Record]:
@@ -236,7 +244,7 @@ def _parquet_rows(path: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
         import pyarrow.parquet
     except ImportError:
         raise MLLMError("Reading parquet files needs pyarrow: pip install 'mllm-assembly[data]'.") from None
-    files = files_in(path, ".parquet") if path.is_dir() else [path]
+    files = files_in(path, ".parquet") if os.path.isdir(path) else [path]
     if not files:
         raise MLLMError(f"{path} contains no *.parquet files; expected at least one. Give another folder.")
     for file in files:

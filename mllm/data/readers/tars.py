@@ -155,7 +155,7 @@ def _readable(name: bytes) -> str:
 
 
 def _tars(path: str) -> list[Path]:
-    if Path(path).is_dir():
+    if os.path.isdir(path):
         tars = files_in(Path(path), ".tar")
     else:
         try:
@@ -183,7 +183,7 @@ def _uncompressed(tar: Path) -> Path:
         with opener(tar, "rb") as source, file.open("wb") as target:
             shutil.copyfileobj(source, target)
 
-    if not cached.is_file():
+    if not os.path.isfile(cached):
         cached.parent.mkdir(parents=True, exist_ok=True)
         try:
             write(cached, decompress)
@@ -208,7 +208,7 @@ def _index(tar: Path, images: Sequence[str], text: str) -> Index:
 def _cached(file: Path) -> Index | None:
     """Return an index from the cache; None if there is none, or it is damaged."""
     try:
-        with np.load(file, allow_pickle=False) as arrays:
+        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
             index = Index(arrays["names"], arrays["spans"])
     except (*DAMAGED, *FORM_ERRORS, zipfile.BadZipFile):
         return None
