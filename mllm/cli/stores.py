@@ -71,6 +71,8 @@ def check_data(
         bars = "\n".join(f"{count:>7} {'#' * -(-20 * count // highest)}" for _, _, count in bins)
         table.add_row(source.name, *map(str, (source.items, source.answers, source.images)), ranges, bars)
     Console().print(table)
+    for note in (note for source in sources for note in source.notes):
+        typer.echo(f"- {note}")
     problems = [problem for source in sources for problem in source.problems] + shared
     for problem in problems:
         typer.echo(f"- {problem}")

@@ -36,7 +36,7 @@ def training_sources(stage: Stage) -> list[Source]:
     Raises:
         MLLMError: the stage has none, or a reader refuses its files.
     """
-    sources = read_all(stage.data.train, seed=stage.seed)
+    sources = read_all(stage.data.train, seed=stage.seed, skip=stage.data.skip)
     if not sources:
         raise MLLMError(f"Stage {stage.name} has no data: give data.train.")
     return sources
