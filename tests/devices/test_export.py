@@ -12,7 +12,7 @@ from mllm.export.export import export
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_model_on_the_device_is_exported_as_on_the_cpu(dtype, tiny_clip, tiny_parts, gpu, tmp_path):
-    model = mllm.assemble({"model": tiny_clip, "layer": -1}, tiny_parts[1], "mlp")
+    model = mllm.assemble({"model": tiny_clip, "layer": -1}, tiny_parts[1], "mlp", device="cpu")
     export(model, tmp_path / "cpu", to="hf-llava", dtype=dtype)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.to("cuda")
