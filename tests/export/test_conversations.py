@@ -118,7 +118,7 @@ def test_a_pipeline_gives_the_answers_of_the_model(exported, name):
     if name == "text alone" and model.spec.connector.type == "qformer":
         pytest.skip("BLIP-2's class generates with images only")
     processor = AutoProcessor.from_pretrained(folder, backend="pil")
-    pipeline = transformers.pipeline("image-text-to-text", model=str(folder), processor=processor)
+    pipeline: Any = transformers.pipeline("image-text-to-text", model=str(folder), processor=processor)
     messages = CONVERSATIONS[name]
     answer = pipeline(text=messages, generate_kwargs=DECODING, return_full_text=False)
     expected = str(model.generate([turns(model, checked_messages(messages))], **DECODING)[0])
@@ -127,7 +127,7 @@ def test_a_pipeline_gives_the_answers_of_the_model(exported, name):
 
 def test_a_pipeline_of_the_folder_alone_takes_messages(exported):
     _, folder = exported
-    pipeline = transformers.pipeline("image-text-to-text", model=str(folder))
+    pipeline: Any = transformers.pipeline("image-text-to-text", model=str(folder))
     answer = pipeline(text=CONVERSATIONS["an image first"], generate_kwargs=DECODING)
     assert answer[0]["generated_text"][-1]["role"] == "assistant"
 
