@@ -68,7 +68,7 @@ class Chat:
                 conversation is then as it was.
         """
         decode = functools.partial(self._answer, make_decoding(self._model, decoding), _decode_at_once)
-        return "".join(self._turn(text, images, decode))
+        return "".join(self._turn(text, images, decode)).rstrip()
 
     def stream(self, text: str, images: Sequence[Any] = (), **decoding: Any) -> Iterator[str]:
         """Send a message, and yield the answer as it is generated; the turn counts once all of it was read.
