@@ -97,15 +97,16 @@ def made(cls: Any, label: str, *inside: Any, **options: Any) -> Any:
         raise MLLMError(f"The {label} does not take these arguments: {error}.{help_}") from None
     types = _annotations(cls)
     for name, value in options.items():
-        if types.get(name) in NUMBERS and not (isinstance(value, Real) and math.isfinite(value)):
-            if value is not None or types[name] in (int, float):
-                raise MLLMError(f"The {label} has {name}={value!r}; expected a number.")
+        is_number = isinstance(value, Real) and math.isfinite(value)
+        is_absent = value is None and types.get(name) not in (int, float)
+        if types.get(name) in NUMBERS and not is_number and not is_absent:
+            raise MLLMError(f"The {label} has {name}={value!r}; expected a number.")
     return cls(*inside, **options)
 
 
 def _annotations(cls: Any) -> dict[str, Any]:
     """Return the types of a part's arguments, as far as they can be read."""
     try:
-        return get_type_hints(cls.__init__ if isinstance(cls, type) else cls)
-    except (AttributeError, NameError, TypeError):
+        return get_type_hints(vars(cls)["__init__"] if isinstance(cls, type) else cls)
+    except (KeyError, NameError, TypeError):
         return {}

@@ -37,6 +37,46 @@ class Query:
     before: tuple[Piece, ...] = ()
 
 
+Queries = Callable[[Item, PromptSpec, tuple[Piece, ...]], list[Query]]
+
+
+def whole_prompt(query: Query, template: str, *, grouped: bool) -> tuple[list[Piece], str]:
+    """Return the prompt of a query that is encoded once for all queries on its images, and the text that follows it."""
+    if query.images and grouped:
+        return [*query.before, *arrange(template, query.images)], query.text
+    return [*query.before, *arrange(template, query.images, query.text)], ""
+
+
+def unanswerable(
+    model: Assembly,
+    items: Sequence[Item],
+    context: Context,
+    queries: Queries,
+    check: Callable[[list[Piece], Query], None],
+    *,
+    grouped: bool,
+) -> dict[int, str]:
+    """Return the indices of the items whose queries do not fit into the language model's context, with the errors.
+
+    Args:
+        model: the model.
+        items: of the suite.
+        context: the evaluation.
+        queries: as for `Asking`.
+        check: raises an `MLLMError` if a query, given its whole prompt, does not fit.
+        grouped: as for `Asking`.
+    """
+    prompt, separator, errors = model.spec.prompt, context.suite.shots.separator, {}
+    for index, item in enumerate(items):
+        for query in queries(item, prompt, before(item, prompt, separator)):
+            pieces, text = whole_prompt(query, prompt.template, grouped=grouped)
+            try:
+                check([*pieces, text] if text else pieces, query)
+            except MLLMError as error:
+                errors[index] = str(error)
+    return errors
+
+
 Group = tuple[list[Piece], dict[str, Query]]  # a prompt that is encoded once, and its queries by the text that follows
 Reply = Any  # a generated text, or the log-likelihood of each choice: what the journal can write as JSON
 
@@ -56,7 +96,7 @@ class Asking:
     def __init__(
         self,
         context: Context,
-        queries: Callable[[Item, PromptSpec, tuple[Piece, ...]], list[Query]],
+        queries: Queries,
         reply: Callable[[Views, Sequence[Group]], list[Reply]],
         *,
         grouped: bool,
@@ -100,11 +140,9 @@ class Asking:
         """
         groups: dict[Any, Group] = {}
         for query in queries:
-            if query.images and self._grouped:
-                prompt = [*query.before, *arrange(template, query.images)]
-                groups.setdefault((query.before, query.images), (prompt, {}))[1][query.text] = query
-            else:
-                groups[query] = ([*query.before, *arrange(template, query.images, query.text)], {"": query})
+            prompt, text = whole_prompt(query, template, grouped=self._grouped)
+            shared = query.images and self._grouped
+            groups.setdefault((query.before, query.images) if shared else query, (prompt, {}))[1][text] = query
         batch: list[Group] = []
         for group in sorted(groups.values(), key=lambda group: _length(group[0])):
             batch.append(group)

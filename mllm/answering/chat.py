@@ -23,6 +23,7 @@ from mllm.answering.decode import for_encoded, generate_ids, make_decoding
 from mllm.answering.generate import answer_prompts, generate
 from mllm.errors import MLLMError
 from mllm.lms.decoding import Decoding
+from mllm.lms.generation import exceeds
 from mllm.media.images import ImageFile, source_of
 from mllm.model import Model
 from mllm.outputs import Output
@@ -150,7 +151,7 @@ class Chat:
             self._prefill(encoded, images)
             known = len(self._cached)
         length = len(self._mask) + len(encoded.ids) - known + (decoding.max_new_tokens or 0)
-        if 0 in self._mask and model.lm.exceeds_window(length):  # a window would count masked positions
+        if 0 in self._mask and (model.lm.exceeds_window(length) or exceeds(model.lm, length)):  # masked ones count
             self._forget()
             self._prefill(encoded, images)
             known = len(self._cached)

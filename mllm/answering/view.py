@@ -17,6 +17,7 @@ from mllm.answering.decode import candidate_ids, check_candidates, for_prompts, 
 from mllm.answering.generate import answer_prompts
 from mllm.errors import MLLMError, renamed_method
 from mllm.lms.decoding import Decoding
+from mllm.lms.generation import exceeds
 from mllm.model import Model
 from mllm.prompts.batch import IGNORED, Encoded
 from mllm.prompts.pieces import Piece, trailing_text
@@ -96,7 +97,8 @@ class Views(Sequence["View"]):
             mask[row, cached + width - len(ids) :] = 1
             whole[row, cached + width - len(ids) :] = torch.tensor(ids, device=mask.device)
         longest = max(one.max_new_tokens or 0 for one in decodings)
-        if _has_gaps(mask) and model.lm.exceeds_window(mask.shape[1] + longest):
+        gap = _has_gaps(mask) and model.lm.exceeds_window(mask.shape[1] + longest)
+        if gap or exceeds(model.lm, mask.shape[1] + longest):
             return self._from_whole_prompts(rows, decoding)
         cache = model.lm.fork(self.cache, [view for view, _ in rows])
         answers = generate_ids(model, prompts, decodings, mask, cache=cache, input_ids=whole)
@@ -132,7 +134,7 @@ class Views(Sequence["View"]):
             encoded.append(Encoded(ids + new.ids, visual + new.visual, labels + new.labels))
         embeds, batch = model.embedded(prompts, encoded)
         self.mask = torch.cat([mask, batch.mask], dim=1)
-        if _has_gaps(self.mask) and model.lm.has_window:
+        if (_has_gaps(self.mask) and model.lm.has_window) or exceeds(model.lm, self.mask.shape[1]):
             return False
         self.cache = model.lm.fork(views.cache, [view.row for view in before])
         last = torch.tensor([embeds.shape[1] - 1], device=embeds.device)
@@ -196,7 +198,9 @@ class View:
         lm = self.views.model.lm
         check_candidates(lm, int(self.views.mask[self.row].sum()), candidates)
         rows = [candidate_ids(lm, candidate) for candidate in candidates]
-        scores = self._score(rows)
+        wide = exceeds(lm, self.views.mask.shape[1] + max(map(len, rows)))
+        view = Views(self.views.model, [self.prompt])[0] if wide and len(self.views) > 1 else self
+        scores = view._score(rows)
         return [score / len(row) if normalize else score for score, row in zip(scores, rows, strict=True)]
 
     def _score(self, rows: list[list[int]]) -> list[float]:

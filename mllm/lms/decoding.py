@@ -133,7 +133,9 @@ def check_batch(decodings: Sequence[Decoding]) -> None:
         raise MLLMError(f"Prompts that are decoded together may differ in {', '.join((*PER_ROW, *WARPERS))} only.")
     if first.num_beams < 2:
         return
-    if any((other.samples, other.warpers, other.seed) != (first.samples, first.warpers, first.seed) for other in decodings):
+    if any(
+        (other.samples, other.warpers, other.seed) != (first.samples, first.warpers, first.seed) for other in decodings
+    ):
         raise MLLMError("Beam search samples all prompts of a batch alike: give all the same do_sample and warpers.")
     if first.seed is not None:
         raise MLLMError("A seed is for sampling without beams (num_beams=1).")

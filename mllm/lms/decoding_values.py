@@ -51,7 +51,11 @@ def _is_decay(value: Any) -> bool:
 def _is_bias(value: Any) -> bool:
     pairs = value.items() if isinstance(value, Mapping) else value
     return isinstance(value, Mapping | Sequence) and all(
-        isinstance(pair, Sequence) and len(pair) == 2 and _is_ids(pair[0]) and pair[0] and _number(-1e30, 1e30)[0](pair[1])
+        isinstance(pair, Sequence)
+        and len(pair) == 2
+        and _is_ids(pair[0])
+        and pair[0]
+        and _number(-1e30, 1e30)[0](pair[1])
         for pair in map(list, pairs)
     )
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 from transformers import Cache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from mllm.errors import MLLMError
-from mllm.lms.cross_attention import using_memory
+from mllm.lms.cross_attention import EmbeddingsWithMemory, using_memory
 from mllm.lms.decoding import BEAMS, Decoding, check_batch
 from mllm.lms.row_processors import PROCESSORS, Row, RowProcessors, active
 from mllm.lms.runners.base import Group
@@ -36,13 +36,17 @@ def generate(
     """Return the new ids of each sequence; see `mllm.lms.language_model.LanguageModel.generate`."""
     check_batch(decodings)
     rows = zip(decodings, mask.sum(1).tolist(), strict=True)
-    decodings = [_with_ids(fitted(lm, decoding, length), row, mask, cache, inputs) for row, (decoding, length) in enumerate(rows)]
-    groups = list(lm.runner.groups(mask, cache, **inputs))
+    decodings = [
+        _with_ids(fitted(lm, decoding, length), row, mask, cache, inputs) for row, (decoding, length) in enumerate(rows)
+    ]
+    longest = max(decoding.max_new_tokens or 0 for decoding in decodings)
+    groups = list(_groups(lm, mask, cache, inputs, separate=cache is None and exceeds(lm, mask.shape[1] + longest)))
     split = len(groups) > 1
     if split and decodings[0].processors:
         raise MLLMError(
-            "This language model ignores masks, so prompts of different lengths are decoded separately, and a logits "
-            "processor of a whole batch (contrastive decoding) needs prompts of one length. Give them one by one."
+            "Prompts of different lengths are decoded separately where a language model ignores masks or its context "
+            "is short for them, and a logits processor of a whole batch (contrastive decoding) needs prompts of one "
+            "length. Give them one by one."
         )
     by_row: dict[int, list[int]] = {}
     for group in groups:
@@ -86,6 +90,31 @@ def fitted(lm: LanguageModel, decoding: Decoding, length: int) -> Decoding:
     return decoding
 
 
+def exceeds(lm: LanguageModel, width: int) -> bool:
+    """Whether a padded batch is wider than the context, which some models do not allow even if each row fits."""
+    padded = lm.whole_batches and not lm.model.config.is_encoder_decoder
+    return padded and lm.context is not None and width > lm.context
+
+
+def _groups(lm: LanguageModel, mask: Tensor, cache: Any, inputs: dict[str, Any], *, separate: bool) -> Iterator[Group]:
+    """Yield the rows that are decoded together; ``separate``: each alone, without its padding."""
+    if not separate:
+        yield from lm.runner.groups(mask, cache, **inputs)
+        return
+    for row in range(len(mask)):
+        start = mask.shape[1] - int(mask[row].sum())  # padding is on the left
+        own = {name: _row_from(value, row, start) for name, value in inputs.items()}
+        for group in lm.runner.groups(mask[[row], start:], **own):
+            yield group._replace(rows=[row])
+
+
+def _row_from(value: Any, row: int, start: int) -> Any:
+    """Return one row of inputs, from a position on."""
+    if isinstance(value, EmbeddingsWithMemory):
+        return EmbeddingsWithMemory(value.embeds[[row], start:], value.memory.rows([row]).starting_at(start))
+    return value[[row], start:]
+
+
 def _with_ids(decoding: Decoding, row: int, mask: Tensor, cache: Any, inputs: dict[str, Any]) -> Decoding:
     """Return a decoding that knows its prompt's ids, where the inputs are ids."""
     if decoding.prompt is not None or cache is not None or "input_ids" not in inputs:
@@ -101,9 +130,7 @@ def _stream(streamer: Any, rows: Sequence[Sequence[int]], eos: int) -> None:
     streamer.end()
 
 
-def _generate_group(
-    lm: LanguageModel, group: Group, decodings: Sequence[Decoding], streamer: Any
-) -> list[list[int]]:
+def _generate_group(lm: LanguageModel, group: Group, decodings: Sequence[Decoding], streamer: Any) -> list[list[int]]:
     """Return the new ids of rows that run together."""
     first, model, text = decodings[0], lm.runner.model, lm.text
     options = {**_defaults(model), **first.generation}
@@ -141,7 +168,7 @@ def _answer(text: TextTokenizer, ids: list[int]) -> list[int]:
 def _for_beams(value: Any, rows: int, beams: int) -> Any:
     """Return an argument of ``generate``, which repeats tensors for the beams, and no KV cache."""
     if beams > 1 and isinstance(value, Cache):
-        value.reorder_cache(torch.arange(rows).repeat_interleave(beams))
+        value.reorder_cache(cast(Any, torch.arange(rows).repeat_interleave(beams)))
     return value
 
 

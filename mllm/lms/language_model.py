@@ -274,8 +274,8 @@ class LanguageModel(nn.Module):
             inputs: ``inputs_embeds (B, T, D_lm)`` or ``input_ids (B, T)``.
 
         Raises:
-            MLLMError: rows that cannot be decoded together (`mllm.lms.decoding.check_batch`), or an answer that does not
-                fit into the context (`mllm.lms.generation.fitted`).
+            MLLMError: rows that cannot be decoded together (`mllm.lms.decoding.check_batch`), or an answer that does
+                not fit into the context (`mllm.lms.generation.fitted`).
         """
         return generation.generate(self, mask, decodings, cache=cache, streamer=streamer, **inputs)
 

@@ -1,4 +1,4 @@
-"""Apply the penalties and constraints of `transformers` to each prompt of a batch, counting the ids of the whole prompt.
+"""Apply the penalties and constraints of `transformers` to each prompt of a batch, counting all of its ids.
 
 Notable: ``generate`` gets embeddings, or ids of which it reads only the last, so its own processors would count padding
 or nothing. Here a row's ids are its prompt's and its new ones. A visual token has an id of its own, one past the
@@ -25,8 +25,8 @@ class Row(NamedTuple):
     """What the processors of one prompt are made for.
 
     Args:
-        ids: ``(1, T)`` that precede the new ones: a decoder's prompt, the start token of an encoder-decoder model. Below
-            0 at visual tokens.
+        ids: ``(1, T)`` that precede the new ones: a decoder's prompt, the start token of an encoder-decoder model;
+            below 0 at visual tokens.
         encoder_ids: ``(1, T)`` that the encoder reads; a decoder's prompt.
         ends: the ids that end an answer.
         begin: the length of ``ids`` at which the answer begins, a forced first token left out.
@@ -51,9 +51,7 @@ class Row(NamedTuple):
 
     def within(self, vocabulary: int) -> Row:
         """Return the row with the id after the last one of a vocabulary at visual tokens."""
-        ids, encoder_ids = (
-            torch.where(ids < 0, vocabulary, ids) for ids in (self.ids, self.encoder_ids)
-        )
+        ids, encoder_ids = (torch.where(ids < 0, vocabulary, ids) for ids in (self.ids, self.encoder_ids))
         return self._replace(ids=ids, encoder_ids=encoder_ids)
 
 
@@ -74,9 +72,7 @@ PROCESSORS: dict[str, Callable[[Any, Row], Any]] = {
         row.start, int(value), row.ends, device=row.device
     ),
     "forced_bos_token_id": lambda value, row: stock.ForcedBOSTokenLogitsProcessor(int(value)),
-    "forced_eos_token_id": lambda value, row: stock.ForcedEOSTokenLogitsProcessor(
-        row.limit, value, device=row.device
-    ),
+    "forced_eos_token_id": lambda value, row: stock.ForcedEOSTokenLogitsProcessor(row.limit, value, device=row.device),
     "remove_invalid_values": lambda value, row: stock.InfNanRemoveLogitsProcessor(),
     "exponential_decay_length_penalty": lambda value, row: stock.ExponentialDecayLengthPenalty(
         (int(value[0]), float(value[1])), row.ends, row.start
@@ -129,7 +125,9 @@ class RowProcessors(LogitsProcessor):
             scores = pad(scores, (0, 1), value=-torch.inf)  # a visual token is never generated
             rows = zip(self._rows, self._processors, input_ids.split(beams), scores.split(beams), strict=True)
             processed = [
-                processors(cast(Any, torch.cat([row.ids.expand(beams, -1), ids[:, self._start :]], dim=1)), cast(Any, own))
+                processors(
+                    cast(Any, torch.cat([row.ids.expand(beams, -1), ids[:, self._start :]], dim=1)), cast(Any, own)
+                )
                 for row, processors, ids, own in rows
             ]
         except (ValueError, TypeError, IndexError) as error:

@@ -92,9 +92,7 @@ class Batcher:
         self._thread = threading.Thread(target=self._work, name="batcher", daemon=True)
         self._thread.start()
 
-    def job(
-        self, prompt: Sequence[Piece], options: Mapping[str, Any], send: Callable[[Any], None], limit: int
-    ) -> Job:
+    def job(self, prompt: Sequence[Piece], options: Mapping[str, Any], send: Callable[[Any], None], limit: int) -> Job:
         """Return a request, decoded with the recipe's options and the request's over them.
 
         Args:

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig
 
 import mllm
 from mllm.answering.decode import answer, make_decoding
 from mllm.errors import MLLMError
-from mllm.lms.cross_attention import using_memory
+from mllm.lms.cross_attention import append_embeddings
+from mllm.prompts.messages import turns
 from mllm.testing import LM_FAMILIES, tiny_image
 
 # A decoder's answer is shorter than the shortest length that counts its prompt; an encoder-decoder's is not.
@@ -54,7 +54,6 @@ ADAPTERS: dict[str, list[dict[str, Any]]] = {
     "prompt": [{"type": "prompt", "positions": 3}],
     "prefix": [{"type": "prefix", "positions": 3, "std": 0.5}],
     "gated": [{"type": "gated", "every": 1, "heads": 2, "head_dim": 8}],
-    "gated prefix": [{"type": "prompt", "positions": 3}, {"type": "gated", "every": 1, "heads": 2, "head_dim": 8}],
 }
 
 
@@ -124,10 +123,13 @@ def for_stock(prompts: list[list[Any]], options: dict[str, Any]) -> list[list[An
 
 
 @every_option
-def test_a_batch_gives_what_stock_generate_gives_alone(model, options):
+def test_a_batch_and_views_give_what_stock_generate_gives_alone(model, options):
     prompts = for_stock(PROMPTS, options)
-    answers = [str(output) for output in model.generate(prompts, max_new_tokens=NEW_TOKENS, **options)]
-    assert answers == [stock(model, prompt, **options) for prompt in prompts]
+    expected = [stock(model, prompt, **options) for prompt in prompts]
+    assert [str(output) for output in model.generate(prompts, max_new_tokens=NEW_TOKENS, **options)] == expected
+    views = model.see_each([prompt[:-1] or [prompt[0][:1]] for prompt in prompts])
+    texts = [[prompt[-1] if len(prompt) > 1 else prompt[0][1:]] for prompt in prompts]
+    assert views.continue_with(texts, max_new_tokens=NEW_TOKENS, **options) == [[answer] for answer in expected]
 
 
 @every_option
@@ -140,15 +142,135 @@ def test_an_option_changes_answers(llama, options):
     assert answers != others
 
 
-@every_option
-def test_views_and_chats_give_what_generate_gives(model, options):
-    expected = [str(output) for output in model.generate(PROMPTS, max_new_tokens=NEW_TOKENS, **options)]
-    views = model.see_each([prompt[:-1] or ["no image"] for prompt in PROMPTS])
-    texts = [[prompt[-1].removeprefix("no image")] for prompt in PROMPTS]
-    assert views.continue_with(texts, max_new_tokens=NEW_TOKENS, **options) == [[answer] for answer in expected]
+CHAT_OPTIONS = ("short beams", "repetition", "bigrams", "bad words", "shortest in all", "penalized beams")
+
+
+@pytest.mark.parametrize("options", [OPTIONS[name] for name in CHAT_OPTIONS], ids=CHAT_OPTIONS)
+def test_chats_give_what_stock_generate_gives_for_the_conversation(model, options):
     chat = model.chat()
     for text, images in (("What?", [IMAGE]), ("And the cat?", []), ("And this?", [OTHER])):
+        before = model.chat(messages=chat.messages)
         answer = chat.send(text, images, max_new_tokens=NEW_TOKENS, **options)
-        whole = model.chat(messages=chat.messages[:-2])
-        assert whole.send(text, images, max_new_tokens=NEW_TOKENS, **options) == answer
-        assert "".join(model.chat(messages=chat.messages[:-2]).stream(text, images, max_new_tokens=NEW_TOKENS, **options)) == answer
+        assert answer == stock(model, turns(model, chat.messages[:-1]), **options)
+        assert "".join(before.stream(text, images, max_new_tokens=NEW_TOKENS, **options)).rstrip() == answer
+
+
+@pytest.fixture(scope="module", params=ADAPTERS)
+def adapted(request: Any, tiny_parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return assembled(tiny_parts, tmp_path_factory.mktemp("adapted"), "llama", adapters=ADAPTERS[request.param])
+
+
+@torch.no_grad()
+def beams_by_hand(model: Any, prompt: list[Any], beams: int) -> str:
+    """Return the answer of beam search without a KV cache: each step is a forward pass of all whole sequences."""
+    embeds, batch = model.prepare([prompt])
+    running: list[tuple[float, list[int]]] = [(0.0, [])]
+    finished: list[tuple[float, list[int]]] = []
+    for length in range(1, NEW_TOKENS + 1):
+        candidates = []
+        for total, ids in running:
+            scores = _next_scores(model, embeds, batch, ids)
+            best = scores.topk(2 * beams)
+            candidates += [(total + s, [*ids, t]) for s, t in zip(*map(torch.Tensor.tolist, best), strict=True)]
+        candidates = sorted(candidates, reverse=True)[: 2 * beams]
+        ended = [
+            (total / length, ids)
+            for total, ids in candidates[:beams]
+            if ids[-1] == model.lm.eos or length == NEW_TOKENS
+        ]
+        finished = sorted([*finished, *ended], reverse=True)[:beams]
+        running = [(total, ids) for total, ids in candidates if ids[-1] != model.lm.eos][:beams]
+        if len(finished) == beams and running[0][0] / length <= finished[-1][0]:
+            break
+    return str(model.lm.decode(model.lm.text.until_eos(finished[0][1]))).strip()
+
+
+def _next_scores(model: Any, embeds: Any, batch: Any, ids: list[int]) -> torch.Tensor:
+    new = model.lm.embed(torch.tensor([ids], dtype=torch.long))
+    whole, mask = append_embeddings(embeds, 0, batch.mask, new)
+    return model.lm.logits(whole, mask)[0, -1].float().log_softmax(-1)
+
+
+def test_beams_after_an_adapters_positions_are_those_of_the_whole_sequence(adapted):
+    expected = [beams_by_hand(adapted, prompt, 3) for prompt in PROMPTS]
+    assert [str(output) for output in adapted.generate(PROMPTS, max_new_tokens=NEW_TOKENS, num_beams=3)] == expected
+    views = adapted.see_each([prompt[:-1] or ["no image"] for prompt in PROMPTS])
+    texts = [[prompt[-1].removeprefix("no image")] for prompt in PROMPTS]
+    assert views.continue_with(texts, max_new_tokens=NEW_TOKENS, num_beams=3) == [[text] for text in expected]
+    with adapted.adapters_off():
+        assert [str(o) for o in adapted.generate(PROMPTS, max_new_tokens=NEW_TOKENS, num_beams=3)] != expected
+
+
+def test_rows_of_beams_end_each_by_their_own_settings(llama):
+    decodings = [
+        make_decoding(llama, {"num_beams": 3, **options})
+        for options in ({"max_new_tokens": 3}, {"max_new_tokens": 20, "stop_strings": ["e"]}, {"max_new_tokens": 20})
+    ]
+    together = answer(llama, [PROMPTS[0]] * 3, decodings)
+    alone = [answer(llama, [PROMPTS[0]], [decoding])[0] for decoding in decodings]
+    assert together == alone
+    assert len({str(output) for output in alone}) > 1
+
+
+def test_options_of_a_models_own_generation_config_are_applied_and_kept(llama):
+    config = llama.lm.model.generation_config
+    config.repetition_penalty = 1.8
+    try:
+        answers = [str(output) for output in llama.generate(PROMPTS, max_new_tokens=NEW_TOKENS)]
+        assert answers == [stock(llama, prompt) for prompt in PROMPTS]  # stock applies them too
+        assert answers == [stock(llama, prompt, repetition_penalty=1.8) for prompt in PROMPTS]
+        assert llama.lm.model.generation_config is config
+    finally:
+        config.repetition_penalty = None
+
+
+INVALID: dict[str, list[Any]] = {
+    "temperature": [1e-40, -1, float("nan"), float("inf"), 1e39, "0.7", True],
+    "top_p": [-0.1, 1.1, float("nan")],
+    "top_k": [-1, 2.5],
+    "min_p": [2],
+    "typical_p": [0],
+    "epsilon_cutoff": [1],
+    "max_new_tokens": [0, -3, 2.5, "20", True, float("inf")],
+    "min_new_tokens": [-1],
+    "num_beams": [0, 1.5, "5"],
+    "length_penalty": [float("inf"), 1000, "1"],
+    "early_stopping": ["always"],
+    "repetition_penalty": [0, -1, 1e-40, float("nan")],
+    "encoder_repetition_penalty": [0],
+    "no_repeat_ngram_size": [-1, 1.5],
+    "seed": [1.5, 2**64, "7"],
+    "do_sample": ["yes"],
+    "stop_strings": ["", [".", ""], 5],
+    "candidates": [0],
+    "bad_words_ids": [[], [[]], [5], [[-1]], [[10**6]]],
+    "sequence_bias": [[[[], 1.0]], [[[5], float("nan")]], {(5,): float("inf")}],
+    "suppress_tokens": [5, [-1]],
+    "max_time": [0],
+}
+UNSUPPORTED = {
+    "num_return_sequences": 2, "max_length": 30, "guidance_scale": 2.0, "penalty_alpha": 0.6, "num_beam_groups": 2,
+    "diversity_penalty": 1.0, "eos_token_id": 5, "prompt_lookup_num_tokens": 3, "output_scores": True,
+    "use_cache": False, "top_h": 0.4, "dola_layers": "low", "watermarking_config": {"greenlist_ratio": 0.5},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in INVALID.items() for value in values], ids=repr
+)
+def test_a_value_that_cannot_be_right_is_refused_by_its_name(llama, name, value):
+    with pytest.raises(MLLMError, match=name):
+        llama.generate(PROMPTS, **{"max_new_tokens": 5, name: value})
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_an_option_of_transformers_that_is_not_supported_is_refused_by_its_name(llama, name):
+    option = {name: UNSUPPORTED[name]}
+    for ask in (llama.see(PROMPTS[0]).ask, llama.chat().send, lambda text, **o: llama.generate([[text]], **o)):
+        with pytest.raises(MLLMError, match=f"{name}.*not supported"):
+            ask("x", **option)
+
+
+def test_contrastive_decoding_has_no_beams(llama):
+    with pytest.raises(MLLMError, match=r"contrastive.*without beams"):
+        llama.generate(PROMPTS, num_beams=2, contrastive={"alpha": 0.5})
