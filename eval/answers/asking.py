@@ -17,6 +17,7 @@ from mllm.eval.answers.base import Context
 from mllm.eval.baselines import conditions
 from rich.progress import Progress
 
+from mllm.answering.decode import image_free_prompt
 from mllm.answering.view import Views
 from mllm.assembly import Assembly
 from mllm.config.parts import PromptSpec
@@ -177,10 +178,13 @@ def _length(prompt: Sequence[Piece]) -> tuple[int, int]:
 
 
 def _views(model: Assembly, batch: Sequence[Group]) -> Views:
-    """Encode a batch's prompts; examples that all of them begin with are encoded once."""
+    """Encode a batch's prompts; examples that all of them begin with are encoded once.
+
+    Where a recipe's prompt is the image alone, an end token is left of it without the image.
+    """
     examples = {query.before for query in _queries_of(batch)}
     shared = examples.pop() if len(examples) == 1 else ()
     if not shared or len(batch) == 1:
-        return model.see_each([prompt for prompt, _ in batch])
+        return model.see_each([prompt or image_free_prompt(model, prompt) for prompt, _ in batch])
     start = model.see(list(shared))
     return Views(model, [prompt[len(shared) :] for prompt, _ in batch], before=[start] * len(batch))

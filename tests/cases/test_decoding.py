@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -75,3 +76,33 @@ def test_an_answer_that_ends_at_once_ends_at_once_everywhere(model_of, family):
     finally:
         handle.remove()
     assert answers == dict.fromkeys(answers, "")
+
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "beams": {"num_beams": 3, "max_new_tokens": 8},
+    "penalties": {"repetition_penalty": 0.3, "max_new_tokens": 8},
+    "nearest words": {"nearest_words": {"top": 3}, "max_new_tokens": 8},
+    "candidates": {"candidates": 3, "seed": 5, "temperature": 2.0, "max_new_tokens": 8},
+}
+
+
+@pytest.mark.parametrize("decoding", RECIPES.values(), ids=RECIPES.keys())
+def test_a_recipes_decoding_is_that_of_the_server_and_of_a_chat(
+    assemble, lm_folder, prompt_of, serve, data_url, tiny_clip, decoding
+):
+    options: dict[str, Any] = {"scorer": {"type": "dual-encoder", "model": tiny_clip}} if "seed" in decoding else {}
+    model = assemble(lm_folder("llama"), decoding=decoding, **options)
+    content = [{"type": "image", "image": IMAGE}, {"type": "text", "text": TEXT}]
+    prompt = prompt_of(model, [{"role": "user", "content": content}])
+    plain = str(model.generate([prompt], num_beams=1, candidates=1, nearest_words=None, repetition_penalty=None)[0])
+    expected = str(model.generate([prompt])[0])
+    assert model.chat().send(TEXT, [IMAGE]) == expected
+    assert "".join(model.chat().stream(TEXT, [IMAGE])).rstrip() == expected
+    parts = [{"type": "image_url", "image_url": {"url": data_url(IMAGE)}}, {"type": "text", "text": TEXT}]
+    status, body = serve(model).post({"messages": [{"role": "user", "content": parts}]})
+    assert (status, json.loads(body)["choices"][0]["message"]["content"]) == (200, expected)
+    assert json.loads(body)["usage"]["completion_tokens"] == 8
+    status, body = serve(model).post({"messages": [{"role": "user", "content": parts}], "stream": True})
+    events = [json.loads(line[6:]) for line in body.splitlines() if line.startswith("data: {")]
+    assert "".join(event["choices"][0]["delta"].get("content", "") for event in events) == expected
+    assert "candidates" in decoding or plain != expected
