@@ -104,6 +104,7 @@ class Asking:
     ) -> None:
         self._context, self._queries, self._reply, self._grouped = context, queries, reply, grouped
         self._replies: dict[tuple[Assembly, Query], Reply] = {}
+        self._start: tuple[Any, Any] = (None, None)  # the model and the examples that were encoded last, and their view
 
     def replies(self, model: Assembly, items: Sequence[Item]) -> dict[str, list[list[Reply]]]:
         """Return the replies to each item's queries, by the name of the condition."""
@@ -157,7 +158,7 @@ class Asking:
         """Return the replies to a batch, from the journal if it has them."""
         replies = self._context.journal.get(key)
         if replies is None:
-            replies = self._reply(_views(model, batch), batch)
+            replies = self._reply(self._views(model, batch), batch)
             for query, reply in zip(_queries_of(batch), replies, strict=True):
                 if isinstance(reply, dict) and not all(map(math.isfinite, reply.values())):
                     raise MLLMError(
@@ -165,6 +166,16 @@ class Asking:
                     )
             self._context.journal.put(key, replies)
         return replies
+
+    def _views(self, model: Assembly, batch: Sequence[Group]) -> Views:
+        """Encode a batch's prompts; examples that all of them begin with are encoded once, and kept for later ones."""
+        examples = {query.before for query in _queries_of(batch)}
+        shared = examples.pop() if len(examples) == 1 else ()
+        if not shared or len(batch) == 1:
+            return model.see_each([prompt for prompt, _ in batch])
+        if (model, shared) != self._start[0]:
+            self._start = (model, shared), model.see(list(shared))
+        return Views(model, [prompt[len(shared) :] for prompt, _ in batch], before=[self._start[1]] * len(batch))
 
 
 def _queries_of(batch: Sequence[Group]) -> list[Query]:
@@ -175,6 +186,7 @@ def _length(prompt: Sequence[Piece]) -> tuple[int, int]:
     """Return the number of a prompt's images, and of its characters."""
     texts = [piece for piece in prompt if isinstance(piece, str)]
     return len(prompt) - len(texts), sum(map(len, texts))
+<<<<<<< HEAD
 
 
 def _views(model: Assembly, batch: Sequence[Group]) -> Views:
@@ -188,3 +200,5 @@ def _views(model: Assembly, batch: Sequence[Group]) -> Views:
         return model.see_each([prompt or image_free_prompt(model, prompt) for prompt, _ in batch])
     start = model.see(list(shared))
     return Views(model, [prompt[len(shared) :] for prompt, _ in batch], before=[start] * len(batch))
+=======
+>>>>>>> main
