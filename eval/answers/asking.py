@@ -168,11 +168,14 @@ class Asking:
         return replies
 
     def _views(self, model: Assembly, batch: Sequence[Group]) -> Views:
-        """Encode a batch's prompts; examples that all of them begin with are encoded once, and kept for later ones."""
+        """Encode a batch's prompts; examples that all of them begin with are encoded once, and kept for later ones.
+
+        Where a recipe's prompt is the image alone, an end token is left of it without the image.
+        """
         examples = {query.before for query in _queries_of(batch)}
         shared = examples.pop() if len(examples) == 1 else ()
         if not shared or len(batch) == 1:
-            return model.see_each([prompt for prompt, _ in batch])
+            return model.see_each([prompt or image_free_prompt(model, prompt) for prompt, _ in batch])
         if (model, shared) != self._start[0]:
             self._start = (model, shared), model.see(list(shared))
         return Views(model, [prompt[len(shared) :] for prompt, _ in batch], before=[self._start[1]] * len(batch))
@@ -186,19 +189,3 @@ def _length(prompt: Sequence[Piece]) -> tuple[int, int]:
     """Return the number of a prompt's images, and of its characters."""
     texts = [piece for piece in prompt if isinstance(piece, str)]
     return len(prompt) - len(texts), sum(map(len, texts))
-<<<<<<< HEAD
-
-
-def _views(model: Assembly, batch: Sequence[Group]) -> Views:
-    """Encode a batch's prompts; examples that all of them begin with are encoded once.
-
-    Where a recipe's prompt is the image alone, an end token is left of it without the image.
-    """
-    examples = {query.before for query in _queries_of(batch)}
-    shared = examples.pop() if len(examples) == 1 else ()
-    if not shared or len(batch) == 1:
-        return model.see_each([prompt or image_free_prompt(model, prompt) for prompt, _ in batch])
-    start = model.see(list(shared))
-    return Views(model, [prompt[len(shared) :] for prompt, _ in batch], before=[start] * len(batch))
-=======
->>>>>>> main

@@ -11,13 +11,9 @@ from mllm.lms.decoding import Decoding, check_batch
 from mllm.lms.generation import fitted, room
 from mllm.model import Model
 from mllm.outputs import Output, Text
-<<<<<<< HEAD
 from mllm.prompts.batch import Encoded
-from mllm.prompts.pieces import Control, Piece, answer_text, arrange, without_images
-=======
 from mllm.prompts.formatting import formatted
-from mllm.prompts.pieces import Control, Piece, without_images
->>>>>>> main
+from mllm.prompts.pieces import Control, Piece, answer_text, without_images
 from mllm.registry import lookup, made, table
 
 FORMER = {"words": "nearest_words"}
