@@ -89,7 +89,7 @@ class Mllm(lmms):  # type: ignore[misc]
             images = [source_of(image) for image in visual(row)]
             view = self.model.see(formatted(prompt, images, self._text(context)))
             length = len(self.model.lm.tokenize(answer_text(continuation)))
-            greedy = view.continue_with(max_new_tokens=length) == continuation
+            greedy = view.continue_with(max_new_tokens=length, num_beams=1, do_sample=False) == continuation
             # lmms-eval 0.7 turns a plain pair into a text, which its multiple choice then cannot read.
             results.append(GenerationResult((-view.score([continuation], normalize=True)[0], greedy)))
         return results

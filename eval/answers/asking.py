@@ -17,6 +17,7 @@ from mllm.eval.answers.base import Context
 from mllm.eval.baselines import conditions
 from rich.progress import Progress
 
+from mllm.answering.decode import image_free_prompt
 from mllm.answering.view import Views
 from mllm.assembly import Assembly
 from mllm.config.parts import PromptSpec
@@ -35,6 +36,46 @@ class Query:
     text: str
     choices: tuple[str, ...] = ()
     before: tuple[Piece, ...] = ()
+
+
+Queries = Callable[[Item, PromptSpec, tuple[Piece, ...]], list[Query]]
+
+
+def whole_prompt(query: Query, template: str, *, grouped: bool) -> tuple[list[Piece], str]:
+    """Return the prompt of a query that is encoded once for all queries on its images, and the text that follows it."""
+    if query.images and grouped:
+        return [*query.before, *arrange(template, query.images)], query.text
+    return [*query.before, *arrange(template, query.images, query.text)], ""
+
+
+def unanswerable(
+    model: Assembly,
+    items: Sequence[Item],
+    context: Context,
+    queries: Queries,
+    check: Callable[[list[Piece], Query], None],
+    *,
+    grouped: bool,
+) -> dict[int, str]:
+    """Return the indices of the items whose queries do not fit into the language model's context, with the errors.
+
+    Args:
+        model: the model.
+        items: of the suite.
+        context: the evaluation.
+        queries: as for `Asking`.
+        check: raises an `MLLMError` if a query, given its whole prompt, does not fit.
+        grouped: as for `Asking`.
+    """
+    prompt, separator, errors = model.spec.prompt, context.suite.shots.separator, {}
+    for index, item in enumerate(items):
+        for query in queries(item, prompt, before(item, prompt, separator)):
+            pieces, text = whole_prompt(query, prompt.template, grouped=grouped)
+            try:
+                check([*pieces, text] if text else pieces, query)
+            except MLLMError as error:
+                errors[index] = str(error)
+    return errors
 
 
 Group = tuple[list[Piece], dict[str, Query]]  # a prompt that is encoded once, and its queries by the text that follows
@@ -56,7 +97,7 @@ class Asking:
     def __init__(
         self,
         context: Context,
-        queries: Callable[[Item, PromptSpec, tuple[Piece, ...]], list[Query]],
+        queries: Queries,
         reply: Callable[[Views, Sequence[Group]], list[Reply]],
         *,
         grouped: bool,
@@ -101,11 +142,9 @@ class Asking:
         """
         groups: dict[Any, Group] = {}
         for query in queries:
-            if query.images and self._grouped:
-                prompt = [*query.before, *arrange(template, query.images)]
-                groups.setdefault((query.before, query.images), (prompt, {}))[1][query.text] = query
-            else:
-                groups[query] = ([*query.before, *arrange(template, query.images, query.text)], {"": query})
+            prompt, text = whole_prompt(query, template, grouped=self._grouped)
+            shared = query.images and self._grouped
+            groups.setdefault((query.before, query.images) if shared else query, (prompt, {}))[1][text] = query
         batch: list[Group] = []
         for group in sorted(groups.values(), key=lambda group: _length(group[0])):
             batch.append(group)
@@ -129,11 +168,14 @@ class Asking:
         return replies
 
     def _views(self, model: Assembly, batch: Sequence[Group]) -> Views:
-        """Encode a batch's prompts; examples that all of them begin with are encoded once, and kept for later ones."""
+        """Encode a batch's prompts; examples that all of them begin with are encoded once, and kept for later ones.
+
+        Where a recipe's prompt is the image alone, an end token is left of it without the image.
+        """
         examples = {query.before for query in _queries_of(batch)}
         shared = examples.pop() if len(examples) == 1 else ()
         if not shared or len(batch) == 1:
-            return model.see_each([prompt for prompt, _ in batch])
+            return model.see_each([prompt or image_free_prompt(model, prompt) for prompt, _ in batch])
         if (model, shared) != self._start[0]:
             self._start = (model, shared), model.see(list(shared))
         return Views(model, [prompt[len(shared) :] for prompt, _ in batch], before=[self._start[1]] * len(batch))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from mllm.eval.journal import Journal
 from mllm.eval.scoring import Helpers
@@ -40,6 +40,17 @@ class Context:
     folder: Path | None = None
     journal: Journal = field(default_factory=lambda: Journal(None, {}))
     helpers: Helpers = field(default_factory=Helpers)
+
+
+@runtime_checkable
+class ChecksItems(Protocol):
+    """An answer mode that knows before anything is computed which items a model cannot answer.
+
+    They are skipped: left out of the scores, and counted and listed in the report.
+    """
+
+    def unanswerable(self, model: Assembly, items: Sequence[Item], context: Context) -> dict[int, str]:
+        """Return the indices of the items that do not fit into the language model's context, each with the error."""
 
 
 class AnswerMode(Protocol):

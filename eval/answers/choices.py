@@ -6,10 +6,11 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from mllm.eval.answers.asking import Asking, Group, Query
+from mllm.eval.answers.asking import Asking, Group, Queries, Query, unanswerable
 from mllm.eval.answers.base import Context
 from mllm.eval.baselines import offered
 
+from mllm.answering.decode import check_candidates
 from mllm.answering.view import Views
 from mllm.assembly import Assembly
 from mllm.config.parts import PromptSpec
@@ -23,8 +24,20 @@ TESTS = ("text", "image", "group")  # what two images and two captions that are 
 Scores = Mapping[str, float]  # each choice's log-likelihood, or another score
 
 
+def _query(item: Item, prompt: PromptSpec, examples: tuple[Piece, ...]) -> list[Query]:
+    return [Query(item.images, question_text(item, prompt), item.choices, examples)]
+
+
+def _query_of_each_image(item: Item, prompt: PromptSpec, examples: tuple[Piece, ...]) -> list[Query]:
+    """Return a query for each of two images; where a baseline shows none, two queries without an image."""
+    images: Sequence[tuple[ImageSource, ...]] = [(image,) for image in item.images] or [(), ()]
+    return [Query(shown, question_text(item, prompt), item.choices, examples) for shown in images]
+
+
 class Choose:
     """Choose the most likely of an item's choices (``answer: choose``), calibrated by the suite's ``calibrate``."""
+
+    _queries: Queries = staticmethod(_query)
 
     def baselines(self, items: Sequence[Item]) -> dict[str, bool]:
         """Return the baselines of prompted models."""
@@ -34,6 +47,14 @@ class Choose:
         """Return the chosen texts."""
         scores = _log_likelihoods(model, items, context)
         return {name: chosen(rows, context.suite.calibrate) for name, rows in scores.items()}
+
+    def unanswerable(self, model: Assembly, items: Sequence[Item], context: Context) -> dict[int, str]:
+        """Return the items of which the prompt and a choice do not fit into the language model's context."""
+
+        def check(prompt: list[Piece], query: Query) -> None:
+            check_candidates(model.lm, len(model.encode(prompt).ids), query.choices)
+
+        return unanswerable(model, items, context, self._queries, check, grouped=False)
 
     def shown_images(self, item: Item, answer: str) -> tuple[ImageSource, ...]:
         """Return the item's images."""
@@ -52,6 +73,8 @@ class Order(Choose):
 class Match(Choose):
     """Match two images with two captions (``answer: match``), by the likelihood of each caption after each image."""
 
+    _queries: Queries = staticmethod(_query_of_each_image)
+
     def answers(self, model: Assembly, items: Sequence[Item], context: Context) -> dict[str, list[str]]:
         """Return the tests that each item passed, of ``text``, ``image`` and ``group``."""
         for item in items:
@@ -60,7 +83,7 @@ class Match(Choose):
                     f"Item {item.id!r} has {len(item.images)} images and {len(item.choices)} choices; "
                     "answer=match needs two of each."
                 )
-        replies = Asking(context, _query_of_each_image, _scored, grouped=False).replies(model, items)
+        replies = Asking(context, self._queries, _scored, grouped=False).replies(model, items)
         return {name: list(map(matched, items, rows)) for name, rows in replies.items()}
 
 
@@ -71,16 +94,6 @@ def _log_likelihoods(model: Assembly, items: Sequence[Item], context: Context) -
             raise MLLMError(f"Item {item.id!r} has no choices; answer={context.suite.answer} needs them.")
     replies = Asking(context, _query, _scored, grouped=False).replies(model, items)
     return {name: [scores for (scores,) in rows] for name, rows in replies.items()}
-
-
-def _query(item: Item, prompt: PromptSpec, examples: tuple[Piece, ...]) -> list[Query]:
-    return [Query(item.images, question_text(item, prompt), item.choices, examples)]
-
-
-def _query_of_each_image(item: Item, prompt: PromptSpec, examples: tuple[Piece, ...]) -> list[Query]:
-    """Return a query for each of two images; where a baseline shows none, two queries without an image."""
-    images: Sequence[tuple[ImageSource, ...]] = [(image,) for image in item.images] or [(), ()]
-    return [Query(shown, question_text(item, prompt), item.choices, examples) for shown in images]
 
 
 def _scored(views: Views, batch: Sequence[Group]) -> list[dict[str, float]]:

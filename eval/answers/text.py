@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
 
-from mllm.eval.answers.asking import Asking, Group, Query
+from mllm.eval.answers.asking import Asking, Group, Query, unanswerable
 from mllm.eval.answers.base import Context
 from mllm.eval.baselines import offered
 from mllm.eval.nearest import NEAREST, nearest_answers
 
+from mllm.answering.decode import for_encoded, make_decoding
 from mllm.answering.view import Views
 from mllm.assembly import Assembly
 from mllm.config.parts import PromptSpec
@@ -38,6 +39,17 @@ class Generate:
         if NEAREST in context.baselines:
             answers[NEAREST] = nearest_answers(model, items, context.training)
         return answers
+
+    def unanswerable(self, model: Assembly, items: Sequence[Item], context: Context) -> dict[int, str]:
+        """Return the items whose prompt and answer do not fit into the language model's context."""
+        decoding = make_decoding(model, context.suite.decoding)
+
+        def check(prompt: list[Piece], query: Query) -> None:
+            encoded = model.encode(prompt)
+            if decoding.nearest_words is None:  # which makes another prompt
+                for_encoded(model, encoded, decoding)
+
+        return unanswerable(model, items, context, _queries, check, grouped=True)
 
     def shown_images(self, item: Item, answer: str) -> tuple[ImageSource, ...]:
         """Return the item's images."""

@@ -119,6 +119,9 @@ def _print_table(report: Report) -> None:
     if first and 1 < len(summary["kinds"]) <= 10:  # the page has them all
         for kind, values in summary["kinds"].items():
             typer.echo(f"{kind}: {first} {values[first]:.3f}, {values['n']} items" if first in values else kind)
+    if skipped := summary.get("skipped"):
+        item, error = next(iter(skipped["items"].items()))
+        typer.echo(f"Skipped, and in no score: {skipped['n']} items that do not fit, the first {item!r}: {error}")
     typer.echo(f"{summary['suite']}: {summary['n']} items; intervals are 95 %, by bootstrap over items.")
 
 

@@ -40,6 +40,10 @@ class CrossAttentionMemory:
         rows = torch.as_tensor(rows, device=self.image_numbers.device)
         return CrossAttentionMemory(self.visual[rows], self.image_numbers[rows])
 
+    def starting_at(self, position: int) -> CrossAttentionMemory:
+        """Return the memory without the first positions."""
+        return CrossAttentionMemory(self.visual, self.image_numbers[:, position:])
+
     def extended(self, length: int, mask: Tensor) -> CrossAttentionMemory:
         """Return the memory of ``length`` positions: new ones attend to the image of the last unmasked one."""
         more = length - self.image_numbers.shape[1]

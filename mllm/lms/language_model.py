@@ -275,13 +275,13 @@ class LanguageModel(nn.Module):
             mask: ``(B, T)``.
             decodings: of each row.
             cache: the KV cache of the first positions; it is extended.
-            streamer: receives the tokens as they are generated (`transformers.TextIteratorStreamer`).
+            streamer: receives the tokens as they are generated.
             inputs: ``inputs_embeds (B, T, D_lm)`` or ``input_ids (B, T)``.
 
         Raises:
-            MLLMError: rows that cannot be decoded together; see `mllm.lms.decoding.check_batch`.
+            MLLMError: rows that cannot be decoded together (`check_batch`), or an answer past the context (`fitted`).
         """
-        return generation.generate(self.runner, self.text, mask, decodings, cache=cache, streamer=streamer, **inputs)
+        return generation.generate(self, mask, decodings, cache=cache, streamer=streamer, **inputs)
 
 
 def _make_contiguous(_: nn.Module, args: Any) -> Any:

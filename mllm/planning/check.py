@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mllm.answering.decode import make_decoding
 from mllm.assembly import Assembly
 from mllm.build import fit_of, objectives_of
 from mllm.capabilities import SEVERAL, ImageTokenHead, missing
@@ -19,6 +20,7 @@ from mllm.config.parts import PARTS
 from mllm.config.recipe import Stage
 from mllm.data.sources import reader
 from mllm.errors import MLLMError
+from mllm.lms.decoding import check_batch
 from mllm.model import trained_module
 from mllm.planning.paper import assembled, noted
 from mllm.readout.tokens import image_tokens
@@ -73,6 +75,8 @@ def _of_model(model: Assembly, stage: Stage) -> list[str]:
     with noted(wrong):
         if model.has(ImageTokenHead):
             image_tokens(model)
+    with noted(wrong):
+        check_batch([make_decoding(model, {})])
     if model.generates_text and model.connector is not None and model.lm.tokenizer is not None:  # text has a length
         with noted(wrong):
             _ = model.lm.eos
@@ -84,7 +88,8 @@ def _of_model(model: Assembly, stage: Stage) -> list[str]:
 def _check_length(model: Assembly, stage: Stage) -> None:
     """Check that an image, the prompt and the answer fit into the language model's context."""
     length = model.tokens_per_image + len(model.lm.tokenize(stage.prompt.question))
-    length += int(stage.decoding.get("max_new_tokens", 20))
+    wanted = stage.decoding.get("max_new_tokens", 20)
+    length += wanted if isinstance(wanted, int) else 1
     if model.lm.context is not None and length > model.lm.context:
         raise MLLMError(
             f"One image ({model.tokens_per_image} tokens), the prompt and the answer take {length} tokens, and the "

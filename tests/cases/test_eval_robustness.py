@@ -33,7 +33,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def predictions(data: Path, tmp_path: Path, model_of: Callable[..., Any]) -> Callable[..., list[dict[str, Any]]]:
     """Return a function that evaluates a model on rows of a table, and returns the predictions."""
 
-    def evaluated(rows: Sequence[dict[str, Any]], family: str = "bytes") -> list[dict[str, Any]]:
+    def evaluated(rows: Sequence[dict[str, Any]], family: str = "bytes", **settings: Any) -> list[dict[str, Any]]:
         (data / "rows.json").write_text(json.dumps(rows))
         suite = {
             "name": "rows",
@@ -43,6 +43,7 @@ def predictions(data: Path, tmp_path: Path, model_of: Callable[..., Any]) -> Cal
             "metrics": ["vqa/exact-match"],
             "decoding": {"max_new_tokens": 4},
             "batch_size": 4,
+            **settings,
         }
         (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
         mllm.evaluate(model_of(family), str(tmp_path / "suite.yaml"), data, baselines=[], out=tmp_path / "out")
@@ -64,23 +65,39 @@ def test_one_broken_image_is_named_or_left_out(predictions):
         assert len(scored) >= len(GOOD)
 
 
-@pytest.mark.parametrize(
-    "family",
-    [
-        "bytes",
-        pytest.param(
-            "gpt2",
-            marks=pytest.mark.xfail(
-                strict=True,
-                raises=IndexError,
-                reason="Right with the parts that people bring: one question past the context of learned positions",
-            ),
+@pytest.mark.parametrize("family", ["bytes", "gpt2"])
+@pytest.mark.parametrize(("question", "limit"), [("long " * 80, 4), ("x", 2000)], ids=["prompt", "answer"])
+def test_an_item_past_the_context_is_skipped_and_counted(predictions, tmp_path, family, question, limit):
+    rows = [*GOOD[:2], {"image": "5.png", "question": question, "answer": "x"}, *GOOD[2:]]
+    if limit > 4:
+        with pytest.raises(MLLMError, match=r"No item of the suite rows fits.*0.png"):
+            predictions(rows, family, decoding={"max_new_tokens": limit})
+        return
+    scored = predictions(rows, family)
+    assert [row["question"] for row in scored] == [row["question"] for row in GOOD]
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    ((item, error),) = summary["skipped"]["items"].items()
+    assert (summary["n"], summary["skipped"]["n"]) == (5, 1)
+    assert "5.png" in item
+    assert "context is 256 tokens" in error
+    assert error in json.dumps(
+        json.loads(
+            (tmp_path / "out/report.html").read_text().split('type="application/json">')[1].split("</script>")[0]
         ),
-    ],
-)
-def test_one_question_past_the_context_is_scored_or_refused(predictions, family):
-    with contextlib.suppress(MLLMError):
-        assert len(predictions([*GOOD, {"image": "5.png", "question": "long " * 80, "answer": "x"}], family)) == 6
+        ensure_ascii=False,
+    )
+
+
+def test_an_item_with_a_choice_past_the_context_is_skipped_and_counted(predictions, data, tmp_path):
+    (data / "captions").mkdir()
+    pairs = {str(i): {"filename": f"{i}.png", "caption": "x", "negative_caption": "y"} for i in range(4)}
+    pairs["2"]["negative_caption"] = "y" * 300
+    (data / "captions" / "swap.json").write_text(json.dumps(pairs))
+    folder = {"annotations": "captions", "images": "."}
+    scored = predictions([], data={"format": "sugarcrepe"}, folder=folder, answer="choose")
+    assert [row["id"] for row in scored] == ["swap/0", "swap/1", "swap/3"]
+    skipped = json.loads((tmp_path / "out/summary.json").read_text())["skipped"]
+    assert (skipped["n"], list(skipped["items"])) == (1, ["swap/2"])
 
 
 def test_predictions_stand_under_their_own_ids(predictions, model_of, data):

@@ -129,6 +129,8 @@ BROKEN = [
     ),
     (["data.train=null"], "Stage fit has no data"),
     (["decoding.max_new_tokens=9999"], "the language model was made for 256"),
+    (["decoding.temperature=1.0e-40"], "'temperature' is 1e-40; expected 0 (greedy), or a number from"),
+    (["decoding.num_return_sequences=3"], "'num_return_sequences' of transformers is not supported"),
     (["stages=[]"], "fine has no stages"),
     (["seed=x"], "seed: 'x'"),
     (["conector=1"], "conector: unknown key"),
