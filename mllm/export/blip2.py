@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from mllm.errors import MLLMError
+from mllm.export.images import image_processor
 from mllm.export.stock import (
     IMAGE,
     StockModel,
@@ -26,7 +27,6 @@ from mllm.export.stock import (
     check_adapters,
     each,
     for_saving,
-    image_processor,
     merged_lm,
     part_of,
     whole_tower,

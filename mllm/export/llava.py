@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoModel, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
 from mllm.errors import MLLMError
+from mllm.export.images import image_processor
 from mllm.export.stock import (
     IMAGE,
     StockModel,
@@ -18,7 +19,6 @@ from mllm.export.stock import (
     check_adapters,
     each,
     for_saving,
-    image_processor,
     merged_lm,
     whole_tower,
     with_image_token,

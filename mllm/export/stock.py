@@ -114,16 +114,6 @@ def with_image_token(model: Model) -> tuple[int, Any]:
     return int(tokenizer.convert_tokens_to_ids(IMAGE)), tokenizer
 
 
-def image_processor(model: Model) -> Any:
-    """Return the image processor with the encoder's settings: resized to a square, without cropping."""
-    processor, side = copy.deepcopy(model.encoder.processor), model.encoder.size
-    processor.size = {"height": side, "width": side}
-    if hasattr(processor, "do_center_crop"):
-        processor.do_center_crop = False
-        processor.crop_size = {"height": side, "width": side}
-    return processor
-
-
 def build_stock(build: Callable[[], Any]) -> Any:
     """Return the built transformers model; a failure is an `MLLMError` with the reason."""
     try:

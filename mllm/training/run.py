@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from mllm.config.loading import read_written
 from mllm.errors import MLLMError
 from mllm.processes import processes
 from mllm.system import write
@@ -70,7 +71,7 @@ class Run:
             raise MLLMError(f"There is no run in {path}: expected recipe.yaml there.")
         if (path / "model" / "assembly.json").is_file():
             raise MLLMError(f"The run {path} is complete: there is nothing to resume. `mllm eval {path}` evaluates it.")
-        differing = changes(yaml.safe_load(written.read_text()), yaml.safe_load(recipe))
+        differing = changes(read_written(written), yaml.safe_load(recipe))
         if differing and not accept:
             listed = "".join(f"\n  {change}" for change in differing)
             raise MLLMError(f"The recipe changed since {path} was started; --accept-changes continues with it:{listed}")
