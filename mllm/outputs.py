@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mllm.media.images import ImageFile, open_image
 
@@ -37,7 +38,23 @@ class ImagePart:
 
 
 class Output(list[Text | ImagePart]):
-    """An answer: a list of parts; ``str(output)`` is its text."""
+    """An answer: a list of parts; ``str(output)`` is its text.
+
+    Args:
+        parts: texts and images, in display order.
+        finish_reason: why the answer ended: ``stop``, the model or a stop string ended it; ``length``, it has as many
+            tokens as it may have, ``max_new_tokens`` or what fits into the context.
+        num_tokens: of the answer.
+    """
+
+    def __init__(
+        self,
+        parts: Iterable[Text | ImagePart] = (),
+        finish_reason: Literal["stop", "length"] = "stop",
+        num_tokens: int = 0,
+    ) -> None:
+        super().__init__(parts)
+        self.finish_reason, self.num_tokens = finish_reason, num_tokens
 
     def __str__(self) -> str:
         return "".join(part for part in self if isinstance(part, Text))

@@ -8,14 +8,18 @@ found by its former name (`mllm.builtin.RENAMED`), with one warning.
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import Any
+from numbers import Real
+from typing import Any, get_type_hints
 
 from mllm.builtin import BUILT_IN, RENAMED
 from mllm.errors import MLLMError, near
+
+NUMBERS = (int, float, int | None, float | None)  # types of arguments
 
 
 @cache
@@ -80,7 +84,8 @@ def made(cls: Any, label: str, *inside: Any, **options: Any) -> Any:
     """Return an instance of a part's class; an argument that it does not take is the user's error.
 
     Raises:
-        MLLMError: an unknown argument (the near matches are listed), or a missing one.
+        MLLMError: an unknown argument (the near matches are listed), a missing one, or a text or the like where the
+            part's signature has a number.
     """
     signature = inspect.signature(cls)
     try:
@@ -90,4 +95,17 @@ def made(cls: Any, label: str, *inside: Any, **options: Any) -> Any:
         known = [name for name in signature.parameters if name not in (*options, "seed")]
         help_ = f" {near(unknown[0], known)}" if unknown and known else ""
         raise MLLMError(f"The {label} does not take these arguments: {error}.{help_}") from None
+    types = _annotations(cls)
+    for name, value in options.items():
+        if types.get(name) in NUMBERS and not (isinstance(value, Real) and math.isfinite(value)):
+            if value is not None or types[name] in (int, float):
+                raise MLLMError(f"The {label} has {name}={value!r}; expected a number.")
     return cls(*inside, **options)
+
+
+def _annotations(cls: Any) -> dict[str, Any]:
+    """Return the types of a part's arguments, as far as they can be read."""
+    try:
+        return get_type_hints(cls.__init__ if isinstance(cls, type) else cls)
+    except (AttributeError, NameError, TypeError):
+        return {}

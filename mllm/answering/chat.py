@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from transformers import TextIteratorStreamer
 
-from mllm.answering.decode import generate_ids, make_decoding
-from mllm.answering.generate import generate
+from mllm.answering.decode import for_encoded, generate_ids, make_decoding
+from mllm.answering.generate import answer_prompts, generate
 from mllm.errors import MLLMError
 from mllm.lms.decoding import Decoding
 from mllm.media.images import ImageFile, source_of
@@ -68,10 +68,13 @@ class Chat:
                 conversation is then as it was.
         """
         decode = functools.partial(self._answer, make_decoding(self._model, decoding), _decode_at_once)
-        return "".join(self._turn(text, images, decode))
+        return "".join(self._turn(text, images, decode)).rstrip()
 
     def stream(self, text: str, images: Sequence[Any] = (), **decoding: Any) -> Iterator[str]:
-        """Send a message, and yield the answer as it is generated; the turn counts once all of it was read."""
+        """Send a message, and yield the answer as it is generated; the turn counts once all of it was read.
+
+        With beams, ``candidates`` or ``nearest_words`` the answer comes in one piece.
+        """
         decode = functools.partial(self._answer, make_decoding(self._model, decoding), _decode_streamed)
         return self._turn(text, images, decode)
 
@@ -134,8 +137,12 @@ class Chat:
         model = self._model
         pieces = turns(model, messages)
         images = images_of(pieces)
+        if decoding.selects:
+            yield str(answer_prompts(model, [pieces], decoding, images=0)[0])
+            return
         try:
             encoded = model.encode(pieces)
+            decoding = for_encoded(model, encoded, decoding)
         except MLLMError as error:
             raise MLLMError(f"{error} Drop the oldest turns (chat.drop(2)), or start over (chat.reset()).") from None
         known = self._mask_changes(encoded, images)
@@ -152,6 +159,9 @@ class Chat:
         ids = torch.tensor([[model.lm.pad] * len(self._mask) + rest], device=model.device)
         cache = model.lm.fork(self._cache)
         run = functools.partial(generate_ids, model, [pieces], [decoding], mask, cache=cache, input_ids=ids)
+        if decoding.num_beams > 1:  # the answer is known when it is complete, and the cache holds all beams
+            yield from _decode_at_once(model, run)
+            return
         answer = yield from decode(model, run)
         self._keep(cache, [*rest, *answer])
 

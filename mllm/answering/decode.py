@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
-from mllm.errors import renamed_options
+from mllm.errors import MLLMError, renamed_options
 from mllm.lms.decoding import Decoding, check_batch
+from mllm.lms.generation import fitted, room
 from mllm.model import Model
 from mllm.outputs import Output, Text
-from mllm.prompts.pieces import Control, Piece, arrange, without_images
+from mllm.prompts.batch import Encoded
+from mllm.prompts.pieces import Control, Piece, answer_text, arrange, without_images
 from mllm.registry import lookup, made, table
 
 FORMER = {"words": "nearest_words"}
@@ -19,11 +21,69 @@ FORMER = {"words": "nearest_words"}
 def make_decoding(model: Model, options: Mapping[str, Any]) -> Decoding:
     """Return the decoding that the recipe's ``decoding`` describes with these options over it.
 
+    The recipe's ``max_new_tokens`` is a default: where the context ends before, the answer is as long as fits.
+
     Raises:
-        MLLMError: an unknown option; the near matches are listed.
+        MLLMError: an option that is unknown (the near matches are listed) or not supported, or an invalid value.
     """
-    merged = {**renamed_options(model.spec.decoding, FORMER), **renamed_options(options, FORMER)}
-    return Decoding.of(merged, table("decoding"))
+    over = renamed_options(options, FORMER)
+    merged = {**renamed_options(model.spec.decoding, FORMER), **over}
+    return Decoding.of(merged, table("decoding"), shorten=over.get("max_new_tokens") is None)
+
+
+def for_prompts(
+    model: Model, prompts: Sequence[Sequence[Piece]], decodings: Sequence[Decoding], names: Sequence[str] = ()
+) -> list[Decoding]:
+    """Return each prompt's decoding with its ids, and with a ``max_new_tokens`` that fits into the context.
+
+    Args:
+        model: the model.
+        prompts: interleaved prompts.
+        decodings: of each prompt.
+        names: of the prompts, for errors; none: their numbers.
+
+    Raises:
+        MLLMError: a prompt that is too long, alone or with its answer; of several prompts it is named.
+    """
+    names = names or [f"Prompt {number}" for number in range(len(prompts))]
+    made = []
+    for name, prompt, decoding in zip(names, prompts, decodings, strict=True):
+        try:
+            made.append(for_encoded(model, model.encode(prompt), decoding))
+        except MLLMError as error:
+            raise MLLMError(f"{name}: {error}" if len(prompts) > 1 else str(error)) from None
+    return made
+
+
+def for_encoded(model: Model, encoded: Encoded, decoding: Decoding) -> Decoding:
+    """Return a decoding with its prompt's ids, and with a ``max_new_tokens`` that fits into the context.
+
+    Raises:
+        MLLMError: the answer does not fit.
+    """
+    ids = [-1 if visual else token for token, visual in zip(encoded.ids, encoded.visual, strict=True)]
+    return replace(fitted(model.lm, decoding, len(ids)), prompt=tuple(ids))
+
+
+def candidate_ids(lm: Any, candidate: str) -> list[int]:
+    """Return the ids of a candidate as the whole answer: with the space before it, as in training, and its end."""
+    return [*lm.tokenize(answer_text(candidate)), lm.eos]
+
+
+def check_candidates(lm: Any, length: int, candidates: Sequence[str]) -> None:
+    """Check that each candidate fits into the context after a prompt of a length.
+
+    Raises:
+        MLLMError: one does not; it is named.
+    """
+    left = room(lm, length)
+    for candidate in candidates:
+        tokens = len(candidate_ids(lm, candidate))
+        if left is not None and tokens > left:
+            raise MLLMError(
+                f"The prompt has {length} tokens and the candidate {candidate[:40]!r} {tokens}, its end included: the "
+                f"language model's context is {lm.context} tokens, of which {max(left, 0)} remain. Shorten one of them."
+            )
 
 
 def with_processors(model: Model, prompts: Sequence[Sequence[Piece]], decodings: Sequence[Decoding]) -> list[Decoding]:
@@ -46,7 +106,7 @@ def generate_ids(
     Args:
         model: the model.
         prompts: interleaved prompts, which parts of the decoding read.
-        decodings: of each prompt.
+        decodings: of each prompt, made by `for_prompts`.
         mask: ``(B, T)`` of the inputs.
         inputs: the prompts as `mllm.lms.language_model.LanguageModel.generate` takes them, its cache and its streamer.
     """
@@ -58,9 +118,22 @@ def answer(
     model: Model, prompts: Sequence[Sequence[Piece]], decodings: Sequence[Decoding], streamer: Any = None
 ) -> list[Output]:
     """Return the answer to each prompt, as text alone."""
+    decodings = for_prompts(model, prompts, decodings)
     embeds, batch = model.prepare(prompts)
     rows = generate_ids(model, prompts, decodings, batch.mask, streamer=streamer, inputs_embeds=embeds)
-    return [Output([Text(model.lm.decode(row).strip())]) for row in rows]
+    return [
+        Output([Text(model.lm.decode(ids).strip())], finish_reason(model, ids, decoding), len(ids))
+        for ids, decoding in zip(rows, decodings, strict=True)
+    ]
+
+
+def finish_reason(model: Model, ids: Sequence[int], decoding: Decoding) -> Literal["stop", "length"]:
+    """Return why an answer ended: ``stop``, or ``length`` where it has as many tokens as it may have."""
+    stops = [decoding.stop_strings] if isinstance(decoding.stop_strings, str) else decoding.stop_strings or ()
+    if decoding.max_new_tokens is None or len(ids) < decoding.max_new_tokens:
+        return "stop"
+    text = model.lm.decode(ids)
+    return "stop" if any(stop in text for stop in stops) else "length"
 
 
 def image_free_prompt(model: Model, pieces: Sequence[Piece]) -> list[Piece]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from mllm.answering.decode import answer, make_decoding
+from mllm.answering.decode import answer, for_encoded, make_decoding
 from mllm.answering.in_words import answer_in_words
 from mllm.answering.rerank import answer_best
 from mllm.answering.with_images import answer_with_images
@@ -54,7 +54,7 @@ def answer_prompts(
 ) -> list[Any]:
     """Answer interleaved prompts with a decoding; the rest is as in `mllm.assembly.Assembly.generate`."""
     _check_list(prompts)
-    prompts_read = [_read(model, pieces) for pieces in prompts]
+    prompts_read = [_read(model, pieces, decoding) for pieces in prompts]
     if errors == "raise":
         _raise_first(prompts_read)
     good = [prompt for prompt in prompts_read if not isinstance(prompt, MLLMError)]
@@ -134,8 +134,8 @@ def _raise_first(prompts_read: Sequence[list[Piece] | MLLMError]) -> list[list[P
     return [prompt for prompt in prompts_read if not isinstance(prompt, MLLMError)]
 
 
-def _read(model: Model, pieces: Any) -> list[Piece] | MLLMError:
-    """Return a prompt with its images opened and its length checked, or the error."""
+def _read(model: Model, pieces: Any, decoding: Decoding | None = None) -> list[Piece] | MLLMError:
+    """Return a prompt with its images opened and its length checked, that of its answer included, or the error."""
     try:
         if (
             isinstance(pieces, str)
@@ -143,7 +143,9 @@ def _read(model: Model, pieces: Any) -> list[Piece] | MLLMError:
             or all(isinstance(piece, str) and not piece for piece in pieces)
         ):
             raise MLLMError(f"The prompt is {pieces!r}: expected a list of texts and images, not empty.")
-        model.encode(pieces)
+        encoded = model.encode(pieces)
+        if decoding is not None and decoding.nearest_words is None:  # which makes other prompts
+            for_encoded(model, encoded, decoding)
         return [piece if isinstance(piece, str | Control) else model.encoder.open(piece) for piece in pieces]
     except MLLMError as error:
         return error

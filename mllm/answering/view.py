@@ -13,13 +13,13 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from mllm.answering.decode import generate_ids, make_decoding
+from mllm.answering.decode import candidate_ids, check_candidates, for_prompts, generate_ids, make_decoding
 from mllm.answering.generate import answer_prompts
 from mllm.errors import MLLMError, renamed_method
 from mllm.lms.decoding import Decoding
 from mllm.model import Model
 from mllm.prompts.batch import IGNORED, Encoded
-from mllm.prompts.pieces import Piece, answer_text, trailing_text
+from mllm.prompts.pieces import Piece, trailing_text
 
 
 class Views(Sequence["View"]):
@@ -70,7 +70,7 @@ class Views(Sequence["View"]):
             decoding: options over the recipe's; see `mllm.assembly.Assembly.generate`.
 
         Raises:
-            MLLMError: not a list of texts for each view.
+            MLLMError: not a list of texts for each view, or a text after which no answer of ``max_new_tokens`` fits.
         """
         if len(texts) != len(self) or any(isinstance(of_view, str) for of_view in texts):
             raise MLLMError(f"Expected a list of texts for each of the {len(self)} views; got {texts!r}.")
@@ -81,12 +81,13 @@ class Views(Sequence["View"]):
     go_on = renamed_method("Views.go_on", continue_with)
 
     def _answers(self, rows: Sequence[tuple[int, str]], decoding: Decoding) -> list[str]:
-        model = self.model
+        model, prompts = self.model, self._whole_prompts(rows)
         new = [self.following(view, text) for view, text in rows]
-        other_prompts = decoding.candidates > 1 or decoding.nearest_words is not None
         # An image at the end with nothing after it leaves no token to start from.
-        if other_prompts or not all(ids for _, ids in new):
+        if decoding.selects or not all(ids for _, ids in new):
             return self._from_whole_prompts(rows, decoding)
+        names = [f"Text {number} ({text[-40:]!r})" for number, (_, text) in enumerate(rows)]
+        decodings = for_prompts(model, prompts, [decoding] * len(rows), names)
         width, cached = max(len(ids) for _, ids in new), self.mask.shape[1]
         mask = torch.cat([self.mask[[view for view, _ in rows]], self.mask.new_zeros(len(rows), width)], dim=1)
         whole = torch.full_like(mask, model.lm.pad)  # only ids after the KV cache are looked up
@@ -94,11 +95,11 @@ class Views(Sequence["View"]):
             mask[row, cached - masked : cached] = 0
             mask[row, cached + width - len(ids) :] = 1
             whole[row, cached + width - len(ids) :] = torch.tensor(ids, device=mask.device)
-        if _has_gaps(mask) and model.lm.exceeds_window(mask.shape[1] + (decoding.max_new_tokens or 0)):
+        longest = max(one.max_new_tokens or 0 for one in decodings)
+        if _has_gaps(mask) and model.lm.exceeds_window(mask.shape[1] + longest):
             return self._from_whole_prompts(rows, decoding)
-        prompts = self._whole_prompts(rows)
         cache = model.lm.fork(self.cache, [view for view, _ in rows])
-        answers = generate_ids(model, prompts, [decoding] * len(rows), mask, cache=cache, input_ids=whole)
+        answers = generate_ids(model, prompts, decodings, mask, cache=cache, input_ids=whole)
         return [model.lm.decode(ids).strip() for ids in answers]
 
     def _from_whole_prompts(self, rows: Sequence[tuple[int, str]], decoding: Decoding) -> list[str]:
@@ -188,12 +189,13 @@ class View:
             normalize: divide by the number of tokens.
 
         Raises:
-            MLLMError: no candidate, or an empty one.
+            MLLMError: no candidate, an empty one, or one that does not fit into the context after the prompt.
         """
         if not candidates or not all(candidate.strip() for candidate in candidates):
             raise MLLMError(f"Expected candidate answers, none of them empty; got {list(candidates)!r}.")
         lm = self.views.model.lm
-        rows = [[*lm.tokenize(answer_text(candidate)), lm.eos] for candidate in candidates]
+        check_candidates(lm, int(self.views.mask[self.row].sum()), candidates)
+        rows = [candidate_ids(lm, candidate) for candidate in candidates]
         scores = self._score(rows)
         return [score / len(row) if normalize else score for score, row in zip(scores, rows, strict=True)]
 

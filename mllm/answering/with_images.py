@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mllm.answering.decode import generate_ids
+from mllm.answering.decode import finish_reason, for_prompts, generate_ids
 from mllm.answering.drawing import draw_from_states
 from mllm.capabilities import DecisionHead, RetrievalHead
 from mllm.errors import MLLMError
@@ -105,6 +105,7 @@ def answer_with_images(
     tokens = [model.lm.new_tokens[token] for token in image_tokens(model)]
     sequence = [ImageTokenSequence(tokens)] if len(tokens) > 1 else []
     processors = (*sequence, ImageTokenBias(tokens, image_logit_bias))
+    decodings = for_prompts(model, prompts, decodings)
     embeds, batch = model.prepare(prompts)
     decodings = [replace(decoding, processors=(*decoding.processors, *processors)) for decoding in decodings]
     rows = generate_ids(model, prompts, decodings, batch.mask, streamer=streamer, inputs_embeds=embeds)
@@ -119,7 +120,8 @@ def answer_with_images(
             at = torch.tensor([[start + step for step in range(len(tokens))] for start in starts])
             seed = decodings[row].seed or 0
             images = _images(model, image_index, states[batch.mask.shape[1] + at], answer[0][at], count, seed)
-        outputs.append(_compose(model, ids, starts, images))
+        reason = finish_reason(model, rows[row], decodings[row])
+        outputs.append(Output(_composed(model, ids, starts, images), reason, len(rows[row])))
     return outputs
 
 
@@ -146,10 +148,12 @@ def _images(
     return images
 
 
-def _compose(model: Model, ids: Sequence[int], starts: Sequence[int], images: Sequence[ImagePart]) -> Output:
+def _composed(
+    model: Model, ids: Sequence[int], starts: Sequence[int], images: Sequence[ImagePart]
+) -> list[Text | ImagePart]:
     """Return the texts between the images that start at some of the ids, and the images."""
     if not starts:
-        return Output([Text(model.lm.decode(ids).strip())])
+        return [Text(model.lm.decode(ids).strip())]
     parts: list[Text | ImagePart] = []
     begins, ends = [0, *(start + 1 for start in starts)], [*starts, len(ids)]
     for number, (begin, end) in enumerate(zip(begins, ends, strict=True)):
@@ -158,7 +162,7 @@ def _compose(model: Model, ids: Sequence[int], starts: Sequence[int], images: Se
         text = text.rstrip() if number == len(starts) else text
         parts += [Text(text)] if text else []
         parts += images[number : number + 1]
-    return Output(parts)
+    return parts
 
 
 def _open_index(model: Model, index: str | Path | ImageIndex) -> ImageIndex:

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import Cache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from mllm.errors import MLLMError
 from mllm.lms.cross_attention import using_memory
-from mllm.lms.decoding import Decoding, check_batch
-from mllm.lms.runners.base import Group, Runner
+from mllm.lms.decoding import BEAMS, Decoding, check_batch
+from mllm.lms.row_processors import PROCESSORS, Row, RowProcessors, active
+from mllm.lms.runners.base import Group
+from mllm.lms.runners.encoder_decoder import start_token
 from mllm.lms.sampling import RowLimits, Sampler
 from mllm.lms.tokenizer import TextTokenizer
 
+if TYPE_CHECKING:
+    from mllm.lms.language_model import LanguageModel
+
 
 def generate(
-    runner: Runner,
-    text: TextTokenizer,
+    lm: LanguageModel,
     mask: Tensor,
     decodings: Sequence[Decoding],
     *,
@@ -29,7 +35,9 @@ def generate(
 ) -> list[list[int]]:
     """Return the new ids of each sequence; see `mllm.lms.language_model.LanguageModel.generate`."""
     check_batch(decodings)
-    groups = list(runner.groups(mask, cache, **inputs))
+    rows = zip(decodings, mask.sum(1).tolist(), strict=True)
+    decodings = [_with_ids(fitted(lm, decoding, length), row, mask, cache, inputs) for row, (decoding, length) in enumerate(rows)]
+    groups = list(lm.runner.groups(mask, cache, **inputs))
     split = len(groups) > 1
     if split and decodings[0].processors:
         raise MLLMError(
@@ -40,15 +48,52 @@ def generate(
     for group in groups:
         members = [decodings[row] for row in group.rows]
         with using_memory(group.memory):
-            answers = _generate_group(runner, text, group, members, None if split else streamer)
+            answers = _generate_group(lm, group, members, None if split else streamer)
         by_row |= zip(group.rows, answers, strict=True)
-    rows = [by_row[row] for row in range(len(mask))]
+    answers = [by_row[row] for row in range(len(mask))]
     if split and streamer is not None:  # it takes one token of each row at a time
-        _stream(streamer, rows, text.eos)
-    return rows
+        _stream(streamer, answers, lm.eos)
+    return answers
 
 
-def _stream(streamer: Any, rows: Sequence[list[int]], eos: int) -> None:
+def room(lm: LanguageModel, length: int) -> int | None:
+    """Return how many tokens an answer to a prompt of this length may have; None: there is no limit."""
+    if lm.context is None:
+        return None
+    return lm.context - (1 if lm.model.config.is_encoder_decoder else length)  # a decoder of its own has a start token
+
+
+def fitted(lm: LanguageModel, decoding: Decoding, length: int) -> Decoding:
+    """Return a decoding whose answer to a prompt of this length fits into the context.
+
+    Raises:
+        MLLMError: ``max_new_tokens`` was asked for and does not fit, or it is None and nothing limits the answer.
+    """
+    left, wanted = room(lm, length), decoding.max_new_tokens
+    if left is None:
+        if wanted is None:
+            raise MLLMError("This language model's context has no limit: set max_new_tokens, the length of an answer.")
+        return decoding
+    if left >= 1 and (wanted is None or decoding.shorten):
+        return replace(decoding, max_new_tokens=left if wanted is None else min(wanted, left))
+    if wanted is None or wanted > left:
+        answer = "an answer" if wanted is None else f"an answer of up to {wanted} (max_new_tokens={wanted})"
+        remedy = f"set max_new_tokens to {left} at most, or shorten the prompt" if left > 0 else "shorten the prompt"
+        raise MLLMError(
+            f"The prompt has {length} tokens, and {answer} does not fit after it: the language model's context is "
+            f"{lm.context} tokens, of which {max(left, 0)} remain. {remedy[0].upper()}{remedy[1:]}."
+        )
+    return decoding
+
+
+def _with_ids(decoding: Decoding, row: int, mask: Tensor, cache: Any, inputs: dict[str, Any]) -> Decoding:
+    """Return a decoding that knows its prompt's ids, where the inputs are ids."""
+    if decoding.prompt is not None or cache is not None or "input_ids" not in inputs:
+        return decoding
+    return replace(decoding, prompt=tuple(inputs["input_ids"][row][mask[row].bool()].tolist()))
+
+
+def _stream(streamer: Any, rows: Sequence[Sequence[int]], eos: int) -> None:
     """Send a streamer answers that are complete already, token by token."""
     streamer.put(torch.empty(len(rows), 0, dtype=torch.long))  # the prompt
     for index in range(max(map(len, rows)) + 1):
@@ -57,41 +102,96 @@ def _stream(streamer: Any, rows: Sequence[list[int]], eos: int) -> None:
 
 
 def _generate_group(
-    runner: Runner, text: TextTokenizer, group: Group, decodings: Sequence[Decoding], streamer: Any
+    lm: LanguageModel, group: Group, decodings: Sequence[Decoding], streamer: Any
 ) -> list[list[int]]:
     """Return the new ids of rows that run together."""
-    first = decodings[0]
-    beams = first.num_beams > 1
-    processors = list(first.processors)
-    if not beams and any(decoding.samples for decoding in decodings):
+    first, model, text = decodings[0], lm.runner.model, lm.text
+    options = {**_defaults(model), **first.generation}
+    processors: list[Any] = [*first.processors]
+    if constraints := active(options):
+        rows = [_row(lm, decoding, options) for decoding in decodings]
+        processors.insert(0, RowProcessors(constraints, rows, start=group.start))
+    if first.num_beams == 1 and any(decoding.samples for decoding in decodings):
         processors.append(Sampler(decodings))
-    limits = [decoding.max_new_tokens for decoding in decodings]
-    ends = [] if beams else [RowLimits(decodings, start=group.start, tokenizer=text.tokenizer)]
-    out = runner.model.generate(
-        generation_config=_config(decodings, text),
-        streamer=streamer,
-        logits_processor=LogitsProcessorList(processors),
-        stopping_criteria=StoppingCriteriaList(ends),
-        tokenizer=text.tokenizer if beams and first.stop_strings else None,
-        **group.inputs,
-    )
+    others = {name: value for name, value in options.items() if name not in PROCESSORS}
+    if model.config.is_encoder_decoder:
+        others["decoder_start_token_id"] = start_token(model)
+    config = _config(decodings, others, text)
+    limits = RowLimits(decodings, start=group.start, tokenizer=text.tokenizer)
+    with _bare_defaults(model):
+        out = model.generate(
+            generation_config=config,
+            streamer=streamer,
+            logits_processor=LogitsProcessorList(processors),
+            stopping_criteria=StoppingCriteriaList([limits]),
+            **{name: _for_beams(value, len(decodings), first.num_beams) for name, value in group.inputs.items()},
+        )
     new = out[:, group.start :].tolist()
-    return [text.until_eos(ids)[:limit] for ids, limit in zip(new, limits, strict=True)]
+    return [_answer(text, ids)[: decoding.max_new_tokens] for ids, decoding in zip(new, decodings, strict=True)]
 
 
-def _config(decodings: Sequence[Decoding], text: TextTokenizer) -> GenerationConfig:
-    """Return the configuration of a batch; without beams, `RowLimits` and `Sampler` apply the options of rows."""
+def _answer(text: TextTokenizer, ids: list[int]) -> list[int]:
+    """Return the ids of an answer, without its end and the padding after it."""
+    ids = text.until_eos(ids)
+    while ids and ids[-1] == text.pad:
+        ids = ids[:-1]
+    return ids
+
+
+def _for_beams(value: Any, rows: int, beams: int) -> Any:
+    """Return an argument of ``generate``, which repeats tensors for the beams, and no KV cache."""
+    if beams > 1 and isinstance(value, Cache):
+        value.reorder_cache(torch.arange(rows).repeat_interleave(beams))
+    return value
+
+
+def _row(lm: LanguageModel, decoding: Decoding, options: dict[str, Any]) -> Row:
+    """Return what penalties and constraints of a prompt are made for.
+
+    Raises:
+        MLLMError: the prompt's ids are not known.
+    """
+    if decoding.prompt is None:
+        raise MLLMError("Penalties and constraints count the prompt's ids: give Decoding.prompt.")
+    device = lm.runner.model.device
+    ids = encoder_ids = torch.tensor([decoding.prompt], dtype=torch.long, device=device)
+    if lm.model.config.is_encoder_decoder:
+        end = torch.tensor([lm.text.end_of_text], dtype=torch.long, device=device)
+        encoder_ids, ids = torch.cat([ids, end], dim=1), torch.tensor([[start_token(lm.model)]], device=device)
+    start = ids.shape[1]
+    begin = start + int(start == 1 and options.get("forced_bos_token_id") is not None)
+    return Row(ids, encoder_ids, [lm.eos], begin, start + int(decoding.max_new_tokens or 0))
+
+
+def _defaults(model: Any) -> dict[str, Any]:
+    """Return the options of beams and constraints that a model's ``generation_config.json`` sets."""
+    values = {name: getattr(model.generation_config, name, None) for name in (*BEAMS, *PROCESSORS)}
+    return {name: value for name, value in values.items() if value is not None and name != "num_beams"}
+
+
+@contextlib.contextmanager
+def _bare_defaults(model: Any) -> Iterator[None]:
+    """Keep a model's own ``generation_config`` from filling in options, which are complete without it."""
+    defaults = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = defaults
+
+
+def _config(decodings: Sequence[Decoding], options: dict[str, Any], text: TextTokenizer) -> GenerationConfig:
+    """Return the configuration of a batch; `RowProcessors`, `RowLimits` and `Sampler` apply the options of rows."""
     first = decodings[0]
-    options: dict[str, Any] = {"do_sample": False, "num_beams": 1, "eos_token_id": text.eos, "pad_token_id": text.pad}
-    options |= first.generation
-    if first.num_beams > 1:
-        ours = {
-            "max_new_tokens": first.max_new_tokens,
-            "do_sample": first.do_sample,
-            "stop_strings": first.stop_strings,
-            **first.warpers,
+    sampled_beams = first.num_beams > 1 and first.samples
+    return GenerationConfig(
+        **{
+            "num_beams": 1,
+            "do_sample": sampled_beams,
+            "eos_token_id": text.eos,
+            "pad_token_id": text.pad,
+            "max_new_tokens": max(decoding.max_new_tokens or 0 for decoding in decodings),
+            **(first.warpers if sampled_beams else {}),
+            **options,
         }
-        return GenerationConfig(**{**options, **{name: value for name, value in ours.items() if value is not None}})
-    limits = [decoding.max_new_tokens for decoding in decodings]
-    options["max_new_tokens"] = None if None in limits else max(limit or 0 for limit in limits)
-    return GenerationConfig(**options)
+    )

@@ -274,9 +274,10 @@ class LanguageModel(nn.Module):
             inputs: ``inputs_embeds (B, T, D_lm)`` or ``input_ids (B, T)``.
 
         Raises:
-            MLLMError: rows that cannot be decoded together; see `mllm.lms.decoding.check_batch`.
+            MLLMError: rows that cannot be decoded together (`mllm.lms.decoding.check_batch`), or an answer that does not
+                fit into the context (`mllm.lms.generation.fitted`).
         """
-        return generation.generate(self.runner, self.text, mask, decodings, cache=cache, streamer=streamer, **inputs)
+        return generation.generate(self, mask, decodings, cache=cache, streamer=streamer, **inputs)
 
 
 def _make_contiguous(_: nn.Module, args: Any) -> Any:

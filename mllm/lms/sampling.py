@@ -1,8 +1,8 @@
 """Sample and end the answers of a batch row by row, so that a batch gives what its members give alone.
 
 Notable: a sampled token comes from its row's random generator (the maximum of logits plus Gumbel noise is a sample from
-their softmax), so a request with a seed gets the same answer in any batch. Beams, penalties and the like are those of
-`transformers`, and hold for a whole batch.
+their softmax), so a request with a seed gets the same answer in any batch. Beams are those of `transformers`; penalties
+and constraints are in `mllm.lms.row_processors`.
 """
 
 from __future__ import annotations
@@ -61,10 +61,10 @@ class Sampler(LogitsProcessor):
 
 
 class RowLimits(StoppingCriteria):
-    """Ends each row by its own decoding: its length, its stop strings, or because it was cancelled.
+    """Ends the rows of each prompt by its own decoding: its length, its stop strings, or because it was cancelled.
 
     Args:
-        decodings: of each row.
+        decodings: of each prompt, which has as many rows as beam search continues.
         start: how many of the first ids are not new.
         tokenizer: of `transformers`.
     """
@@ -78,15 +78,15 @@ class RowLimits(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Any, **options: Any) -> Any:
         """Return ``(B,)``: True where a row has ended."""
-        ended = []
-        for row, (decoding, stop) in enumerate(zip(self._decodings, self._stops, strict=True)):
-            new = input_ids[row : row + 1, self._start :]
-            ended.append(
-                (decoding.max_new_tokens is not None and new.shape[1] >= decoding.max_new_tokens)
-                or (stop is not None and bool(stop(new, scores)))
-                or (decoding.cancelled is not None and decoding.cancelled())
-            )
-        return torch.tensor(ended, device=input_ids.device)
+        new = input_ids[:, self._start :]
+        rows = new.split(len(new) // len(self._decodings))
+        return torch.cat([self._ended(*row) for row in zip(self._decodings, self._stops, rows, strict=True)])
+
+    def _ended(self, decoding: Decoding, stop: Any, new: Tensor) -> Tensor:
+        full = decoding.max_new_tokens is not None and new.shape[1] >= decoding.max_new_tokens
+        if full or (decoding.cancelled is not None and decoding.cancelled()):
+            return new.new_ones(len(new), dtype=torch.bool)
+        return new.new_zeros(len(new), dtype=torch.bool) if stop is None else stop(new, None)
 
 
 def _warpers(decoding: Decoding) -> LogitsProcessorList:

@@ -9,16 +9,17 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from mllm.answering.decode import answer, make_decoding
-from mllm.answering.generate import FORMER
+from mllm.answering.decode import answer, for_prompts, make_decoding
+from mllm.answering.generate import FORMER, answer_prompts
 from mllm.answering.with_images import answer_with_images
 from mllm.errors import MLLMError, renamed_options
+from mllm.lms.decoding import Decoding, check_batch
 from mllm.model import Model
 from mllm.outputs import ImagePart, Output
 from mllm.prompts.pieces import Piece
@@ -34,13 +35,13 @@ class Job:
 
     Attributes:
         prompt: the interleaved prompt.
-        options: of its decoding; those that may differ within a batch.
+        decoding: of it; see `Batcher.job`.
         send: is called with each piece of text, then with an `Answer`, or with an error; from the batcher's thread.
         cancelled: is set when nobody waits for the answer any more.
     """
 
     prompt: Sequence[Piece]
-    options: dict[str, Any]
+    decoding: Decoding
     send: Callable[[Any], None]
     cancelled: threading.Event = field(default_factory=threading.Event)
 
@@ -91,6 +92,27 @@ class Batcher:
         self._thread = threading.Thread(target=self._work, name="batcher", daemon=True)
         self._thread.start()
 
+    def job(
+        self, prompt: Sequence[Piece], options: Mapping[str, Any], send: Callable[[Any], None], limit: int
+    ) -> Job:
+        """Return a request, decoded with the recipe's options and the request's over them.
+
+        Args:
+            prompt: the interleaved prompt.
+            options: those that may differ within a batch.
+            send: see `Job`.
+            limit: of new tokens, whatever the options say.
+
+        Raises:
+            MLLMError: an invalid value, options that do not fit together, or an answer that does not fit into the
+                context.
+        """
+        decoding = make_decoding(self._model, options)
+        check_batch([decoding])
+        if decoding.nearest_words is None:  # which makes another prompt
+            (decoding,) = for_prompts(self._model, [prompt], [decoding])
+        return Job(prompt, replace(decoding, max_new_tokens=min(decoding.max_new_tokens or limit, limit)), send)
+
     def submit(self, job: Job) -> None:
         """Put a job at the end of the queue.
 
@@ -138,21 +160,24 @@ class Batcher:
     def _run(self, jobs: Sequence[Job]) -> None:
         model = self._model
         prompts = [job.prompt for job in jobs]
-        decodings = [
-            # Without beams, whose text cannot be sent as it is generated.
-            make_decoding(model, {"num_beams": 1, **job.options, "cancelled": job.cancelled.is_set})
-            for job in jobs
-        ]
-        rows = [
-            Row(job, model.lm, len(model.encode(job.prompt).ids), decoding.max_new_tokens)
-            for job, decoding in zip(jobs, decodings, strict=True)
-        ]
-        if self._show is None:
-            outputs = answer(model, prompts, decodings, streamer=_Rows(rows))
-        else:
-            outputs = answer_with_images(model, prompts, decodings, count=1, streamer=_Rows(rows), **self._show)
-        for row, output in zip(rows, outputs, strict=True):
+        decodings = [replace(job.decoding, cancelled=job.cancelled.is_set) for job in jobs]
+        rows = [Row(job, model.lm, len(decoding.prompt or ())) for job, decoding in zip(jobs, decodings, strict=True)]
+        for row, output in zip(rows, self._answers(prompts, decodings, rows), strict=True):
             row.finish(output)
+
+    def _answers(
+        self, prompts: Sequence[Sequence[Piece]], decodings: Sequence[Decoding], rows: Sequence[Row]
+    ) -> list[Output]:
+        """Return the answers; their tokens are streamed to the rows unless they are known at the end only."""
+        model, first = self._model, decodings[0]
+        if first.selects:
+            show = self._show or {"images": 0}
+            pairs = zip(prompts, decodings, strict=True)
+            return [answer_prompts(model, [prompt], decoding, **show)[0] for prompt, decoding in pairs]
+        streamer = None if first.num_beams > 1 else _Rows(rows)
+        if self._show is None:
+            return answer(model, prompts, decodings, streamer=streamer)
+        return answer_with_images(model, prompts, decodings, count=1, streamer=streamer, **self._show)
 
 
 class Row:
@@ -162,36 +187,32 @@ class Row:
         job: receives the text.
         lm: the language model.
         prompt_tokens: of the prompt.
-        limit: of new tokens.
     """
 
-    def __init__(self, job: Job, lm: Any, prompt_tokens: int, limit: int | None) -> None:
-        self._job, self._lm, self._prompt_tokens, self._limit = job, lm, prompt_tokens, limit
+    def __init__(self, job: Job, lm: Any, prompt_tokens: int) -> None:
+        self._job, self._lm, self._prompt_tokens = job, lm, prompt_tokens
         self._ids: list[int] = []
         self._sent = ""
-        self._stops: list[str] = job.options.get("stop_strings") or []
-        self._reason: str | None = None
+        stops = job.decoding.stop_strings or []
+        self._stops: list[str] = [stops] if isinstance(stops, str) else list(stops)
+        self._ended = False
 
     def put(self, token: int) -> None:
         """Take the next token."""
-        if self._reason is not None:
-            return
-        if token == self._lm.eos:
-            self._reason = "stop"
+        self._ended = self._ended or token == self._lm.eos
+        if self._ended:
             return
         self._ids.append(token)
         text = self._text()
-        if any(stop in text for stop in self._stops):
-            self._reason = "stop"
-        elif self._limit is not None and len(self._ids) >= self._limit:
-            self._reason = "length"
+        limit = self._job.decoding.max_new_tokens
+        self._ended = any(stop in text for stop in self._stops) or (limit is not None and len(self._ids) >= limit)
         held = max((len(stop) - 1 for stop in self._stops), default=0)  # characters that may start a stop string
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character's bytes are incomplete
             self._send(text[: len(text) - held])
 
     def finish(self, output: Output) -> None:
         """Send the rest of the text, and the whole answer with its images."""
-        text = self._text()
+        text = self._text() if self._ids else str(output)
         for stop in self._stops:
             text = text.partition(stop)[0]
         text = text.rstrip()
@@ -202,8 +223,7 @@ class Row:
                 images.append(PlacedImage(min(before, len(text)), part))
             else:
                 before += len(part)
-        reason = self._reason or "length"
-        self._job.send(Answer(text, reason, self._prompt_tokens, len(self._ids), tuple(images)))
+        self._job.send(Answer(text, output.finish_reason, self._prompt_tokens, output.num_tokens, tuple(images)))
 
     def _text(self) -> str:
         return str(self._lm.decode(self._ids)).lstrip()

@@ -16,7 +16,9 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.concurrency import run_in_threadpool
 
+from mllm.errors import MLLMError
 from mllm.serve.batcher import Answer, Batcher, Full, Job
 from mllm.serve.schema import (
     Completion,
@@ -67,15 +69,19 @@ async def respond(
         limits: of requests.
 
     Raises:
-        Refused: too many requests wait, or the client disconnected.
+        Refused: an invalid option, an answer that does not fit, too many requests that wait, or a client that
+            disconnected.
     """
     events: asyncio.Queue[Any] = asyncio.Queue()
     send = _sender(asyncio.get_running_loop(), events)
-    job = Job(prompt, completion.decoding_options(limits.max_new_tokens), send)
+    options = completion.decoding_options(limits.max_new_tokens)
     try:
+        job = await run_in_threadpool(batcher.job, prompt, options, send, limits.max_new_tokens)
         batcher.submit(job)
     except Full as error:
         raise Refused(429, str(error), "busy") from None
+    except MLLMError as error:
+        raise refusal(error) from None
     head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": name}
     if completion.stream:
         usage = bool(completion.stream_options and completion.stream_options.include_usage)

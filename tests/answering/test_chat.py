@@ -47,8 +47,8 @@ def test_every_turn_is_answered_as_the_whole_conversation_would_be(model):
     whole: list[dict[str, Any]] = []
     for text, images in [("what is it?", [A]), ("and these", [B, C]), ("why?", []), ("", [A])]:
         whole.append(user(text, *images))
-        expected = str(model.generate([turns(model, whole)], max_new_tokens=7)[0])
-        assert chat.send(text, images, max_new_tokens=7) == expected
+        expected = str(model.generate([turns(model, whole)], max_new_tokens=6)[0])
+        assert chat.send(text, images, max_new_tokens=6) == expected
         whole.append(assistant(expected))
     assert [message["role"] for message in chat.messages] == ["user", "assistant"] * 4
 

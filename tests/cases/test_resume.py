@@ -158,14 +158,10 @@ def test_what_is_saved_and_loaded_scores_the_same(batch_of_4, tmp_path):
         {"targets": ["embed_tokens"]},
         {"r": 0},
         {"r": -1},
-        pytest.param(
-            {"r": "x"},
-            marks=pytest.mark.xfail(
-                strict=True,
-                raises=TypeError,
-                reason="Right with the parts that people bring: a rank of LoRA that is no number is one message",
-            ),
-        ),
+        {"r": "x"},
+        {"alpha": "x"},
+        {"dropout": float("nan")},
+        {"r": None},
         {"dropout": 2.0},
         {"alpha": 0},
     ],

@@ -77,8 +77,9 @@ def test_only_what_is_decoded_row_by_row_may_differ_within_a_batch(model):
             check_batch([one, other])
     beams = Decoding(max_new_tokens=3, generation={"num_beams": 2})
     check_batch([beams, beams])
-    with pytest.raises(MLLMError, match="the same options for all prompts"):
-        check_batch([beams, replace(beams, max_new_tokens=4)])
+    check_batch([beams, replace(beams, max_new_tokens=4, stop_strings=".")])
+    with pytest.raises(MLLMError, match="samples all prompts of a batch alike"):
+        check_batch([beams, replace(beams, do_sample=True)])
 
 
 def test_a_decoding_is_the_recipes_with_the_callers_over_it(tiny_parts):

@@ -493,7 +493,7 @@ def test_the_page_shows_images_in_the_answer(index, chromium):
         chromium(f"http://127.0.0.1:{port}/acted", until=lambda: told)
     (seen,) = told
     prompt = turns(model, [{"role": "user", "content": [{"type": "text", "text": "what is it?"}]}])
-    (output,) = model.generate([prompt], index=found, image_logit_bias=1e4)
+    (output,) = model.generate([prompt], index=found, image_logit_bias=1e4, max_new_tokens=5)
     assert seen["wide"] == [60] * len(output.images) and seen["order"].count("IMG") == len(output.images) > 1
     assert seen["text"] == str(output).rstrip()
 

@@ -16,6 +16,25 @@ from mllm.lms.runners.unpadded import EmbeddingCache
 from mllm.prompts.batch import IGNORED
 
 
+def start_token(model: Any) -> int:
+    """Return the id that the decoder of an encoder-decoder model starts with.
+
+    Raises:
+        MLLMError: the model does not say.
+    """
+    configured = (
+        model.generation_config.decoder_start_token_id,
+        getattr(model.config, "decoder_start_token_id", None),
+    )
+    start = next((token for token in configured if token is not None), model.generation_config.bos_token_id)
+    if start is None:
+        raise MLLMError(
+            "This encoder-decoder model does not say which token its decoder starts with: set "
+            "decoder_start_token_id in its generation_config.json."
+        )
+    return int(start)
+
+
 class EncoderDecoderRunner:
     """An encoder that reads everything before an answer, and a decoder that generates the answer.
 
@@ -38,17 +57,7 @@ class EncoderDecoderRunner:
     def __init__(self, model: Any, end: Sequence[int]) -> None:
         self.model = model
         self._end = list(end)
-        configured = (
-            model.generation_config.decoder_start_token_id,
-            getattr(model.config, "decoder_start_token_id", None),
-        )
-        start = next((token for token in configured if token is not None), model.generation_config.bos_token_id)
-        if start is None:
-            raise MLLMError(
-                "This encoder-decoder model does not say which token its decoder starts with: set "
-                "decoder_start_token_id in its generation_config.json."
-            )
-        self._start = int(start)
+        self._start = start_token(model)
 
     def logits(self, embeds: Tensor, mask: Tensor, keep: Tensor | None = None, cache: Any = None) -> Tensor:
         """Return logits ``(B, 1, V)`` of an answer's first token."""
