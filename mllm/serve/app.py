@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import secrets
 import time
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, Response
 from starlette.concurrency import run_in_threadpool
 
@@ -17,7 +16,7 @@ from mllm.model import Model
 from mllm.serve.batcher import Batcher
 from mllm.serve.fields import read_completion
 from mllm.serve.remote import Remote
-from mllm.serve.requests import BodyLimit, prompt_of
+from mllm.serve.requests import Entrance, prompt_of
 from mllm.serve.responses import chat_page, handle_errors, respond
 from mllm.serve.schema import Limits, Refused, invalid_request
 
@@ -43,13 +42,8 @@ def create_app(model: Model, name: str, limits: Limits | None = None, show: Mapp
         await run_in_threadpool(batcher.close)
 
     app = FastAPI(title="mllm", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(BodyLimit, limit=limits.body)
+    app.add_middleware(Entrance, limits=limits)
     handle_errors(app)
-
-    def check_token(request: Request) -> None:
-        sent, expected = request.headers.get("authorization", ""), f"Bearer {limits.token}"
-        if limits.token is not None and not secrets.compare_digest(sent.encode(), expected.encode()):
-            raise Refused(401, "A bearer token is needed: Authorization: Bearer TOKEN.", "invalid_api_key")
 
     @app.get("/", response_class=HTMLResponse)
     async def page() -> HTMLResponse:
@@ -59,17 +53,17 @@ def create_app(model: Model, name: str, limits: Limits | None = None, show: Mapp
     async def health() -> dict[str, str]:
         return {"status": "ok"}
 
-    @app.get("/v1/models", dependencies=[Depends(check_token)])
+    @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [about]}
 
-    @app.get("/v1/models/{model_id:path}", dependencies=[Depends(check_token)])
+    @app.get("/v1/models/{model_id:path}")
     async def model_of(model_id: str) -> dict[str, Any]:
         if model_id != name:
             raise Refused(404, f"There is no model {model_id!r}; this server has {name!r}.", "model_not_found", "model")
         return about
 
-    @app.post("/v1/chat/completions", dependencies=[Depends(check_token)])
+    @app.post("/v1/chat/completions")
     async def complete(request: Request) -> Response:
         completion = read_completion(await request.body())
         try:

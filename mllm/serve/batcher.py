@@ -1,6 +1,7 @@
 """Decode requests that arrive together in one batch, on the one thread that uses the model.
 
-Notable: a job receives its text as it is generated; one that was cancelled ends at the next token.
+A request is checked before it is in a batch, and a batch that fails is decoded again row by row, so that one request
+never harms another. Notable: a job receives its text as it is generated; one that was cancelled ends at the next token.
 """
 
 from __future__ import annotations
@@ -154,7 +155,7 @@ class Batcher:
         return jobs
 
     def _run(self, rows: Sequence[Row]) -> None:
-        """Decode rows in one batch; where that fails, one by one, so that an error reaches only the row that causes it."""
+        """Decode rows in one batch; where that fails, one by one, so that an error reaches only the row it is of."""
         rows = [row for row in rows if not row.ended and not row.job.cancelled.is_set()]
         if not rows:
             return

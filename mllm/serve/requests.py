@@ -1,7 +1,8 @@
-"""Read requests: limit their size, open their images, and turn their messages into a prompt."""
+"""Read requests: check their token and size, open their images, and turn their messages into a prompt."""
 
 from __future__ import annotations
 
+import secrets
 from typing import Any
 
 from jinja2 import TemplateError
@@ -75,28 +76,34 @@ def _part(part: Any, remote: Remote) -> dict[str, Any]:
     )
 
 
-class BodyLimit:
-    """Refuses a request whose body is too long, by its header or while it arrives, before all of it is in memory."""
+class Entrance:
+    """Refuses a request without the token, or with a body that is too long, before all of it is in memory."""
 
-    def __init__(self, app: Any, limit: int) -> None:
-        self._app, self._limit = app, limit
+    def __init__(self, app: Any, limits: Limits) -> None:
+        self._app, self._limit = app, limits.body
+        self._token = None if limits.token is None else limits.token.encode()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Pass a request on, or refuse it."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        length = dict(scope["headers"]).get(b"content-length", b"0")
+        headers = dict(scope["headers"])
+        if scope["path"].startswith("/v1/") and not self._may_enter(headers):
+            message = "A bearer token is needed: Authorization: Bearer TOKEN."
+            return await error_response(Refused(401, message, "invalid_api_key"))(scope, receive, send)
+        message = f"The request is longer than {self._limit} bytes. Make its images smaller."
+        too_long = error_response(Refused(413, message, "too_large"))
         body, more = bytearray(), True
-        if int(length) > self._limit:
-            return await self._refuse(scope, receive, send)
+        if int(headers.get(b"content-length", b"0")) > self._limit:
+            return await too_long(scope, receive, send)
         while more and scope["method"] == "POST":
-            message = await receive()
-            if message["type"] == "http.disconnect":
+            event = await receive()
+            if event["type"] == "http.disconnect":
                 return None
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
+            body += event.get("body", b"")
+            more = event.get("more_body", False)
             if len(body) > self._limit:
-                return await self._refuse(scope, receive, send)
+                return await too_long(scope, receive, send)
         first = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
         async def replay() -> Any:
@@ -104,6 +111,7 @@ class BodyLimit:
 
         return await self._app(scope, replay, send)
 
-    async def _refuse(self, scope: Any, receive: Any, send: Any) -> None:
-        message = f"The request is longer than {self._limit} bytes. Make its images smaller."
-        await error_response(Refused(413, message, "too_large"))(scope, receive, send)
+    def _may_enter(self, headers: dict[bytes, bytes]) -> bool:
+        """Whether a request carries the token, if one is needed."""
+        scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
+        return self._token is None or (scheme.lower() == b"bearer" and secrets.compare_digest(token, self._token))

@@ -15,7 +15,6 @@ from mllm.errors import MLLMError
 from mllm.outputs import data_url
 from mllm.serve.batcher import Answer
 
-
 COLD = 1e-5  # a lower temperature is greedy: dividing by it overflows
 MAX_STOPS = 16
 StopString = Annotated[str, Field(max_length=256)]
