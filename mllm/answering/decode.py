@@ -12,7 +12,8 @@ from mllm.lms.generation import fitted, room
 from mllm.model import Model
 from mllm.outputs import Output, Text
 from mllm.prompts.batch import Encoded
-from mllm.prompts.pieces import Control, Piece, answer_text, arrange, without_images
+from mllm.prompts.formatting import formatted
+from mllm.prompts.pieces import Control, Piece, answer_text, without_images
 from mllm.registry import lookup, made, table
 
 FORMER = {"words": "nearest_words"}
@@ -139,6 +140,6 @@ def finish_reason(model: Model, ids: Sequence[int], decoding: Decoding) -> Liter
 def image_free_prompt(model: Model, pieces: Sequence[Piece]) -> list[Piece]:
     """Return a prompt without its images; where nothing is left, with an end token, which starts a sequence."""
     if not any(isinstance(piece, str) for piece in pieces):
-        pieces = arrange(model.spec.prompt.template, pieces)
+        pieces = formatted(model.spec.prompt, pieces)
     end = Control(model.lm.tokenizer.decode([model.lm.eos]))
     return without_images(pieces) or [end]

@@ -90,13 +90,6 @@ def dump(recipe: Recipe) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(recipe.model_dump(mode="json", by_alias=True)), sort_keys=False)
 
 
-def read_written(path: Path) -> dict[str, Any]:
-    """Return the resolved recipe that a run was started with, as a plain mapping."""
-    recipe: dict[str, Any] = yaml.safe_load(path.read_text())
-    add_resize(recipe)
-    return recipe
-
-
 def continued(recipe: Recipe, path: Path) -> Recipe:
     """Return a recipe to continue a run with, whose own recipe is in a file.
 

@@ -70,12 +70,19 @@ def _distinct(heads: list[HeadSpec]) -> list[HeadSpec]:
     return heads
 
 
-Heads = Annotated[list[HeadSpec], AfterValidator(_distinct)]
-
-
 def listed(value: Any) -> Any:
     """Return a list: one mapping is short for a list of one, None for an empty list."""
     return [] if value is None else [value] if isinstance(value, Mapping) else value
+
+
+Heads = Annotated[list[HeadSpec], BeforeValidator(listed), AfterValidator(_distinct)]
+Adapters = Annotated[list[PartSpec], BeforeValidator(listed)]
+Names = Annotated[list[str], BeforeValidator(listed)]
+
+
+def switch(value: Any) -> Any:
+    """Return ``on`` or ``off`` for a boolean, as which YAML reads these words where they are not quoted."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
 class EncoderSpec(PartSpec):
@@ -142,12 +149,28 @@ class LMSpec(Spec):
     init: Literal["pretrained", "random"] = "pretrained"
 
 
+class ExampleSpec(Spec):
+    """A solved example: an image, or words in its place, and the answer that follows the prompt."""
+
+    image: str | None = None  # a file
+    words: str = ""
+    question: str | None = None  # null: the answer is a caption
+    answer: str
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> ExampleSpec:
+        if bool(self.image) == bool(self.words):
+            raise ValueError("an example has an image, or words in its place: give one of the two")
+        return self
+
+
 class PromptSpec(Spec):
     """The words around images and questions."""
 
     template: str = "{images}{prompt}"  # the order of the images and the words below; null: this one
     caption: str = "A picture of"
     question: str = "Question: {question} Answer:"
+    examples: list[ExampleSpec] = []  # solved ones before every prompt
     chat: Literal["plain", "own"] = "plain"  # a turn in these words, or in the language model's chat template
 
     @model_validator(mode="before")
@@ -205,9 +228,9 @@ class Parts(Spec):
     encoder: EncoderSpec | None = None
     lm: LMSpec | None = None
     connector: PartSpec | None = None
-    adapters: list[PartSpec] = []
+    adapters: Adapters = []
     heads: Heads = []
-    tokens: list[str] = []
+    tokens: Names = []
     decoder: PartSpec | None = None
     scorer: PartSpec | None = None
     prompt: PromptSpec = PromptSpec()

@@ -83,20 +83,23 @@ class ConnectorFit(ClosedForm):
             return
         target = _SentenceTargets(model) if self.targets == "sentences" else _WordTargets(model, data.captioned)
         for items, features in data.with_features(self.chunk):
-            yield model.connector.body(features).mean(1), target(items)
+            yield model.connector.body(model.connector.cast(features)).mean(1), target(items)
 
     def solve(self, model: Model, sums: NormalEquations) -> tuple[Tensor, Tensor]:
         """Return weights ``(X, D_lm)`` and intercept ``(D_lm,)``."""
         return sums.solve(self.solver, self.strength)
 
-    def apply(self, model: Model, sums: NormalEquations, solution: tuple[Tensor, Tensor]) -> float:
-        """Set the linear map, and return the share of the targets' variance that it explains (R^2)."""
+    def quality(self, sums: NormalEquations, solution: tuple[Tensor, Tensor]) -> float:
+        """Return the share of the targets' variance that the map explains (R^2)."""
+        return sums.explained(*solution)
+
+    def apply(self, model: Model, solution: tuple[Tensor, Tensor]) -> None:
+        """Set the linear map."""
         weights, intercept = solution
         project = _linear(model)
         tokens = project.out_features // len(intercept)  # one feature vector may become several tokens
         project.weight.copy_(weights.T.repeat(tokens, 1))
         project.bias.copy_(intercept.repeat(tokens))
-        return sums.explained(weights)
 
     def _tokens(self, model: Model, data: Material) -> Iterator[tuple[Tensor, Tensor]]:
         words = lexicon(model.lm)
@@ -104,7 +107,7 @@ class ConnectorFit(ClosedForm):
             chunk = words[start : start + self.chunk]
             features = model.encoder.embed_texts([text for _, text in chunk])[:, None]  # (N, 1, D_vis)
             y = model.lm.embed(torch.tensor([token for token, _ in chunk], device=model.lm.model.device))
-            yield model.connector.body(features).mean(1), y
+            yield model.connector.body(model.connector.cast(features)).mean(1), y
 
 
 class _WordTargets:
