@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mllm.config.messages import checked
-from mllm.config.parts import FROZEN, AssemblySpec, Spec
+from mllm.config.parts import FROZEN, AssemblySpec, Spec, add_resize
 from mllm.errors import MLLMError
 from mllm.hub import identity
 from mllm.model import Model
@@ -179,6 +179,8 @@ def parse_about(path: Path) -> About:
             f"{path} is of format {about.get('format')!r}, and this version of mllm reads format {FORMAT}. "
             f"It was written by mllm {about.get('version', '(unknown)')}: load it with that version."
         )
+    if isinstance(about, dict) and isinstance(about.get("spec"), dict):
+        add_resize(about["spec"])
     return checked(About, about, label=str(path))
 
 

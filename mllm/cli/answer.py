@@ -113,6 +113,8 @@ def serve(
         raise MLLMError(
             f"The server needs {error.name}, which is not installed: pip install 'mllm-assembly[serve]'."
         ) from None
+    if token == "":
+        raise MLLMError("--token is empty, so every request would be answered. Give a token, or leave it out.")
     limits = Limits(
         body=max_body * 2**20,
         images=max_images,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -21,6 +21,7 @@ from pydantic import (
 
 PARTS = ("encoder", "lm", "connector", "adapters", "heads", "tokens", "decoder")
 FROZEN = ("encoder", "lm", "decoder")  # unless a stage's 'train' names them, or something inside them
+RESIZING = ("transformers", "timm", "open-clip")  # types of encoders that have 'resize'
 
 
 def part_of(path: str) -> str:
@@ -95,6 +96,7 @@ class EncoderSpec(PartSpec):
     layer: int | None = None  # index into the hidden states; null: the model's last output
     select: Literal["patches", "pooled", "all"] = "patches"
     resolution: int | None = Field(default=None, ge=1)  # pixels; null: the image processor's
+    resize: Literal["stretch", "crop", "pad"] | None = None  # how an image becomes a square; null: the model's own way
     init: Literal["pretrained", "random"] = "pretrained"
 
     @model_validator(mode="before")
@@ -117,6 +119,24 @@ class EncoderSpec(PartSpec):
     def options(self) -> dict[str, Any]:
         """Return the arguments of the encoder that differ from their defaults, without those in ``of``."""
         return self.model_dump(exclude={"type", "of"}, exclude_defaults=True)
+
+
+def encoders_in(parts: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the mappings of the encoder of a recipe, of its stages, or of a saved model, and of those inside it."""
+    for stage in parts.get("stages") or ():
+        yield from encoders_in(stage)
+    waiting = [parts.get("encoder")]
+    while waiting:
+        if isinstance(encoder := waiting.pop(), dict):
+            yield encoder
+            waiting += encoder.get("of") or []
+
+
+def add_resize(parts: Mapping[str, Any]) -> None:
+    """Set ``resize`` of encoders that were saved before there was this key: their images were stretched."""
+    for encoder in encoders_in(parts):
+        if "resize" not in encoder and encoder.get("type", "transformers") in RESIZING:
+            encoder["resize"] = "stretch"
 
 
 class LMSpec(Spec):

@@ -21,6 +21,7 @@ from transformers import AddedToken, GenerationConfig, LlavaProcessor
 
 from mllm.errors import MLLMError
 from mllm.export.chat import chat_template
+from mllm.export.images import image_processor
 from mllm.model import Model
 
 IMAGE = "<image>"
@@ -137,7 +138,7 @@ def make_processor(model: Model, tokenizer: Any, patch: int, strategy: str) -> A
     """
     patches = (model.encoder.size // patch) ** 2
     return LlavaProcessor(
-        image_processor=_image_processor(model),
+        image_processor=image_processor(model),
         tokenizer=tokenizer,
         patch_size=patch,
         vision_feature_select_strategy=strategy,
@@ -145,16 +146,6 @@ def make_processor(model: Model, tokenizer: Any, patch: int, strategy: str) -> A
         image_token=IMAGE,
         chat_template=chat_template(model, IMAGE),
     )
-
-
-def _image_processor(model: Model) -> Any:
-    """Return the image processor with the encoder's settings: resized to a square, without cropping."""
-    processor, side = copy.deepcopy(model.encoder.processor), model.encoder.size
-    processor.size = {"height": side, "width": side}
-    if hasattr(processor, "do_center_crop"):
-        processor.do_center_crop = False
-        processor.crop_size = {"height": side, "width": side}
-    return processor
 
 
 def build_stock(build: Callable[[], Any]) -> Any:

@@ -147,6 +147,11 @@ def test_pictures_that_cannot_be_read(mllm: Mllm, model: Path, recipe: Path, tmp
     fails(mllm("train", recipe, "--out", tmp_path / "run"), "1 of 2 images are missing: ")
 
 
+def test_an_empty_token_does_not_open_the_server(mllm: Mllm, model: Path) -> None:
+    status, _, err = mllm("serve", model, "--token", "")
+    assert status == 1 and "--token is empty" in err
+
+
 def test_run_of_another_version(mllm: Mllm, model: Path, picture: Path, tmp_path: Path) -> None:
     label = json.loads((model / "assembly.json").read_text())
     (tmp_path / "old").mkdir()

@@ -65,8 +65,9 @@ def assembled(tiny_parts: Parts, folder: Any, family: str, **options: Any) -> An
         for parameter in model.adapters.parameters():  # open gates
             parameter.add_(0.3 * torch.randn_like(parameter))
         embeds, batch = model.prepare(PROMPTS)
-        model.end_bias = 2 * float(model.lm.logits(embeds, batch.mask)[:, -1].std(-1).mean())
-    model.lm.model.get_output_embeddings().register_forward_hook(_raising(model.lm.eos, model.end_bias))
+        bias = 2 * float(model.lm.logits(embeds, batch.mask)[:, -1].std(-1).mean())
+    model.end_bias = bias  # type: ignore[assignment]  # kept for the stock model
+    model.lm.model.get_output_embeddings().register_forward_hook(_raising(model.lm.eos, bias))
     return model
 
 
