@@ -20,6 +20,7 @@ from mllm.errors import MLLMError
 from mllm.fits.base import ClosedForm
 from mllm.hub import published
 from mllm.lms.new_tokens import NewTokens
+from mllm.lms.words import bind
 from mllm.model import Model, trained_module
 from mllm.readout.tokens import every_token, heads_on_meta
 from mllm.registry import lookup, made
@@ -89,7 +90,7 @@ def _joined(spec: AssemblySpec, *, encoder: Any, lm: Any) -> Assembly:
             raise MLLMError(
                 f"The connector {spec.connector.type} reads an encoder's features, and there is none: give encoder."
             )
-        connector = build_connector(spec, encoder=encoder, lm_dim=widths["lm_dim"])
+        connector = build_connector(spec, encoder=encoder, lm=lm)
     heads: dict[str, Head] = {part.name: _build_seeded(spec, Head, "head", part, **widths) for part in spec.heads}
     model = Assembly(
         encoder=encoder,
@@ -148,11 +149,15 @@ def build_lm(spec: AssemblySpec) -> Any:
     return made(lookup("lms", spec.lm.type), f"language model {spec.lm.model}", **options, seed=spec.seed_of("lm"))
 
 
-def build_connector(spec: AssemblySpec, *, encoder: Any, lm_dim: int | None) -> Connector:
-    """Return the connector; with ``lm_dim`` None, without the projection to a language model's width."""
+def build_connector(spec: AssemblySpec, *, encoder: Any, lm: Any) -> Connector:
+    """Return the connector; with ``lm`` None, without the projection to a language model's width."""
     assert spec.connector is not None
+    lm_dim = None if lm is None else lm.dim
     widths = {"vis_dim": encoder.dim, "lm_dim": lm_dim, "num_patches": encoder.num_patches, "grid": encoder.grid}
-    return _build_seeded(spec, Connector, "connector", spec.connector, **widths)
+    connector = _build_seeded(spec, Connector, "connector", spec.connector, **widths)
+    if spec.connector.vocabulary is not None:
+        bind(connector, lm, **spec.connector.vocabulary.model_dump())
+    return connector
 
 
 def build_tokens(spec: AssemblySpec, names: Sequence[str], *, lm: Any) -> NewTokens | None:

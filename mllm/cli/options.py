@@ -53,3 +53,6 @@ Lines = Annotated[bool, typer.Option("--jsonl", help="Print a line of JSON for e
 
 
 RunOption = Annotated[Path, typer.Option(help="The folder of a run or saved model with a retrieval head.")]
+
+
+Words = Annotated[bool, typer.Option("--words", help="Also print the nearest word of each visual token.")]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import json
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -28,6 +29,14 @@ class Source:
 
     spec: DataSpec
     items: Sequence[Item]
+
+
+def answers_of(sources: Sequence[Source], most: int = 50_000) -> Iterator[str]:
+    """Yield the answers of the items of sources that can be read; of more than ``most`` items, those of every n-th."""
+    for source in sources:
+        for index in range(0, len(source.items), 1 + len(source.items) // most):
+            with contextlib.suppress(MLLMError):
+                yield from source.items[index].answers
 
 
 def reader(spec: DataSpec) -> Callable[[], Sequence[Item]]:

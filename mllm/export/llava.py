@@ -16,6 +16,7 @@ from mllm.export.stock import (
     build_stock,
     causal_lm,
     check_adapters,
+    check_vocabulary,
     each,
     for_saving,
     image_processor,
@@ -36,6 +37,7 @@ def llava(model: Model) -> StockModel:
         lambda: _projector(model),
         lambda: _hidden_state(model),
         lambda: check_adapters(model),
+        lambda: check_vocabulary(model),
         lambda: _check_output_layer(model),
     )
     lm = merged_lm(model)

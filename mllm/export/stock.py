@@ -17,6 +17,7 @@ from transformers import (
     GenerationConfig,
 )
 
+from mllm.capabilities import SpeaksWords
 from mllm.errors import MLLMError
 from mllm.model import Model
 
@@ -61,6 +62,15 @@ def check_adapters(model: Model) -> None:
     if model.spec.lm.quantize is not None:
         raise MLLMError(
             "The language model is quantized (lm.quantize): its weights are not those of the transformers class."
+        )
+
+
+def check_vocabulary(model: Model) -> None:
+    """Raise an `MLLMError` where the connector's output is replaced by expected word embeddings."""
+    if isinstance(model.connector, SpeaksWords) and model.connector.vocabulary.output == "words":
+        raise MLLMError(
+            "The connector returns expected word embeddings (connector.vocabulary), and no class of transformers has a "
+            "softmax over words after its connector."
         )
 
 
