@@ -72,7 +72,9 @@ def read(spec: DataSpec, *, seed: int = 0) -> Sequence[Item]:
             "its arguments."
         )
     if spec.blank:
-        items = _blank(items)
+        items = _changed(items, _blank, "black")
+    if spec.answer is not None:
+        items = _changed(items, partial(_with_answer, spec.answer), f"answer {spec.answer}")
     if spec.fraction == 1:
         return items
     order = list(range(len(items)))
@@ -81,26 +83,31 @@ def read(spec: DataSpec, *, seed: int = 0) -> Sequence[Item]:
     return items.part(indices) if isinstance(items, Lazy) else [items[index] for index in indices]
 
 
-def _blank(items: Sequence[Item]) -> Sequence[Item]:
-    """Return the items with black images in place of their images."""
-
-    def blank(item: Item) -> Item:
-        if item.messages or item.document:
-            raise MLLMError(
-                f"data: the item {item.id!r} is a conversation or a document, but 'blank' is for captions and "
-                "questions. Leave out 'blank'."
-            )
-        shots = tuple(blank(shot) for shot in item.shots)
-        return replace(item, images=tuple(Black() for _ in item.images), shots=shots)
-
+def _changed(items: Sequence[Item], change: Callable[[Item], Item], label: str) -> Sequence[Item]:
+    """Return each item changed, lazy items when they are read; ``label`` is part of their fingerprint."""
     if not isinstance(items, Lazy):
-        return [blank(item) for item in items]
+        return [change(item) for item in items]
     return Lazy(
         len(items),
-        lambda index: blank(items[index]),
-        fingerprint=lambda: f"{items.fingerprint()} black",
+        lambda index: change(items[index]),
+        fingerprint=lambda: f"{items.fingerprint()} {label}",
         shards=items.shards,
     )
+
+
+def _blank(item: Item) -> Item:
+    """Return an item with black images in place of its images."""
+    if item.messages or item.document:
+        raise MLLMError(
+            f"data: the item {item.id!r} is a conversation or a document, but 'blank' is for captions and questions. "
+            "Leave out 'blank'."
+        )
+    return replace(item, images=tuple(Black() for _ in item.images), shots=tuple(map(_blank, item.shots)))
+
+
+def _with_answer(number: int, item: Item) -> Item:
+    """Return an item with one of its answers alone: the one of a number, or the last of fewer."""
+    return replace(item, answers=item.answers[: number + 1][-1:])
 
 
 def read_all(specs: Sequence[DataSpec], *, seed: int = 0) -> list[Source]:

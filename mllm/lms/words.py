@@ -10,6 +10,7 @@ Shapes: N visual tokens, W words, K words of a caption, D_lm the width of the em
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ from mllm.slots import LanguageModel
 
 NEUTRAL = "."  # the word of visual tokens that have nothing to add
 PLANNED = 1000  # words of captions, where these are not read
+_WHOLE: weakref.WeakKeyDictionary[Any, list[int]] = weakref.WeakKeyDictionary()  # of each tokenizer, found once
 Source = Literal["language", "data", "all"]
 
 
@@ -233,6 +235,12 @@ def whole_words(lm: Any) -> list[int]:
 
     A token that is only ever a part of a word is none of them: ``tokenize`` gives its text, after a space, other ids.
     """
+    if lm.tokenizer not in _WHOLE:
+        _WHOLE[lm.tokenizer] = _whole_words(lm)
+    return _WHOLE[lm.tokenizer]
+
+
+def _whole_words(lm: Any) -> list[int]:
     texts = {token: lm.decode([token]).strip() for token in range(len(lm.tokenizer))}
     candidates = {token: text for token, text in texts.items() if text.isalnum()}
     encoded = lm.tokenizer([f" {text}" for text in candidates.values()], add_special_tokens=False).input_ids
