@@ -178,6 +178,17 @@ def test_the_tokens_may_stay_as_they_are(tiny_parts):
     torch.testing.assert_close(model.connector(features), model.connector.forward(features))
 
 
+@torch.no_grad()
+def test_mixed_precision_leaves_the_comparison_in_float32(tiny_parts):
+    model = bound(tiny_parts)
+    vocabulary, tokens, targets = model.connector.vocabulary, torch.randn(4, 32), torch.tensor(ids_of(model, "abcd"))
+    expected = vocabulary(tokens), vocabulary.losses(tokens, targets), vocabulary.logits(tokens, targets)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = vocabulary(tokens), vocabulary.losses(tokens, targets), vocabulary.logits(tokens, targets)
+    for one, other in zip(expected, mixed, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_a_batch_sees_what_its_images_show_alone(tiny_parts):
     model, images = bound(tiny_parts, connector="mapper"), [tiny_image(seed) for seed in range(3)]
     assert model.words(images) == [model.words([image])[0] for image in images]
