@@ -97,8 +97,8 @@ class Vocabulary(nn.Module):
         return torch.tensor(self._ids, device=self.included.device)
 
     def include(self, tokens: Iterable[int]) -> None:
-        """Add tokens to the words."""
-        self._ids = sorted({*self._ids, *tokens})
+        """Add tokens to the words, except those that the table has no row for."""
+        self._ids = sorted({*self._ids, *(token for token in tokens if token < len(self.included))})
         if not self.included.is_meta:
             self.included[self._ids] = 1
 
@@ -158,8 +158,7 @@ class Vocabulary(nn.Module):
 
     def text(self, token: int) -> str:
         """Return a word's text as it follows another word: with a space before it, or without if it is a part."""
-        before = self.lm.decode([self.neutral])
-        return str(self.lm.decode([self.neutral, token])[len(before) :])
+        return str(self.lm.decode([token, token])[len(self.lm.decode([token])) :])
 
     def _table(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return the normalized embeddings ``(W, D_lm)`` of words, and their lengths ``(W,)``, in float32."""

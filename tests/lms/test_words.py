@@ -16,7 +16,10 @@ import mllm
 from mllm.errors import MLLMError
 from mllm.lms import words as words_module
 from mllm.lms.words import ordered_words, token_ids, whole_words
+from mllm.objectives.word_alignment import WordAlignment
+from mllm.prompts.pieces import Target
 from mllm.readout.words import readable
+from mllm.slots import Inputs
 from mllm.testing import tiny_image
 
 PIECES = ["Ġ", "Ġcat", "Ġdog", "cat", "s", "Ġs", "Ġ.", ".", "Ġhipp", "o", "Ġo", "3", "Ġ,"]
@@ -146,6 +149,18 @@ def test_a_list_of_words_stays_as_it_is_and_other_sources_grow(tiny_parts):
         model = bound(tiny_parts, words=words)
         model.connector.vocabulary.include_captions(["q!"])
         assert ("!" in letters_of(model)) == grows
+
+
+def test_a_token_without_an_embedding_is_no_word(tiny_parts, tmp_path):
+    lm = bound(tiny_parts).lm
+    lm.tokenizer.add_tokens(["zebra"])
+    lm.model.save_pretrained(tmp_path / "lm")
+    lm.tokenizer.save_pretrained(tmp_path / "lm")
+    model = bound(tiny_parts, str(tmp_path / "lm"), words="all")
+    model.connector.vocabulary.include_captions(["a zebra"])
+    assert token_ids(model.lm, "zebra")[-1] == 258 > int(model.connector.vocabulary.ids.max())
+    inputs = Inputs(model, [[tiny_image(), Target(" a zebra")]], model.features([tiny_image()]), None)
+    assert WordAlignment()(inputs).isfinite()
 
 
 def test_without_words_it_says_what_to_do(tiny_parts):
