@@ -14,7 +14,8 @@ from mllm.answering.view import View, Views
 from mllm.answering.with_images import retrieve
 from mllm.model import Model
 from mllm.outputs import ImagePart
-from mllm.prompts.pieces import Piece, arrange
+from mllm.prompts.formatting import formatted
+from mllm.prompts.pieces import Piece
 from mllm.readout.words import visual_words
 from mllm.saving import save
 
@@ -104,7 +105,8 @@ class Assembly(Model):
         """Encode images (and text, interleaved) once, for many questions.
 
         Args:
-            pieces: images alone are formatted with the recipe's ``prompt.template``; with text, nothing is added.
+            pieces: images alone are formatted with the recipe's ``prompt.template`` and its ``prompt.examples``; with
+                text, nothing is added.
 
         Raises:
             MLLMError: an empty prompt, or an unreadable image.
@@ -113,9 +115,8 @@ class Assembly(Model):
 
     def see_each(self, prompts: Sequence[Sequence[Piece]]) -> Views:
         """Encode several prompts in one batch, for many questions each; see `mllm.answering.view.Views`."""
-        template = self.spec.prompt.template
         read = generating.read(self, prompts)
-        return Views(self, [p if any(isinstance(x, str) for x in p) else arrange(template, p) for p in read])
+        return Views(self, [p if any(isinstance(x, str) for x in p) else formatted(self.spec.prompt, p) for p in read])
 
     def score(
         self,

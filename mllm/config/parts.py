@@ -147,12 +147,28 @@ class LMSpec(Spec):
     init: Literal["pretrained", "random"] = "pretrained"
 
 
+class ExampleSpec(Spec):
+    """A solved example: an image, or words in its place, and the answer that follows the prompt."""
+
+    image: str | None = None  # a file
+    words: str = ""
+    question: str | None = None  # null: the answer is a caption
+    answer: str
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> ExampleSpec:
+        if bool(self.image) == bool(self.words):
+            raise ValueError("an example has an image, or words in its place: give one of the two")
+        return self
+
+
 class PromptSpec(Spec):
     """The words around images and questions."""
 
     template: str = "{images}{prompt}"  # the order of the images and the words below; null: this one
     caption: str = "A picture of"
     question: str = "Question: {question} Answer:"
+    examples: list[ExampleSpec] = []  # solved ones before every prompt
     chat: Literal["plain", "own"] = "plain"  # a turn in these words, or in the language model's chat template
 
     @model_validator(mode="before")

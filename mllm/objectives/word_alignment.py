@@ -12,9 +12,9 @@ from mllm.capabilities import SpeaksWords
 from mllm.errors import MLLMError
 from mllm.lms.words import Vocabulary, token_ids
 from mllm.model import Model
-from mllm.objectives.contrastive import captions_of
 from mllm.prompts.batch import Batch
 from mllm.prompts.pieces import Piece
+from mllm.readout.states import captions
 from mllm.slots import Connector, Inputs, LanguageModel
 
 
@@ -63,16 +63,17 @@ class WordAlignment:
         self._vocabulary(model).include_captions(texts)
 
     def count(self, rows: Sequence[Sequence[Piece]], batch: Batch | None) -> int:
-        """Return the number of captions."""
-        return len(rows)
+        """Return the number of captions after an image."""
+        return len(pairs(rows))
 
     def __call__(self, inputs: Inputs) -> Tensor:
         """Return the sum over captions of the mean over visual tokens; those with words not in the table have none."""
-        model, tokens = inputs.model, inputs.before_words
-        captions = captions_of(inputs.rows)
-        assert tokens is not None
-        vocabulary = self._vocabulary(model)
-        targets = self._targets(vocabulary, tokens, captions).flatten()  # (B Q,)
+        model, tokens, captions_of_images = inputs.model, inputs.before_words, pairs(inputs.rows)
+        if tokens is None or not captions_of_images:  # text alone
+            return sum((p.sum() * 0.0 for p in model.connector.parameters()), torch.zeros((), device=model.device))
+        images, texts = map(list, zip(*captions_of_images, strict=True))
+        tokens, vocabulary = tokens[images], self._vocabulary(model)
+        targets = self._targets(vocabulary, tokens, texts).flatten()  # (N Q,)
         known = torch.isin(targets, vocabulary.ids)
         negatives = self.negatives if model.training else None
         return vocabulary.losses(tokens.flatten(0, 1)[known], targets[known], negatives).sum() / tokens.shape[1]
@@ -86,33 +87,38 @@ class WordAlignment:
             self._words = Vocabulary(model.lm, temperature=self.temperature).requires_grad_(False)
         return self._words.to(model.device)
 
-    def _targets(self, vocabulary: Vocabulary, tokens: Tensor, captions: Sequence[str]) -> Tensor:
-        """Return the id ``(B, Q)`` of each visual token's word; ``tokens (B, Q, D_lm)``."""
-        words = [token_ids(vocabulary.lm, caption) for caption in captions]
+    def _targets(self, vocabulary: Vocabulary, tokens: Tensor, texts: Sequence[str]) -> Tensor:
+        """Return the id ``(N, Q)`` of each visual token's word; ``tokens (N, Q, D_lm)`` of N texts."""
+        words = [token_ids(vocabulary.lm, text) for text in texts]
         if self.order == "set":
             words = [list(dict.fromkeys(ids)) for ids in words]
         num = tokens.shape[1]
         padded = [(ids + [vocabulary.neutral] * num)[:num] for ids in words]
-        targets = torch.tensor(padded, device=tokens.device)  # (B, Q)
+        targets = torch.tensor(padded, device=tokens.device)  # (N, Q)
         return targets if self.order == "sequence" else assigned(vocabulary, tokens.detach(), targets)
+
+
+def pairs(rows: Sequence[Sequence[Piece]]) -> list[tuple[int, str]]:
+    """Return each target text that follows an image, with the index of the last image before it in the batch."""
+    return [(image, text) for image, text in captions(rows) if image is not None and text.strip()]
 
 
 @torch.no_grad()
 def assigned(vocabulary: Vocabulary, tokens: Tensor, targets: Tensor) -> Tensor:
-    """Return targets ``(B, Q)`` in the order of the visual tokens that they are assigned to.
+    """Return targets ``(N, Q)`` in the order of the visual tokens that they are assigned to.
 
     Of all pairs of a token and a word that are both left, the one is taken whose log-likelihood is highest above that
     of the neutral word, which the tokens left over get.
 
     Args:
         vocabulary: the words.
-        tokens: ``(B, Q, D_lm)``.
-        targets: ids ``(B, Q)``, neutral words last.
+        tokens: ``(N, Q, D_lm)`` of N captions.
+        targets: ids ``(N, Q)``, neutral words last.
     """
     neutral = targets.new_tensor([vocabulary.neutral])
     ids, positions = torch.cat([targets.flatten(), neutral]).unique(return_inverse=True)
-    logits = vocabulary.logits(tokens, ids)  # (B, Q, K)
-    words = positions[:-1].view_as(targets)[:, None].expand(-1, tokens.shape[1], -1)  # (B, token, word)
+    logits = vocabulary.logits(tokens, ids)  # (N, Q, K)
+    words = positions[:-1].view_as(targets)[:, None].expand(-1, tokens.shape[1], -1)  # (N, token, word)
     gains = (logits - logits[..., positions[-1:]]).gather(2, words)
     gains = gains.masked_fill((targets == neutral)[:, None], -torch.inf)
     result = torch.full_like(targets, vocabulary.neutral)

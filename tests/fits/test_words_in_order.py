@@ -44,7 +44,7 @@ def test_it_is_a_ridge_from_pooled_features_to_the_tokens_in_order(tiny_parts, i
     model = assembled(tiny_parts, tokens)
     fit = ConnectorFit(targets="words-in-order", strength=0.02)
     assert fit.problems(model) == []
-    explained = fit(model, Material(items, features=model.features))
+    fit(model, Material(items, features=model.features))
     x = model.features([item.images[0] for item in items])[:, 0].double().numpy()
     y = targets(model, items, tokens)
     centered = x - x.mean(0)
@@ -55,7 +55,6 @@ def test_it_is_a_ridge_from_pooled_features_to_the_tokens_in_order(tiny_parts, i
     visual = model.connector(torch.tensor(x, dtype=torch.float32)[:, None])
     assert visual.shape == (24, tokens, 32)
     np.testing.assert_allclose(visual.flatten(1).numpy(), expected, atol=1e-3)
-    assert explained == pytest.approx(1 - np.square(y - expected).sum() / np.square(y - y.mean(0)).sum(), abs=1e-3)
 
 
 @torch.no_grad()

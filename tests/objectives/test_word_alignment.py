@@ -108,6 +108,21 @@ def test_a_batch_is_the_sum_of_its_examples(tiny_parts, order):
     assert objective.per_example and not WordAlignment(negatives=8).per_example
 
 
+def test_a_caption_belongs_to_the_last_image_before_it(tiny_parts):
+    """Examples with images before it are not trained on, and text alone costs nothing."""
+    model, objective = assembled(tiny_parts, vocabulary=True), WordAlignment(negatives=None)
+    images = [tiny_image(seed) for seed in range(3)]
+    example = [images[0], "A picture of a bat\n", images[1], "A picture of", Target(" cab")]
+    rows = [[Target(" text")], example, [images[2], "A picture of", Target(" fact")]]
+    inputs = Inputs(model, rows, model.features(images), None)
+    plain = [[images[1], Target(" cab")], [images[2], Target(" fact")]]
+    expected = objective(Inputs(model, plain, model.features(images[1:]), None)).item()
+    assert objective(inputs).item() == pytest.approx(expected, rel=1e-5) and objective.count(rows, None) == 2
+    alone = objective(Inputs(model, rows[:1], None, None))
+    alone.backward()
+    assert alone.item() == 0 and objective.count(rows[:1], None) == 0
+
+
 @pytest.mark.parametrize("connector", sorted(table("connectors")))
 @pytest.mark.parametrize("order", ["sequence", "set"])
 def test_every_connector_learns_and_the_frozen_parts_do_not(tiny_parts, connector, order):
