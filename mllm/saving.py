@@ -1,16 +1,19 @@
 """Save and load trained tensors: a safetensors file, and ``assembly.json`` with its name and the model's parts.
 
-``assembly.json`` contains the fingerprints of the frozen parts that the tensors were trained on; with other parts the
-tensors are refused, and so is a file with a missing or an unknown tensor. The tensors' file is named by its content,
-and ``assembly.json`` is replaced last, so the folder contains one complete model at every moment, the old or the new.
+``assembly.json`` contains the fingerprints of the frozen parts that the tensors were trained on (`mllm.hub.identity`);
+with other parts the tensors are refused, and so is a file with a missing or an unknown tensor. The tensors' file is
+named by its content, and ``assembly.json`` is replaced last, so the folder contains one complete model at every moment,
+the old or the new.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
+import warnings
 from pathlib import Path
 
 from pydantic import Field
@@ -21,6 +24,7 @@ from torch import Tensor
 from mllm.config.messages import checked
 from mllm.config.parts import FROZEN, AssemblySpec, Spec
 from mllm.errors import MLLMError
+from mllm.hub import identity
 from mllm.model import Model
 from mllm.system import write
 from mllm.version import __version__
@@ -43,9 +47,11 @@ class About(Spec):
 
     @property
     def fingerprint(self) -> str:
-        """Return a hash of the model's tensors and frozen parts."""
-        content = json.dumps([self.sha256, self.fingerprints], sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()
+        """Return the fingerprint of the whole model: of its tensors and frozen parts."""
+        weights = {part: identity.weights_of(fingerprint) for part, fingerprint in self.fingerprints.items()}
+        content = json.dumps([self.sha256, weights], sort_keys=True)
+        parts = [self.fingerprints[part] for part in sorted(self.fingerprints)]
+        return identity.joined(hashlib.sha256(content.encode()).hexdigest(), parts)
 
 
 def save(model: Model, folder: Path) -> Path:
@@ -177,19 +183,53 @@ def parse_about(path: Path) -> About:
 
 
 def fingerprints_of(model: Model) -> dict[str, str]:
-    """Return the fingerprints of the model's frozen parts, on which the tensors are trained."""
-    return {name: str(part.fingerprint) for name in FROZEN if (part := model.slot(name)) is not None}
+    """Return the fingerprints of the model's frozen parts, on which the tensors are trained.
+
+    The language model's chat template is left open where prompts are not written in it.
+    """
+    prints = {name: str(part.fingerprint) for name in FROZEN if (part := model.slot(name)) is not None}
+    if "lm" in prints and model.spec.prompt.chat == "plain":
+        prints["lm"] = identity.without(prints["lm"], "chat_template")
+    return prints
 
 
-def check_fingerprints(path: Path, trained_on: dict[str, str], here: dict[str, str]) -> None:
-    """Raise an `MLLMError` where a frozen part is not the one that the tensors were trained on."""
+def check_fingerprints(
+    path: Path, trained_on: dict[str, str], here: dict[str, str], instead: str = "train on this one"
+) -> None:
+    """Compare the frozen parts with those that tensors were trained on; a fingerprint of weights alone warns once.
+
+    Args:
+        path: the tensors' run or folder.
+        trained_on: the fingerprints of the parts that they were trained on.
+        here: those of the present parts.
+        instead: what can be done other than to restore the original part.
+
+    Raises:
+        MLLMError: a part is another one: its weights, its configuration, or how its inputs are prepared.
+    """
     for part, actual in here.items():
-        expected = trained_on.get(part, "none")
-        if expected != actual:
+        differing = identity.differing(trained_on.get(part, "none"), actual)
+        for name, (expected, present) in differing.items():
+            label = "fingerprint" if name == identity.WEIGHTS else name.replace("_", " ")
+            same = "" if identity.WEIGHTS in differing else f" The weights are equal; compare {identity.FILES[name]}."
             raise MLLMError(
-                f"{path} was trained on another {part}: its fingerprint is {expected[:16]}..., and that of this {part} "
-                f"is {actual[:16]}.... Restore the original {part}, or train on this one."
+                f"{path} was trained on another {part}: its {label} is {expected[:16]}..., and that of this {part} is "
+                f"{present[:16]}....{same} Restore the original {part}, or {instead}."
             )
+        if trained_on.get(part) != actual and trained_on.get(part) == identity.weights_of(actual):
+            _warn_of_weights_alone(path)
+
+
+@functools.cache
+def _warn_of_weights_alone(path: Path) -> None:
+    """Warn, once per process and folder, of fingerprints as earlier versions wrote them."""
+    warnings.warn(
+        f"{path} has the fingerprints of an earlier version, of the weights alone. They match; whether the frozen "
+        "parts' configurations, preprocessing and tokenizers are those that it was trained on is unknown. Saving the "
+        "model again writes the complete fingerprints.",
+        UserWarning,
+        stacklevel=4,
+    )
 
 
 def _digest(path: Path) -> str:

@@ -29,6 +29,14 @@ def write(path: Path, action: Callable[[Path], Any]) -> None:
         beside.unlink(missing_ok=True)
 
 
+_LITTER = ("__MACOSX", "@eaDir")  # folders that macOS and Synology add
+
+
+def is_hidden(path: Path) -> bool:
+    """Return whether a file is hidden, or is in a hidden folder: ``.DS_Store``, ``._a.jpg``, ``__MACOSX/a.jpg``."""
+    return any(part in _LITTER or (part.startswith(".") and part not in (".", "..")) for part in path.parts)
+
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
 LARGEST = 2**31 - 1
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mllm.config.parts import AssemblySpec, EncoderSpec, LMSpec, PartSpec
@@ -14,14 +14,14 @@ from mllm.config.recipe import Stage
 from mllm.errors import MLLMError, near
 from mllm.hub import loading as hub
 from mllm.hub.fingerprints import fingerprint
+from mllm.hub.identity import differing, of_language_model, without
 from mllm.model import Model
 from mllm.saving import (
-    ASSEMBLY,
     TensorShape,
     check_fingerprints,
     find_folder,
     fingerprints_of,
-    parse_about,
+    read_about,
     read_tensors,
 )
 
@@ -41,8 +41,8 @@ def transfer(model: Model, source: Path, paths: Sequence[str] = ()) -> None:
             that the source was trained on.
     """
     path = find_folder(source)
-    about = parse_about(path / ASSEMBLY)
-    here = fingerprints_of(model)
+    about = read_about(path)
+    here = {part: without(fingerprint, "chat_template") for part, fingerprint in fingerprints_of(model).items()}
     check_fingerprints(path, about.fingerprints, {part: here.get(part, "none") for part in about.fingerprints})
     saved, targets = read_tensors(path / about.tensors), model.trained_tensors()
     names = _transferred(path, {name: tuple(tensor.shape) for name, tensor in saved.items()}, targets, paths)
@@ -57,18 +57,18 @@ def complete(targets: Iterable[str], names: Container[str]) -> bool:
 
 
 def check_source(model: Model, stage: Stage) -> None:
-    """Check that `transfer` would succeed for a stage, whose model may be on the meta device; no tensor is read.
+    """Check that `transfer` would succeed for a stage, whose model may be on the meta device.
 
-    Frozen parts with the same name are assumed to be the same: their weights are not hashed.
+    The source is verified. Frozen parts with the same name are assumed to be the same: their weights are not hashed.
 
     Raises:
         MLLMError: `transfer` would fail.
     """
     path = find_folder(Path(stage.init.source or ""))
-    about = parse_about(path / ASSEMBLY)
+    about = read_about(path)
     for part, expected in about.fingerprints.items():
         there, here = _frozen_spec(about.spec, part), _frozen_spec(stage, part)
-        if _label(there) != _label(here) and _weights_fingerprint(model, part, here) != expected:
+        if _label(there) != _label(here) and not _is_same(model, part, here, expected):
             raise MLLMError(
                 f"init.from: {path} was trained on another {part}: {_label(there)}, and this recipe has "
                 f"{_label(here)}. Use that {part}, or a run that was trained on this one."
@@ -98,15 +98,20 @@ def _is_random(spec: FrozenSpec) -> bool:
     return isinstance(spec, EncoderSpec | LMSpec) and spec.init == "random"
 
 
-def _weights_fingerprint(model: Model, part: str, spec: FrozenSpec) -> str | None:
-    """Return the fingerprint of a part whose pretrained weights are on this machine; None: they are not."""
+def _is_same(model: Model, part: str, spec: FrozenSpec, expected: str) -> bool:
+    """Whether a part has the expected fingerprint; only if its pretrained weights are on this machine."""
     if spec is None or _is_random(spec):
-        return None
+        return False
     with contextlib.suppress(MLLMError):
-        if isinstance(spec, LMSpec):  # on the meta device it has no weights to hash
-            return fingerprint(hub.resolve(spec.model, group="lms"))
-        return str(model.get_submodule(part).fingerprint)
-    return None
+        return not differing(expected, without(_fingerprint(model, part, spec), "chat_template"))
+    return False
+
+
+def _fingerprint(model: Model, part: str, spec: FrozenSpec) -> str:
+    if isinstance(spec, LMSpec):  # on the meta device it has no weights to hash
+        folder = hub.resolve(spec.model, group="lms")
+        return of_language_model(fingerprint(folder), folder, model.lm.tokenizer)
+    return str(model.get_submodule(part).fingerprint)
 
 
 def _transferred(
@@ -127,13 +132,12 @@ def _transferred(
 
 
 def _shapes(path: Path) -> dict[str, TensorShape]:
-    """Return the shapes of a file's tensors, from its header: a length in 8 bytes, then that many bytes of JSON."""
+    """Return the shapes of a file's tensors, from its header."""
     try:
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    except (OSError, ValueError) as error:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
         raise MLLMError(f"{path} cannot be read: {error}. Copy the file again.") from None
-    return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
 
 
 def _modules(tensors: Iterable[str]) -> list[str]:

@@ -246,6 +246,11 @@ def test_reader(install: Any, tiny: dict[str, Any]) -> None:
     assert [item.answers for item in items] == [("a blue square",), ("a red square",), ("a yellow square",)]
     with pytest.raises(MLLMError, match="nowhere contains no PNG files"):
         read(DataSpec.model_validate({"format": "file-names", "path": "nowhere"}))
+    names: dict[str, Any] = {}
+    exec(blocks("reader", "python")[1], names)
+    Path("rows.jsonl").write_text('{"file": "a-red-square.png", "text": "red"}\n{"file": "a-red-square.png"}\n')
+    with pytest.raises(MLLMError, match=r"rows\.jsonl, line 2 has an unexpected form \(KeyError\('text'\)\)"):
+        names["lines"](path="rows.jsonl", images="images")
     trained("reader", {name: value for name, value in tiny.items() if not name.startswith("data.")})
 
 

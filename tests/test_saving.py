@@ -112,6 +112,22 @@ def test_other_parts_are_refused_with_both_fingerprints(saved: Path, tmp_path: P
         mllm.load(saved)
 
 
+def test_fingerprints_of_an_earlier_version_are_compared_by_weights_and_warn_once(
+    saved: Path, tiny_parts: tuple[str, str], tmp_path: Path
+) -> None:
+    files = [(Path(part) / "model.safetensors").read_bytes() for part in tiny_parts]
+    weights = [hashlib.sha256(hashlib.sha256(file).digest()).hexdigest() for file in files]
+    complete = about(saved)["fingerprints"]
+    relabel(saved, fingerprints=dict(zip(("encoder", "lm"), weights, strict=True)))
+    with pytest.warns(UserWarning, match=f"{saved} has the fingerprints of an earlier version"):
+        model = mllm.load(saved)
+    mllm.load(saved)  # a second warning would be an error here
+    assert about(Path(model.save(tmp_path / "again")))["fingerprints"] == complete
+    relabel(saved, fingerprints={"encoder": weights[0], "lm": weights[0]})
+    with pytest.raises(MLLMError, match="trained on another lm: its fingerprint is"):
+        mllm.load(saved)
+
+
 def test_a_label_without_fingerprints_is_refused(saved: Path) -> None:
     relabel(saved, fingerprints={})
     with pytest.raises(MLLMError, match="trained on another encoder: its fingerprint is none"):

@@ -11,7 +11,8 @@ import typer
 if TYPE_CHECKING:
     from mllm.assembly import Assembly
 
-from mllm.cli.options import Eager, ImageLogitBias, Index, Lines, RunPath, Shown, Tokens, Words
+from mllm.cli.loading import load_run
+from mllm.cli.options import DeviceName, DTypeName, Eager, ImageLogitBias, Index, Lines, RunPath, Shown, Tokens, Words
 from mllm.errors import MLLMError, warn_renamed
 
 if TYPE_CHECKING:  # imported by the commands that need it
@@ -28,12 +29,12 @@ def caption(
     image_logit_bias: ImageLogitBias = 0.0,
     eager: Eager = None,
     show: Shown = Path("shown"),
+    device: DeviceName = None,
+    dtype: DTypeName = None,
 ) -> None:
     """Caption images."""
-    from mllm.build import load
-
     options = _image_options(run, index, image_logit_bias, eager)
-    model = load(run)
+    model = load_run(run, device, dtype)
     _print_answers(model, images, model.spec.prompt.caption, jsonl, words, show, **options, **_decoding(max_new_tokens))
 
 
@@ -48,12 +49,12 @@ def ask(
     image_logit_bias: ImageLogitBias = 0.0,
     eager: Eager = None,
     show: Shown = Path("shown"),
+    device: DeviceName = None,
+    dtype: DTypeName = None,
 ) -> None:
     """Ask a question about one image or several."""
-    from mllm.build import load
-
     options = _image_options(run, index, image_logit_bias, eager)
-    model = load(run)
+    model = load_run(run, device, dtype)
     text = model.spec.prompt.question.format(question=question)
     _print_answers(model, [image], text, jsonl, words, show, **options, **_decoding(max_new_tokens))
 
@@ -68,15 +69,16 @@ def chat(
     image_logit_bias: ImageLogitBias = 0.0,
     eager: Eager = None,
     show: Shown = Path("shown"),
+    device: DeviceName = None,
+    dtype: DTypeName = None,
 ) -> None:
     """Chat about images; /help lists the commands of the chat."""
-    from mllm.build import load
     from mllm.cli.terminal import converse, read_history
     from mllm.readout.tokens import can_draw
 
     messages = read_history(history) if history else []
     options = _image_options(run, index, image_logit_bias, eager)
-    model = load(run)
+    model = load_run(run, device, dtype)
     with_images = {"folder": show, **options} if options or can_draw(model) else None
     converse(model.chat(system, messages), images or [], with_images, **_decoding(max_new_tokens))
 
@@ -98,9 +100,10 @@ def serve(
     index: Index = None,
     image_logit_bias: ImageLogitBias = 0.0,
     eager: Eager = None,
+    device: DeviceName = None,
+    dtype: DTypeName = None,
 ) -> None:
     """Serve a model over HTTP: OpenAI's chat completions API, and a chat page at /."""
-    from mllm.build import load
     from mllm.readout.tokens import can_draw
 
     try:
@@ -123,7 +126,7 @@ def serve(
         token=token,
     )
     options = _image_options(run, index, image_logit_bias, eager)
-    model = load(run)
+    model = load_run(run, device, dtype)
     show = {"index": None, "image_logit_bias": 0.0, **options} if options or can_draw(model) else None
     server = create_app(model, run.resolve().name, limits, show)
     uvicorn.run(server, host=host, port=port, log_level="info", timeout_keep_alive=5)
@@ -138,7 +141,7 @@ def export(
     from mllm.build import load
     from mllm.export.export import export as export_model
 
-    comparisons = export_model(load(run), folder, to=to)
+    comparisons = export_model(load(run, device="cpu"), folder, to=to)
     largest = max(comparison.difference for comparison in comparisons)
     typer.echo(
         f"{folder}: on {len(comparisons)} probes logits differ by at most {largest:.3g}, and all tokens are equal."

@@ -56,3 +56,15 @@ RunOption = Annotated[Path, typer.Option(help="The folder of a run or saved mode
 
 
 Words = Annotated[bool, typer.Option("--words", help="Also print the nearest word of each visual token.")]
+
+
+DeviceName = Annotated[
+    str | None,
+    typer.Option("--device", help="Where to compute: cuda, cuda:1, mps or cpu; a GPU where there is one by default."),
+]
+
+
+DTypeName = Annotated[
+    str | None,
+    typer.Option("--dtype", help="Of the frozen weights: float32, bfloat16 or float16; as in training by default."),
+]

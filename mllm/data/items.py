@@ -60,7 +60,8 @@ def before(item: Item, prompt: PromptSpec, separator: str = SEPARATOR) -> tuple[
     """Return the pieces before an item: the recipe's examples, and its shots, each with its most frequent answer."""
     pieces = examples(prompt)
     for shot in item.shots:
-        answer = Counter(shot.answers).most_common(1)[0][0]
+        given = [answer for answer in shot.answers if answer.strip()] or shot.answers
+        answer = Counter(given).most_common(1)[0][0]
         pieces += solved(prompt, shot.images, shot.question, answer, separator)
     return tuple(pieces)
 

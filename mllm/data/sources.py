@@ -6,16 +6,19 @@ import contextlib
 import hashlib
 import inspect
 import json
+import logging
 import math
+import os
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from typing import Any
 
 from mllm.config.data import DataSpec
 from mllm.data.items import Item
 from mllm.data.lazy import Lazy
+from mllm.data.reading import Reading, Report
 from mllm.errors import MLLMError
 from mllm.media.images import Black, ImageFile, ImageSource
 from mllm.registry import lookup
@@ -25,10 +28,11 @@ HASH_LIMIT = 2000  # sources with at most this many images have their images' co
 
 @dataclass(frozen=True)
 class Source:
-    """The items of one data entry of a recipe; ``items`` may be `Lazy`."""
+    """The items of one data entry of a recipe, which may be `Lazy`, and what was left out when they were read."""
 
     spec: DataSpec
     items: Sequence[Item]
+    report: Report = field(default_factory=Report)
 
 
 def answers_of(sources: Sequence[Source], most: int = 50_000) -> Iterator[str]:
@@ -45,42 +49,76 @@ def reader(spec: DataSpec) -> Callable[[], Sequence[Item]]:
     Raises:
         MLLMError: an unknown reader, or arguments that it does not accept.
     """
+    function, reading, options = _bound(spec)
+    return partial(reading.run, function, options)
+
+
+def _bound(spec: DataSpec, skip: float = 0.0) -> tuple[Callable[..., Sequence[Item]], Reading, dict[str, Any]]:
+    """Return a source's reader, the policy on its rows, and the reader's arguments, ``missing`` apart."""
     function = lookup("readers", spec.format)
-    signature = inspect.signature(function)
+    parameters = inspect.signature(function).parameters
+    options = spec.options()
+    missing = options.pop("missing", "raise")
     try:
-        signature.bind(**spec.options())
+        inspect.signature(function).bind(**options)
     except TypeError as error:
         raise MLLMError(
             f"data: the reader {spec.format!r} does not accept these arguments: {error}. "
-            f"It accepts: {', '.join(signature.parameters)}."
+            f"It accepts: {', '.join(parameters)}{'' if 'missing' in parameters else ', missing'}."
         ) from None
-    return partial(function, **spec.options())
+    if "missing" in parameters and not hasattr(function, "body"):  # of another package, which treats it itself
+        options["missing"] = missing
+    return function, Reading(skip=skip, missing=missing), options
 
 
 def read(spec: DataSpec, *, seed: int = 0) -> Sequence[Item]:
-    """Return the items of one source, or a random ``fraction`` of them.
+    """Return the items of one source, as `read_source` does; the first bad row is an error."""
+    return _logged(read_source(spec, seed=seed)).items
+
+
+def read_source(
+    spec: DataSpec, *, seed: int = 0, skip: float = 0.0, check: Callable[[Item], None] | None = None
+) -> Source:
+    """Read one source, or a random ``fraction`` of its items.
 
     The subset depends on the seed alone, and a smaller fraction gives a subset of a larger one.
 
+    Args:
+        spec: the source.
+        seed: of the subset.
+        skip: the share of the rows that may be bad: they are left out.
+        check: raises an `MLLMError` for an item that is no use; lazy items are checked when they are read.
+
     Raises:
-        MLLMError: an unknown reader or argument, no items, or an error of the reader.
+        MLLMError: an unknown reader or argument, no items, too many bad rows, missing images, or an error of the
+            reader.
     """
-    items = reader(spec)()
-    if not items:
-        raise MLLMError(
-            f"data: the reader {spec.format!r} returned no items with {spec.options()}; expected at least one. Change "
-            "its arguments."
-        )
+    function, reading, options = _bound(spec, skip)
+    items = reading.run(function, options, check)
     if spec.blank:
         items = _changed(items, _blank, "black")
     if spec.answer is not None:
         items = _changed(items, partial(_with_answer, spec.answer), f"answer {spec.answer}")
-    if spec.fraction == 1:
-        return items
-    order = list(range(len(items)))
-    random.Random(f"{seed}/fraction").shuffle(order)
-    indices = sorted(order[: math.ceil(spec.fraction * len(items))])
-    return items.part(indices) if isinstance(items, Lazy) else [items[index] for index in indices]
+    if spec.fraction < 1:
+        order = list(range(len(items)))
+        random.Random(f"{seed}/fraction").shuffle(order)
+        indices = sorted(order[: math.ceil(spec.fraction * len(items))])
+        items = items.part(indices) if isinstance(items, Lazy) else [items[index] for index in indices]
+    return Source(spec, items, reading.report)
+
+
+def _logged(source: Source) -> Source:
+    """Log what was left out of a source, and return it."""
+    if left_out := source.report.lines():
+        _log_once(f"{source.report.label}: {'; '.join(left_out)}.")
+    return source
+
+
+@cache
+def _log_once(text: str) -> None:
+    """Log a warning, once for each text, though training, validation and planning read a source one after another."""
+    if os.environ.get("RANK", "0") == "0":
+        logging.getLogger("mllm").warning(text)
 
 
 def _changed(items: Sequence[Item], change: Callable[[Item], Item], label: str) -> Sequence[Item]:
@@ -110,17 +148,16 @@ def _with_answer(number: int, item: Item) -> Item:
     return replace(item, answers=item.answers[: number + 1][-1:])
 
 
-def read_all(specs: Sequence[DataSpec], *, seed: int = 0) -> list[Source]:
-    """Return the sources of all entries, checked for training.
+def read_all(specs: Sequence[DataSpec], *, seed: int = 0, skip: float = 0.0) -> list[Source]:
+    """Return the sources of all entries, checked for training; ``skip`` is the share of bad rows of each.
 
     Raises:
         MLLMError: an item has no target, a source is too small or of the wrong kind for its settings, or an error of a
             reader.
     """
-    sources = [Source(spec, read(spec, seed=seed)) for spec in specs]
+    sources = [_logged(read_source(spec, seed=seed, skip=skip, check=check_learnable)) for spec in specs]
     for source in sources:
         for item in () if isinstance(source.items, Lazy) else source.items:  # lazy items are checked when they are read
-            check_learnable(item)
             check_combinable(item, source.spec)
         required = max(source.spec.shots, 1 if source.spec.concatenate else 0) + 1
         if len(source.items) < required:
@@ -133,7 +170,8 @@ def read_all(specs: Sequence[DataSpec], *, seed: int = 0) -> list[Source]:
 
 def check_learnable(item: Item) -> None:
     """Raise an `MLLMError` for an item without a target."""
-    if not (item.answers or item.messages or any(isinstance(piece, str) for piece in item.document)):
+    answered = any(answer.strip() for answer in item.answers)
+    if not (answered or item.messages or any(isinstance(piece, str) for piece in item.document)):
         raise MLLMError(f"data: the item {item.id!r} has no answer, but training needs one. Use a split with answers.")
 
 
@@ -151,7 +189,8 @@ def fingerprint(sources: Sequence[Source]) -> list[dict[str, Any]]:
 
     The hash covers the ids, all texts, the order and the images: their content if a source has at most 2,000 images,
     else their names and sizes in bytes, so that large data sets need not be read. Lazy items have a hash of the index
-    of their files. Paths and modification times do not matter.
+    of their files. Paths and modification times do not matter. Where rows or images were left out, their numbers are
+    in it.
     """
     return [
         {
@@ -159,6 +198,7 @@ def fingerprint(sources: Sequence[Source]) -> list[dict[str, Any]]:
             "items": len(source.items),
             "sha256": source.items.fingerprint() if isinstance(source.items, Lazy) else _hash(source.items),
         }
+        | ({"left_out": left_out} if (left_out := source.report.left_out()) else {})
         for source in sources
     ]
 

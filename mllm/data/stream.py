@@ -136,7 +136,8 @@ class Stream:
         for part in parts:
             check_learnable(part)
             check_combinable(part, spec)
-            answer = generator.choice(part.answers) if part.answers else None
+            answers = [answer for answer in part.answers if answer.strip()]  # some annotators may have left it empty
+            answer = generator.choice(answers) if answers else None
             prompt = self._prompt.model_copy(update={"examples": []}) if pieces else self._prompt  # once, at the start
             pieces += [*([SEPARATOR] if pieces else []), *pieces_of(part, prompt, answer, self._lm)]
         return pieces

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mllm.errors import MLLMError
 from mllm.hub.fingerprints import file_hash
+from mllm.hub.identity import BOOKKEEPING, fingerprint_of
 from mllm.hub.published import configuration
 from mllm.media.images import open_image
 
@@ -43,6 +44,8 @@ class DiffusionPipeline(nn.Module):
         MLLMError: `diffusers` is not installed, or there is no such pipeline.
     """
 
+    _place: Tensor
+
     def __init__(
         self,
         *,
@@ -56,6 +59,7 @@ class DiffusionPipeline(nn.Module):
         self.condition = self.shape(model=model)
         self._model, self._steps, self._guidance, self._side = model, steps, guidance, side
         self._dtype = getattr(torch, dtype)
+        self.register_buffer("_place", torch.empty(0), persistent=False)  # moves with the model's other parts
         if torch.get_default_device().type != "meta":
             _ = self._text_pipeline
 
@@ -87,16 +91,18 @@ class DiffusionPipeline(nn.Module):
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Return a hash of the weights."""
-        digest = hashlib.sha256()
-        for file in sorted(_folder(self._model).rglob("*.safetensors")):
+        """Return the fingerprint of the weights, and of the configurations and tokenizer files beside them."""
+        folder, digest = _folder(self._model), hashlib.sha256()
+        for file in sorted(folder.rglob("*.safetensors")):
             digest.update(f"{file.parent.name}/{file.name} {file_hash(file)}".encode())
-        return digest.hexdigest()
+        texts = {*folder.rglob("*.json"), *folder.rglob("*.txt")}
+        contents = {file.relative_to(folder).as_posix(): _content(file) for file in texts}
+        return fingerprint_of(digest.hexdigest(), configuration=contents)
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Tensor:
         """Return the text encoder's output ``(N, L, W)``."""
-        pipeline = self._text_pipeline
+        pipeline = self._text_pipeline.to(self._place.device)
         conditions: Tensor = pipeline.encode_prompt(
             prompt=list(texts), device=pipeline.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )[0]
@@ -228,6 +234,17 @@ def _folder(model: str) -> Path:
             f"There is no pipeline {model!r}: {reason} Give a folder that diffusers saved, or the id of a repository "
             "that you can access."
         ) from None
+
+
+def _content(file: Path) -> Any:
+    """Return a configuration without bookkeeping; of a file that is none, its hash."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return file_hash(file)
+    if not isinstance(content, dict):
+        return content
+    return {name: value for name, value in content.items() if not BOOKKEEPING.fullmatch(name)}
 
 
 def _json(model: str, file: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from transformers import AutoFeatureExtractor, AutoModel
 from mllm.encoders.base import PretrainedEncoder, layer_of
 from mllm.encoders.truncate import run_truncated, truncate
 from mllm.errors import MLLMError
+from mllm.hub import identity
 from mllm.hub import loading as hub
 from mllm.media.sounds import Sound, open_sound
 
@@ -55,7 +56,12 @@ class AudioModel(PretrainedEncoder):
         self.rate = int(self.processor.sampling_rate)
         default_seconds: Any = getattr(self.processor, "chunk_length", 10)
         self.seconds = float(default_seconds if seconds is None else seconds)
-        self.set_fingerprint(folder, init)
+        self.set_fingerprint(
+            folder,
+            init,
+            configuration=identity.configuration(self.model.config),
+            preprocessing=identity.preprocessing(self.processor),
+        )
         parameters = inspect.signature(self.model.forward).parameters
         self._masks = "attention_mask" in parameters and bool(getattr(self.processor, "return_attention_mask", False))
         self._states = {} if layer is None else {"output_hidden_states": True}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,31 +11,38 @@ from torch import Tensor
 
 from mllm.errors import MLLMError
 from mllm.hub.fingerprints import fingerprint, tensor_hash
+from mllm.hub.identity import fingerprint_of
 from mllm.slots import Encoder
 
 
 class PretrainedEncoder(Encoder):
-    """An encoder with weights, whose fingerprint is a hash of them."""
+    """An encoder with weights, whose fingerprint is computed from them and from what else determines its outputs."""
 
     _folder: str
     _hash: str | None
+    _aspects: dict[str, Any]
 
-    def set_fingerprint(self, folder: str = "", init: str = "random") -> None:
-        """Choose the source of the fingerprint: the files of pretrained weights, or the current random weights.
+    def set_fingerprint(
+        self, folder: str = "", init: str = "random", *, configuration: Any = None, preprocessing: Any = None
+    ) -> None:
+        """Choose the sources of the fingerprint: the files of pretrained weights, or the current random weights.
 
         The constructor calls it last.
 
         Args:
             folder: of the pretrained weights.
             init: ``pretrained`` or ``random``.
+            configuration: what the same weights would need to compute the same; anything that JSON can express.
+            preprocessing: how images are prepared; likewise.
         """
         self._folder = folder
+        self._aspects = {"configuration": configuration, "preprocessing": preprocessing}
         self._hash = tensor_hash(self) if init == "random" and not on_meta() else None
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
-        """Return a hash of the weights."""
-        return self._hash or fingerprint(self._folder)
+        """Return the fingerprint of weights, configuration and preprocessing; see `mllm.hub.identity`."""
+        return fingerprint_of(self._hash or fingerprint(self._folder), **self._aspects)
 
 
 class Shape(Encoder):

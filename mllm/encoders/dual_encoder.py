@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoProcessor, BatchEncoding
 
 from mllm.errors import MLLMError
+from mllm.hub import identity
 from mllm.hub import loading as hub
 from mllm.hub.fingerprints import fingerprint
 from mllm.media.images import open_image
@@ -43,10 +45,10 @@ class JointSpace(Encoder):
         self.shape = tuple(blank.shape[1:])
         self.dim = int(self(blank.to(self.pair.model.device)).shape[-1])
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
-        """Return a hash of the weights."""
-        return fingerprint(self._folder)
+        """Return the fingerprint of weights, configuration, preprocessing and tokenizer."""
+        return identity.fingerprint_of(fingerprint(self._folder), **self.pair.identity())
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that, with the weights, determine the features."""
@@ -103,7 +105,7 @@ class DualEncoder(nn.Module):
     @torch.no_grad()
     def _embed(self, inputs: Sequence[Any], encode: Callable[[Sequence[Any]], Any]) -> Tensor:
         batches = [inputs[start : start + _BATCH] for start in range(0, len(inputs), _BATCH)]
-        return torch.cat([nn.functional.normalize(_vectors(encode(batch)), dim=-1) for batch in batches])
+        return torch.cat([nn.functional.normalize(_vectors(encode(batch)).float(), dim=-1) for batch in batches])
 
     @property
     def ready(self) -> bool:
@@ -116,12 +118,21 @@ class DualEncoder(nn.Module):
 
     def image_vectors(self, pixels: Tensor) -> Tensor:
         """Return embeddings ``(I, D)`` of pixels, not normalized."""
-        return _vectors(self.model.get_image_features(pixel_values=pixels.to(self.model.device)))
+        return _vectors(self.model.get_image_features(pixel_values=pixels.to(self.model.device, self.model.dtype)))
 
     def image_settings(self) -> dict[str, Any]:
         """Return the settings that, with the weights, determine the image embeddings."""
         settings: dict[str, Any] = self._processor.image_processor.to_dict()
         return settings
+
+    def identity(self) -> dict[str, Any]:
+        """Return what identifies the model besides its weights."""
+        processor = self._processor
+        return {
+            "configuration": identity.configuration(self.model.config),
+            "preprocessing": identity.preprocessing(getattr(processor, "image_processor", None)),
+            "tokenizer": identity.tokenization(getattr(processor, "tokenizer", None)),
+        }
 
     def _images(self, images: Sequence[Any]) -> Any:
         return self.image_vectors(self.pixels([open_image(image) for image in images]))

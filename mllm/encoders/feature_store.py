@@ -1,15 +1,20 @@
 """Cache the features of a frozen encoder in memory and on disk, so that each image is encoded once.
 
-On disk, features are in a folder named by a hash of everything that determines them (the encoder's weights, layer,
-selection, resolution, processor and dtype), under a hash of the image's content. When any of these changes, another
-folder is used, so no stale feature is ever read. Images of the next steps are opened in background threads.
+In memory they are the host's: a GPU holds only the features of the batch that is computed.
+
+On disk, features are in a folder named by a hash of everything that determines them (the encoder's weights,
+configuration, layer, selection, resolution, preprocessing and dtype), under a hash of the image's content. When any of
+these changes, another folder is used, so no stale feature is ever read. A shard is verified when it is read; features
+of a damaged one are computed again. Images of the next steps are opened in background threads.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -17,15 +22,17 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mllm.errors import MLLMError
 from mllm.hub.fingerprints import tensor_hash
+from mllm.hub.identity import weights_of
+from mllm.hub.verified import DamagedFile, read_verified, save_verified
 from mllm.media.images import ImageSource, source_of
 from mllm.model import Model
-from mllm.system import cache_dir, write
+from mllm.system import cache_dir
 
+FORMAT = 2  # of the shards and of their folder's key
 LIMIT = 4 * 2**30  # bytes
 THREADS = min(8, os.cpu_count() or 1)  # that open images in the background
 
@@ -50,10 +57,10 @@ class FeatureStore:
         self._threads = ThreadPoolExecutor(THREADS)
 
     def __call__(self, images: Sequence[Any]) -> Tensor:
-        """Return features ``(I, P, D_vis)`` of images in any accepted form, in order."""
+        """Return features ``(I, P, D_vis)`` of images in any accepted form, in order, on the model's device."""
         sources = [source_of(image) for image in images]
         keys = [self._model.encoder.key(source) for source in sources]
-        features = {key: self._find(key) for key in keys if key in self._cached or key in self._stored}
+        features = {key: row for key in keys if (row := self._find(key)) is not None}
         missing = {key: source for key, source in zip(keys, sources, strict=True) if key not in features}
         names = list(missing)
         for start in range(0, len(names), self._chunk):
@@ -62,7 +69,7 @@ class FeatureStore:
             for key, row in zip(chunk, self._model.features(opened), strict=True):
                 features[key] = row
                 self._cache(key, row)
-        return torch.stack([features[key] for key in keys])
+        return torch.stack([features[key].to(self._model.device) for key in keys])
 
     def expect(self, images: Sequence[Any]) -> None:
         """Start opening images that will be requested, except those whose features are cached.
@@ -99,11 +106,11 @@ class FeatureStore:
         """
         if self._folder is None or not self._new:
             return
-        rows = {key: self._cached[key].cpu().contiguous() for key in self._new}
+        rows = {key: self._cached[key].contiguous() for key in self._new}
         path = self._folder / f"{hashlib.sha256(''.join(rows).encode()).hexdigest()[:16]}.safetensors"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            write(path, lambda file: save_file(rows, file))
+            save_verified(path, rows)
         except (OSError, SafetensorError) as error:
             raise MLLMError(
                 f"The features could not be written to {self._folder}: {error}. Free some disk space, or set cache=off."
@@ -111,17 +118,26 @@ class FeatureStore:
         self._stored |= dict.fromkeys(rows, path)
         self._new = []
 
-    def _find(self, key: str) -> Tensor:
-        if key not in self._cached:
-            with safe_open(self._stored[key], framework="pt", device=str(self._model.device)) as shard:
-                for name in shard.keys():  # noqa: SIM118  # it is not a mapping
-                    self._cached.setdefault(name, shard.get_tensor(name))
-        return self._cached[key]
+    def _find(self, key: str) -> Tensor | None:
+        """Return an image's features, or None if they are not cached."""
+        if key not in self._cached and key in self._stored:
+            self._read(self._stored[key])
+        return self._cached.get(key)
+
+    def _read(self, path: Path) -> None:
+        """Read a shard from disk; a damaged one is discarded, with a warning, and its features are computed again."""
+        try:
+            rows, _ = read_verified(path)
+        except (DamagedFile, OSError) as error:
+            self._stored = {key: shard for key, shard in self._stored.items() if shard != path}
+            _discard(path, error)
+            return
+        self._cached = {**rows, **self._cached}
 
     def _cache(self, key: str, row: Tensor) -> None:
         size = row.numel() * row.element_size()
         if self._limit is None or self._bytes + size <= self._limit:
-            self._cached[key] = row.clone()  # a view would keep the whole chunk in memory
+            self._cached[key] = row.to("cpu", copy=True)  # a view would keep the whole chunk in memory
             self._new.append(key)
             self._bytes += size
 
@@ -136,14 +152,30 @@ def open_store(model: Model, cache: str) -> FeatureStore:
     """
     if cache == "off" or not model.encoder.cacheable:
         return FeatureStore(model, limit=0)
-    return FeatureStore(model, limit=LIMIT if cache == "auto" else None, folder=features_folder(model))
+    folder = features_folder(model)
+    if not folder.exists() and (former := _former_folder(model)).exists():
+        warnings.warn(
+            f"The features in {former} are of an earlier version, whose key was the encoder's weights and not its "
+            "configuration: they are not used, and computed again. The folder can be deleted.",
+            UserWarning,
+            stacklevel=2,
+        )
+    return FeatureStore(model, limit=LIMIT if cache == "auto" else None, folder=folder)
 
 
 def features_folder(model: Model) -> Path:
-    """Return the cache folder for the features of this encoder with its weights and settings."""
+    """Return the cache folder for the features of this encoder: with its weights, configuration and settings."""
+    return _folder_of(model, format=FORMAT, fingerprint=str(model.encoder.fingerprint))
+
+
+def _former_folder(model: Model) -> Path:
+    """Return the folder that earlier versions used, for any encoder with these weights and settings."""
+    return _folder_of(model, weights=weights_of(str(model.encoder.fingerprint)))
+
+
+def _folder_of(model: Model, **identity: Any) -> Path:
     encoder = model.encoder
-    identity = {
-        "weights": encoder.fingerprint,
+    identity |= {
         "kind": type(encoder).__name__,
         "dtypes": sorted({str(parameter.dtype) for parameter in encoder.parameters()}),
         "settings": encoder.settings(),
@@ -155,12 +187,22 @@ def features_folder(model: Model) -> Path:
 
 
 def _index(folder: Path) -> dict[str, Path]:
-    """Return the shard of every key on disk; damaged shards are skipped, so their features are computed again."""
+    """Return the shard of every key on disk; a damaged one is discarded, so its features are computed again."""
     shards: dict[str, Path] = {}
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt") as shard:
                 shards |= dict.fromkeys(shard.keys(), path)
-        except (SafetensorError, OSError):
-            continue
+        except (SafetensorError, OSError) as error:
+            _discard(path, error)
     return shards
+
+
+def _discard(shard: Path, error: Exception) -> None:
+    """Warn of a shard that cannot be used, and remove it, unless the system could not read it."""
+    warnings.warn(
+        f"The cached features in {shard} cannot be used: {error}. They are computed again.", UserWarning, stacklevel=2
+    )
+    if not isinstance(error, OSError):
+        with contextlib.suppress(OSError):
+            shard.unlink(missing_ok=True)

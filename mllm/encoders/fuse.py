@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mllm.errors import MLLMError
+from mllm.hub.identity import joined, weights_of
 from mllm.media.images import ImageSource
 from mllm.slots import Encoder
 
@@ -53,8 +54,10 @@ class Fuse(Encoder):
 
     @property
     def fingerprint(self) -> str:
-        """Return a hash of the encoders' fingerprints."""
-        return hashlib.sha256("".join(member.fingerprint for member in self.of).encode()).hexdigest()
+        """Return the joint fingerprint of the encoders."""
+        fingerprints = [str(member.fingerprint) for member in self.of]
+        weights = "".join(weights_of(fingerprint) for fingerprint in fingerprints)
+        return joined(hashlib.sha256(weights.encode()).hexdigest(), fingerprints)
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that, with the weights, determine the features: the encoders' and the fusion."""

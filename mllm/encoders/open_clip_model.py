@@ -50,7 +50,8 @@ class OpenClipModel(PretrainedEncoder):
         name = model.removeprefix("open-clip/")
         self.model: Any
         self.model, self.config = _created(name, weights, init, resolution, seed)
-        self.set_fingerprint()
+        preprocessing = {key: value for key, value in self.config.items() if key != "size"}  # that of the architecture
+        self.set_fingerprint(configuration=_configuration(name, self.model), preprocessing=preprocessing)
         size = self.config["size"]
         self.size = int(size if isinstance(size, int) else size[0])
         self.shape = (3, self.size, self.size)
@@ -100,6 +101,15 @@ class OpenClipModel(PretrainedEncoder):
     def _count_prefix(self, raw: Tensor) -> int:
         """Return the number of tokens before the patches: the tokens in excess of a square number."""
         return raw.shape[1] - int(raw.shape[1] ** 0.5) ** 2 if raw.ndim == 3 else 0
+
+
+def _configuration(name: str, tower: nn.Module) -> dict[str, Any]:
+    """Return an architecture's configuration, and which of the two GELUs it has: that may follow from the weights."""
+    import open_clip
+
+    config: dict[str, Any] = open_clip.get_model_config(name)
+    quick = any(type(module).__name__ == "QuickGELU" for module in tower.modules())
+    return {key: value for key, value in config.items() if key != "text_cfg"} | {"quick_gelu": quick}
 
 
 def _created(

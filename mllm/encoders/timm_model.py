@@ -55,8 +55,9 @@ class TimmModel(PretrainedEncoder):
         self.layer, self.select = layer, select
         timm = _timm()
         self.model: Any = _created(timm, model.removeprefix("timm/"), weights, init, seed)
-        self.set_fingerprint()
         self.config = timm.data.resolve_model_data_config(self.model)
+        architecture = self.model.pretrained_cfg.get("architecture") or model  # its tag names the weights
+        self.set_fingerprint(configuration=architecture, preprocessing=self.config)
         self.size, self.model = _resized(self.model, resolution, self.config)
         self.shape = (3, self.size, self.size)
         raw, _ = explain_errors(
@@ -166,7 +167,7 @@ def _timm() -> Any:
     return timm
 
 
-def _created(timm: Any, name: str, weights: str | None, init: str, seed: int) -> nn.Module:
+def _created(timm: Any, name: str, weights: str | None, init: str, seed: int) -> Any:
     """Return a model without its classifier, with pretrained or randomly initialized weights."""
     if not timm.is_model(name):
         raise MLLMError(f"timm has no model {name!r}. {near(name, timm.list_models())}")

@@ -22,6 +22,7 @@ from transformers import AutoImageProcessor, AutoModel
 from mllm.encoders.base import PretrainedEncoder, layer_of, select_tokens, sizes_of
 from mllm.encoders.truncate import run_truncated, truncate
 from mllm.errors import MLLMError
+from mllm.hub import identity
 from mllm.hub import loading as hub
 
 
@@ -60,7 +61,12 @@ class VisionModel(PretrainedEncoder):
         native = _side(self.processor, self.model.config)
         self.size = resolution or native
         _check_divides(self.size, native, self.model.config)
-        self.set_fingerprint(folder, init)
+        self.set_fingerprint(
+            folder,
+            init,
+            configuration=identity.configuration(self.model.config),
+            preprocessing=identity.preprocessing(self.processor),
+        )
         self._states = {} if layer is None else {"output_hidden_states": True}
         self._constant_inputs = self._find_constant_inputs()
         raw, truncated = self._truncate(model, native)

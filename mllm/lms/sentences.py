@@ -13,6 +13,7 @@ from transformers import AutoModel, AutoTokenizer
 from mllm.errors import MLLMError
 from mllm.hub import loading as hub
 from mllm.hub.fingerprints import fingerprint, tensor_hash
+from mllm.hub.identity import of_language_model
 
 _BATCH = 64
 
@@ -56,11 +57,14 @@ class SentenceEncoder(nn.Module):
         if self.model.config.is_encoder_decoder:
             raise MLLMError(f"{model} has an encoder and a decoder; expected a text encoder such as mllm/minilm.")
         self.model.requires_grad_(False).eval()
+        if init == "random" and self.model.device.type != "meta":
+            _ = self.fingerprint  # before its weights are converted or trained
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Return the fingerprint of the weights."""
-        return fingerprint(self._folder) if self._init == "pretrained" else tensor_hash(self.model)
+        """Return the fingerprint of weights, configuration and tokenizer."""
+        weights = fingerprint(self._folder) if self._init == "pretrained" else tensor_hash(self.model)
+        return of_language_model(weights, self._folder, self.tokenizer)
 
     @property
     def dim(self) -> int:

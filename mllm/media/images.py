@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mllm.errors import MLLMError
+from mllm.system import is_hidden
 
 MAX_BYTES = 64 * 2**20
 MAX_PIXELS = 64_000_000  # checked in the header, before anything is decoded
@@ -121,7 +122,7 @@ def source_of(image: Any) -> ImageSource:
 
 
 def find_images(names: Sequence[str | Path]) -> list[Path]:
-    """Return the image files that paths name: a file, a folder (its images sorted by name), or a glob pattern.
+    """Return the image files that paths name: a file, a folder (its images by name, no hidden ones), or a glob pattern.
 
     Raises:
         MLLMError: a folder contains no images, or a pattern matches no files.
@@ -130,7 +131,8 @@ def find_images(names: Sequence[str | Path]) -> list[Path]:
     for name in names:
         path = Path(name).expanduser()
         if path.is_dir():
-            matches = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+            visible = (file for file in path.iterdir() if not is_hidden(Path(file.name)))
+            matches = sorted(file for file in visible if file.suffix.lower() in SUFFIXES)
         elif not path.exists() and any(mark in str(name) for mark in "*?["):
             matches = [Path(match) for match in sorted(glob(str(path), recursive=True))]
         else:

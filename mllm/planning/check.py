@@ -6,8 +6,8 @@ training; so a problem that is reported here is one that training would have met
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from mllm.assembly import Assembly
@@ -113,5 +113,5 @@ def _check_data(spec: DataSpec) -> None:
     for key in ("annotations", "path", "images"):
         path = spec.options().get(key)
         pattern = "{" in str(path)  # of several files, which the reader looks for
-        if path is not None and not pattern and not Path(path).exists():
+        if path is not None and not pattern and not os.path.exists(path):
             raise MLLMError(f"data: {key} is {path!r}, and there is no such file or folder.")

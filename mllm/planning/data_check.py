@@ -13,7 +13,8 @@ from mllm.config import loading
 from mllm.config.recipe import Stage
 from mllm.data.files import some
 from mllm.data.items import Item, pieces_of
-from mllm.data.sources import Source, read
+from mllm.data.reading import Report
+from mllm.data.sources import Source, read_source
 from mllm.data.stream import Stream
 from mllm.errors import MLLMError
 from mllm.evaluation import suite_items
@@ -39,6 +40,7 @@ class SourceReport:
     answers: int = 0
     lengths: list[int] = field(default_factory=list)  # tokens of each example, images included
     problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what was left out as the recipe asks for
     hashes: set[str] = field(default_factory=set, repr=False)  # of the images' pixels
 
     @property
@@ -89,7 +91,7 @@ def inspect(
                 key = f"{role} {spec!r} {seed} {stage.prompt!r} {stage.data.max_length}"  # stages often share data
                 if key not in reports:
                     report = SourceReport(f"{stage.name}: {role} {number}, {spec.format}", role)
-                    reports[key] = _source(report, Source(spec, read(spec, seed=seed)), stage, model, track)
+                    reports[key] = _source(report, read_source(spec, seed=seed, skip=1.0), stage, model, track)
     suites = [_suite(name, data, config.eval.limit, track) for name in config.eval.suites]
     return list(reports.values()), _leaks([*reports.values(), *suites])
 
@@ -118,11 +120,21 @@ def _source(report: SourceReport, source: Source, stage: Stage, model: Model, tr
         if model.generates_text and model.lm.tokenizer is not None:
             _measure(report, wrong, item, examples, stage, model)
     wrong["ids belong to several items"] = [key for key, count in ids.items() if count > 1]
-    report.problems = [f"{report.name}: {len(names)} {what}: {some(names)}" for what, names in wrong.items() if names]
+    report.problems = _bad_rows(report.name, source.report, stage.data.skip)
+    report.problems += [f"{report.name}: {len(names)} {what}: {some(names)}" for what, names in wrong.items() if names]
+    report.notes = [f"{report.name}: {line}" for line in source.report.lines(apart=("bad rows",))]
     report.hashes = {key for key in opened.values() if key}
     if (source.spec.shots or source.spec.concatenate) and report.lengths:
         report.lengths = _combined(source, stage, model)
     return report
+
+
+def _bad_rows(name: str, report: Report, skip: float) -> list[str]:
+    """Return how many rows of a source are bad, with the first of them, and whether training stops because of them."""
+    if not report.bad:
+        return []
+    stops = f"; more than data.skip={skip} allows" if report.bad > skip * report.rows else ""
+    return [f"{name}: {report.bad} of {report.rows} rows are bad{stops}: {some(report.reasons)}"]
 
 
 def _open(item: Item, opened: dict[ImageSource, str]) -> list[str]:

@@ -88,7 +88,7 @@ def workload(model: Model, stage: Stage, *, processes: int, images: int | None, 
 
 def _sources(stage: Stage) -> tuple[list[Source], str]:
     try:
-        return read_all(stage.data.train, seed=stage.seed), ""
+        return read_all(stage.data.train, seed=stage.seed, skip=stage.data.skip), ""
     except (MLLMError, OSError):
         return [], "the data are not on this machine"
 
@@ -115,7 +115,7 @@ def _read(model: Model, stage: Stage, sources: Sequence[Source], processes: int,
     different = len(set(reads)) if whole else min(images or _images(sources), round(examples * each))
     validation = None
     if stage.data.val:
-        val = Stream(read_all(stage.data.val), stage.prompt, seed=0, lm=model.lm)
+        val = Stream(read_all(stage.data.val, skip=stage.data.skip), stage.prompt, seed=0, lm=model.lm)
         validation = _rows(model, val.take(VALIDATION))
     median = batches[len(batches) // 2]
     return Workload(batches[-1], median, validation, examples, round(examples * each), different)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mllm.capabilities import RetrievalHead
 from mllm.errors import MLLMError
+from mllm.hub.identity import differing, joined, weights_of
 from mllm.media.images import ImageFile
 from mllm.model import Model
 from mllm.outputs import ImagePart
@@ -99,10 +100,10 @@ class ImageIndex:
         Raises:
             MLLMError: another model computed the vectors.
         """
-        if self.model != model:
+        for expected, present in differing(self.model, model).values():
             raise MLLMError(
-                f"The index was built with another model: its hash is {self.model[:16]}..., and this model's is "
-                f"{model[:16]}.... Build it again with this model: mllm index build IMAGES OUT --run RUN."
+                f"The index was built with another model: its hash is {expected[:16]}..., and this model's is "
+                f"{present[:16]}.... Build it again with this model: mllm index build IMAGES OUT --run RUN."
             )
 
     def search(self, queries: Tensor, count: int = 1) -> list[list[ImagePart]]:
@@ -164,8 +165,8 @@ def hash_of(model: Model) -> str:
 
 
 def _hash(tensors: Mapping[str, Tensor], heads: Sequence[str], fingerprint: str, encoder: Any) -> str:
-    digest = hashlib.sha256(f"{fingerprint} {encoder.model_dump_json() if encoder else ''}".encode())
+    digest = hashlib.sha256(f"{weights_of(fingerprint)} {encoder.model_dump_json() if encoder else ''}".encode())
     for name, tensor in sorted(tensors.items()):
         if name.startswith((*(f"{path}." for path in heads), "encoder.")):
             digest.update(name.encode() + tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return joined(digest.hexdigest(), [fingerprint])

@@ -36,7 +36,7 @@ def training_sources(stage: Stage) -> list[Source]:
     Raises:
         MLLMError: the stage has none, or a reader refuses its files.
     """
-    sources = read_all(stage.data.train, seed=stage.seed)
+    sources = read_all(stage.data.train, seed=stage.seed, skip=stage.data.skip)
     if not sources:
         raise MLLMError(f"Stage {stage.name} has no data: give data.train.")
     return sources
@@ -136,7 +136,7 @@ def inputs(model: Model, rows: Rows, store: FeatureStore, *, pack: int | None = 
         return rows, None, batch
     if model.encoder_trains:
         return rows, model.encoder.preprocess([store.opened(image) for image in images]).to(model.device), batch
-    return rows, store(images).to(model.device), batch
+    return rows, store(images), batch
 
 
 def check_packing(stage: Stage, model: Model, objectives: Objectives) -> None:

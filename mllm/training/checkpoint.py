@@ -1,8 +1,8 @@
 """Write and read the state of training, from which a killed run continues bit for bit.
 
 ``checkpoint.safetensors`` is one file, replaced whole. It holds the trained tensors, the optimizer's, the states of the
-random generators and, in its header, stage, step, learning rates and schedule. The position in the data follows from
-the step: the stream is a function of the seed.
+random generators and, in its header, stage, step, learning rates, schedule, the fingerprints of the frozen parts and
+the SHA-256 of all this. The position in the data follows from the step: the stream is a function of the seed.
 """
 
 from __future__ import annotations
@@ -14,19 +14,18 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 
 from mllm.encoders.feature_store import FeatureStore
 from mllm.errors import MLLMError
+from mllm.hub.verified import DamagedFile, read_verified, save_verified
 from mllm.model import Model
 from mllm.processes import processes
-from mllm.system import write
 
 NAME = "checkpoint.safetensors"
 GROUPS = ("model", "best", "optimizer", "random")  # of tensors: in the file a name starts with its group's
-SCALARS = ("stage", "step", "schedule", "rates", "frozen", "best_loss", "waited")  # in the file's header
+SCALARS = ("stage", "step", "schedule", "rates", "frozen", "best_loss", "waited", "fingerprints")  # in the header
 RENAMED = {"best_loss": "best"}  # as the header calls them
 
 Tensors = dict[str, Tensor]
@@ -48,6 +47,7 @@ class TrainingState:
         frozen: hashes of the frozen parts, of the stages done.
         best_loss: the lowest validation loss of the stage so far.
         waited: validations since then.
+        fingerprints: of the frozen parts; none in a checkpoint of an earlier version.
     """
 
     stage: int = 0
@@ -61,6 +61,7 @@ class TrainingState:
     frozen: dict[str, Any] = field(default_factory=dict)
     best_loss: float | None = None
     waited: int = 0
+    fingerprints: dict[str, str] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         """Write the state to a run's folder; of several processes the main one does.
@@ -70,27 +71,31 @@ class TrainingState:
         """
         if not processes().is_main_process:
             return
-        metadata = {"state": json.dumps({RENAMED.get(name, name): getattr(self, name) for name in SCALARS})}
+        header = json.dumps({RENAMED.get(name, name): getattr(self, name) for name in SCALARS})
         try:
-            write(folder / NAME, lambda file: save_file(self._prefixed(), file, metadata=metadata))
+            save_verified(folder / NAME, self._prefixed(), header)
         except (OSError, SafetensorError) as error:
             raise MLLMError(f"{folder / NAME} cannot be written: {error}. Free some disk space.") from error
 
     @classmethod
     def read(cls, folder: Path) -> TrainingState | None:
-        """Return the state in a run's folder, or None where training had not come to a checkpoint."""
+        """Return the state in a run's folder, or None where training had not come to a checkpoint.
+
+        Raises:
+            MLLMError: the file cannot be read, or its content is not what was written.
+        """
         path = folder / NAME
         if not path.is_file():
             return None
         try:
-            with safe_open(path, framework="pt") as file:
-                header = json.loads(file.metadata()["state"])
-                state = cls(**{name: header[RENAMED.get(name, name)] for name in SCALARS})
-                for key in file.keys():  # noqa: SIM118
-                    group, _, name = key.partition(".")
-                    state._group(group)[name] = file.get_tensor(key)
-                return state
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            tensors, written = read_verified(path, checksum_required=False)
+            header = {"fingerprints": {}, **json.loads(written)}
+            state = cls(**{name: header[RENAMED.get(name, name)] for name in SCALARS})
+            for key, tensor in tensors.items():
+                group, _, name = key.partition(".")
+                state._group(group)[name] = tensor
+            return state
+        except (DamagedFile, OSError, KeyError, TypeError, ValueError) as error:
             raise MLLMError(f"{path} cannot be read: {error}. Remove it to start the run from its beginning.") from None
 
     def _prefixed(self) -> Tensors:

@@ -61,7 +61,9 @@ class Monitor:
 
 def shown_items(stage: Stage) -> list[Item]:
     """Return the first validation items, whose answers are shown while training."""
-    return [item for source in read_all(stage.data.val) for item in source.items][: stage.eval.show]
+    return [item for source in read_all(stage.data.val, skip=stage.data.skip) for item in source.items][
+        : stage.eval.show
+    ]
 
 
 def answers(model: Assembly, items: Sequence[Item]) -> list[tuple[Item, str]]:

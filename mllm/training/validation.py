@@ -94,7 +94,7 @@ def validation_rows(stage: Stage, model: Model) -> list[list[Piece]]:
     Raises:
         MLLMError: an image cannot be opened, which is noticed here and not after hours.
     """
-    sources = read_all(stage.data.val)
+    sources = read_all(stage.data.val, skip=stage.data.skip)
     number = min(VALIDATION_ITEMS, sum(len(source.items) for source in sources))
     rows = (
         Stream(sources, stage.prompt, seed=0, lm=model.lm if model.generates_text else None).take(number)

@@ -11,6 +11,7 @@ from mllm.build import encoder_of
 from mllm.config.messages import checked
 from mllm.config.parts import EncoderSpec
 from mllm.errors import MLLMError
+from mllm.hub import identity
 from mllm.hub.published import configuration
 from mllm.testing import tiny_image
 
@@ -132,3 +133,22 @@ def test_open_clip_says_what_is_wrong() -> None:
     ):
         with pytest.raises(MLLMError, match=message):
             built(type="open-clip", **values)
+
+
+DIFFERING = [  # two models with the same weights, and what differs
+    ("timm", "vit_base_patch32_clip_224", "vit_base_patch32_clip_quickgelu_224", "configuration"),
+    ("timm", "vit_small_patch16_224.augreg_in1k", "vit_small_patch16_224.dino", "preprocessing"),
+    ("open-clip", "ViT-B-32", "ViT-B-32-quickgelu", "configuration"),
+]
+
+
+@pytest.mark.extras
+@pytest.mark.parametrize(("kind", "one", "two", "aspect"), DIFFERING)
+def test_the_same_weights_under_another_configuration_are_another_encoder(
+    kind: str, one: str, two: str, aspect: str
+) -> None:
+    first, second = built(type=kind, model=one), built(type=kind, model=two)
+    assert not torch.equal(first(first.preprocess(IMAGES)), second(second.preprocess(IMAGES)))
+    assert identity.weights_of(first.fingerprint) == identity.weights_of(second.fingerprint)
+    assert aspect in identity.differing(first.fingerprint, second.fingerprint)
+    assert first.fingerprint == built(type=kind, model=one).fingerprint

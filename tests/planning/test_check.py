@@ -162,6 +162,8 @@ def test_a_run_that_parts_are_taken_from_is_held_against_the_recipe(
     shutil.copytree(tiny_parts[1], tmp_path / "copy")  # the same weights under another name
     assert problems(str(file), [*own, f"lm.model={tmp_path / 'copy'}"]) == []
     other = tiny_lm(tmp_path / "other", seed=1)
+    gelu = shutil.copytree(tiny_parts[1], tmp_path / "gelu") / "config.json"  # the same weights with another activation
+    gelu.write_text(gelu.read_text().replace('"silu"', '"gelu"'))
     for overrides, sentence in (
         (["init.from=none"], "There is no model in none"),
         ([f"init.from={source}", "init.parts=[heads]"], "init.parts names 'heads', which"),
@@ -169,6 +171,10 @@ def test_a_run_that_parts_are_taken_from_is_held_against_the_recipe(
         ([f"init.from={source}"], "unknown or of another shape are adapters."),
         ([*own, "connector.shuffle=2"], "unknown or of another shape are"),
         ([*own, f"lm.model={other}"], f"was trained on another lm: {tiny_parts[1]}, and this recipe has {other}"),
+        (
+            [*own, f"lm.model={gelu.parent}"],
+            f"was trained on another lm: {tiny_parts[1]}, and this recipe has {gelu.parent}",
+        ),
         ([*own, "lm.init=random"], f"and this recipe has {tiny_parts[1]} (random weights). Use that lm"),
     ):
         (found,) = problems(str(file), overrides)

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mllm.data.files import check_present, expect_form, inside, json_of, some, text_of, texts
+from mllm.data.files import Record, images_in, inside, json_of, rows_of, text_of
 from mllm.data.items import Item
-from mllm.errors import MLLMError
-from mllm.media.images import SUFFIXES, ImageFile
+from mllm.data.reading import Reading, reader
+from mllm.data.values import identifier, text_in
+from mllm.errors import MLLMError, near
+from mllm.media.images import ImageFile
+
+_COCO = "images: [{id, file_name}] and annotations: [{image_id, caption}]"
+_KARPATHY = "images: [{filename, split, sentences: [{raw}]}]"
+_TEXTCAPS = "data: [{image_id, caption_str}]"
+_LINE = "a caption, one tab, a file"
 
 
-def coco_captions(*, annotations: str, images: str) -> list[Item]:
+@reader
+def coco_captions(rows: Reading, *, annotations: str, images: str) -> list[Item]:
     """Read captions in COCO's format, which NoCaps and VizWiz also use: an item per image, all captions as answers.
 
     Captions marked ``is_rejected`` or ``is_precanned`` (VizWiz) are left out; an image's ``domain`` (NoCaps) is the
     item's kind.
 
     Args:
+        rows: the reading.
         annotations: JSON with ``images: [{id, file_name}]`` and ``annotations: [{image_id, caption}]``.
         images: the folder of the image files.
 
@@ -26,114 +36,171 @@ def coco_captions(*, annotations: str, images: str) -> list[Item]:
         MLLMError: the file is missing or has an unexpected form, or image files are missing.
     """
     content = json_of(Path(annotations))
-    expected = "images: [{id, file_name}] and annotations: [{image_id, caption}]"
-    with expect_form(f"{annotations} is not in COCO's captions format; it", expected):
-        rows = {image["id"]: image for image in content["images"]}
-        files = {key: inside(images, row["file_name"], annotations) for key, row in rows.items()}
-        captions: dict[Any, list[str]] = defaultdict(list)
-        for row in content["annotations"]:
-            if not (row.get("is_rejected") or row.get("is_precanned")):
-                captions[row["image_id"]] += texts(row["caption"])
-    unknown = sorted(str(key) for key in captions.keys() - files.keys())
-    if unknown:
-        raise MLLMError(
-            f"{annotations}: captions of images that are not listed in it: {some(unknown)}. List the images, or remove "
-            "their captions."
-        )
-    items = [
-        Item(str(key), (ImageFile(files[key]),), tuple(answers), kind=str(rows[key].get("domain") or ""))
-        for key, answers in captions.items()
-        if answers
-    ]
-    return check_present(items, annotations)
+
+    def image_of(row: Any, number: int) -> tuple[str, tuple[Any, str]]:
+        return identifier(row["id"]), (row["file_name"], str(row.get("domain") or ""))
+
+    pairs = rows.each(rows_of(content, annotations, _COCO, "images"), image_of, _COCO)
+    files = rows.by_id(pairs, f"{annotations}: the image id", repeats=True)
+
+    def captions_of(row: Any, number: int) -> tuple[str, list[str]] | None:
+        key = identifier(row["image_id"])
+        if key not in files:
+            raise MLLMError(f"its image {key} is not listed in 'images'. List the image, or remove the caption.")
+        rejected = row.get("is_rejected") or row.get("is_precanned")
+        return None if rejected else (key, rows.captions(row["caption"]))
+
+    captions: dict[str, list[str]] = defaultdict(list)
+    for pair in rows.each(rows_of(content, annotations, _COCO, "annotations"), captions_of, _COCO):
+        if pair is not None:
+            captions[pair[0]] += pair[1]
+
+    def item_of(key: str, number: int) -> Item | None:
+        if (file := files[key]) is None:  # counted above
+            return None
+        return Item(key, (ImageFile(inside(images, file[0])),), _some_of(captions[key]), kind=file[1])
+
+    captioned = [Record(f"{annotations}, image {key}", 0, lambda key=key: key) for key in captions]  # type: ignore[misc]
+    return [item for item in rows.each(captioned, item_of, _COCO, count=False) if item is not None]
 
 
-def karpathy(*, annotations: str, images: str, split: str | list[str] = "test") -> list[Item]:
+@reader
+def karpathy(rows: Reading, *, annotations: str, images: str, split: str | list[str] = "test") -> list[Item]:
     """Read one of Karpathy's splits, of COCO or Flickr30k.
 
     Args:
+        rows: the reading.
         annotations: ``dataset_coco.json`` or ``dataset_flickr30k.json``:
             ``images: [{filename, filepath, split, sentences: [{raw}]}]``.
         images: the folder that contains ``filepath/filename``.
         split: one or more of ``train``, ``restval``, ``val``, ``test``.
 
     Raises:
-        MLLMError: the file is missing or has an unexpected form, or image files are missing.
+        MLLMError: the file is missing or has an unexpected form, has no such split, or image files are missing.
     """
-    splits = [split] if isinstance(split, str) else split
-    content = json_of(Path(annotations))
-    with expect_form(annotations, "images: [{filename, split, sentences: [{raw}]}]"):
-        items = []
-        for row in content["images"]:
-            if row["split"] in splits:
-                file = inside(images, str(Path(row.get("filepath", "")) / row["filename"]), annotations)
-                answers = [text for sentence in row["sentences"] for text in texts(sentence["raw"])]
-                name = row.get("cocoid", row.get("imgid", row["filename"]))
-                items.append(Item(str(name), (ImageFile(file),), tuple(answers)))
-    return check_present(items, f"{annotations}, split {', '.join(splits)}")
+    return karpathy_items(rows, annotations, images, [split] if isinstance(split, str) else split)
 
 
-def textcaps(*, annotations: str, images: str) -> list[Item]:
+def karpathy_items(rows: Reading, annotations: str, images: str, splits: list[str]) -> list[Item]:
+    """Return the items of some of Karpathy's splits."""
+    known: dict[str, None] = {}
+
+    def item_of(row: Any, number: int) -> Item | None:
+        known[text_in(row["split"], "split")] = None
+        if row["split"] not in splits:
+            return None
+        file = inside(images, str(Path(row.get("filepath", "")) / row["filename"]))
+        answers = [text for sentence in row["sentences"] for text in rows.captions(sentence["raw"])]
+        name = identifier(row.get("cocoid", row.get("imgid", row["filename"])))
+        return Item(name, (ImageFile(file),), _some_of(answers))
+
+    items = rows.each(rows_of(json_of(Path(annotations)), annotations, _KARPATHY, "images"), item_of, _KARPATHY)
+    check_splits(splits, known, annotations)
+    return [item for item in items if item is not None]
+
+
+def check_splits(splits: Iterable[str], known: Iterable[str], file: str) -> None:
+    """Check that a file has rows of every split that is asked for.
+
+    Raises:
+        MLLMError: it has none of one of them.
+    """
+    for split in splits:
+        if split not in known:
+            raise MLLMError(f"{file} has no split {split!r}. {near(str(split), known)}")
+
+
+@reader
+def textcaps(rows: Reading, *, annotations: str, images: str) -> list[Item]:
     """Read TextCaps: an item per image, with all captions as answers.
 
     Args:
+        rows: the reading.
         annotations: ``TextCaps_0.1_val.json``: ``data: [{image_id, caption_str}]``, a row per caption.
         images: the folder of the image files ``IMAGE_ID.jpg``.
 
     Raises:
         MLLMError: the file is missing or has an unexpected form, or image files are missing.
     """
-    content = json_of(Path(annotations))
-    captions: dict[str, list[str]] = defaultdict(list)
-    with expect_form(annotations, "data: [{image_id, caption_str}]"):
-        for row in content["data"]:
-            captions[str(row["image_id"])] += texts(row["caption_str"])
-    items = [
-        Item(name, (ImageFile(inside(images, f"{name}.jpg", annotations)),), tuple(answers))
-        for name, answers in captions.items()
-        if answers
-    ]
-    return check_present(items, annotations)
+
+    def caption_of(row: Any, number: int) -> tuple[str, Path, list[str]]:
+        key = identifier(row["image_id"])
+        return key, inside(images, f"{key}.jpg"), rows.captions(row["caption_str"])
+
+    triples = rows.each(rows_of(json_of(Path(annotations)), annotations, _TEXTCAPS, "data"), caption_of, _TEXTCAPS)
+    return _grouped(rows, triples, annotations)
 
 
-def caption_lines(*, path: str, images: str) -> list[Item]:
+@reader
+def caption_lines(rows: Reading, *, path: str, images: str) -> list[Item]:
     """Read a TSV file of captions and image files without a header, as CC3M's: an item per image.
 
+    A quotation mark is a character like any other.
+
     Args:
+        rows: the reading.
         path: the TSV file, with lines of a caption, a tab and an image file. The captions of an image are its answers.
         images: the folder of the image files.
 
     Raises:
         MLLMError: a line has an unexpected form, or image files are missing.
     """
-    captions: dict[str, list[str]] = defaultdict(list)
-    for number, line in enumerate(text_of(Path(path)).split("\n"), start=1):
-        if not line.strip():
-            continue
+
+    def caption_of(line: str, number: int) -> tuple[str, Path, list[str]]:
         caption, _, name = line.rstrip("\r").partition("\t")
         if not (caption.strip() and name.strip()) or "\t" in name:
-            raise MLLMError(
-                f"{path}, line {number} is {line[:60]!r}; expected a caption, one tab, a file. Correct the line."
-            )
-        captions[name.strip()].append(caption.strip())
-    items = [Item(name, (ImageFile(inside(images, name, path)),), tuple(answers)) for name, answers in captions.items()]
-    return check_present(items, path)
+            raise MLLMError(f"it is {line[:60]!r}; expected {_LINE}. Correct the line.")
+        return name.strip(), inside(images, name.strip()), rows.captions(caption)
+
+    return _grouped(rows, rows.each(_lines(Path(path)), caption_of, _LINE), path)
 
 
-def caption_folder(*, path: str) -> list[Item]:
+def _lines(file: Path) -> Iterator[Record]:
+    for number, line in enumerate(text_of(file).split("\n"), start=1):
+        if line.strip():
+            yield Record(f"{file}, line {number}", number, lambda line=line: line)  # type: ignore[misc]
+
+
+@reader
+def caption_folder(rows: Reading, *, path: str) -> list[Item]:
     """Read a folder of images (and its subfolders), each with a text file of the same name with a caption per line.
+
+    Hidden files and folders are left out.
 
     Raises:
         MLLMError: an image has no text file, or an empty one.
     """
-    items = []
-    for file in sorted(Path(path).rglob("*")):
-        if file.suffix.lower() in SUFFIXES:
-            text_file = file.with_suffix(".txt")
-            captions = texts(text_of(text_file).splitlines())
-            if not captions:
-                raise MLLMError(
-                    f"{text_file} is empty; expected the captions of {file.name}. Write them, one per line."
-                )
-            items.append(Item(str(file.relative_to(path)), (ImageFile(file),), tuple(captions)))
-    return check_present(items, path)
+
+    def item_of(file: Path, number: int) -> Item:
+        text_file = file.with_suffix(".txt")
+        captions = rows.captions([line for line in text_of(text_file).splitlines() if line.strip()])
+        if not captions:
+            raise MLLMError(f"{text_file.name} is empty; expected captions, one per line. Write them.")
+        return Item(str(file.relative_to(path)), (ImageFile(file),), tuple(captions))
+
+    files = images_in(Path(path), deep=True)
+    records = [Record(str(file), number, lambda file=file: file) for number, file in enumerate(files, start=1)]  # type: ignore[misc]
+    return rows.each(records, item_of, "captions, one per line")
+
+
+def _grouped(rows: Reading, triples: Iterable[tuple[str, Path, list[str]]], label: str) -> list[Item]:
+    """Return an item for each image, from its name, its file and its captions."""
+    files: dict[str, Path] = {}
+    captions: dict[str, list[str]] = defaultdict(list)
+    for name, file, texts in triples:
+        files[name] = file
+        captions[name] += texts
+    records = [Record(f"{label}, image {name}", 0, lambda name=name: name) for name in files]  # type: ignore[misc]
+    return rows.each(
+        records,
+        lambda name, _: Item(name, (ImageFile(files[name]),), _some_of(captions[name])),
+        "captions of an image",
+        count=False,
+    )
+
+
+def _some_of(captions: list[str]) -> tuple[str, ...]:
+    """Return an image's captions, of which there must be one."""
+    if not captions:
+        raise MLLMError("it has no caption; expected at least one. Write one, or remove it.")
+    return tuple(captions)

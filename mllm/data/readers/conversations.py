@@ -1,29 +1,41 @@
-"""Read conversations to train on: LLaVA's JSON, and messages in the schema of `transformers`."""
+"""Read conversations to train on: LLaVA's JSON and ShareGPT's, messages in the schema of `transformers` or OpenAI."""
 
 from __future__ import annotations
 
+import base64
+import binascii
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from mllm.data.files import check_present, expect_form, inside, json_lines, json_of
+from mllm.data.files import inside, records_of
 from mllm.data.items import Item
-from mllm.errors import MLLMError
-from mllm.media.images import ImageFile, ImageSource
+from mllm.data.reading import Reading, reader
+from mllm.data.values import absent, identifier, listed, text_in
+from mllm.errors import MLLMError, near
+from mllm.media.images import ImageBytes, ImageFile, ImageSource
 from mllm.prompts.messages import checked_messages, message, text_part
 
 MARK = "<image>"
 _SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_LLAVA = "{id, image, conversations: [{from: human or gpt, value}]}"
+_MESSAGES = "{messages: [{role, content}], images: [...]}"
+
+Turn = tuple[str, str]  # a role, and a text with marks
 
 
-def llava(*, path: str, images: str, task: Literal["conversations", "captions"] = "conversations") -> list[Item]:
-    """Read LLaVA's JSON: ``[{id, image, conversations: [{from: human | gpt, value}]}]``; an item per conversation.
+@reader(unique=False)  # LLaVA's own files have several conversations of one id
+def llava(
+    rows: Reading, *, path: str, images: str, task: Literal["conversations", "captions"] = "conversations"
+) -> list[Item]:
+    """Read LLaVA's JSON, a list or lines of ``{id, image, conversations: [{from: human | gpt, value}]}``.
 
-    ``image`` is a file, a list of files, or absent (text only). Each ``<image>`` marks where the next image goes;
-    without marks, the images come first.
+    An item is a conversation. ``image`` (or ``images``, as in ShareGPT's form) is a file, a list of files, or absent
+    (text only). Each ``<image>`` marks where the next image goes; without marks, the images come first.
 
     Args:
+        rows: the reading.
         path: the file.
         images: the folder of the image files.
         task: ``captions`` uses the first answer as the image's caption and discards the question, as in LLaVA's first
@@ -31,69 +43,130 @@ def llava(*, path: str, images: str, task: Literal["conversations", "captions"] 
 
     Raises:
         MLLMError: the file is missing or has an unexpected form, the numbers of marks and images differ, a conversation
-            has no answer, or image files are missing.
+            lacks a question or an answer, or image files are missing.
     """
-    content = json_of(Path(path))
-    items = []
-    with expect_form(path, "[{id, image, conversations: [{from: human or gpt, value}]}]"):
-        for number, row in enumerate(content):
-            turns = [(_SPEAKERS[turn["from"]], str(turn["value"])) for turn in row["conversations"]]
-            files = row.get("image") or []
-            sources = [ImageFile(inside(images, name, path)) for name in ([files] if isinstance(files, str) else files)]
-            label = f"{path}, conversation {row.get('id', number)!r}"
-            item = _item(str(row.get("id", number)), turns, sources, label)
-            items.append(_caption(item, turns, label) if task == "captions" else item)
-    return check_present(items, path)
+
+    def item_of(row: Any, number: int) -> Item:
+        turns = [(_role(turn["from"]), _text(turn["value"])) for turn in row["conversations"]]
+        sources = _listed_images(row, images)
+        name = identifier(row.get("id", number - 1))
+        return _caption(name, turns, sources) if task == "captions" else _conversation(name, turns, sources)
+
+    return rows.each(records_of(Path(path)), item_of, _LLAVA)
 
 
-def _caption(item: Item, turns: Sequence[tuple[str, str]], label: str) -> Item:
-    if len(item.images) != 1:
-        raise MLLMError(f"{label}: {len(item.images)} images; a caption needs one image. Remove the conversation.")
-    return Item(item.id, item.images, (next(text for role, text in turns if role == "assistant"),))
+def _caption(name: str, turns: Sequence[Turn], images: Sequence[ImageSource]) -> Item:
+    if len(images) != 1:
+        raise MLLMError(f"{len(images)} images; a caption needs one image. Remove the conversation.")
+    _check_marks(turns, images)
+    return Item(name, tuple(images), (next(text for role, text in turns if role == "assistant"),))
 
 
-def messages(*, path: str, images: str) -> list[Item]:
+@reader(unique=False)
+def messages(rows: Reading, *, path: str, images: str) -> list[Item]:
     """Read conversations in the schema of `transformers`: lines of ``{messages: [{role, content}], images: [...]}``.
 
     The content is a text, with ``<image>`` where an image is inserted, or a list of parts ``{type: text, text}`` and
-    ``{type: image}``; an image part names its file (``image`` or ``path``), or is the next of ``images``.
+    ``{type: image}``; an image part names its file (``image`` or ``path``), or is the next of ``images``. OpenAI's
+    ``{type: image_url, image_url: {url}}`` names a file or is a data URL.
 
     Args:
-        path: the file.
+        rows: the reading.
+        path: the file: lines, or one list.
         images: the folder of the image files.
 
     Raises:
         MLLMError: as `llava`.
     """
-    items = []
-    with expect_form(path, "lines of {messages: [{role, content}], images: [...]}"):
-        for number, row in enumerate(json_lines(Path(path)), start=1):
-            listed = iter([ImageFile(inside(images, name, path)) for name in row.get("images") or []])
-            turns, sources = [], list[ImageSource]()
-            for entry in row["messages"]:
-                text, content = "", entry["content"]
-                for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-                    file = part.get("image") or part.get("path")
-                    text += part["text"] if part["type"] == "text" else MARK
-                    count = text.count(MARK) if isinstance(content, str) else int(part["type"] == "image")
-                    if file:
-                        sources.append(ImageFile(inside(images, file, path)))
-                    else:
-                        sources += itertools.islice(listed, count)
-                turns.append((_SPEAKERS[entry["role"]], text))
-            items.append(_item(str(row.get("id", number)), turns, [*sources, *listed], f"{path}, line {number}"))
-    return check_present(items, path)
+
+    def item_of(row: Any, number: int) -> Item:
+        remaining = iter(_listed_images(row, images))
+        turns, sources = [], list[ImageSource]()
+        for entry in row["messages"]:
+            turns.append((_role(entry["role"]), _content(entry["content"], images, remaining, sources)))
+        return _conversation(identifier(row.get("id", number)), turns, [*sources, *remaining])
+
+    return rows.each(records_of(Path(path)), item_of, _MESSAGES)
 
 
-def _item(name: str, turns: Sequence[tuple[str, str]], images: Sequence[ImageSource], label: str) -> Item:
-    """Return a conversation with its marks replaced by its images."""
+def _content(content: Any, folder: str, remaining: Iterator[ImageSource], sources: list[ImageSource]) -> str:
+    """Return a message's text with a mark for each image, and append its images to ``sources``."""
+    if not isinstance(content, list):
+        text = _text(content)
+        sources += itertools.islice(remaining, text.count(MARK))
+        return text
+    text = ""
+    for part in content:
+        if part["type"] == "text":
+            text += _without_mark(_text(part["text"]))
+            continue
+        text += MARK
+        sources += [_image(part, folder)] if _named(part) is not None else itertools.islice(remaining, 1)
+    return text
+
+
+def _without_mark(text: str) -> str:
+    if MARK in text:
+        raise MLLMError(f"a part of type text has the mark {MARK}; expected a part of type image there. Correct it.")
+    return text
+
+
+def _named(part: Any) -> Any:
+    """Return what names the image of a part: a file, a data URL, or None for the next of the listed images."""
+    if part["type"] not in ("image", "image_url"):
+        raise MLLMError(f"a part has the type {part['type']!r}; expected text, image or image_url. Remove the row.")
+    if part["type"] == "image_url":
+        return part["image_url"]["url"] if isinstance(part["image_url"], dict) else part["image_url"]
+    return part.get("image") or part.get("path") or part.get("url")
+
+
+def _image(part: Any, folder: str) -> ImageSource:
+    name = _named(part)
+    if not (isinstance(name, str) and name.startswith("data:")):
+        return ImageFile(inside(folder, name))
+    head, _, body = name.partition(",")
+    try:
+        return ImageBytes(base64.b64decode(body, validate=True), f"the data URL {head[:40]}")
+    except binascii.Error as error:
+        raise MLLMError(f"the data URL {head[:40]!r} is not base64: {error}. Correct it.") from None
+
+
+def _role(name: Any) -> str:
+    """Return the role of a speaker, whose name may be in capitals."""
+    speaker = text_in(name, "speaker").lower()
+    if speaker not in _SPEAKERS:
+        raise MLLMError(f"no role is called {speaker!r}. {near(speaker, _SPEAKERS)} Remove the turn, or the row.")
+    return _SPEAKERS[speaker]
+
+
+def _text(value: Any) -> str:
+    return text_in(value, "text of a turn")
+
+
+def _listed_images(row: Any, folder: str) -> list[ImageSource]:
+    """Return the images that a row lists under ``image`` or ``images``."""
+    given = [row[key] for key in ("image", "images") if not absent(row.get(key))]
+    if len(given) > 1:
+        raise MLLMError("it has both 'image' and 'images'. Keep one of them.")
+    return [ImageFile(inside(folder, name)) for names in given for name in listed(names)]
+
+
+def _check_marks(turns: Sequence[Turn], images: Sequence[ImageSource]) -> None:
+    """Check that there is a mark per image or none, and that the assistant says something."""
     marks = sum(text.count(MARK) for _, text in turns)
     if marks not in (0, len(images)):
         raise MLLMError(
-            f"{label}: {marks} marks {MARK} for {len(images)} images; expected one per image, or none. Correct them."
+            f"{marks} marks {MARK} for {len(images)} images; expected one per image, or none. Correct them."
         )
-    if not any(role == "assistant" and text.strip() for role, text in turns):
-        raise MLLMError(f"{label}: no turn of the assistant has text; expected at least one to train on. Remove it.")
+    if not any(role == "assistant" and text.replace(MARK, "").strip() for role, text in turns):
+        raise MLLMError("no turn of the assistant has text; expected at least one to train on. Remove it.")
+
+
+def _conversation(name: str, turns: Sequence[Turn], images: Sequence[ImageSource]) -> Item:
+    """Return a conversation with its marks replaced by its images."""
+    _check_marks(turns, images)
+    if not any(role == "user" for role, _ in turns):
+        raise MLLMError("there is no turn of the user; expected a question before an answer. Remove it.")
     remaining = iter(images)
     converted = [message(role, list(_parts(text, remaining))) for role, text in turns]
     first = next(turn for turn in converted if turn["role"] == "user")

@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from mllm.capabilities import DECISIONS
-from mllm.data.files import json_lines
+from mllm.data.files import records_of
 from mllm.data.items import Item
+from mllm.data.reading import Reading, reader
+from mllm.data.values import text_in
 from mllm.errors import MLLMError
 
 
-def decisions(*, path: str) -> list[Item]:
+@reader
+def decisions(rows: Reading, *, path: str) -> list[Item]:
     """Read GILL's decision data: JSON lines with a ``prompt`` and its ``label``, ``retrieve`` or ``generate``.
 
     Args:
+        rows: the reading.
         path: the JSON Lines file.
 
     Raises:
         MLLMError: the file cannot be read, or a row has no prompt or no valid label.
     """
-    items = []
-    for number, row in enumerate(json_lines(Path(path)), start=1):
-        prompt, label = (row.get("prompt"), row.get("label")) if isinstance(row, dict) else (None, None)
-        if not isinstance(prompt, str) or not prompt.strip() or label not in DECISIONS:
-            raise MLLMError(
-                f"{path}, row {number}: prompt {prompt!r}, label {label!r}. Expected a text, and one of "
-                f"{', '.join(DECISIONS)}. Correct the row."
-            )
-        items.append(Item(str(number), (), (label,), prompt.strip(), kind=label))
-    return items
+
+    def item_of(row: Any, number: int) -> Item:
+        prompt, label = text_in(row["prompt"], "prompt"), row["label"]
+        if label not in DECISIONS:
+            raise MLLMError(f"the label is {label!r}; expected one of {', '.join(DECISIONS)}. Correct it.")
+        return Item(str(number), (), (label,), prompt.strip(), kind=label)
+
+    return rows.each(records_of(Path(path)), item_of, "lines of {prompt, label}")

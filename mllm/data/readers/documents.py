@@ -2,114 +2,112 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from mllm.data.files import expect_form, inside, json_lines, some
+from mllm.data.files import Record, files_in, inside, records_of, stem_of
 from mllm.data.items import Item
+from mllm.data.reading import Reading, reader
+from mllm.data.values import text_in
 from mllm.errors import MLLMError
 from mllm.media.images import ImageFile
 
-Missing = Literal["raise", "drop"]
+Pieces = list[str | ImageFile]
 
 
-def mmc4(*, path: str, images: str, min_similarity: float = 0.0, missing: Missing = "raise") -> list[Item]:
+@reader
+def mmc4(rows: Reading, *, path: str, images: str, min_similarity: float = 0.0) -> list[Item]:
     """Read MMC4's documents: lines of ``{text_list, image_info: [{image_name, matched_text_index, matched_sim}]}``.
 
-    An image is placed before the sentence that it is matched with.
+    An image is placed before the sentence that it is matched with. With ``missing: drop``, images whose files are
+    missing are left out of their documents; many are no longer online.
 
     Args:
+        rows: the reading.
         path: a JSON Lines file, or a folder of ``*.jsonl`` files.
         images: the folder of the image files.
         min_similarity: images with a lower similarity to their sentence are left out (OpenFlamingo: 0.24).
-        missing: ``drop`` leaves out images whose files are missing; many images are no longer online.
 
     Raises:
         MLLMError: a file is missing or has an unexpected form, a document has no text, or image files are missing.
     """
 
-    def pieces(row: Any) -> list[str | ImageFile]:
+    def pieces(row: Any) -> Pieces:
         images_of: dict[int, list[ImageFile]] = defaultdict(list)
         for info in row["image_info"]:
             if info.get("matched_sim", 1.0) >= min_similarity:
-                images_of[int(info["matched_text_index"])].append(ImageFile(inside(images, info["image_name"], path)))
+                images_of[int(info["matched_text_index"])].append(ImageFile(inside(images, info["image_name"])))
         wrong = [index for index in images_of if not 0 <= index < len(row["text_list"])]
         if wrong:
-            raise MLLMError(
-                f"{path}: matched_text_index is {wrong[0]}; expected 0 to {len(row['text_list']) - 1}. Correct it."
-            )
-        interleaved: list[str | ImageFile] = []
+            raise MLLMError(f"matched_text_index is {wrong[0]}; expected 0 to {len(row['text_list']) - 1}. Correct it.")
+        interleaved: Pieces = []
         for index, text in enumerate(row["text_list"]):
-            interleaved += [*images_of[index], str(text)]
+            interleaved += [*images_of[index], text_in(text, "text", empty=True)]
         return interleaved
 
     expected = "lines of {text_list: [...], image_info: [{image_name, matched_text_index}]}"
-    return _documents(path, pieces, " ", expected, missing)
+    return _documents(rows, path, pieces, " ", expected)
 
 
-def obelics(*, path: str, images: str, missing: Missing = "raise") -> list[Item]:
+@reader
+def obelics(rows: Reading, *, path: str, images: str) -> list[Item]:
     """Read OBELICS' documents: lines of ``{texts: [...], images: [...]}``, where at each index one of the two is null.
 
     Args:
+        rows: the reading.
         path: a JSON Lines file, or a folder of ``*.jsonl`` files.
         images: the folder of the images, which ``images`` names (OBELICS itself has addresses there: download them).
-        missing: as for `mmc4`.
 
     Raises:
         MLLMError: as for `mmc4`; or the lists differ in length, or have both or neither at an index.
     """
 
-    def pieces(row: Any) -> list[str | ImageFile]:
+    def pieces(row: Any) -> Pieces:
         if len(row["texts"]) != len(row["images"]):
             raise MLLMError(
-                f"{path}: a document has {len(row['texts'])} texts and {len(row['images'])} images; expected equal "
-                "numbers, with null where there is none. Correct the document."
+                f"it has {len(row['texts'])} texts and {len(row['images'])} images; expected equal numbers, with null "
+                "where there is none. Correct the document."
             )
-        if any((text is None) == (name is None) for text, name in zip(row["texts"], row["images"], strict=True)):
+        both = list(zip(row["texts"], row["images"], strict=True))
+        if any((text is None) == (name is None) for text, name in both):
             raise MLLMError(
-                f"{path}: a document has both a text and an image at an index, or neither; expected one of them. "
-                "Correct the document."
+                "it has both a text and an image at an index, or neither; expected one of them. Correct the document."
             )
-        both = zip(row["texts"], row["images"], strict=True)
-        return [str(text) if name is None else ImageFile(inside(images, name, path)) for text, name in both]
+        return [
+            text_in(text, "text", empty=True) if name is None else ImageFile(inside(images, name))
+            for text, name in both
+        ]
 
-    return _documents(path, pieces, "\n\n", "lines of {texts: [...], images: [...]}", missing)
+    return _documents(rows, path, pieces, "\n\n", "lines of {texts: [...], images: [...]}")
 
 
-def _documents(
-    path: str, pieces: Callable[[Any], list[str | ImageFile]], separator: str, expected: str, missing: Missing
-) -> list[Item]:
-    items, absent = [], set[str]()
-    exists: dict[Path, bool] = {}
-    for name, row in _rows(Path(path)):
-        with expect_form(f"{path}, document {name}", expected):
-            interleaved = pieces(row)
-        for piece in interleaved:
-            if isinstance(piece, ImageFile) and not exists.setdefault(piece.path, piece.path.is_file()):
-                absent.add(str(piece.path))
-        document = [piece for piece in interleaved if isinstance(piece, str) or exists[piece.path]]
+def _documents(rows: Reading, path: str, pieces: Callable[[Any], Pieces], separator: str, expected: str) -> list[Item]:
+    """Return documents without the images that are missing, if those are dropped."""
+
+    def item_of(entry: tuple[str, Any], number: int) -> Item:
+        name, row = entry
+        document = [piece for piece in pieces(row) if isinstance(piece, str) or rows.available(piece)]
         if not any(isinstance(piece, str) and piece.strip() for piece in document):
-            raise MLLMError(f"{path}, document {name}: no text; expected some to train on. Remove the document.")
+            raise MLLMError("no text; expected some to train on. Remove the document.")
         images = tuple(piece for piece in document if isinstance(piece, ImageFile))
-        items.append(Item(name, images, (), document=tuple(_joined(document, separator))))
-    if absent and missing == "raise":
-        raise MLLMError(
-            f"{path}: {len(absent)} of {len(exists)} images are missing: {some(sorted(absent))}. Add the files, or set "
-            "missing: drop to leave them out of their documents."
-        )
-    return items
+        return Item(name, images, (), document=tuple(_joined(document, separator)))
+
+    return rows.each(_named(Path(path)), item_of, expected)
 
 
-def _rows(path: Path) -> Iterator[tuple[str, Any]]:
+def _named(path: Path) -> Iterator[Record]:
     """Yield each document with its name: its number, after its file's name if ``path`` is a folder."""
-    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+    files = files_in(path, ".jsonl") if os.path.isdir(path) else [path]
     if not files:
         raise MLLMError(f"{path} contains no *.jsonl files; expected at least one. Give another folder.")
     for file in files:
-        for number, row in enumerate(json_lines(file), start=1):
-            yield (f"{file.stem}/{number}" if path.is_dir() else str(number)), row
+        for record in records_of(file):
+            name = f"{stem_of(file)}/{record.number}" if os.path.isdir(path) else str(record.number)
+            label = f"{path}, document {name}"
+            yield Record(label, record.number, lambda name=name, record=record: (name, record.load()))  # type: ignore[misc]
 
 
 def _joined(pieces: Sequence[str | ImageFile], separator: str) -> Iterator[str | ImageFile]:

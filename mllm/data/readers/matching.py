@@ -3,79 +3,90 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from mllm.data.files import check_present, expect_form, inside, json_lines, json_of
+from mllm.data.files import entries_of, files_in, images_in, inside, json_of, records_of, visible_in
 from mllm.data.items import Item
-from mllm.data.readers.captions import karpathy
+from mllm.data.readers.captions import karpathy_items
+from mllm.data.reading import Reading, reader
+from mllm.data.values import identifier, text_in
 from mllm.errors import MLLMError
-from mllm.media.images import SUFFIXES, ImageFile
+from mllm.media.images import ImageFile
+
+_WINOGROUND = "lines of {id, image_0, image_1, caption_0, caption_1}"
+_SUGARCREPE = "{number: {filename, caption, negative_caption}}"
 
 
-def winoground(*, annotations: str, images: str) -> list[Item]:
+@reader
+def winoground(rows: Reading, *, annotations: str, images: str) -> list[Item]:
     """Read Winoground: two images and two captions of the same words to match; the kind is ``collapsed_tag``.
 
     Args:
+        rows: the reading.
         annotations: ``examples.jsonl``, lines of ``{id, image_0, image_1, caption_0, caption_1, collapsed_tag}``.
         images: the folder of the image files ``IMAGE_0.png``.
     """
-    items = []
-    with expect_form(annotations, "lines of {id, image_0, image_1, caption_0, caption_1}"):
-        for row in json_lines(Path(annotations)):
-            files = [f"{Path(row[key]).stem}.png" for key in ("image_0", "image_1")]
-            pair = tuple(ImageFile(inside(images, file, annotations)) for file in files)
-            captions = (str(row["caption_0"]), str(row["caption_1"]))
-            kind = str(row.get("collapsed_tag", ""))
-            items.append(Item(str(row["id"]), pair, ("text", "image", "group"), kind=kind, choices=captions))
-    return check_present(items, annotations)
+
+    def item_of(row: Any, number: int) -> Item:
+        files = [f"{Path(row[key]).stem}.png" for key in ("image_0", "image_1")]
+        pair = tuple(ImageFile(inside(images, file)) for file in files)
+        captions = (text_in(row["caption_0"], "caption_0"), text_in(row["caption_1"], "caption_1"))
+        kind = str(row.get("collapsed_tag", ""))
+        return Item(identifier(row["id"]), pair, ("text", "image", "group"), kind=kind, choices=captions)
+
+    return rows.each(records_of(Path(annotations)), item_of, _WINOGROUND)
 
 
-def sugarcrepe(*, annotations: str, images: str) -> list[Item]:
+@reader
+def sugarcrepe(rows: Reading, *, annotations: str, images: str) -> list[Item]:
     """Read SugarCrepe: an image with a right and a wrong caption; the kind is the file's name (``add_att``, ...).
 
     Args:
+        rows: the reading.
         annotations: the folder of JSON files ``{number: {filename, caption, negative_caption}}``.
         images: the folder of COCO's ``val2017`` images.
     """
+
+    def item_of(entry: tuple[str, Any], number: int) -> Item:
+        key, row = entry
+        image = ImageFile(inside(images, row["filename"]))
+        both = (text_in(row["caption"], "caption"), text_in(row["negative_caption"], "negative_caption"))
+        return Item(f"{file.stem}/{key}", (image,), both[:1], kind=file.stem, choices=both)
+
     items = []
-    for file in sorted(Path(annotations).glob("*.json")):
-        content = json_of(file)
-        with expect_form(file, "{number: {filename, caption, negative_caption}}"):
-            for key, row in content.items():
-                image = ImageFile(inside(images, row["filename"], file))
-                both = (str(row["caption"]), str(row["negative_caption"]))
-                items.append(Item(f"{file.stem}/{key}", (image,), both[:1], kind=file.stem, choices=both))
-    return check_present(items, annotations)
+    for file in files_in(Path(annotations), ".json"):
+        items += rows.each(entries_of(json_of(file), file, _SUGARCREPE), item_of, _SUGARCREPE)
+    return items
 
 
-def classes(*, path: str) -> list[Item]:
+@reader
+def classes(rows: Reading, *, path: str) -> list[Item]:
     """Read an image folder: a subfolder of images per class, with the class's name ("_" for a space).
 
     An item's choices are all classes, so that a suite can choose among them.
     """
-    folders = sorted(folder for folder in Path(path).glob("*") if folder.is_dir())
+    folders = [folder for folder in visible_in(Path(path)) if folder.is_dir()]
     if not folders:
         raise MLLMError(
             f"{path} contains no folders; expected one per class, with its images. Move the images to such folders."
         )
     names = tuple(folder.name.replace("_", " ") for folder in folders)
-    items = [
+    return [
         Item(f"{folder.name}/{file.name}", (ImageFile(file),), (name,), kind=name, choices=names)
         for folder, name in zip(folders, names, strict=True)
-        for file in sorted(folder.iterdir())
-        if file.suffix.lower() in SUFFIXES
+        for file in images_in(folder)
     ]
-    return check_present(items, path)
 
 
+@reader
 def karpathy_retrieval(
-    *, annotations: str, images: str, find: Literal["texts", "images"], split: str = "test"
+    rows: Reading, *, annotations: str, images: str, find: Literal["texts", "images"], split: str = "test"
 ) -> list[Item]:
     """Read one of Karpathy's splits for retrieval: the captions of an image, or the image of a caption, among all.
 
     An answer is an index, counted from 0, into the item's choices (``find="texts"``) or images (``find="images"``).
     """
-    sources = karpathy(annotations=annotations, images=images, split=split)
+    sources = rows.present(karpathy_items(rows, annotations, images, [split]))
     texts = tuple(text for item in sources for text in item.answers)
     candidates = tuple(image for item in sources for image in item.images)
     items, start = [], 0

@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from mllm.data.files import check_present, expect_form, inside, json_lines, json_of, some
+from mllm.data.files import Record, entries_of, files_in, inside, json_of, records_of, rows_of, stem_of
 from mllm.data.items import Item
+from mllm.data.readers.captions import check_splits
+from mllm.data.reading import Reading, reader
+from mllm.data.values import identifier, reference_answers, text_in
 from mllm.errors import MLLMError
 from mllm.media.images import ImageFile
 
+_QUESTIONS = "questions: [{question_id, image_id, question}], and name: a pattern for a number"
+_ANNOTATIONS = "annotations: [{question_id, answers: [{answer}]}]"
+_VIZWIZ = "[{image, question, answers: [{answer}]}]"
+_AOKVQA = "[{question_id, image_id, question, choices, correct_choice_idx, direct_answers}]"
+_GQA = "{id: {imageId, question, answer, types: {structural}}}"
+_TEXTVQA = "data: [{question_id, image_id, question, answers}]"
+_SCIENCEQA = "{id: {question, choices, answer, image, split}}"
+_POPE = "lines of {question_id, image, text, label}"
+_SNLI_VE = "lines of {Flickr30K_ID, pairID, sentence2, gold_label}"
+_MINI_IMAGENET = "[{image_1, caption_1, ..., question_image, question, answer}]"
 
-def vqa(*, questions: str, images: str, annotations: str | None = None, name: str) -> list[Item]:
+
+@reader
+def vqa(rows: Reading, *, questions: str, images: str, annotations: str | None = None, name: str) -> list[Item]:
     """Read VQAv2 or OK-VQA; the kind is the answer's type (``yes/no``, ``number``, ``other``).
 
     Args:
+        rows: the reading.
         questions: ``questions: [{question_id, image_id, question}]``.
         images: the folder of the image files.
         annotations: ``annotations: [{question_id, answers: [{answer}], answer_type}]``; None: a test split.
@@ -25,199 +42,185 @@ def vqa(*, questions: str, images: str, annotations: str | None = None, name: st
         MLLMError: a file is missing or has an unexpected form, a question has no annotation or vice versa, or image
             files are missing.
     """
-    content = json_of(Path(questions))
-    with expect_form(questions, "questions: [{question_id, image_id, question}], and name: a pattern for a number"):
-        rows = {row["question_id"]: row for row in content["questions"]}
-        files = {key: inside(images, name.format(row["image_id"]), questions) for key, row in rows.items()}
-        if len(rows) < len(content["questions"]):
-            raise MLLMError(f"{questions}: a question_id occurs twice; expected unique ids. Remove one of the rows.")
-    answered: dict[Any, Any] = {key: {"answers": []} for key in rows}
+
+    listed = rows_of(json_of(Path(questions)), questions, _QUESTIONS, "questions")
+    asked: dict[str, Any] = rows.by_id(rows.each(listed, _with_id, _QUESTIONS), f"{questions}: the question_id")
+    answered: dict[str, Any] = {key: {} for key in asked}
     if annotations is not None:
-        labels = json_of(Path(annotations))
-        with expect_form(annotations, "annotations: [{question_id, answers: [{answer}]}]"):
-            answered = {row["question_id"]: row for row in labels["annotations"]}
-    unmatched = sorted(map(str, rows.keys() ^ answered.keys()))
-    if unmatched:
-        raise MLLMError(
-            f"{questions} and {annotations}: question_ids that are in one of them only: {some(unmatched)}. Give two "
-            "files of the same split."
-        )
-    with expect_form(annotations or questions, "annotations: [{question_id, answers: [{answer}]}]"):
-        items = [
-            Item(
-                str(key),
-                (ImageFile(files[key]),),
-                tuple(str(answer["answer"]) for answer in answered[key]["answers"]),
-                str(row["question"]),
-                kind=str(answered[key].get("answer_type", "")),
-            )
-            for key, row in rows.items()
-        ]
-    return check_present(items, questions)
+        labels = rows_of(json_of(Path(annotations)), annotations, _ANNOTATIONS, "annotations")
+        pairs = rows.each(labels, _with_id, _ANNOTATIONS, count=False)
+        answered = rows.by_id(pairs, f"{annotations}: the question_id")
+    for key in sorted(asked.keys() ^ answered.keys()):
+        rows.bad(f"{questions} and {annotations}: the question_id {key} is in one of them only. Give two files of the "
+                 "same split.")  # fmt: skip
+
+    def item_of(key: str, number: int) -> Item:
+        row, labelled = asked[key], answered[key]
+        file = ImageFile(inside(images, name.format(row["image_id"])))
+        answers = [answer["answer"] for answer in labelled["answers"]] if labelled else None
+        right = () if answers is None else reference_answers(answers)
+        return Item(key, (file,), right, text_in(row["question"], "question"), str(labelled.get("answer_type", "")))
+
+    label = f"{annotations or questions}, question_id"
+    known = [key for key, row in asked.items() if row is not None and answered.get(key) is not None]
+    matched = [Record(f"{label} {key}", 0, lambda key=key: key) for key in known]  # type: ignore[misc]
+    return rows.each(matched, item_of, f"{_QUESTIONS}; {_ANNOTATIONS}", count=False)
 
 
-def vizwiz(*, annotations: str, images: str) -> list[Item]:
+def _with_id(row: Any, number: int) -> tuple[str, Any]:
+    return identifier(row["question_id"]), row
+
+
+@reader
+def vizwiz(rows: Reading, *, annotations: str, images: str) -> list[Item]:
     """Read VizWiz's questions: ``[{image, question, answers: [{answer}], answer_type}]``."""
-    content = json_of(Path(annotations))
-    with expect_form(annotations, "[{image, question, answers: [{answer}]}]"):
-        items = [
-            _item(
-                row["image"],
-                images,
-                row["image"],
-                row["question"],
-                _answers(row),
-                annotations,
-                row.get("answer_type", ""),
-            )
-            for row in content
-        ]
-    return check_present(items, annotations)
+
+    def item_of(row: Any, number: int) -> Item:
+        answers = [answer["answer"] for answer in row.get("answers", [])]
+        return _item(row["image"], images, row["image"], row["question"], answers, row.get("answer_type", ""))
+
+    return rows.each(rows_of(json_of(Path(annotations)), annotations, _VIZWIZ), item_of, _VIZWIZ)
 
 
-def aokvqa(*, annotations: str, images: str, task: Literal["direct", "choices"] = "direct") -> list[Item]:
+@reader
+def aokvqa(
+    rows: Reading, *, annotations: str, images: str, task: Literal["direct", "choices"] = "direct"
+) -> list[Item]:
     """Read A-OKVQA: ``[{question_id, image_id, question, choices, correct_choice_idx, direct_answers}]``.
 
     Args:
+        rows: the reading.
         annotations: ``aokvqa_v1p0_val.json``.
         images: the folder of COCO's images of 2017, ``000000000139.jpg``.
         task: ``direct`` (without questions marked ``difficult_direct_answer``, as its authors evaluate) or ``choices``.
     """
-    content = json_of(Path(annotations))
-    items = []
-    with expect_form(annotations, "[{question_id, image_id, question, choices, correct_choice_idx, direct_answers}]"):
-        for row in content:
-            if task == "direct" and row.get("difficult_direct_answer"):
-                continue
-            direct = task == "direct"
-            right = row["direct_answers"] if direct else [row["choices"][row["correct_choice_idx"]]]
-            choices = () if direct else tuple(row["choices"])
-            file = f"{row['image_id']:012d}.jpg"
-            items.append(_item(row["question_id"], images, file, row["question"], right, annotations, choices=choices))
-    return check_present(items, annotations)
+
+    def item_of(row: Any, number: int) -> Item | None:
+        if task == "direct" and row.get("difficult_direct_answer"):
+            return None
+        direct = task == "direct"
+        right = row["direct_answers"] if direct else [_choice(row["choices"], row["correct_choice_idx"])]
+        file = f"{row['image_id']:012d}.jpg"
+        return _item(row["question_id"], images, file, row["question"], right, choices=[] if direct else row["choices"])
+
+    items = rows.each(rows_of(json_of(Path(annotations)), annotations, _AOKVQA), item_of, _AOKVQA)
+    return _kept(items)
 
 
-def gqa(*, annotations: str, images: str) -> list[Item]:
+@reader
+def gqa(rows: Reading, *, annotations: str, images: str) -> list[Item]:
     """Read GQA: ``{id: {imageId, question, answer, types: {structural}}}``; the kind is the structural type."""
-    content = json_of(Path(annotations))
-    with expect_form(annotations, "{id: {imageId, question, answer, types: {structural}}}"):
-        items = [
-            _item(
-                key,
-                images,
-                f"{row['imageId']}.jpg",
-                row["question"],
-                [row["answer"]],
-                annotations,
-                row.get("types", {}).get("structural", ""),
-            )
-            for key, row in content.items()
-        ]
-    return check_present(items, annotations)
+
+    def item_of(entry: tuple[str, Any], number: int) -> Item:
+        key, row = entry
+        kind = row.get("types", {}).get("structural", "")
+        return _item(key, images, f"{row['imageId']}.jpg", row["question"], [row["answer"]], kind)
+
+    return rows.each(entries_of(json_of(Path(annotations)), annotations, _GQA), item_of, _GQA)
 
 
-def textvqa(*, annotations: str, images: str) -> list[Item]:
+@reader
+def textvqa(rows: Reading, *, annotations: str, images: str) -> list[Item]:
     """Read TextVQA: ``data: [{question_id, image_id, question, answers}]``, with images ``IMAGE_ID.jpg``."""
-    content = json_of(Path(annotations))
-    with expect_form(annotations, "data: [{question_id, image_id, question, answers}]"):
-        items = [
-            _item(
-                row["question_id"],
-                images,
-                f"{row['image_id']}.jpg",
-                row["question"],
-                row.get("answers", []),
-                annotations,
-            )
-            for row in content["data"]
-        ]
-    return check_present(items, annotations)
+
+    def item_of(row: Any, number: int) -> Item:
+        return _item(row["question_id"], images, f"{row['image_id']}.jpg", row["question"], row.get("answers", []))
+
+    return rows.each(rows_of(json_of(Path(annotations)), annotations, _TEXTVQA, "data"), item_of, _TEXTVQA)
 
 
-def scienceqa(*, problems: str, images: str, split: str = "test") -> list[Item]:
+@reader
+def scienceqa(rows: Reading, *, problems: str, images: str, split: str = "test") -> list[Item]:
     """Read ScienceQA's problems that have an image; the kind is the subject.
 
     Args:
+        rows: the reading.
         problems: ``problems.json``: ``{id: {question, hint, choices, answer, image, split, subject}}``.
         images: the folder of the image files ``SPLIT/ID/image.png``.
         split: ``train``, ``val`` or ``test``.
     """
-    content = json_of(Path(problems))
-    items = []
-    with expect_form(problems, "{id: {question, choices, answer, image, split}}"):
-        for key, row in content.items():
-            if row["split"] == split and row["image"]:
-                question = "\n".join(filter(None, [row.get("hint", "").strip(), row["question"].strip()]))
-                right, file = row["choices"][row["answer"]], f"{split}/{key}/{row['image']}"
-                kind = row.get("subject", "")
-                items.append(_item(key, images, file, question, [right], problems, kind, tuple(row["choices"])))
-    return check_present(items, f"{problems}, split {split}")
+    known: dict[str, None] = {}
+
+    def item_of(entry: tuple[str, Any], number: int) -> Item | None:
+        key, row = entry
+        known[text_in(row["split"], "split")] = None
+        if row["split"] != split or not row["image"]:
+            return None
+        asked = text_in(row["question"], "question").strip()
+        question = "\n".join(filter(None, [text_in(row.get("hint"), "hint", empty=True).strip(), asked]))
+        file, kind = f"{split}/{key}/{row['image']}", row.get("subject", "")
+        return _item(key, images, file, question, [_choice(row["choices"], row["answer"])], kind, row["choices"])
+
+    items = rows.each(entries_of(json_of(Path(problems)), problems, _SCIENCEQA), item_of, _SCIENCEQA)
+    check_splits([split], known, problems)
+    return _kept(items)
 
 
-def pope(*, annotations: str, images: str) -> list[Item]:
+@reader
+def pope(rows: Reading, *, annotations: str, images: str) -> list[Item]:
     """Read POPE's questions; the kind is the sampling named by the file: random, popular or adversarial.
 
     Args:
+        rows: the reading.
         annotations: a file of JSON lines ``{question_id, image, text, label}``, or a folder of such ``*.json`` files.
         images: the folder of the image files.
     """
+
+    def item_of(row: Any, number: int) -> Item:
+        return _item(f"{kind}/{row['question_id']}", images, row["image"], row["text"], [row["label"]], kind)
+
     path = Path(annotations)
-    files = sorted(path.glob("*.json*")) if path.is_dir() else [path]
     items = []
-    for file in files:
-        kind = file.stem.rpartition("_")[2]
-        with expect_form(file, "lines of {question_id, image, text, label}"):
-            for row in json_lines(file):
-                name = f"{kind}/{row['question_id']}"
-                items.append(_item(name, images, row["image"], row["text"], [row["label"]], file, kind))
-    return check_present(items, annotations)
+    for file in files_in(path, ".json", ".jsonl") if os.path.isdir(path) else [path]:
+        kind = stem_of(file).rpartition("_")[2]
+        items += rows.each(records_of(file), item_of, _POPE)
+    return items
 
 
 _VERDICTS = {"entailment": "yes", "neutral": "maybe", "contradiction": "no"}
 
 
-def snli_ve(*, annotations: str, images: str) -> list[Item]:
+@reader
+def snli_ve(rows: Reading, *, annotations: str, images: str) -> list[Item]:
     """Read SNLI-VE: whether the image entails a sentence (yes: entailment, maybe: neutral, no: contradiction).
 
     Args:
+        rows: the reading.
         annotations: lines of ``{Flickr30K_ID, pairID, sentence2, gold_label}``.
         images: the folder of Flickr30k's images, ``FLICKR30K_ID.jpg``.
     """
-    items = []
-    with expect_form(annotations, "lines of {Flickr30K_ID, pairID, sentence2, gold_label}"):
-        for number, row in enumerate(json_lines(Path(annotations))):
-            question = f'Does the image show that "{row["sentence2"].strip()}"?'
-            right, kind = _VERDICTS[row["gold_label"]], row["gold_label"]
-            file, choices = f"{row['Flickr30K_ID']}.jpg", tuple(_VERDICTS.values())
-            name = row.get("pairID", number)
-            items.append(_item(name, images, file, question, [right], annotations, kind, choices))
-    return check_present(items, annotations)
+
+    def item_of(row: Any, number: int) -> Item:
+        question = f'Does the image show that "{text_in(row["sentence2"], "sentence2").strip()}"?'
+        right, kind = _VERDICTS[row["gold_label"]], row["gold_label"]
+        name, file = row.get("pairID", number - 1), f"{row['Flickr30K_ID']}.jpg"
+        return _item(name, images, file, question, [right], kind, list(_VERDICTS.values()))
+
+    return rows.each(records_of(Path(annotations)), item_of, _SNLI_VE)
 
 
-def open_ended_mini_imagenet(*, annotations: str, images: str) -> list[Item]:
+@reader
+def open_ended_mini_imagenet(rows: Reading, *, annotations: str, images: str) -> list[Item]:
     """Read open-ended miniImageNet (Tsimpoukelli et al. 2021): new names, defined by the shots before the question.
 
     Args:
+        rows: the reading.
         annotations: ``[{image_1, caption_1, image_2, caption_2, ..., question_image, question, answer}]``.
         images: the folder of the image files.
     """
-    content = json_of(Path(annotations))
-    items = []
-    with expect_form(annotations, "[{image_1, caption_1, ..., question_image, question, answer}]"):
-        for number, row in enumerate(content):
-            count = sum(key.startswith("image_") for key in row)
-            shots = tuple(
-                Item(
-                    f"{number}/{shot}",
-                    (ImageFile(inside(images, row[f"image_{shot}"], annotations)),),
-                    (str(row[f"caption_{shot}"]),),
-                    "",
-                )
-                for shot in range(1, count + 1)
-            )
-            file = ImageFile(inside(images, row["question_image"], annotations))
-            items.append(Item(str(number), (file,), (str(row["answer"]),), str(row["question"]), shots=shots))
-    return check_present(items, annotations)
+
+    def shot_of(row: Any, name: str, shot: int) -> Item:
+        image = ImageFile(inside(images, row[f"image_{shot}"]))
+        return Item(f"{name}/{shot}", (image,), (text_in(row[f"caption_{shot}"], "caption"),), "")
+
+    def item_of(row: Any, number: int) -> Item:
+        name, count = str(number - 1), sum(key.startswith("image_") for key in row)
+        shots = tuple(shot_of(row, name, shot) for shot in range(1, count + 1))
+        file = ImageFile(inside(images, row["question_image"]))
+        answer = text_in(row["answer"], "answer", numbers=True)
+        return Item(name, (file,), (answer,), text_in(row["question"], "question"), shots=shots)
+
+    return rows.each(rows_of(json_of(Path(annotations)), annotations, _MINI_IMAGENET), item_of, _MINI_IMAGENET)
 
 
 def _item(
@@ -225,15 +228,27 @@ def _item(
     folder: str,
     file: str,
     question: Any,
-    answers: Any,
-    label: Any,
+    answers: Sequence[Any],
     kind: Any = "",
-    choices: tuple[str, ...] = (),
+    choices: Sequence[Any] = (),
 ) -> Item:
-    image = ImageFile(inside(folder, file, label))
-    right = tuple(map(str, answers))
-    return Item(str(key), (image,), right, str(question).strip(), str(kind), tuple(map(str, choices)))
+    """Return a question about one image; one without ``answers`` is of a test split."""
+    image = ImageFile(inside(folder, file))
+    right = reference_answers(answers) if answers != [] else ()
+    asked = text_in(question, "question").strip()
+    return Item(identifier(key), (image,), right, asked, str(kind), tuple(map(_option, choices)))
 
 
-def _answers(row: Mapping[str, Any]) -> list[str]:
-    return [answer["answer"] for answer in row.get("answers", [])]
+def _option(value: Any) -> str:
+    return text_in(value, "choice", numbers=True)
+
+
+def _choice(choices: Any, index: Any) -> Any:
+    """Return the choice at an index that counts from 0."""
+    if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(choices):
+        raise MLLMError(f"the right choice is {index!r}; expected 0 to {len(choices) - 1}. Correct it.")
+    return choices[index]
+
+
+def _kept(items: Iterable[Item | None]) -> list[Item]:
+    return [item for item in items if item is not None]

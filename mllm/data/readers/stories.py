@@ -10,16 +10,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from mllm.data.files import check_present, expect_form, inside, json_of
+from mllm.data.files import FORM_ERRORS, Record, images_in, inside, json_of, rows_of
 from mllm.data.items import Item
+from mllm.data.reading import Reading, reader
+from mllm.data.values import identifier, text_in
 from mllm.errors import MLLMError
-from mllm.media.images import SUFFIXES, ImageFile
+from mllm.media.images import ImageFile
 
 TOLD = {"caption": "1 caption", "captions": "all captions", "story": "all captions and images"}
+_VIST = "{annotations: [[{story_id, photo_flickr_id, worker_arranged_photo_order, text}]]}"
+_VISDIAL = "{split, data: {questions, answers, dialogs: [{image_id, dialog: [{question, answer}]}]}}"
+_DENSE = "[{image_id, round_id, gt_relevance}] of the same dialogues"
 STEPS = 20  # relevance, the share of annotators, is expressed as 0 to 20 repetitions of an answer
 
 
+@reader
 def vist(
+    rows: Reading,
     *,
     annotations: str,
     images: str,
@@ -27,9 +34,11 @@ def vist(
 ) -> list[Item]:
     """Read VIST's stories to retrieve the last image of each among all images (FROMAGe, arXiv:2301.13823).
 
-    The kind is the content of the query. Stories with missing images are left out, since some are no longer on Flickr.
+    The kind is the content of the query. Stories with missing images are left out and counted, since some are no longer
+    on Flickr; ``missing`` changes nothing.
 
     Args:
+        rows: the reading.
         annotations: ``val.story-in-sequence.json``: ``annotations``, each a list of one ``{story_id, photo_flickr_id,
             worker_arranged_photo_order, text}``.
         images: the folder of the image files ``PHOTO_FLICKR_ID.jpg``, or with another suffix.
@@ -40,15 +49,22 @@ def vist(
         raise MLLMError(
             f"vist does not support told={wrong[0]!r}: expected some of {', '.join(TOLD)}. Choose among them."
         )
-    files = {path.stem: path for path in sorted(Path(images).glob("*")) if path.suffix.lower() in SUFFIXES}
+    files = {path.stem: path for path in images_in(Path(images))}
     stories: dict[str, list[tuple[int, str, str]]] = defaultdict(list)
-    with expect_form(annotations, "{annotations: [[{story_id, photo_flickr_id, worker_arranged_photo_order, text}]]}"):
-        for (row,) in json_of(Path(annotations))["annotations"]:
-            scene = int(row["worker_arranged_photo_order"]), str(row["photo_flickr_id"]), str(row["text"])
-            stories[str(row["story_id"])].append(scene)
+
+    def scene_of(row: Any, number: int) -> tuple[str, tuple[int, str, str]]:
+        (scene,) = row
+        order, photo = int(scene["worker_arranged_photo_order"]), identifier(scene["photo_flickr_id"])
+        return identifier(scene["story_id"]), (order, photo, text_in(scene["text"], "text"))
+
+    listed = rows_of(json_of(Path(annotations)), annotations, _VIST, "annotations")
+    for name, scene in rows.each(listed, scene_of, _VIST):
+        stories[name].append(scene)
     complete = {
         name: sorted(scenes) for name, scenes in stories.items() if all(photo in files for _, photo, _ in scenes)
     }
+    if len(complete) < len(stories):
+        rows.report.counts["stories with a missing image"] = len(stories) - len(complete)
     if not complete:
         raise MLLMError(
             f"{images} has all images of none of the {len(stories)} stories in {annotations}; expected at least one. "
@@ -77,7 +93,9 @@ def _query(content: str, texts: Sequence[str], images: Sequence[ImageFile]) -> t
     return tuple(interleaved[:-1])
 
 
+@reader
 def visdial(
+    rows: Reading,
     *,
     annotations: str,
     images: str,
@@ -88,6 +106,7 @@ def visdial(
     """Read VisDial 1.0 (arXiv:1611.08669) to retrieve a dialogue's image among all, or an answer among 100 options.
 
     Args:
+        rows: the reading.
         annotations: ``visdial_1.0_val.json``.
         images: the folder of the image files ``VisualDialog_val2018_000000000042.jpg``.
         find: "images": the query is a document ``Q: ...? A: ...`` of the first rounds, and the kind is their number;
@@ -101,47 +120,60 @@ def visdial(
     """
     if find == "relevant" and dense is None:
         raise MLLMError("visdial: find is 'relevant', which needs the dense annotations. Set dense to their file.")
-    with expect_form(
-        annotations, "{split, data: {questions, answers, dialogs: [{image_id, dialog: [{question, answer}]}]}}"
-    ):
-        content = json_of(Path(annotations))
+    content = json_of(Path(annotations))
+    try:
         data, split = content["data"], content["split"]
-        dialogs = data["dialogs"]
-        names = [f"VisualDialog_{split}_{int(dialog['image_id']):012d}.jpg" for dialog in dialogs]
-        sources = tuple(ImageFile(inside(images, name, annotations)) for name in names)
-        if find == "images":
-            return check_present(_dialogues(data, sources, rounds), annotations)
-        questions = {item.id: item for item in _questions(data, sources)}
+        dialogs = rows_of(data, annotations, _VISDIAL, "dialogs")
+    except FORM_ERRORS as error:
+        raise MLLMError(f"{annotations} has an unexpected form ({error!r}): expected {_VISDIAL}.") from None
+
+    def image_of(dialog: Any, number: int) -> tuple[Any, ImageFile]:
+        name = f"VisualDialog_{split}_{int(dialog['image_id']):012d}.jpg"
+        return dialog, ImageFile(inside(images, name))
+
+    pairs = [pair for pair in rows.each(dialogs, image_of, _VISDIAL) if rows.available(pair[1])]
+    numbered = [Record(f"{annotations}, dialogs", number, lambda number=number: number) for number in range(len(pairs))]  # type: ignore[misc]
+    if find == "images":
+        sources = tuple(image for _, image in pairs)
+        return [
+            item
+            for count in rounds
+            for item in rows.each(
+                numbered,
+                lambda index, _, count=count: _dialogue(data, pairs[index][0], index, sources, count),  # type: ignore[misc]
+                _VISDIAL,
+                count=False,
+            )
+        ]
+    asked = rows.each(numbered, lambda index, _: _questions(data, *pairs[index]), _VISDIAL, count=False)
+    questions = {item.id: item for items in asked for item in items}
     if dense is None or find == "answers":
-        return check_present(list(questions.values()), annotations)
-    with expect_form(dense, "[{image_id, round_id, gt_relevance}] of the same dialogues"):
-        relevant = [_relevant(questions[f"{row['image_id']}/{row['round_id']}"], row) for row in json_of(Path(dense))]
-    return check_present(relevant, dense)
+        return list(questions.values())
+
+    def relevant(row: Any, number: int) -> Item:
+        return _relevant(questions[f"{row['image_id']}/{row['round_id']}"], row)
+
+    return rows.each(rows_of(json_of(Path(dense)), dense, _DENSE), relevant, _DENSE)
 
 
-def _dialogues(data: Any, images: tuple[ImageFile, ...], rounds: Sequence[int]) -> list[Item]:
-    items = []
-    for count in rounds:
-        for index, dialog in enumerate(data["dialogs"]):
-            turns = (_round(data, turn) for turn in dialog["dialog"][:count])
-            text = " ".join(f"Q: {question}? A: {answer}." for question, answer in turns)
-            kind = f"{count} round{'s' if count > 1 else ''}"
-            name = f"{dialog['image_id']}/{count}"
-            items.append(Item(name, images, (str(index),), kind=kind, document=(text,)))
-    return items
+def _dialogue(data: Any, dialog: Any, index: int, images: tuple[ImageFile, ...], count: int) -> Item:
+    """Return the query of a dialogue's first rounds, which looks for one of the images."""
+    turns = (_round(data, turn) for turn in dialog["dialog"][:count])
+    text = " ".join(f"Q: {question}? A: {answer}." for question, answer in turns)
+    kind = f"{count} round{'s' if count > 1 else ''}"
+    return Item(f"{dialog['image_id']}/{count}", images, (str(index),), kind=kind, document=(text,))
 
 
-def _questions(data: Any, images: Sequence[ImageFile]) -> list[Item]:
-    items = []
-    for dialog, image in zip(data["dialogs"], images, strict=True):
-        context = ""
-        for number, turn in enumerate(dialog["dialog"], start=1):
-            question, answer = _round(data, turn)
-            prompt = f"{context}Q: {question}?"
-            options = tuple(data["answers"][option] for option in turn["answer_options"])
-            name = f"{dialog['image_id']}/{number}"
-            items.append(Item(name, (image,), (str(turn["gt_index"]),), question=prompt, choices=options))
-            context = f"{prompt}\nA: {answer}\n"
+def _questions(data: Any, dialog: Any, image: ImageFile) -> list[Item]:
+    """Return each question of a dialogue after the rounds before it."""
+    items, context = [], ""
+    for number, turn in enumerate(dialog["dialog"], start=1):
+        question, answer = _round(data, turn)
+        prompt = f"{context}Q: {question}?"
+        options = tuple(data["answers"][option] for option in turn["answer_options"])
+        name = f"{dialog['image_id']}/{number}"
+        items.append(Item(name, (image,), (str(turn["gt_index"]),), question=prompt, choices=options))
+        context = f"{prompt}\nA: {answer}\n"
     return items
 
 

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from mllm.data.files import check_present, inside, json_lines, json_of, text_of, texts
+from mllm.data.files import Record, check_regular, files_in, inside, json_of, records_of, rows_of, suffix_of
 from mllm.data.items import Item
 from mllm.data.lazy import Lazy
+from mllm.data.reading import Reading, reader
+from mllm.data.separated import separated_rows
+from mllm.data.values import absent, answers_in, captions_in, identifier, listed, text_in
 from mllm.errors import MLLMError, near
 from mllm.media.images import ImageBytes, ImageFile, ImageSource
 
+_ROW = "'image' and 'caption', or 'image', 'question' and 'answer'"
 
-def table(*, path: str, images: str | None = None) -> list[Item]:
+
+@reader
+def table(rows: Reading, *, path: str, images: str | None = None) -> list[Item]:
     """Read a table of images with captions, or with questions and answers: CSV, TSV, JSON or JSON lines.
 
     Args:
-        path: the file. Columns: ``image`` (a file name), and ``caption``, or ``question`` and ``answer``. In JSON a
-            caption or an answer may be a list. Rows with the same image and question become one item.
+        rows: the reading.
+        path: the file. Columns: ``image`` (a file name), and ``caption``, or ``question`` and ``answer``. In JSON an
+            image, a caption or an answer may be a list. Rows with the same images and question become one item.
         images: the folder that the names are relative to; None: the table's folder.
 
     Raises:
@@ -31,59 +38,70 @@ def table(*, path: str, images: str | None = None) -> list[Item]:
     """
     file = Path(path)
     folder = Path(images) if images else file.parent
-    grouped: dict[tuple[str, str | None], list[str]] = defaultdict(list)
-    for number, row in enumerate(_rows(file), start=1):
-        name, question, answers = _columns(row, f"{path}, row {number}")
-        grouped[name, question] += answers
-    items = [
-        Item(_id(name, question), (ImageFile(inside(folder, name, path)),), tuple(answers), question)
-        for (name, question), answers in grouped.items()
+
+    @cache
+    def image_of(name: str) -> ImageFile:
+        return ImageFile(inside(folder, name))
+
+    def row_of(row: Any, number: int) -> tuple[tuple[str, ...], tuple[ImageFile, ...], str | None, list[str]]:
+        names, question, answers = _columns(row, rows)
+        return names, tuple(map(image_of, names)), question, answers
+
+    sources: dict[tuple[tuple[str, ...], str | None], tuple[ImageFile, ...]] = {}
+    grouped: dict[tuple[tuple[str, ...], str | None], list[str]] = defaultdict(list)
+    for names, files, question, answers in rows.each(_records(file), row_of, _ROW):
+        sources[names, question] = files
+        grouped[names, question] += answers
+    return [
+        Item(_id(names, question), sources[names, question], tuple(answers), question)
+        for (names, question), answers in grouped.items()
     ]
-    return check_present(items, path)
 
 
-def _id(name: str, question: str | None) -> str:
+def _id(names: tuple[str, ...], question: str | None) -> str:
+    name = ", ".join(names)
     return f"{name}#{question}" if question else name
 
 
-def _columns(row: Any, label: str) -> tuple[str, str | None, list[str]]:
-    """Return a row's image, its question if it has one, and its captions or answers."""
+def _columns(row: Any, rows: Reading) -> tuple[tuple[str, ...], str | None, list[str]]:
+    """Return a row's images, its question if it has one, and its captions or answers."""
     if not isinstance(row, dict):
-        raise MLLMError(f"{label}: {row!r} is not a row. Expected the columns 'image' and 'caption'.")
-    columns = f"columns found: {', '.join(map(str, row))}"
-    image, question = texts(row.get("image")), texts(row.get("question"))
-    if len(image) != 1:
-        raise MLLMError(f"{label}: no 'image'; {columns}. Name one image file in the column 'image' of each row.")
-    answers = texts(row.get("answer") if question else row.get("caption"))
+        raise MLLMError(f"{str(row)[:60]!r} is not a row. Expected the columns 'image' and 'caption'.")
+    image, question, caption = (row.get(name) for name in ("image", "question", "caption"))
+    if absent(image):
+        raise MLLMError(f"no 'image'; {_found(row)}. Name an image file in the column 'image' of each row.")
+    names = tuple(text_in(name, "image").strip() for name in listed(image))
+    asked = None if absent(question) else text_in(question, "question").strip()
+    if asked and not absent(caption):
+        raise MLLMError("it has both a 'caption' and a 'question'. Write a row for each.")
+    value = row.get("answer") if asked else caption
+    answers = [] if absent(value) else (rows.answers if asked else rows.captions)(value)
     if not answers:
-        raise MLLMError(f"{label}: neither a 'caption' nor a 'question' with an 'answer'; {columns}. Add one of them.")
-    return image[0], question[0] if question else None, answers
+        raise MLLMError(f"neither a 'caption' nor a 'question' with an 'answer'; {_found(row)}. Add one of them.")
+    return names, asked, answers
 
 
-def _rows(file: Path) -> Iterable[Any]:
-    kind = file.suffix.lower()
+def _found(row: Mapping[str, Any]) -> str:
+    return f"columns found: {', '.join(map(str, row))}"
+
+
+def _records(file: Path) -> Iterable[Record]:
+    kind = suffix_of(file)
     if kind in (".csv", ".tsv"):
-        try:
-            lines = io.StringIO(text_of(file), newline="")  # a quoted field may contain line breaks
-            return list(csv.DictReader(lines, delimiter="\t" if kind == ".tsv" else ","))
-        except csv.Error as error:
-            raise MLLMError(
-                f"{file} is not a table: {error}. Expected a header such as 'image,caption'. Correct it."
-            ) from None
+        return separated_rows(file, "\t" if kind == ".tsv" else ",")
     if kind in (".jsonl", ".ndjson"):
-        return json_lines(file)
-    if kind == ".json":
-        content = json_of(file)
-        if not isinstance(content, list):
-            kind = type(content).__name__
-            raise MLLMError(
-                f"{file} contains a {kind}; expected a list of rows with 'image' and 'caption'. Convert it."
-            )
-        return content
-    raise MLLMError(f"{file}: unknown file type {kind!r}. {near(kind, ['.csv', '.tsv', '.json', '.jsonl'])}")
+        return records_of(file)
+    if kind != ".json":
+        raise MLLMError(f"{file}: unknown file type {kind!r}. {near(kind, ['.csv', '.tsv', '.json', '.jsonl'])}")
+    content = json_of(file)
+    if isinstance(content, dict):
+        raise MLLMError(f"{file} contains a dict; expected a list of rows with 'image' and 'caption'. Convert it.")
+    return rows_of(content, file, "a list of rows with 'image' and 'caption'")
 
 
+@reader
 def parquet(
+    rows: Reading,
     *,
     path: str,
     image: str | list[str] = "image",
@@ -96,6 +114,7 @@ def parquet(
     """Read parquet files that contain the images, as on the Hugging Face Hub: an item per row.
 
     Args:
+        rows: the reading.
         path: a file, or a folder whose ``*.parquet`` files are read in the order of their names.
         image: the column, or columns, of the images: ``{bytes, path}`` or bytes.
         answers: the column of the answers or captions: a text, a list of texts, or a list of ``{answer}``. A number is
@@ -106,14 +125,21 @@ def parquet(
         choices: the column of the list that the answer is chosen from.
 
     Raises:
-        MLLMError: no such file or column, a row without an image, or pyarrow is not installed.
+        MLLMError: no such file or column, a bad row, or pyarrow is not installed.
     """
     columns = Columns(image if isinstance(image, list) else [image], answers, question, id, kind, choices)
-    rows = enumerate(_parquet_rows(Path(path), columns.named()))
-    return check_present([_item(row, number, columns, f"{path}, row {number}") for number, row in rows], path)
+    contents = _parquet_rows(Path(path), columns.named())
+    records = (
+        Record(f"{path}, row {number}", number, lambda row=row: row)  # type: ignore[misc]
+        for number, row in enumerate(contents)
+    )
+    label = f"{path}, row"
+    return rows.each(records, lambda row, number: _item(row, number, columns, label), "an image and its texts")
 
 
+@reader
 def saved_dataset(
+    rows: Reading,
     *,
     path: str,
     split: str | None = None,
@@ -127,6 +153,7 @@ def saved_dataset(
     """Read a data set that `datasets` saved (``save_to_disk``): an item per row, read from disk when it is needed.
 
     Args:
+        rows: the reading.
         path: the folder.
         split: the split, if the folder contains several.
         image, answers, question, id, kind, choices: columns, as for `parquet`.
@@ -144,11 +171,26 @@ def saved_dataset(
         if hasattr(plain.features[name], "decode"):
             plain = plain.cast_column(name, type(plain.features[name])(decode=False))  # keep the encoded bytes
     digest = hashlib.sha256(f"{data._fingerprint} {columns}".encode()).hexdigest()
-    return Lazy(
-        len(plain),
-        lambda index: _item(plain[index], index, columns, f"{path}, row {index}"),
-        fingerprint=lambda: digest,
-    )
+    rows.report.rows = len(plain)
+
+    def make(index: int) -> Item:
+        (item,) = reading.each([Record(f"{path}, row {index}", index, lambda: plain[index])], item_of, "a row")
+        return item
+
+    reading = Reading()  # a row is read when it is needed, and what is wrong with it is an error then
+    item_of = partial(_item, columns=columns, label=f"{path}, row")
+    items = Lazy(len(plain), make, fingerprint=lambda: digest)
+    doubled = _doubled(plain[id], rows, path) if id else set()
+    return items.part([index for index in range(len(plain)) if index not in doubled]) if doubled else items
+
+
+def _doubled(ids: Iterable[Any], rows: Reading, path: str) -> set[int]:
+    """Return the rows whose id other rows have, too, which is bad."""
+    names = list(map(identifier, ids))
+    times = Counter(names)
+    for name in (name for name, number in times.items() if number > 1):
+        rows.bad(f"{path}: the id {name!r} belongs to {times[name]} rows; expected one. Remove the others.")
+    return {index for index, name in enumerate(names) if times[name] > 1}
 
 
 def _saved(path: str, split: str | None) -> Any:
@@ -185,26 +227,28 @@ class Columns:
 
 
 def _item(row: Mapping[str, Any], number: int, columns: Columns, label: str) -> Item:
-    options = tuple(texts(row[columns.choices])) if columns.choices else ()
+    options = tuple(answers_in(row[columns.choices])) if columns.choices else ()
+    asked = text_in(row[columns.question], "question") if columns.question else None
     return Item(
-        str(row[columns.id]) if columns.id else str(number),
-        tuple(_image(row[name], f"{label}, column {name!r}") for name in columns.image),
-        tuple(_answers(row[columns.answers], options, label)) if columns.answers else (),
-        str(row[columns.question]) if columns.question else None,
-        str(row[columns.kind]) if columns.kind else "",
+        identifier(row[columns.id]) if columns.id else str(number),
+        tuple(image for name in columns.image for image in _images(row[name], f"{label} {number}, column {name!r}")),
+        tuple(_answers(row[columns.answers], options, asked is None)) if columns.answers else (),
+        asked,
+        text_in(row[columns.kind], "kind", numbers=True, empty=True) if columns.kind else "",
         options,
     )
 
 
-def _parquet_rows(path: Path, columns: list[str]) -> Iterable[dict[str, Any]]:
+def _parquet_rows(path: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
     try:
         import pyarrow.parquet
     except ImportError:
         raise MLLMError("Reading parquet files needs pyarrow: pip install 'mllm-assembly[data]'.") from None
-    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    files = files_in(path, ".parquet") if os.path.isdir(path) else [path]
     if not files:
         raise MLLMError(f"{path} contains no *.parquet files; expected at least one. Give another folder.")
     for file in files:
+        check_regular(file)
         try:
             with pyarrow.parquet.ParquetFile(file) as source:
                 for column in columns:
@@ -216,24 +260,24 @@ def _parquet_rows(path: Path, columns: list[str]) -> Iterable[dict[str, Any]]:
             raise MLLMError(f"{file} cannot be read: {error}. Give a parquet file.") from None
 
 
-def _image(value: Any, label: str) -> ImageSource:
-    data = value.get("bytes") if isinstance(value, dict) else value
-    if not isinstance(data, bytes):
-        raise MLLMError(
-            f"{label}: {type(data).__name__} is not an image; expected its bytes. Set 'image' to the images' column."
-        )
-    return ImageBytes(data, label)
+def _images(value: Any, label: str) -> Iterator[ImageSource]:
+    """Yield the images of a cell: one, or a list of them."""
+    for image in listed(value):
+        data = image.get("bytes") if isinstance(image, dict) else image
+        if not isinstance(data, bytes):
+            kind = type(data).__name__
+            raise MLLMError(f"{kind} is not an image; expected its bytes. Set 'image' to the images' column.")
+        yield ImageBytes(data, label)
 
 
-def _answers(value: Any, choices: tuple[str, ...], label: str) -> list[str]:
-    """Return a row's answers from any of the forms that data sets have."""
-    values = value if isinstance(value, list) else [value]
+def _answers(value: Any, choices: tuple[str, ...], caption: bool) -> list[str]:
+    """Return a row's captions, or its answers from any of the forms that data sets have; empty ones are left out."""
     answers = []
-    for answer in values:
-        answer = answer.get("answer") if isinstance(answer, dict) else answer
+    for answer in listed(value):
+        answer = answer["answer"] if isinstance(answer, dict) else answer
         if isinstance(answer, int) and choices:
-            if not 0 <= answer < len(choices):
-                raise MLLMError(f"{label}: the answer is {answer}; expected 0 to {len(choices) - 1}. Correct it.")
+            if isinstance(answer, bool) or not 0 <= answer < len(choices):
+                raise MLLMError(f"the answer is {answer}; expected 0 to {len(choices) - 1}. Correct it.")
             answer = choices[answer]
-        answers += texts(answer)
-    return answers
+        answers += captions_in(answer) if caption and not choices else answers_in(answer)
+    return [answer for answer in answers if answer]

@@ -91,7 +91,7 @@ def test_messages_in_transformers_schema(folder: Path) -> None:
         ({"image": "0.png", "conversations": TURNS[:1]}, "no turn of the assistant has text"),
         ({"image": "9.png", "conversations": TURNS}, r"images are missing: .*9\.png"),
         ({"image": "../0.png", "conversations": TURNS}, "outside of"),
-        ({"image": "0.png", "conversations": [{"from": "robot", "value": "x"}]}, "has an unexpected form"),
+        ({"image": "0.png", "conversations": [{"from": "robot", "value": "x"}]}, "row 1: no role is called 'robot'"),
     ],
 )
 def test_malformed_conversations_are_refused(folder: Path, row: dict[str, Any], message: str) -> None:
@@ -150,5 +150,5 @@ def test_captions_of_llava_discard_the_question(folder: Path) -> None:
     (folder / "data.json").write_text(
         json.dumps([{"id": "b", "conversations": [{**TURNS[0], "value": "Hi"}, TURNS[1]]}])
     )
-    with pytest.raises(MLLMError, match=r"'b': 0 images; a caption needs one image"):
+    with pytest.raises(MLLMError, match=r"row 1: 0 images; a caption needs one image"):
         llava(**options, task="captions")

@@ -132,5 +132,5 @@ def test_relevance_is_the_number_of_repetitions(visdial, tiny_model):
     with pytest.raises(MLLMError, match="Set dense"):
         items_of("visdial-answers", visdial, "data.find=relevant")
     (visdial / "visdial_1.0_val_dense_annotations.json").write_text("[{}]")
-    with pytest.raises(MLLMError, match=r"dense_annotations\.json has an unexpected form"):
+    with pytest.raises(MLLMError, match=r"dense_annotations\.json, row 1 has an unexpected form"):
         items_of("visdial-relevant", visdial)

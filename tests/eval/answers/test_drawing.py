@@ -90,7 +90,7 @@ def test_f1_is_sklearns():
 def test_labels_are_read_and_wrong_ones_named(tmp_path):
     path = tmp_path / "labels.jsonl"
     path.write_text('{"prompt": "a cat", "label": "retrieve"}\n{"prompt": "a dog", "label": "both"}\n')
-    with pytest.raises(MLLMError, match="row 2: prompt 'a dog', label 'both'"):
+    with pytest.raises(MLLMError, match="line 2: the label is 'both'"):
         decisions(path=str(path))
 
 
