@@ -16,6 +16,7 @@ from mllm.model import Model
 from mllm.outputs import ImagePart
 from mllm.prompts.formatting import formatted
 from mllm.prompts.pieces import Piece
+from mllm.readout.words import visual_words
 from mllm.saving import save
 
 
@@ -62,6 +63,17 @@ class Assembly(Model):
         return generating.generate(
             self, prompts, decoding, errors=errors, index=index, images=images, image_logit_bias=image_logit_bias
         )
+
+    def words(self, images: Sequence[Any]) -> list[list[str]]:
+        """Return what the connector found in images: for each image the nearest word of each of its visual tokens.
+
+        Args:
+            images: in any accepted form.
+
+        Raises:
+            MLLMError: an unreadable image, or a model without a connector or a language model that generates text.
+        """
+        return list(visual_words(self, images))
 
     def retrieve(self, prompts: Sequence[Sequence[Piece]], index: Any, count: int = 1) -> list[list[ImagePart]]:
         """Return the images of an index that the retrieval head finds closest to each interleaved prompt.

@@ -46,6 +46,31 @@ class PartSpec(BaseModel):
         return dict(self.__pydantic_extra__ or {})
 
 
+class VocabularySpec(Spec):
+    """The words that a connector's output is expressed in; see `mllm.lms.words.Vocabulary`."""
+
+    words: Literal["language", "data", "all"] | list[str] = "language"
+    temperature: float = Field(default=0.05, gt=0)  # initial: it is learned
+    output: Literal["words", "tokens"] = "words"  # expected word embeddings, or the visual tokens as they are
+
+
+class ConnectorSpec(PartSpec):
+    """A connector by its registry name, and whether its output is expressed in words; the rest are its arguments."""
+
+    vocabulary: VocabularySpec | None = None  # true: with its defaults
+
+    @field_validator("vocabulary", mode="before")
+    @classmethod
+    def _switched(cls, value: Any) -> Any:
+        return {} if value is True else None if value is False else value
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out a vocabulary that is not there: a run that was written before is resumed unchanged."""
+        values: dict[str, Any] = write(self)
+        return {key: value for key, value in values.items() if key != "vocabulary" or value is not None}
+
+
 class HeadSpec(PartSpec):
     """A head by its registry name; a model has several of one type under different names."""
 
@@ -208,7 +233,7 @@ class FitSpec(Spec):
 
     part: str = "connector"  # or a head's path, heads.NAME
     solver: Literal["ridge", "least-squares", "procrustes", "correlation"] | None = None
-    targets: Literal["caption-words", "tokens", "sentences"] | None = None  # tokens: their strings, no data
+    targets: Literal["caption-words", "words-in-order", "tokens", "sentences"] | None = None  # tokens: no data
     strength: float | None = Field(default=None, gt=0)  # of the ridge, as a share of the features' mean variance
 
     def options(self) -> dict[str, Any]:
@@ -227,7 +252,7 @@ class Parts(Spec):
 
     encoder: EncoderSpec | None = None
     lm: LMSpec | None = None
-    connector: PartSpec | None = None
+    connector: ConnectorSpec | None = None
     adapters: Adapters = []
     heads: Heads = []
     tokens: Names = []

@@ -19,6 +19,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AddedToken, GenerationConfig, LlavaProcessor
 
+from mllm.capabilities import SpeaksWords
 from mllm.errors import MLLMError
 from mllm.export.chat import chat_template
 from mllm.export.images import image_processor
@@ -61,6 +62,15 @@ def check_adapters(model: Model) -> None:
     for spec in model.spec.adapters:
         if spec.type != "lora":
             raise MLLMError(f"The adapter {spec.type!r} cannot be merged into the language model; lora can.")
+
+
+def check_vocabulary(model: Model) -> None:
+    """Raise an `MLLMError` where the connector's output is replaced by expected word embeddings."""
+    if isinstance(model.connector, SpeaksWords) and model.connector.vocabulary.output == "words":
+        raise MLLMError(
+            "The connector returns expected word embeddings (connector.vocabulary), and no class of transformers has a "
+            "softmax over words after its connector."
+        )
 
 
 def merged_lm(model: Model) -> Any:

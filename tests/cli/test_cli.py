@@ -88,6 +88,19 @@ def test_caption_and_ask_answer_on_stdout_and_say_nothing_else(mllm: Mllm, model
     assert (status, err) == (0, "")
 
 
+@pytest.mark.parametrize("vocabulary", [{}, {"vocabulary": True}])
+def test_the_words_of_an_image_are_printed(
+    mllm: Mllm, tiny_model: Callable[..., object], picture: Path, tmp_path: Path, vocabulary: dict[str, bool]
+) -> None:
+    model = tiny_model({"type": "linear", "tokens": 4, **vocabulary})
+    folder = model.save(tmp_path / "model")  # type: ignore[attr-defined]
+    status, out, err = mllm("caption", folder, picture, "--words", "--jsonl", "--max-new-tokens", 3)
+    (words,) = model.words([picture])  # type: ignore[attr-defined]
+    assert (status, err, json.loads(out)["words"]) == (0, "", words) and len(words) == 4
+    status, out, err = mllm("ask", folder, picture, "What?", "--words", "--max-new-tokens", 3)
+    assert (status, err) == (0, "") and out.splitlines()[-1].startswith("  words: ")
+
+
 def test_stderr_of_a_real_command_holds_no_noise(model: Path, picture: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "mllm", "caption", str(model), str(picture), "--max-new-tokens", "2"],

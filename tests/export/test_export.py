@@ -235,12 +235,22 @@ def test_new_tokens_and_half_a_model_are_refused(tiny_clip, tiny_parts, tmp_path
         ({"type": "linear", "norm": True}, "LayerNorm"),
         ({"type": "mlp", "depth": 3}, "depth"),
         ({"type": "mlp", "hidden": 8}, "hidden"),
+        ({"type": "mlp", "vocabulary": True}, r"expected word embeddings \(connector.vocabulary\)"),
     ],
 )
 def test_a_connector_that_llava_does_not_have_is_refused(tiny_clip, tiny_parts, tmp_path, connector, reason):
     model = mllm.assemble({"model": tiny_clip, "layer": -1}, tiny_parts[1], connector)
     with pytest.raises(MLLMError, match=reason):
         export(model, tmp_path / "out", to="hf-llava")
+
+
+def test_expected_words_are_not_blip2_and_unchanged_tokens_are(tiny_parts, tmp_path):
+    encoder, lm = {"model": tiny_parts[0], "select": "all"}, opt(tmp_path / "lm")
+    words = {**QFORMER, "norm": False, "vocabulary": True}
+    with pytest.raises(MLLMError, match=r"connector.vocabulary"):
+        export(mllm.assemble(encoder, lm, words), tmp_path / "out", to="hf-blip2")
+    tokens = {**words, "vocabulary": {"output": "tokens"}}
+    export(moved(mllm.assemble(encoder, lm, tokens)), tmp_path / "out", to="hf-blip2")
 
 
 def test_blip2_normalises_once(tiny_parts, tmp_path):
