@@ -14,7 +14,7 @@ from mllm.answering.view import View, Views
 from mllm.answering.with_images import retrieve
 from mllm.model import Model
 from mllm.outputs import ImagePart
-from mllm.prompts.pieces import Piece, arrange
+from mllm.prompts.pieces import Piece, arrange, without_images
 from mllm.saving import save
 
 
@@ -103,7 +103,7 @@ class Assembly(Model):
         """Encode several prompts in one batch, for many questions each; see `mllm.answering.view.Views`."""
         template = self.spec.prompt.template
         read = generating.read(self, prompts)
-        return Views(self, [p if any(isinstance(x, str) for x in p) else arrange(template, p) for p in read])
+        return Views(self, [p if without_images(p) else arrange(template, p) for p in read])
 
     def score(
         self,

@@ -15,7 +15,7 @@ from mllm.lms.decoding import Decoding
 from mllm.media.images import source_of
 from mllm.model import Model
 from mllm.outputs import Output
-from mllm.prompts.pieces import Control, Piece, arrange
+from mllm.prompts.pieces import Piece, arrange, is_image
 from mllm.readout.tokens import can_draw
 from mllm.scorers.index import ImageIndex
 
@@ -144,6 +144,6 @@ def _read(model: Model, pieces: Any) -> list[Piece] | MLLMError:
         ):
             raise MLLMError(f"The prompt is {pieces!r}: expected a list of texts and images, not empty.")
         model.encode(pieces)
-        return [piece if isinstance(piece, str | Control) else model.encoder.open(piece) for piece in pieces]
+        return [model.encoder.open(piece) if is_image(piece) else piece for piece in pieces]
     except MLLMError as error:
         return error

@@ -18,7 +18,7 @@ from mllm.answering.generate import answer_prompts
 from mllm.errors import MLLMError, renamed_method
 from mllm.lms.decoding import Decoding
 from mllm.model import Model
-from mllm.prompts.batch import IGNORED, Encoded
+from mllm.prompts.batch import IGNORED, Encoded, continued
 from mllm.prompts.pieces import Piece, answer_text, trailing_text
 
 
@@ -41,7 +41,7 @@ class Views(Sequence["View"]):
             self.mask = batch.mask  # (N, T)
             self.cache, self.next = model.lm.prefill(embeds, self.mask)  # and the next token's logits (N, V)
         tails = [trailing_text(prompt) for prompt in self.prompts]
-        self._tails = [(text, model.lm.tokenize(text)) for text in tails]
+        self.tails = [(text, model.lm.tokenize(text)) for text in tails]
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -110,7 +110,7 @@ class Views(Sequence["View"]):
 
     def following(self, view: int, text: str) -> tuple[int, list[int]]:
         """Return how many of a view's last tokens are replaced, and the ids that follow the others."""
-        tail, tail_ids = self._tails[view]
+        tail, tail_ids = self.tails[view]
         whole = self.model.lm.tokenize(tail + text)
         different = (i for i, (a, b) in enumerate(zip(tail_ids, whole, strict=False)) if a != b)
         same = next(different, min(len(tail_ids), len(whole)))
@@ -193,7 +193,8 @@ class View:
         if not candidates or not all(candidate.strip() for candidate in candidates):
             raise MLLMError(f"Expected candidate answers, none of them empty; got {list(candidates)!r}.")
         lm = self.views.model.lm
-        rows = [[*lm.tokenize(answer_text(candidate)), lm.eos] for candidate in candidates]
+        tail, _ = self.views.tails[self.row]
+        rows = [[*continued([tail, answer_text(candidate)], lm)[-1], lm.eos] for candidate in candidates]
         scores = self._score(rows)
         return [score / len(row) if normalize else score for score, row in zip(scores, rows, strict=True)]
 

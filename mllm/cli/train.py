@@ -12,10 +12,20 @@ from mllm.errors import MLLMError
 
 
 def check(recipe: RecipeName, overrides: Overrides = None) -> None:
-    """List all problems of a recipe, from configuration files only; the exit status is 1 if there is one."""
-    from mllm.planning.check import problems
+    """List all problems of a recipe, or else print its first training example; the exit status is 1 with a problem.
 
-    messages = problems(recipe, overrides or [])
+    No weight is loaded. Of the example, what is learned is between « and ».
+    """
+    from mllm.planning.check import problems
+    from mllm.planning.examples import first_examples
+    from mllm.planning.paper import noted
+
+    messages, examples = problems(recipe, overrides or []), []
+    if not messages:
+        with noted(messages):
+            examples = first_examples(recipe, overrides or [])
+    for stage, (example,) in examples[:1]:
+        typer.echo(f"{stage}, first example, {example}")
     for message in messages:
         typer.echo(f"- {message}")
     if messages:

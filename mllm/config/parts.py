@@ -122,13 +122,34 @@ class LMSpec(Spec):
     init: Literal["pretrained", "random"] = "pretrained"
 
 
+# Words of the prompt format: where a recipe gives them, conversations are in these words, too.
+OWN_WORDS = ("question", "template")
+# Arguments of transformers' apply_chat_template that are given where a conversation is written.
+RESERVED = {
+    "conversation",
+    "add_generation_prompt",
+    "continue_final_message",
+    "tokenize",
+    "padding",
+    "truncation",
+    "max_length",
+    "return_tensors",
+    "return_dict",
+    "return_assistant_tokens_mask",
+    "tokenizer_kwargs",
+}
+
+
 class PromptSpec(Spec):
     """The words around images and questions."""
 
     template: str = "{images}{prompt}"  # the order of the images and the words below; null: this one
     caption: str = "A picture of"
     question: str = "Question: {question} Answer:"
-    chat: Literal["plain", "own"] = "plain"  # a turn in these words, or in the language model's chat template
+    # Conversations: in these words; in the language model's own chat template; or auto, in the template if there is one
+    # and neither 'question' nor 'template' is given.
+    chat: Literal["auto", "own", "plain"] = "auto"
+    chat_options: dict[str, Any] = {}  # of the chat template, such as enable_thinking: false
 
     @model_validator(mode="before")
     @classmethod
@@ -141,7 +162,24 @@ class PromptSpec(Spec):
     def _fields(self) -> PromptSpec:
         if not re.fullmatch(r"[^{}]*\{images\}[^{}]*\{prompt\}", self.template):
             raise ValueError("the template holds {images} once, and ends with {prompt}")
+        if self.chat == "auto" and self.model_fields_set & set(OWN_WORDS):
+            self.chat = "plain"
         return self
+
+    @model_serializer(mode="wrap")
+    def _as_given(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out words that were not given, by which 'auto' decides, and options where there are none."""
+        values: dict[str, Any] = write(self)
+        unset = {*(OWN_WORDS if self.chat == "auto" else ()), *(() if self.chat_options else ("chat_options",))}
+        return {key: value for key, value in values.items() if key not in unset}
+
+    @field_validator("chat_options")
+    @classmethod
+    def _of_the_template(cls, value: dict[str, Any]) -> dict[str, Any]:
+        """Refuse arguments of ``apply_chat_template`` that are not the template's."""
+        if reserved := sorted(set(value) & RESERVED):
+            raise ValueError(f"{', '.join(reserved)}: expected options of the chat template, such as enable_thinking")
+        return value
 
     @field_validator("question")
     @classmethod

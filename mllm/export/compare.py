@@ -86,7 +86,7 @@ def _compared(
         difference=float((original - exported).abs().max()),
         largest=float(original.abs().max()),
         tokens=tokens,
-        stock=ids[: ids.index(model.lm.eos)] if model.lm.eos in ids else ids,
+        stock=model.lm.text.until_end(ids),
     )
 
 

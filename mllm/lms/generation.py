@@ -76,13 +76,13 @@ def _generate_group(
         **group.inputs,
     )
     new = out[:, group.start :].tolist()
-    return [text.until_eos(ids)[:limit] for ids, limit in zip(new, limits, strict=True)]
+    return [text.until_end(ids)[:limit] for ids, limit in zip(new, limits, strict=True)]
 
 
 def _config(decodings: Sequence[Decoding], text: TextTokenizer) -> GenerationConfig:
     """Return the configuration of a batch; without beams, `RowLimits` and `Sampler` apply the options of rows."""
     first = decodings[0]
-    options: dict[str, Any] = {"do_sample": False, "num_beams": 1, "eos_token_id": text.eos, "pad_token_id": text.pad}
+    options: dict[str, Any] = {"do_sample": False, "num_beams": 1, "eos_token_id": text.ends, "pad_token_id": text.pad}
     options |= first.generation
     if first.num_beams > 1:
         ours = {

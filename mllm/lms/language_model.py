@@ -60,7 +60,7 @@ class LanguageModel(nn.Module):
     ) -> None:
         super().__init__()
         folder = hub.resolve(model, group="lms")
-        self.text = TextTokenizer(hub.load_processor(AutoTokenizer, folder))
+        tokenizer = hub.load_processor(AutoTokenizer, folder)
         options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
         if quantize is not None:
             options["quantization_config"] = _quantization(quantize)
@@ -73,6 +73,8 @@ class LanguageModel(nn.Module):
             # gradient wrong, and lets results depend on earlier passes.
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
+        rows = self.model.get_input_embeddings().weight.shape[0]
+        self.text = TextTokenizer(tokenizer, rows=rows, ends=_configured_ends(self.model))
         self._folder, self._init = folder, init
         self._prefix_length = 0  # of adapters
         self.runner: Runner = choose_runner(self.model, self.text.end_of_text)
@@ -122,12 +124,17 @@ class LanguageModel(nn.Module):
         return self.text.eos
 
     @property
+    def ends(self) -> list[int]:
+        """Return all ids that end an answer."""
+        return self.text.ends
+
+    @property
     def pad(self) -> int:
         """Return the padding id."""
         return self.text.pad
 
     def tokenize(self, text: str, *, control: bool = False) -> list[int]:
-        """Return the ids of a text without added special tokens; ``control``: special tokens in it are recognised."""
+        """Return the ids of a text without added special tokens; ``control``: control words in it are recognised."""
         return self.text.tokenize(text, control=control)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -282,6 +289,12 @@ class LanguageModel(nn.Module):
 def _make_contiguous(_: nn.Module, args: Any) -> Any:
     """Make the input of the output embeddings contiguous: with a slice torch copies the vocabulary for each row."""
     return (args[0].contiguous(), *args[1:])
+
+
+def _configured_ends(model: Any) -> list[int]:
+    """Return the ids that end an answer by a model's ``generation_config.json``."""
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    return [] if ends is None else list(ends) if isinstance(ends, list | tuple) else [ends]
 
 
 def _quantization(kind: str) -> Any:
