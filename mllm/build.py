@@ -21,7 +21,7 @@ from mllm.fits.base import ClosedForm
 from mllm.hub import published
 from mllm.lms.new_tokens import NewTokens
 from mllm.model import Model, trained_module
-from mllm.prompts.chat_template import end_of_turn, uses_template
+from mllm.prompts.chat_template import end_of_turn
 from mllm.readout.tokens import every_token, heads_on_meta
 from mllm.registry import lookup, made
 from mllm.saving import find_folder, read_about, restore
@@ -105,7 +105,7 @@ def _joined(spec: AssemblySpec, *, encoder: Any, lm: Any) -> Assembly:
     )
     for path in spec.trained:
         trained_module(model, path)
-    if model.generates_text and uses_template(spec.prompt, lm):
+    if model.generates_text:
         lm.text.turn_end = end_of_turn(spec.prompt, lm)
     return model
 

@@ -213,7 +213,7 @@ def _decode_at_once(model: Model, run: Generation) -> Generator[str, None, list[
 def _decode_streamed(model: Model, run: Generation) -> Generator[str, None, list[int]]:
     """Yield an answer's text as it is generated; return its ids."""
     streamer: Any = _Streamer(model.lm.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    streamer.ends = model.lm.ends
+    streamer.ends = model.lm.text.ends
     results: list[Any] = []
 
     def work() -> None:

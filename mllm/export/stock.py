@@ -148,6 +148,6 @@ def add_image_embedding(stock: Any, image: int) -> None:
 def for_saving(stock: Any, model: Model, image: int) -> Any:
     """Return the transformers model in float32, with a generation config for greedy decoding as here."""
     stock.generation_config = GenerationConfig(
-        do_sample=False, eos_token_id=model.lm.ends, pad_token_id=model.lm.pad, suppress_tokens=[image]
+        do_sample=False, eos_token_id=model.lm.text.ends, pad_token_id=model.lm.pad, suppress_tokens=[image]
     )
     return stock.float().eval()

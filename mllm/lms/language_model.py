@@ -73,8 +73,7 @@ class LanguageModel(nn.Module):
             # gradient wrong, and lets results depend on earlier passes.
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
-        rows = self.model.get_input_embeddings().weight.shape[0]
-        self.text = TextTokenizer(tokenizer, rows=rows, ends=_configured_ends(self.model))
+        self.text = TextTokenizer(tokenizer, self.model)
         self._folder, self._init = folder, init
         self._prefix_length = 0  # of adapters
         self.runner: Runner = choose_runner(self.model, self.text.end_of_text)
@@ -122,11 +121,6 @@ class LanguageModel(nn.Module):
     def eos(self) -> int:
         """Return the id that ends an answer."""
         return self.text.eos
-
-    @property
-    def ends(self) -> list[int]:
-        """Return all ids that end an answer."""
-        return self.text.ends
 
     @property
     def pad(self) -> int:
@@ -289,12 +283,6 @@ class LanguageModel(nn.Module):
 def _make_contiguous(_: nn.Module, args: Any) -> Any:
     """Make the input of the output embeddings contiguous: with a slice torch copies the vocabulary for each row."""
     return (args[0].contiguous(), *args[1:])
-
-
-def _configured_ends(model: Any) -> list[int]:
-    """Return the ids that end an answer by a model's ``generation_config.json``."""
-    ends = getattr(model.generation_config, "eos_token_id", None)
-    return [] if ends is None else list(ends) if isinstance(ends, list | tuple) else [ends]
 
 
 def _quantization(kind: str) -> Any:

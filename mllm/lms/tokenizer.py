@@ -16,19 +16,20 @@ class TextTokenizer:
 
     Args:
         tokenizer: of `transformers`; None where a model is planned without its files.
-        rows: of the language model's embeddings: an id beyond them, such as that of a padding token which was added to
-            the tokenizer alone, is never used; None: there is no limit.
-        ends: the ids that end an answer by the language model's own configuration (``generation_config.json``).
+        model: the language model of `transformers`: an id without an embedding in it is never used, and its
+            ``generation_config`` names further ids that end an answer. None: the tokenizer stands alone.
 
     Attributes:
         turn_end: the id that ends a turn in the chat template, where the model uses one.
     """
 
-    def __init__(self, tokenizer: Any, *, rows: int | None = None, ends: Sequence[int] = ()) -> None:
+    def __init__(self, tokenizer: Any, model: Any = None) -> None:
         self.tokenizer = tokenizer
         self.turn_end: int | None = None
-        self._rows = rows
-        self._configured_ends = [end for end in ends if self._has_row(end)]
+        self._rows = None if model is None else int(model.get_input_embeddings().weight.shape[0])
+        ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        ends = [] if ends is None else ends if isinstance(ends, list | tuple) else [ends]
+        self._configured_ends = [int(end) for end in ends if self._has_row(end)]
         self._new_tokens: dict[str, int] = {}
 
     @property

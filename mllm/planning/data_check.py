@@ -168,7 +168,7 @@ def _measure(
     if report.role == "train" and limit is not None and longest > limit:
         what = "lose text" if stage.data.truncate == "text" else "are left out"
         wrong[f"items {what}: they are longer than data.max_length, {limit} tokens"].append(item.id)
-    ends = {IGNORED, *model.lm.ends}
+    ends = {IGNORED, *model.lm.text.ends}
     if any(set(one.labels) <= ends for one in encoded):
         wrong["items have no token to learn but the end of the sequence"].append(item.id)
 

@@ -25,10 +25,12 @@ def uses_template(prompt: PromptSpec, lm: Any) -> bool:
     Raises:
         MLLMError: the recipe asks for it, and there is none.
     """
-    template = getattr(getattr(lm, "tokenizer", None), "chat_template", None)
-    if prompt.chat == "own" and template is None:
+    tokenizer = getattr(lm, "tokenizer", None)  # None where a model is planned without its files
+    if prompt.chat == "plain" or tokenizer is None:
+        return False
+    if prompt.chat == "own" and tokenizer.chat_template is None:
         raise MLLMError("This language model has no chat template: set prompt.chat=plain.")
-    return prompt.chat != "plain" and template is not None
+    return tokenizer.chat_template is not None
 
 
 def templated(messages: Sequence[dict[str, Any]], prompt: PromptSpec, lm: Any, *, learn: bool = False) -> list[Piece]:
@@ -49,7 +51,12 @@ def templated(messages: Sequence[dict[str, Any]], prompt: PromptSpec, lm: Any, *
 
 
 def end_of_turn(prompt: PromptSpec, lm: Any) -> int | None:
-    """Return the id of the control token that ends an assistant's turn in the chat template; None: it has none."""
+    """Return the id of the control token that ends an assistant's turn in the chat template.
+
+    None: it has none, or conversations are not in a template.
+    """
+    if prompt.chat == "plain" or getattr(lm.tokenizer, "chat_template", None) is None:
+        return None
     turns = [
         {"role": role, "content": [{"type": "text", "text": text}]}
         for role, text in (("user", "Yes?"), ("assistant", "No."), ("user", "Why?"))

@@ -39,10 +39,10 @@ def places(renderer: Renderer, text: str) -> list[Place]:
 
 
 def _texts(renderer: Renderer, text: str, added: re.Pattern[str]) -> list[Place]:
-    """Return where the texts stand: between their marks in a second rendering."""
-    literals, marks = renderer.split(renderer.render(marked=True), "start", "end")
-    positions = dict(zip(marks, _positions(text, literals, marks), strict=True))
-    borders = sorted({0, *positions.values(), len(text)})
+    """Return where the texts stand: between their marks in another rendering."""
+    marks, ends = _marks(renderer, text)
+    positions = dict(zip(marks, ends, strict=True))
+    borders = sorted({0, *ends, len(text)})
     texts = []
     for number, (turn, role, part) in enumerate(renderer.parts):
         if part["type"] == "image" or not (core := part["text"].strip()):
@@ -60,13 +60,28 @@ def _texts(renderer: Renderer, text: str, added: re.Pattern[str]) -> list[Place]
     return texts
 
 
-def _positions(text: str, literals: list[str], marks: Sequence[Mark]) -> list[int]:
-    """Return where in a rendering the marks of the marked one stand, which are between these literals."""
-    if text != "".join(literals):  # the template changes the texts, and marked ones in another way
-        in_pairs = all(mark[0] == KINDS[index % 2] for index, mark in enumerate(marks))
-        literals = (_at_same_places(text, literals) or _aligned(text, literals)) if in_pairs else []
-    if not literals:
-        raise Unfit(f"The chat template changes the texts, so that the turns cannot be found. Change it, {PLAIN}", 1)
+def _marks(renderer: Renderer, text: str) -> tuple[list[Mark], list[int]]:
+    """Return the marks that the template gives back, and their positions in the rendering without marks.
+
+    With both marks of every text; or, where the template looks at how a text begins or ends, with one of them.
+    """
+    literals, marks = renderer.split(renderer.render(marked=("start", "end")), "start", "end")
+    if text == "".join(literals):
+        return marks, _ends(literals)
+    in_pairs = [mark[0] for mark in marks] == ["start", "end"] * (len(marks) // 2)
+    if in_pairs and (cut := _at_same_places(text, literals) or _aligned(text, literals)):
+        return marks, _ends(cut)
+    for kind in KINDS[:2]:
+        literals, marks = renderer.split(renderer.render(marked=(kind,)), kind)
+        if text == "".join(literals):
+            return marks, _ends(literals)
+    texts = [number for number, (_, _, part) in enumerate(renderer.parts) if part["type"] == "text"]
+    changed = (n for n in texts if renderer.parts[n].part["text"].strip().casefold() not in text.casefold())
+    raise renderer.lost(next(changed, texts[0]), "its text is changed")
+
+
+def _ends(literals: Sequence[str]) -> list[int]:
+    """Return the positions between literals."""
     return list(itertools.accumulate(map(len, literals)))[:-1]
 
 

@@ -72,11 +72,11 @@ class Renderer:
         self._options, self._generation = options, generation
         self._nonce = str(secrets.randbits(64))
 
-    def render(self, *, marked: bool = False, doubled: int | None = None, asked: int | None = None) -> str:
+    def render(self, *, marked: Sequence[Kind] = (), doubled: int | None = None, asked: int | None = None) -> str:
         """Return the conversation as the template writes it.
 
         Args:
-            marked: with a mark at the start and at the end of every text.
+            marked: with marks at the start of every text, at its end, or both.
             doubled: the number of a part that is given twice.
             asked: the number of a turn: render the turns before it, and end where it starts.
 
@@ -123,12 +123,12 @@ class Renderer:
         """Return a value in every marked part of a list: it is in a rendering if the template prints the list."""
         return f"{self._nonce}.printed"
 
-    def _given(self, number: int, part: dict[str, Any], marked: bool) -> dict[str, Any]:
+    def _given(self, number: int, part: dict[str, Any], marked: Sequence[Kind]) -> dict[str, Any]:
         """Return a part as the template is given it; in a text, an image is a mark."""
         extra = {"mllm": self._printed} if marked else {}
         if part["type"] == "image":
             return {"type": "image", **({"text": self.mark("image", number)} if self.form == "text" else extra)}
-        return {"type": "text", "text": self._marked(number, part["text"]) if marked else part["text"], **extra}
+        return {"type": "text", "text": self._marked(number, part["text"], marked), **extra}
 
     def _content(self, parts: list[dict[str, Any]]) -> str | list[dict[str, Any]]:
         is_one_text = len(parts) == 1 and parts[0]["type"] == "text"
@@ -136,9 +136,9 @@ class Renderer:
             return "".join(part["text"] for part in parts)
         return parts
 
-    def _marked(self, number: int, text: str) -> str:
+    def _marked(self, number: int, text: str, kinds: Sequence[Kind]) -> str:
         """Return a text with marks at its first and last characters that are not blank: it is trimmed as before."""
         core = text.strip()
         start = len(text) - len(text.lstrip())
-        marked = f"{self.mark('start', number)}{core}{self.mark('end', number)}"
-        return f"{text[:start]}{marked}{text[start + len(core) :]}" if core else text
+        first, last = (self.mark(kind, number) if kind in kinds and core else "" for kind in KINDS[:2])
+        return f"{text[:start]}{first}{core}{last}{text[start + len(core) :]}"

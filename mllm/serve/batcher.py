@@ -176,7 +176,7 @@ class Row:
         """Take the next token."""
         if self._reason is not None:
             return
-        if token in self._lm.ends:
+        if token in self._lm.text.ends:
             self._reason = "stop"
             return
         self._ids.append(token)
