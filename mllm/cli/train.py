@@ -18,18 +18,17 @@ def check(recipe: RecipeName, overrides: Overrides = None) -> None:
     """
     from mllm.planning.check import problems
     from mllm.planning.examples import first_examples
-    from mllm.planning.paper import noted
 
-    messages, examples = problems(recipe, overrides or []), []
-    if not messages:
-        with noted(messages):
-            examples = first_examples(recipe, overrides or [])
-    for stage, (example,) in examples[:1]:
-        typer.echo(f"{stage}, first example, {example}")
+    messages = problems(recipe, overrides or [])
     for message in messages:
         typer.echo(f"- {message}")
     if messages:
         raise MLLMError(f"{recipe}: {len(messages)} problem{'s' if len(messages) > 1 else ''}.")
+    try:
+        for stage, (example,) in first_examples(recipe, overrides or [])[:1]:
+            typer.echo(f"{stage}, first example, {example}")
+    except MLLMError as error:  # of the data, which `mllm data check` checks
+        typer.echo(f"The first training example cannot be shown: {error}")
     typer.echo(f"{recipe}: no problems.")
 
 
