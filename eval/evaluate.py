@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from mllm.eval.answers.base import AnswerMode, Context
 from mllm.eval.journal import Journal
+from mllm.eval.nearest import NEAREST, training_items
 from mllm.eval.report import report
 from mllm.eval.scoring import Helpers, Result, measure
 from mllm.eval.shots import with_shots
@@ -51,7 +53,8 @@ def evaluate(
             An evaluation that was killed continues there, and ends with the same files.
         baselines: their names, of those that the suite's answer mode offers; ``["all"]``: all of them; None: those
             that are usual. Modes with prompts offer ``blind`` and ``shuffled`` (both usual), ``mean-image`` and
-            ``random-connector``; ``rank`` offers ``shuffled``, and ``blind`` where prompts have images; ``draw``
+            ``random-connector``; ``generate`` also ``nearest``, the answer of the nearest training image (usual for a
+            run whose data is there); ``rank`` offers ``shuffled``, and ``blind`` where prompts have images; ``draw``
             offers ``shuffled``; ``decide`` offers ``retrieve`` and ``generate``, always the same label; ``closest``
             offers none.
         run: the model's name in the report.
@@ -66,6 +69,7 @@ def evaluate(
     items = with_shots(all_items[:limit], read_shots(config, data, all_items), config.shots, model)
     mode: AnswerMode = lookup("answers", config.answer)()
     names = _baselines(config, mode.baselines(items), baselines)
+    names, training = _with_training(model, names, asked=NEAREST in (baselines or ()))
     state = processes()
     if state.num_processes > 1:
         model.to(state.device)
@@ -74,7 +78,7 @@ def evaluate(
     journal = Journal(folder, about, state.process_index)
     state.wait_for_everyone()
     helpers = Helpers(config.scorer, config.judge, lambda: model.scorer)
-    answers = mode.answers(model, items, Context(config, names, folder, journal, helpers))
+    answers = mode.answers(model, items, Context(config, names, training, folder, journal, helpers))
     results = {name: Result(texts, _scores(config, texts, items, helpers)) for name, texts in answers.items()}
     written = folder if state.is_main_process else None
     made = report(config, items, results, written, run=run, settings=_settings(model, config, items), about=about)
@@ -95,6 +99,26 @@ def _baselines(config: Suite, offered: Mapping[str, bool], wanted: Sequence[str]
         if name not in offered:
             raise MLLMError(f"The suite {config.name} has the baselines {', '.join(offered)}, and no {name!r}.")
     return list(wanted)
+
+
+def _with_training(model: Assembly, names: list[str], *, asked: bool) -> tuple[list[str], Sequence[Item]]:
+    """Return the baselines, and the training items for ``nearest``; without them it is left out unless asked for.
+
+    Raises:
+        MLLMError: the baseline was asked for, and the model's training data is not there.
+    """
+    if NEAREST not in names:
+        return names, ()
+    items: Sequence[Item] = ()
+    try:
+        items = training_items(model)
+        if asked and not items:
+            raise MLLMError("it needs a run that was trained on captions or questions about images.")
+    except MLLMError as error:
+        if asked:
+            raise MLLMError(f"The baseline {NEAREST!r} is not available: {error}") from None
+        warnings.warn(f"Evaluated without the baseline {NEAREST!r}: {error}", stacklevel=3)
+    return (names if items else [name for name in names if name != NEAREST]), items
 
 
 def _scores(config: Suite, answers: list[str], items: Sequence[Item], helpers: Helpers) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from mllm.build import load
 from mllm.errors import MLLMError
 from mllm.media.images import ImageSource, source_of
 from mllm.processes import processes, progress
-from mllm.prompts.pieces import answer_text, arrange
+from mllm.prompts.formatting import formatted
+from mllm.prompts.pieces import answer_text
 
 MANIFEST = ModelManifest(model_id="mllm", simple_class_path="mllm.eval.lmms.Mllm")
 
@@ -81,13 +82,13 @@ class Mllm(lmms):  # type: ignore[misc]
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
         """Return each continuation's mean negative log-likelihood, as in lmms-eval, and whether it is greedy."""
-        results, template = [], self.model.spec.prompt.template
+        results, prompt = [], self.model.spec.prompt
         for request in requests:
             context, target, visual, doc, task, split = request.args
             row = self.task_dict[task][split][doc]
             continuation = str(target if isinstance(target, str) else target(row)).strip()
             images = [source_of(image) for image in visual(row)]
-            view = self.model.see(arrange(template, images, self._text(context)))
+            view = self.model.see(formatted(prompt, images, self._text(context)))
             length = len(self.model.lm.tokenize(answer_text(continuation)))
             greedy = view.continue_with(max_new_tokens=length) == continuation
             # lmms-eval 0.7 turns a plain pair into a text, which its multiple choice then cannot read.
@@ -125,9 +126,9 @@ class Mllm(lmms):  # type: ignore[misc]
         self, batch: Sequence[_Group], sources: dict[str, ImageSource], settings: dict[str, Any]
     ) -> dict[int, str]:
         """Return the answers to a batch by the requests' indices: texts after images, and texts without any."""
-        template = self.model.spec.prompt.template
+        prompt = self.model.spec.prompt
         opened = [([sources[key] for key in keys], texts) for keys, texts in batch]
-        with_images = [(arrange(template, images), texts) for images, texts in opened if images]
+        with_images = [(formatted(prompt, images), texts) for images, texts in opened if images]
         answers: dict[int, str] = {}
         if with_images:
             views = self.model.see_each([prompt for prompt, _ in with_images])
@@ -136,7 +137,7 @@ class Mllm(lmms):  # type: ignore[misc]
                 answers |= dict(zip(texts, generated, strict=True))
         text_only = {index: text for images, texts in opened if not images for index, text in texts.items()}
         if text_only:
-            outputs = self.model.generate([arrange(template, [], text) for text in text_only.values()], **settings)
+            outputs = self.model.generate([formatted(prompt, [], text) for text in text_only.values()], **settings)
             answers |= {index: str(output) for index, output in zip(text_only, outputs, strict=True)}
         return {index: _before(text, settings.get("stop_strings", ())) for index, text in answers.items()}
 

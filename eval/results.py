@@ -13,7 +13,7 @@ from mllm.config import loading as recipes
 from mllm.planning.paper import meta_model
 from mllm.training.setup import parameter_groups
 
-COLUMNS = ("blind", "shuffled")  # baselines with a column in the table
+COLUMNS = ("blind", "shuffled", "nearest")  # baselines with a column in the table
 
 
 def results(name: str, folder: str | Path | None = None) -> dict[str, Any] | None:
@@ -75,8 +75,10 @@ def _condition(content: dict[str, Any]) -> str:
 def table(names: Sequence[str], folder: str | Path | None = None) -> str:
     """Return the recipes' results as a Markdown table."""
     lines = [
-        "| recipe | suite | metric | model | blind | shuffled | gain over blind, 95 % | gain over shuffled, 95 % |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| recipe | suite | metric | model | {' | '.join(COLUMNS)} | "
+        + " | ".join(f"gain over {name}, 95 %" for name in COLUMNS)
+        + " |",
+        "|---|---|---|---" + "|---" * 2 * len(COLUMNS) + "|",
     ]
     for name in names:
         content = results(name, folder)

@@ -6,16 +6,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from random import Random
 
-import torch
+from mllm.eval.nearest import mean_features
 from mllm.eval.suite import Shots
 
 from mllm.assembly import Assembly
 from mllm.data.items import Item
 from mllm.errors import MLLMError
-from mllm.media.images import ImageSource
 
 _SPARE = 100  # more than `count` are drawn, because some may have the item's own image
-_BATCH = 32
 
 
 def with_shots(items: Sequence[Item], pool: Sequence[Item], shots: Shots, model: Assembly) -> list[Item]:
@@ -55,21 +53,8 @@ def _sample(size: int, shots: Shots, name: str) -> list[int]:
 
 def _similar(items: Sequence[Item], pool: Sequence[Item], count: int, model: Assembly) -> list[list[int]]:
     """Return for each item the indices of the most similar examples, the most similar first."""
-    similarity = _vectors(items, model) @ _vectors(pool, model).T
+    if not all(item.images for item in (*items, *pool)):
+        raise MLLMError("shots.select=similar needs items with images: choose select=random.")
+    similarity = mean_features(items, model) @ mean_features(pool, model).T
     indices: list[list[int]] = similarity.topk(min(count, len(pool)), dim=1).indices.tolist()
     return indices
-
-
-def _vectors(items: Sequence[Item], model: Assembly) -> torch.Tensor:
-    """Return the mean features ``(N, D_vis)`` of each item's last image, of length 1."""
-    if not all(item.images for item in items):
-        raise MLLMError("shots.select=similar needs items with images: choose select=random.")
-    numbers: dict[ImageSource, int] = {}
-    rows = [numbers.setdefault(item.images[-1], len(numbers)) for item in items]
-    distinct = list(numbers)
-    with torch.no_grad():
-        means = [
-            model.features([image.open() for image in distinct[start : start + _BATCH]]).float().mean(dim=1)
-            for start in range(0, len(distinct), _BATCH)
-        ]
-    return torch.nn.functional.normalize(torch.cat(means), dim=-1)[rows].cpu()

@@ -14,7 +14,8 @@ from mllm.answering.view import View, Views
 from mllm.answering.with_images import retrieve
 from mllm.model import Model
 from mllm.outputs import ImagePart
-from mllm.prompts.pieces import Piece, arrange, without_images
+from mllm.prompts.formatting import formatted
+from mllm.prompts.pieces import Piece, without_images
 from mllm.saving import save
 
 
@@ -92,7 +93,8 @@ class Assembly(Model):
         """Encode images (and text, interleaved) once, for many questions.
 
         Args:
-            pieces: images alone are formatted with the recipe's ``prompt.template``; with text, nothing is added.
+            pieces: images alone are formatted with the recipe's ``prompt.template`` and its ``prompt.examples``; with
+                text, nothing is added.
 
         Raises:
             MLLMError: an empty prompt, or an unreadable image.
@@ -101,9 +103,8 @@ class Assembly(Model):
 
     def see_each(self, prompts: Sequence[Sequence[Piece]]) -> Views:
         """Encode several prompts in one batch, for many questions each; see `mllm.answering.view.Views`."""
-        template = self.spec.prompt.template
         read = generating.read(self, prompts)
-        return Views(self, [p if without_images(p) else arrange(template, p) for p in read])
+        return Views(self, [p if without_images(p) else formatted(self.spec.prompt, p) for p in read])
 
     def score(
         self,

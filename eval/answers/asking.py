@@ -63,6 +63,7 @@ class Asking:
     ) -> None:
         self._context, self._queries, self._reply, self._grouped = context, queries, reply, grouped
         self._replies: dict[tuple[Assembly, Query], Reply] = {}
+        self._start: tuple[Any, Any] = (None, None)  # the model and the examples that were encoded last, and their view
 
     def replies(self, model: Assembly, items: Sequence[Item]) -> dict[str, list[list[Reply]]]:
         """Return the replies to each item's queries, by the name of the condition."""
@@ -118,7 +119,7 @@ class Asking:
         """Return the replies to a batch, from the journal if it has them."""
         replies = self._context.journal.get(key)
         if replies is None:
-            replies = self._reply(_views(model, batch), batch)
+            replies = self._reply(self._views(model, batch), batch)
             for query, reply in zip(_queries_of(batch), replies, strict=True):
                 if isinstance(reply, dict) and not all(map(math.isfinite, reply.values())):
                     raise MLLMError(
@@ -126,6 +127,16 @@ class Asking:
                     )
             self._context.journal.put(key, replies)
         return replies
+
+    def _views(self, model: Assembly, batch: Sequence[Group]) -> Views:
+        """Encode a batch's prompts; examples that all of them begin with are encoded once, and kept for later ones."""
+        examples = {query.before for query in _queries_of(batch)}
+        shared = examples.pop() if len(examples) == 1 else ()
+        if not shared or len(batch) == 1:
+            return model.see_each([prompt for prompt, _ in batch])
+        if (model, shared) != self._start[0]:
+            self._start = (model, shared), model.see(list(shared))
+        return Views(model, [prompt[len(shared) :] for prompt, _ in batch], before=[self._start[1]] * len(batch))
 
 
 def _queries_of(batch: Sequence[Group]) -> list[Query]:
@@ -136,13 +147,3 @@ def _length(prompt: Sequence[Piece]) -> tuple[int, int]:
     """Return the number of a prompt's images, and of its characters."""
     texts = [piece for piece in prompt if isinstance(piece, str)]
     return len(prompt) - len(texts), sum(map(len, texts))
-
-
-def _views(model: Assembly, batch: Sequence[Group]) -> Views:
-    """Encode a batch's prompts; examples that all of them begin with are encoded once."""
-    examples = {query.before for query in _queries_of(batch)}
-    shared = examples.pop() if len(examples) == 1 else ()
-    if not shared or len(batch) == 1:
-        return model.see_each([prompt for prompt, _ in batch])
-    start = model.see(list(shared))
-    return Views(model, [prompt[len(shared) :] for prompt, _ in batch], before=[start] * len(batch))

@@ -28,6 +28,7 @@ class Context:
     Attributes:
         suite: the settings: ``batch_size``, ``decoding``, ``calibrate``, ...
         baselines: the names of the baselines to evaluate, of those that the mode offers.
+        training: what the model was trained on, for the baseline ``nearest``.
         folder: where the report is written, for modes that write files of their own; None: nowhere.
         journal: the answers of an interrupted evaluation, read before a batch is computed and written after it.
         helpers: the suite's or the model's scorer, and the suite's judge, loaded when first used.
@@ -35,6 +36,7 @@ class Context:
 
     suite: Suite
     baselines: Sequence[str] = ()
+    training: Sequence[Item] = ()
     folder: Path | None = None
     journal: Journal = field(default_factory=lambda: Journal(None, {}))
     helpers: Helpers = field(default_factory=Helpers)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain
 
 from mllm.eval.answers.asking import Asking, Group, Query
 from mllm.eval.answers.base import Context
 from mllm.eval.baselines import offered
+from mllm.eval.nearest import NEAREST, nearest_answers
 
 from mllm.answering.view import Views
 from mllm.assembly import Assembly
@@ -21,8 +23,8 @@ class Generate:
     """Generate a text for each item, with the suite's ``decoding``; questions on one image share its encoding."""
 
     def baselines(self, items: Sequence[Item]) -> dict[str, bool]:
-        """Return the baselines of prompted models."""
-        return offered()
+        """Return the baselines of prompted models and, for items with images, ``nearest``."""
+        return {**offered(), NEAREST: True} if any(item.images for item in items) else offered()
 
     def answers(self, model: Assembly, items: Sequence[Item], context: Context) -> dict[str, list[str]]:
         """Return the generated texts."""
@@ -30,8 +32,12 @@ class Generate:
         def generated(views: Views, batch: Sequence[Group]) -> list[str]:
             return list(chain(*views.continue_with([list(texts) for _, texts in batch], **context.suite.decoding)))
 
-        replies = Asking(context, _queries, generated, grouped=True).replies(model, items)
-        return {name: [text for (text,) in rows] for name, rows in replies.items()}
+        prompted = replace(context, baselines=[name for name in context.baselines if name != NEAREST])
+        replies = Asking(prompted, _queries, generated, grouped=True).replies(model, items)
+        answers = {name: [text for (text,) in rows] for name, rows in replies.items()}
+        if NEAREST in context.baselines:
+            answers[NEAREST] = nearest_answers(model, items, context.training)
+        return answers
 
     def shown_images(self, item: Item, answer: str) -> tuple[ImageSource, ...]:
         """Return the item's images."""

@@ -10,7 +10,8 @@ from mllm.errors import renamed_options
 from mllm.lms.decoding import Decoding, check_batch
 from mllm.model import Model
 from mllm.outputs import Output, Text
-from mllm.prompts.pieces import Control, Piece, arrange, without_images
+from mllm.prompts.formatting import formatted
+from mllm.prompts.pieces import Control, Piece, without_images
 from mllm.registry import lookup, made, table
 
 FORMER = {"words": "nearest_words"}
@@ -66,6 +67,6 @@ def answer(
 def image_free_prompt(model: Model, pieces: Sequence[Piece]) -> list[Piece]:
     """Return a prompt without its images; where nothing is left, with an end token, which starts a sequence."""
     if not without_images(pieces):
-        pieces = arrange(model.spec.prompt.template, pieces)
+        pieces = formatted(model.spec.prompt, pieces)
     end = Control(model.lm.tokenizer.decode([model.lm.eos]))
     return without_images(pieces) or [end]

@@ -15,7 +15,8 @@ from mllm.lms.decoding import Decoding
 from mllm.media.images import source_of
 from mllm.model import Model
 from mllm.outputs import Output
-from mllm.prompts.pieces import Piece, arrange, is_image
+from mllm.prompts.formatting import formatted
+from mllm.prompts.pieces import Piece, is_image
 from mllm.readout.tokens import can_draw
 from mllm.scorers.index import ImageIndex
 
@@ -104,10 +105,9 @@ def answer_each(
         image_logit_bias: the same.
         options: of the decoding.
     """
-    template = model.spec.prompt.template
     for start in range(0, len(images), BATCH):
         # In a prompt a path given as a `str` would be text.
-        prompts = [arrange(template, [source_of(image)], text) for image in images[start : start + BATCH]]
+        prompts = [formatted(model.spec.prompt, [source_of(image)], text) for image in images[start : start + BATCH]]
         yield from generate(model, prompts, options, errors="return", index=index, image_logit_bias=image_logit_bias)
 
 

@@ -23,7 +23,7 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Folder of the report; RUN/eval/SUITE by default.")] = None,
     baselines: Annotated[
         str | None,
-        typer.Option(help="Names with commas (blind,shuffled), all, or none; the suite's usual ones by default."),
+        typer.Option(help="Names with commas (blind,nearest), all, or none; the suite's usual ones by default."),
     ] = None,
 ) -> None:
     """Run a suite on a model and its baselines; an evaluation that was killed continues."""

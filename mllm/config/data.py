@@ -30,6 +30,13 @@ class DataSpec(BaseModel):
         """Return the arguments of the reader."""
         return dict(self.__pydantic_extra__ or {})
 
+    @property
+    def label(self) -> str:
+        """Return a few words for plots and tables: the reader, with its task and file where it has them."""
+        options = self.options()
+        file = str(options.get("path", "")).rstrip("/").rpartition("/")[2]
+        return " ".join(filter(None, (self.format, options.get("task"), file)))
+
 
 Sources = Annotated[list[DataSpec], BeforeValidator(listed)]
 

@@ -140,12 +140,28 @@ RESERVED = {
 }
 
 
+class ExampleSpec(Spec):
+    """A solved example: an image, or words in its place, and the answer that follows the prompt."""
+
+    image: str | None = None  # a file
+    words: str = ""
+    question: str | None = None  # null: the answer is a caption
+    answer: str
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> ExampleSpec:
+        if bool(self.image) == bool(self.words):
+            raise ValueError("an example has an image, or words in its place: give one of the two")
+        return self
+
+
 class PromptSpec(Spec):
     """The words around images and questions."""
 
     template: str = "{images}{prompt}"  # the order of the images and the words below; null: this one
     caption: str = "A picture of"
     question: str = "Question: {question} Answer:"
+    examples: list[ExampleSpec] = []  # solved ones before every prompt
     # Conversations: in these words; in the language model's own chat template; or auto, in the template if there is one
     # and neither 'question' nor 'template' is given.
     chat: Literal["auto", "own", "plain"] = "auto"
@@ -168,9 +184,13 @@ class PromptSpec(Spec):
 
     @model_serializer(mode="wrap")
     def _as_given(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out words that were not given, by which 'auto' decides, and options where there are none."""
+        """Leave out words that were not given, by which 'auto' decides, and examples and options if there are none.
+
+        So a run that was written before these keys is resumed unchanged.
+        """
         values: dict[str, Any] = write(self)
-        unset = {*(OWN_WORDS if self.chat == "auto" else ()), *(() if self.chat_options else ("chat_options",))}
+        unset = {key for key in ("examples", "chat_options") if not values.get(key)}
+        unset |= set(OWN_WORDS) if self.chat == "auto" else set()
         return {key: value for key, value in values.items() if key not in unset}
 
     @field_validator("chat_options")

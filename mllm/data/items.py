@@ -8,10 +8,9 @@ from typing import Any
 
 from mllm.config.parts import PromptSpec
 from mllm.media.images import ImageSource
+from mllm.prompts.formatting import SEPARATOR, examples, query_text, solved
 from mllm.prompts.messages import rendered
 from mllm.prompts.pieces import Piece, Target, answer_text, arrange
-
-SEPARATOR = "\n"  # between an example and the next
 
 
 @dataclass(frozen=True)
@@ -34,9 +33,7 @@ def question_text(item: Item, prompt: PromptSpec) -> str:
 
     An empty question gives an empty text.
     """
-    if item.question is None:
-        return prompt.caption
-    return prompt.question.format(question=item.question) if item.question else ""
+    return query_text(prompt, item.question)
 
 
 def pieces_of(item: Item, prompt: PromptSpec, answer: str | None = None, lm: Any = None) -> list[Piece]:
@@ -60,12 +57,11 @@ def pieces_of(item: Item, prompt: PromptSpec, answer: str | None = None, lm: Any
 
 
 def before(item: Item, prompt: PromptSpec, separator: str = SEPARATOR) -> tuple[Piece, ...]:
-    """Return an item's shots as the pieces before it, each with its most frequent answer."""
-    pieces: list[Piece] = []
+    """Return the pieces before an item: the recipe's examples, and its shots, each with its most frequent answer."""
+    pieces = examples(prompt)
     for shot in item.shots:
         answer = Counter(shot.answers).most_common(1)[0][0]
-        pieces += arrange(prompt.template, shot.images, question_text(shot, prompt))
-        pieces.append(answer_text(answer) + separator)
+        pieces += solved(prompt, shot.images, shot.question, answer, separator)
     return tuple(pieces)
 
 

@@ -16,10 +16,11 @@ from PIL import Image
 
 from mllm.config.data import Data
 from mllm.config.parts import PromptSpec
-from mllm.data.items import SEPARATOR, Item, pieces_of
+from mllm.data.items import Item, pieces_of
 from mllm.data.lazy import Lazy
 from mllm.data.sources import Source, check_combinable, check_learnable
 from mllm.errors import MLLMError
+from mllm.prompts.formatting import SEPARATOR
 from mllm.prompts.length import length_of, shortened
 from mllm.prompts.pieces import Piece
 
@@ -136,7 +137,8 @@ class Stream:
             check_learnable(part)
             check_combinable(part, spec)
             answer = generator.choice(part.answers) if part.answers else None
-            pieces += [*([SEPARATOR] if pieces else []), *pieces_of(part, self._prompt, answer, self._lm)]
+            prompt = self._prompt.model_copy(update={"examples": []}) if pieces else self._prompt  # once, at the start
+            pieces += [*([SEPARATOR] if pieces else []), *pieces_of(part, prompt, answer, self._lm)]
         return pieces
 
 

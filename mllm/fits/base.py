@@ -6,6 +6,7 @@ can be fitted.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,8 @@ from mllm.errors import MLLMError
 from mllm.fits.regression import NormalEquations, set_linear
 from mllm.model import Model
 from mllm.prompts.pieces import Piece
+
+HELD_OUT = 0.1  # the share of each chunk's rows that a fit is measured on
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ class ClosedForm:
         chunk: rows that are computed at once.
     """
 
-    measure = "explained"  # the log key of the returned measure
+    measure = "explained"  # the log key of the returned measure, which is taken on rows held out of a first solution
     needs: Sequence[type] = ()  # contracts of `mllm.slots` that the model must have a part for
 
     def __init__(self, *, part: str, strength: float = 0.01, chunk: int = 64) -> None:
@@ -103,7 +106,7 @@ class ClosedForm:
         return absent + [f"fits {self.path}, for which it needs {missing(k)}." for k in self.needs if not model.has(k)]
 
     def sums(self, model: Model) -> Any:
-        """Return empty sums, whose ``add(x, y)`` takes rows of the widths ``x_dim`` and ``y_dim``."""
+        """Return empty sums, such as those of `mllm.fits.regression`."""
         raise NotImplementedError
 
     def rows(self, model: Model, data: Material) -> Iterator[tuple[Tensor, Tensor]]:
@@ -114,29 +117,42 @@ class ClosedForm:
         """Return the solution of the regression."""
         raise NotImplementedError
 
-    def apply(self, model: Model, sums: Any, solution: Any) -> float:
-        """Set the part to the solution, and return the measure of the fit, from 0 to 1."""
+    def quality(self, sums: Any, solution: Any) -> float:
+        """Return the measure of a solution on the rows of these sums, 1 at most."""
+        raise NotImplementedError
+
+    def apply(self, model: Model, solution: Any) -> None:
+        """Set the part to the solution."""
         raise NotImplementedError
 
     @torch.no_grad()
     def __call__(self, model: Model, data: Material) -> float:
-        """Fit the part, and return the measure of the fit, from 0 to 1.
+        """Fit the part on all rows, and return the measure of a fit without the last tenth of each chunk, on that.
+
+        Where that leaves fewer than two rows, the measure is taken on the rows that were fitted.
 
         Raises:
             MLLMError: the model lacks a part that the fit needs, or the data has no example to fit on.
         """
         for problem in self.problems(model):
             raise MLLMError(f"stages.fit {problem}")
-        sums = self.sums(model)
+        sums, held_out = self.sums(model), self.sums(model)
         for x, y in self.rows(model, data):
-            sums.add(x.cpu(), y.cpu())
-        return self.apply(model, sums, self.solve(model, sums))
+            x, y = x.cpu(), y.cpu()
+            fitted = len(x) - math.ceil(HELD_OUT * len(x)) if len(x) > 1 else len(x)
+            sums.add(x[:fitted], y[:fitted])
+            held_out.add(x[fitted:], y[fitted:])
+        first = self.solve(model, sums) if held_out.count > 1 else None
+        sums.merge(held_out)
+        solution = self.solve(model, sums)
+        self.apply(model, solution)
+        return self.quality(sums, solution) if first is None else self.quality(held_out, first)
 
 
 class Ridge(ClosedForm):
     """A ridge regression of one linear map, from its inputs to its targets.
 
-    Its measure is the share of the targets' variance that the map explains (R^2).
+    Its measure is the share of the targets' variance that the map explains on held-out rows (R^2).
     """
 
     def project(self, model: Model) -> nn.Linear:
@@ -153,7 +169,10 @@ class Ridge(ClosedForm):
         """Return weights ``(X, Y)`` and intercept ``(Y,)``."""
         return sums.solve("ridge", self.strength)
 
-    def apply(self, model: Model, sums: NormalEquations, solution: tuple[Tensor, Tensor]) -> float:
-        """Set the linear map, and return R^2."""
+    def quality(self, sums: NormalEquations, solution: tuple[Tensor, Tensor]) -> float:
+        """Return R^2."""
+        return sums.explained(*solution)
+
+    def apply(self, model: Model, solution: tuple[Tensor, Tensor]) -> None:
+        """Set the linear map."""
         set_linear(self.project(model), *solution)
-        return sums.explained(solution[0])

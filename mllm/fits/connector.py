@@ -89,14 +89,17 @@ class ConnectorFit(ClosedForm):
         """Return weights ``(X, D_lm)`` and intercept ``(D_lm,)``."""
         return sums.solve(self.solver, self.strength)
 
-    def apply(self, model: Model, sums: NormalEquations, solution: tuple[Tensor, Tensor]) -> float:
-        """Set the linear map, and return the share of the targets' variance that it explains (R^2)."""
+    def quality(self, sums: NormalEquations, solution: tuple[Tensor, Tensor]) -> float:
+        """Return the share of the targets' variance that the map explains (R^2)."""
+        return sums.explained(*solution)
+
+    def apply(self, model: Model, solution: tuple[Tensor, Tensor]) -> None:
+        """Set the linear map."""
         weights, intercept = solution
         project = _linear(model)
         tokens = project.out_features // len(intercept)  # one feature vector may become several tokens
         project.weight.copy_(weights.T.repeat(tokens, 1))
         project.bias.copy_(intercept.repeat(tokens))
-        return sums.explained(weights)
 
     def _tokens(self, model: Model, data: Material) -> Iterator[tuple[Tensor, Tensor]]:
         words = lexicon(model.lm)

@@ -28,6 +28,15 @@ class NormalEquations:
         self.xy += x.T @ y
         self.yy += y.square().sum(0)
 
+    def merge(self, other: NormalEquations) -> None:
+        """Add the rows of other sums."""
+        self.count += other.count
+        for mine, others in zip(self._sums(), other._sums(), strict=True):
+            mine += others
+
+    def _sums(self) -> tuple[Tensor, ...]:
+        return self.x, self.y, self.xx, self.xy, self.yy
+
     def solve(self, solver: str, strength: float) -> tuple[Tensor, Tensor]:
         """Return weights ``(X, Y)`` and intercept ``(Y,)``.
 
@@ -47,13 +56,14 @@ class NormalEquations:
             weights = _ridge(covariance, cross, strength)
         return weights, y - x @ weights
 
-    def explained(self, weights: Tensor) -> float:
-        """Return R^2: the share of Y's variance that ``X weights`` and an intercept explain on these rows."""
+    def explained(self, weights: Tensor, intercept: Tensor) -> float:
+        """Return R^2: the share of Y's variance on these rows that ``X weights + intercept`` explains."""
         x, y = self.x / self.count, self.y / self.count
         total = (self.yy / self.count - y.square()).sum()
         covariance = self.xx / self.count - torch.outer(x, x)
         cross = self.xy / self.count - torch.outer(x, y)
         residual = total - 2 * (weights * cross).sum() + (weights * (covariance @ weights)).sum()
+        residual += (y - x @ weights - intercept).square().sum()
         return float(1 - residual / total.clamp(min=1e-12))
 
 
@@ -99,6 +109,21 @@ class Correlation:
         self.count += len(both)
         self.sum += both.sum(0)
         self.squares += both.T @ both
+
+    def merge(self, other: Correlation) -> None:
+        """Add the rows of other sums."""
+        self.count += other.count
+        self.sum += other.sum
+        self.squares += other.squares
+
+    def correlations(self, maps: Maps) -> Tensor:
+        """Return the correlation ``(R,)`` of the two sides on these rows, in each direction of other rows' maps."""
+        mean, split, rank = self.sum / self.count, self.x_dim, len(maps.correlations)
+        joint = self.squares / self.count - torch.outer(mean, mean)
+        x, y = maps.x[:rank], maps.y[:rank]
+        x_variance = (x @ joint[:split, :split] * x).sum(1)
+        y_variance = (y @ joint[split:, split:] * y).sum(1)
+        return (x @ joint[:split, split:] * y).sum(1) / (x_variance * y_variance).clamp(min=1e-24).sqrt()
 
     def solve(self, dim: int, strength: float) -> Maps:
         """Return maps onto the ``dim`` directions of highest correlation, scaled by it, and padded with zeros to D.

@@ -61,9 +61,12 @@ class RetrievalFit(ClosedForm):
         """Return the maps."""
         return sums.solve(self.part(model).dim, self.strength)
 
-    def apply(self, model: Model, sums: Correlation, solution: Maps) -> float:
-        """Set the two linear maps, and return the mean of the canonical correlations."""
+    def quality(self, sums: Correlation, solution: Maps) -> float:
+        """Return the mean correlation of the two sides' directions."""
+        return float(sums.correlations(solution).mean())
+
+    def apply(self, model: Model, solution: Maps) -> None:
+        """Set the two linear maps."""
         head = self.part(model)
         set_linear(head.text, solution.x.T, solution.x_bias)
         set_linear(head.image, solution.y.T, solution.y_bias)
-        return float(solution.correlations.mean())

@@ -14,7 +14,7 @@ from mllm.config.recipe import EvalSpec, Stage
 from mllm.data.items import Item, question_text
 from mllm.data.sources import read_all
 from mllm.evaluation import evaluate
-from mllm.prompts.pieces import arrange
+from mllm.prompts.formatting import formatted
 from mllm.training.run import Run
 
 
@@ -68,7 +68,7 @@ def answers(model: Assembly, items: Sequence[Item]) -> list[tuple[Item, str]]:
     """Return the items that are not conversations, each with the model's answer."""
     asked = [item for item in items if not item.messages]
     prompt = model.spec.prompt
-    prompts = [arrange(prompt.template, item.images, question_text(item, prompt)) for item in asked]
+    prompts = [formatted(prompt, item.images, question_text(item, prompt)) for item in asked]
     outputs = model.generate(prompts) if prompts else []
     return [(item, str(output)) for item, output in zip(asked, outputs, strict=True)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +30,7 @@ class Curve:
         return max([0, *self.train, *self.validation])
 
 
-def loss_plot(log: Path, out: Path) -> None:
+def loss_plot(log: Path, out: Path, notes: Sequence[str] = ()) -> None:
     """Draw a training log as a PNG.
 
     Args:
@@ -37,11 +38,14 @@ def loss_plot(log: Path, out: Path) -> None:
             ``step`` counts inside the stage, and rows with neither loss are passed over. A log
             without any loss (every stage was a closed-form fit) gives a plot that says so.
         out: the PNG to write.
+        notes: lines below the plot, such as the data of the two losses where they differ.
 
     Raises:
         MLLMError: the log is missing or has a line that cannot be read.
     """
-    loss_figure(read_log(log)).savefig(out, format="png")  # by Agg: no window system, no global state
+    loss_figure(read_log(log), notes).savefig(
+        out, format="png", bbox_inches="tight"
+    )  # by Agg: no window system, no global state
 
 
 def read_log(log: Path) -> dict[str, Curve]:
@@ -81,7 +85,7 @@ def smoothed(values: Sequence[float], span: float) -> list[float]:
     return means
 
 
-def loss_figure(curves: dict[str, Curve]) -> Figure:
+def loss_figure(curves: dict[str, Curve], notes: Sequence[str] = ()) -> Figure:
     """Return the drawing of ``curves``; the x axis is the running total of steps over the stages."""
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
@@ -97,6 +101,8 @@ def loss_figure(curves: dict[str, Curve]) -> Figure:
         start += curve.steps
     if not curves:
         axes.text(0.5, 0.5, "no loss was logged", transform=axes.transAxes, ha="center", color=GREY)
+    below = "\n".join(textwrap.fill(note, 150) for note in notes)
+    figure.text(0.01, -0.01, below, fontsize=7, color=GREY, va="top", parse_math=False)
     axes.set(xlabel="step", ylabel="loss", xlim=(0, max(start, 1)))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color=GREY, alpha=0.2, linewidth=0.6)

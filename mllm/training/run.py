@@ -18,6 +18,8 @@ from typing import Any
 
 import yaml
 
+from mllm.config.loading import dump, load
+from mllm.config.recipe import Recipe
 from mllm.errors import MLLMError
 from mllm.processes import processes
 from mllm.system import write
@@ -70,7 +72,7 @@ class Run:
             raise MLLMError(f"There is no run in {path}: expected recipe.yaml there.")
         if (path / "model" / "assembly.json").is_file():
             raise MLLMError(f"The run {path} is complete: there is nothing to resume. `mllm eval {path}` evaluates it.")
-        differing = changes(yaml.safe_load(written.read_text()), yaml.safe_load(recipe))
+        differing = changes(yaml.safe_load(_today(written)), yaml.safe_load(recipe))
         if differing and not accept:
             listed = "".join(f"\n  {change}" for change in differing)
             raise MLLMError(f"The recipe changed since {path} was started; --accept-changes continues with it:{listed}")
@@ -137,7 +139,8 @@ class Run:
         out = self.path / "loss.png"
         if self.writes and (self.path / "log.jsonl").is_file():
             with self._written(out.name):
-                write(out, lambda file: loss_plot(self.path / "log.jsonl", file))
+                notes = data_notes(load(str(self.path / "recipe.yaml")))
+                write(out, lambda file: loss_plot(self.path / "log.jsonl", file, notes))
         return out
 
     @contextlib.contextmanager
@@ -148,6 +151,16 @@ class Run:
         except OSError as error:
             reason = error.strerror or error
             raise MLLMError(f"{self.path / name} cannot be written: {reason}. Free some disk space.") from None
+
+
+def data_notes(recipe: Recipe) -> list[str]:
+    """Return a line for each stage whose validation loss is of other data than its training loss."""
+    notes = []
+    for stage in recipe.stages:
+        train, val = ([spec.label for spec in specs] for specs in (stage.data.train, stage.data.val))
+        if stage.train and val and sorted(train) != sorted(val):
+            notes.append(f"{stage.name}: training loss on {', '.join(train)}; validation loss on {', '.join(val)}")
+    return notes
 
 
 def changes(before: dict[str, Any], after: dict[str, Any], path: str = "") -> list[str]:
@@ -162,6 +175,13 @@ def changes(before: dict[str, Any], after: dict[str, Any], path: str = "") -> li
         elif old != new:
             differing.append(f"{path}{key}: {old!r} -> {new!r}")
     return differing
+
+
+def _today(written: Path) -> str:
+    """Return a run's recipe with the keys that came to recipes since it was written, at their defaults."""
+    with contextlib.suppress(MLLMError):
+        return dump(load(str(written)))
+    return written.read_text()
 
 
 def free_folder(name: str) -> Path:

@@ -33,7 +33,7 @@ from mllm.training.sharding import divide_where_asked, divided
 from mllm.training.validation import Validation, validation_rows
 from mllm.transfer import transfer
 
-MEASURES = {"explained": "training R^2"}  # how a fit's figure is called in the progress bar
+MEASURES = {"explained": "R^2 on held-out rows"}  # how a fit's figure is called in the progress bar
 
 
 def begin_stage(run: Run, model: Assembly, stage: Stage, seed: int) -> Assembly:

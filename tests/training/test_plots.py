@@ -10,8 +10,10 @@ import pytest
 from matplotlib.lines import Line2D
 from PIL import Image
 
+from mllm.config.loading import check
 from mllm.errors import MLLMError
 from mllm.training.plots import loss_figure, loss_plot, read_log, smoothed
+from mllm.training.run import data_notes
 
 ROWS: list[dict[str, Any]] = [
     {"stage": "fit", "seconds": 2.0},
@@ -56,6 +58,19 @@ def test_axes_are_named_and_the_legend_names_each_kind_once(tmp_path: Path) -> N
     legend = axes.get_legend()
     assert legend is not None
     assert [text.get_text() for text in legend.get_texts()] == ["training", "training, smoothed", "validation"]
+
+
+def test_a_validation_loss_of_other_data_is_said_below(tmp_path: Path) -> None:
+    stages = [
+        {"name": "same", "train": ["connector"], "steps": 1, "data": {"val": {"format": "scenes", "task": "name"}}},
+        {"name": "other", "train": ["connector"], "steps": 1},
+        {"name": "fit", "fit": {"part": "connector"}},
+    ]
+    data = {"train": {"format": "scenes", "task": "name"}, "val": {"format": "table", "path": "a/b.csv"}}
+    notes = data_notes(check({"name": "x", "data": data, "stages": stages}, "x"))
+    assert notes == ["other: training loss on scenes name; validation loss on table b.csv"]
+    figure = loss_figure(read_log(log(tmp_path, ROWS)), notes)
+    assert [text.get_text() for text in figure.texts] == notes
 
 
 def test_smoothing_is_the_normalised_weighted_mean() -> None:

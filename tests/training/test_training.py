@@ -172,6 +172,11 @@ def test_normal_equations_are_ridge_regression():
     padded = torch.cat([centred, (50 * penalty).sqrt() * torch.eye(4, dtype=torch.float64)])
     targets = torch.cat([y - y.mean(0), torch.zeros(4, 3, dtype=torch.float64)])
     expected = torch.linalg.lstsq(padded, targets).solution
+    first, rest = NormalEquations(4, 3), NormalEquations(4, 3)
+    first.add(x[:30], y[:30])
+    rest.add(x[30:], y[30:])
+    first.merge(rest)
+    torch.testing.assert_close(first.solve("ridge", 0.1), sums.solve("ridge", 0.1))
     weights, intercept = sums.solve("ridge", 0.1)
     torch.testing.assert_close(weights, expected)
     torch.testing.assert_close(intercept, y.mean(0) - x.mean(0) @ expected)
@@ -187,7 +192,7 @@ def test_procrustes_finds_a_rotation_and_least_squares_any_map():
         weights, intercept = sums.solve(solver, 0.0)
         torch.testing.assert_close(weights, rotation)
         torch.testing.assert_close(intercept, torch.full((4,), 3.0, dtype=torch.float64))
-        assert sums.explained(weights) == pytest.approx(1)
+        assert sums.explained(weights, intercept) == pytest.approx(1)
 
 
 def test_the_closed_form_start_points_features_at_their_words(tiny_parts):
