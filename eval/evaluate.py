@@ -71,13 +71,11 @@ def evaluate(
     names = _baselines(config, mode.baselines(items), baselines)
     names, training = _with_training(model, names, asked=NEAREST in (baselines or ()))
     state = processes()
-    if state.num_processes > 1:
-        model.to(state.device)
     about = _about(model, config, items, names)
     folder = Path(out) if out else None
     journal = Journal(folder, about, state.process_index)
     state.wait_for_everyone()
-    helpers = Helpers(config.scorer, config.judge, lambda: model.scorer)
+    helpers = Helpers(config.scorer, config.judge, lambda: model.scorer, model.device)
     answers = mode.answers(model, items, Context(config, names, training, folder, journal, helpers))
     results = {name: Result(texts, _scores(config, texts, items, helpers)) for name, texts in answers.items()}
     written = folder if state.is_main_process else None

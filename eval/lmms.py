@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 from lmms_eval.api.instance import GenerationResult
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
@@ -55,8 +54,8 @@ class Mllm(lmms):  # type: ignore[misc]
             raise MLLMError(f"The model mllm takes run, prompt, batch_size, device; not {', '.join(others)}.")
         state = processes()
         self._rank, self._world_size = state.process_index, state.num_processes
-        self.device = state.device if state.num_processes > 1 else torch.device(device or state.device)
-        self.model = load(run).to(self.device)
+        self.model = load(run, device=None if state.num_processes > 1 else device)  # the launcher gives each its own
+        self.device = self.model.device
         self.batch_size = int(batch_size)
         self._prompt = prompt or self.model.spec.prompt.question
 

@@ -10,10 +10,12 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 
 from mllm.build import with_runs
 from mllm.config.parts import PartSpec
 from mllm.data.items import Item
+from mllm.devices import choose_device
 from mllm.errors import MLLMError
 from mllm.evaluation import Score
 from mllm.registry import lookup, made
@@ -37,19 +39,26 @@ class Helpers:
         scorer: a scorer of the registry, such as a dual encoder (CLIPScore).
         judge: a language model, by hub id or folder (CLAIR).
         default: returns the evaluated model's own scorer, for a suite that names none.
+        device: where they compute; None: a GPU where there is one.
     """
 
     def __init__(
-        self, scorer: PartSpec | None = None, judge: str | None = None, default: Callable[[], Any] | None = None
+        self,
+        scorer: PartSpec | None = None,
+        judge: str | None = None,
+        default: Callable[[], Any] | None = None,
+        device: torch.device | None = None,
     ) -> None:
-        self._scorer, self._judge, self._default = scorer, judge, default
+        self._scorer, self._judge, self._default, self._device = scorer, judge, default, device
 
     @cached_property
     def scorer(self) -> Any:
         """The suite's scorer, or else the evaluated model's own."""
         if self._scorer is not None:
             cls = lookup("scorers", self._scorer.type)
-            return made(cls, f"scorer {self._scorer.type}", **with_runs(cls, self._scorer.options()))
+            device = choose_device(self._device)
+            options = with_runs(cls, self._scorer.options(), device)
+            return made(cls, f"scorer {self._scorer.type}", **options).to(device)
         if self._default is not None:
             return self._default()
         raise MLLMError("This suite needs a scorer: set scorer={type: dual-encoder, model: ...} (CLIP, ...).")
@@ -59,7 +68,7 @@ class Helpers:
         """The language model that judges."""
         if self._judge is None:
             raise MLLMError("This suite needs a judge: set judge=FOLDER-OR-ID of a language model.")
-        return lookup("lms", "transformers")(model=self._judge)
+        return lookup("lms", "transformers")(model=self._judge).to(choose_device(self._device))
 
 
 def measure(metric: str, predictions: Sequence[str], items: Sequence[Item], helpers: Helpers) -> Score:

@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
 
 from mllm.assembly import Assembly
-from mllm.capabilities import ConditionHead, CrossAttention, PrefixAdapter
+from mllm.capabilities import ConditionHead
 from mllm.config.messages import checked
 from mllm.config.parts import AssemblySpec, EncoderSpec, ObjectiveSpec, PartSpec
 from mllm.config.recipe import Stage
+from mllm.devices import DeviceName, DTypeName, cast, choose_device, dtype_of
 from mllm.encoders.base import Shape, on_meta
 from mllm.errors import MLLMError
 from mllm.fits.base import ClosedForm
 from mllm.hub import published
-from mllm.lms.new_tokens import NewTokens
+from mllm.lms.insert import build_adapters, build_tokens
 from mllm.model import Model, trained_module
 from mllm.prompts.chat_template import end_of_turn
 from mllm.readout.tokens import every_token, heads_on_meta
@@ -39,6 +39,8 @@ def assemble(
     *,
     adapters: Sequence[dict[str, Any]] = (),
     seed: int = 0,
+    device: DeviceName | None = None,
+    dtype: DTypeName | None = None,
     **settings: Any,
 ) -> Assembly:
     """Join a frozen encoder and a frozen language model by a connector with new weights.
@@ -49,10 +51,13 @@ def assemble(
         connector: a registry name; or a mapping as in a recipe, with its arguments.
         adapters: mappings as in a recipe: ``[{"type": "lora", "r": 16}]``.
         seed: of all randomly initialized weights.
+        device: where the model computes (``cuda``, ``cuda:1``, ``mps``, ``cpu``); None: a GPU where there is one.
+        dtype: of the frozen weights (``float32``, ``bfloat16``, ``float16``); None: as they are stored, or as ``lm``
+            says.
         settings: the recipe's ``heads``, ``tokens``, ``decoder``, ``scorer``, ``prompt`` and ``decoding``.
 
     Raises:
-        MLLMError: an unknown part or argument, or parts that do not fit.
+        MLLMError: an unknown part, argument or device, or parts that do not fit.
     """
     spec = checked(
         AssemblySpec,
@@ -65,24 +70,36 @@ def assemble(
             **settings,
         },
     )
-    return build(spec)
+    return build(spec, device=device, dtype=dtype)
 
 
-def build(spec: AssemblySpec) -> Assembly:
-    """Return the model of a specification; the trained parts' weights are initialized at random."""
+def build(spec: AssemblySpec, *, device: DeviceName | None = None, dtype: DTypeName | None = None) -> Assembly:
+    """Return the model of a specification, on a device; the trained parts' weights are initialized at random.
+
+    Args:
+        spec: the specification.
+        device: see `mllm.devices.choose_device`.
+        dtype: of the frozen weights; None: as they are stored, or as the specification says.
+    """
     check_condition(spec)
+    place, kind = choose_device(device), None if dtype is None else dtype_of(dtype)
     encoder = build_encoder(spec)
     return_memory()  # of the encoder's test forward pass
-    return _joined(spec, encoder=encoder, lm=build_lm(spec))
+    lm = build_lm(spec, device=place)
+    for part in (encoder, lm):
+        if part is not None and kind is not None:
+            cast(part, kind)
+    return _joined(spec, encoder=encoder, lm=lm, device=place)
 
 
-def join(spec: AssemblySpec, *, encoder: Any, lm: Any) -> Assembly:
-    """Return the model of a built encoder and a built language model, joined by new trained parts."""
+def join(spec: AssemblySpec, *, encoder: Any, lm: Any, device: DeviceName | None = None) -> Assembly:
+    """Return the model of a built encoder and a built language model, joined by new trained parts, on a device."""
     check_condition(spec)
-    return _joined(spec, encoder=encoder, lm=lm)
+    return _joined(spec, encoder=encoder, lm=lm, device=choose_device(device))
 
 
-def _joined(spec: AssemblySpec, *, encoder: Any, lm: Any) -> Assembly:
+def _joined(spec: AssemblySpec, *, encoder: Any, lm: Any, device: torch.device) -> Assembly:
+    """Return the model, with all of its parts brought together on one device; on the meta device they stay there."""
     widths = {"lm_dim": lm.dim if lm is not None else None, "vis_dim": encoder.dim if encoder is not None else None}
     connector = None
     if spec.connector is not None:
@@ -92,6 +109,9 @@ def _joined(spec: AssemblySpec, *, encoder: Any, lm: Any) -> Assembly:
             )
         connector = build_connector(spec, encoder=encoder, lm_dim=widths["lm_dim"])
     heads: dict[str, Head] = {part.name: _build_seeded(spec, Head, "head", part, **widths) for part in spec.heads}
+    decoder = None
+    if spec.decoder is not None:
+        decoder = _build_seeded(spec, ImageDecoder, "image_decoder", spec.decoder, device=device)
     model = Assembly(
         encoder=encoder,
         connector=connector,
@@ -99,7 +119,7 @@ def _joined(spec: AssemblySpec, *, encoder: Any, lm: Any) -> Assembly:
         adapters=build_adapters(spec, lm=lm),
         tokens=build_tokens(spec, every_token(spec.tokens, heads.values()), lm=lm),
         heads=heads,
-        decoder=None if spec.decoder is None else _build_seeded(spec, ImageDecoder, "image_decoder", spec.decoder),
+        decoder=decoder,
         spec=spec,
         open_scorer=open_scorer,
     )
@@ -107,11 +127,27 @@ def _joined(spec: AssemblySpec, *, encoder: Any, lm: Any) -> Assembly:
         trained_module(model, path)
     if model.generates_text:
         lm.text.turn_end = end_of_turn(spec.prompt, lm)
-    return model
+    return model if on_meta() else model.to(device)
 
 
-def _build_seeded(spec: AssemblySpec, contract: type[Slot], group: str, part: PartSpec, **options: Any) -> Slot:
+def _build_seeded(
+    spec: AssemblySpec,
+    contract: type[Slot],
+    group: str,
+    part: PartSpec,
+    *,
+    device: torch.device | None = None,
+    **options: Any,
+) -> Slot:
     """Return a part of a registry group; its random weights depend on the specification's seeds alone.
+
+    Args:
+        spec: of the model.
+        contract: the class that the part has to be of.
+        group: the registry group, in the singular.
+        part: the part's type and options.
+        device: of a run that the part is given.
+        options: further arguments of the part.
 
     Raises:
         MLLMError: arguments that the part does not take, or a part of another package that breaks its contract.
@@ -119,7 +155,7 @@ def _build_seeded(spec: AssemblySpec, contract: type[Slot], group: str, part: Pa
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed_of(group.removeprefix("image_")))
         cls, label = lookup(f"{group}s", part.type), f"{group.replace('_', ' ')} {part.type}"
-        return _fulfilled(contract, label, made(cls, label, **options, **with_runs(cls, part.options())))
+        return _fulfilled(contract, label, made(cls, label, **options, **with_runs(cls, part.options(), device)))
 
 
 def _fulfilled(contract: type[Slot], label: str, part: Any) -> Slot:
@@ -131,11 +167,11 @@ def _fulfilled(contract: type[Slot], label: str, part: Any) -> Slot:
     return part
 
 
-def with_runs(cls: Any, options: dict[str, Any]) -> dict[str, Any]:
+def with_runs(cls: Any, options: dict[str, Any], device: torch.device | None) -> dict[str, Any]:
     """Return a part's options with runs loaded: an argument is a run where the part annotates it as `Model`."""
     parameters = inspect.signature(cls).parameters
     runs = {name for name in options if name in parameters and parameters[name].annotation in (Model, "Model")}
-    return {name: load(value) if name in runs else value for name, value in options.items()}
+    return {name: load(value, device=device) if name in runs else value for name, value in options.items()}
 
 
 def build_encoder(spec: AssemblySpec) -> Any:
@@ -143,12 +179,19 @@ def build_encoder(spec: AssemblySpec) -> Any:
     return None if spec.encoder is None else encoder_of(spec.encoder, seed=spec.seed_of("encoder"))
 
 
-def build_lm(spec: AssemblySpec) -> Any:
-    """Return the language model; None where the specification has none."""
+def build_lm(spec: AssemblySpec, *, device: torch.device | None = None) -> Any:
+    """Return the language model; None where the specification has none.
+
+    Args:
+        spec: the specification.
+        device: on which quantized weights are built; None: the CPU.
+    """
     if spec.lm is None:
         return None
-    options = spec.lm.model_dump(exclude={"type"})
-    return made(lookup("lms", spec.lm.type), f"language model {spec.lm.model}", **options, seed=spec.seed_of("lm"))
+    cls, options = lookup("lms", spec.lm.type), spec.lm.model_dump(exclude={"type"})
+    if device is not None and "device" in inspect.signature(cls).parameters:
+        options["device"] = device
+    return made(cls, f"language model {spec.lm.model}", **options, seed=spec.seed_of("lm"))
 
 
 def build_connector(spec: AssemblySpec, *, encoder: Any, lm_dim: int | None) -> Connector:
@@ -158,58 +201,13 @@ def build_connector(spec: AssemblySpec, *, encoder: Any, lm_dim: int | None) -> 
     return _build_seeded(spec, Connector, "connector", spec.connector, **widths)
 
 
-def build_tokens(spec: AssemblySpec, names: Sequence[str], *, lm: Any) -> NewTokens | None:
-    """Add new tokens to a language model: their embeddings are separate parameters, and its tables do not change."""
-    if not names:
-        return None
-    if lm is None:
-        raise MLLMError("tokens: new tokens need a language model, and there is none. Give lm.")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(spec.seed)
-        tokens = NewTokens(lm.model, names)
-    lm.new_tokens = tokens.ids()
-    return tokens
-
-
-def build_adapters(spec: AssemblySpec, *, lm: Any) -> list[nn.Module]:
-    """Insert new adapters into a language model; their random weights depend on the specification's seed alone."""
-    if spec.adapters and lm is None:
-        raise MLLMError("adapters: adapters need a language model, and there is none. Give lm.")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(spec.seed)
-        adapters = [
-            made(lookup("adapters", part.type), f"adapter {part.type}", lm.model, **part.options())
-            for part in spec.adapters
-        ]
-    _check_adapters(spec, adapters)
-    for adapter in adapters:
-        if isinstance(adapter, PrefixAdapter):
-            lm.prepend(adapter)
-        if isinstance(adapter, CrossAttention):
-            lm.cross_attend()
-    return adapters
-
-
-def _check_adapters(spec: AssemblySpec, adapters: Sequence[nn.Module]) -> None:
-    """Raise an `MLLMError` for adapters that cannot be combined with a cross-attention adapter."""
-    named = [(part.type, adapter) for part, adapter in zip(spec.adapters, adapters, strict=True)]
-    crossing = [name for name, adapter in named if isinstance(adapter, CrossAttention)]
-    prefixes = [name for name, adapter in named if isinstance(adapter, PrefixAdapter)]
-    if len(crossing) > 1:
-        raise MLLMError(f"adapters: {' and '.join(crossing)} both attend to the visual tokens. Remove one.")
-    if crossing and prefixes:
-        raise MLLMError(
-            f"adapters: {prefixes[0]} puts positions before the sequence, for which {crossing[0]} has no image to "
-            "attend to. Remove one."
-        )
-    if crossing and spec.connector is None:
-        raise MLLMError(
-            f"adapters: {crossing[0]} attends to a connector's visual tokens, and there is none: give a connector."
-        )
-
-
-def load(folder: str | Path) -> Assembly:
+def load(folder: str | Path, *, device: DeviceName | None = None, dtype: DTypeName | None = None) -> Assembly:
     """Load a run or a saved model.
+
+    Args:
+        folder: of the run or the saved model.
+        device: where it computes (``cuda``, ``cuda:1``, ``mps``, ``cpu``); None: a GPU where there is one.
+        dtype: of the frozen weights (``float32``, ``bfloat16``, ``float16``); None: as in training.
 
     Raises:
         MLLMError: there is no model, or one of another format; the frozen parts are not those that it was trained on;
@@ -217,7 +215,7 @@ def load(folder: str | Path) -> Assembly:
     """
     path = find_folder(Path(folder))
     about = read_about(path)
-    model = build(about.spec)
+    model = build(about.spec, device=device, dtype=dtype)
     if not on_meta():
         restore(model, path)
     model.source, model.fingerprint = str(folder), about.fingerprint
@@ -292,5 +290,5 @@ def open_scorer(model: Model) -> Any:
     if model.spec.scorer is None:
         return own_scorer(model)
     cls = lookup("scorers", model.spec.scorer.type)
-    options = with_runs(cls, model.spec.scorer.options())
+    options = with_runs(cls, model.spec.scorer.options(), model.device)
     return made(cls, f"scorer {model.spec.scorer.type}", **options).to(model.device)

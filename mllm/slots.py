@@ -74,6 +74,9 @@ class Encoder(nn.Module):
 class Connector(nn.Module):
     """A connector, features to visual tokens; trained: ``connector: {type: linear}``.
 
+    Features are cast to the type of its weights before `forward`: an encoder may be in half precision, and what trains
+    is not. Other methods that read features cast them by `cast`.
+
     Its constructor takes keyword arguments alone: ``vis_dim`` (D_vis), ``lm_dim`` (D_lm; None where the recipe has no
     language model), ``num_patches`` (P), ``grid`` (rows and columns of the patches, or None), and its own options.
 
@@ -82,6 +85,15 @@ class Connector(nn.Module):
     """
 
     num_tokens: int
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_forward_pre_hook(_cast_features)
+
+    def cast(self, features: Tensor) -> Tensor:
+        """Return features in the type of the connector's weights."""
+        weights = (parameter.dtype for parameter in self.parameters() if parameter.is_floating_point())
+        return features.to(next(weights, features.dtype))
 
     def tokens_of(self, piece: Any) -> int:
         """Return how many visual tokens an image of a prompt takes: Q, since prompts count the same for every image."""
@@ -107,6 +119,10 @@ class Connector(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Return visual tokens ``(B, Q, D_lm)`` of features ``(B, P, D_vis)``."""
         raise NotImplementedError
+
+
+def _cast_features(connector: Any, args: Any) -> Any:
+    return (connector.cast(args[0]), *args[1:]) if args else None
 
 
 @runtime_checkable

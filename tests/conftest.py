@@ -154,6 +154,52 @@ def tiny_decoder(tiny_parts: tuple[str, str], tmp_path_factory: pytest.TempPathF
 
 
 @pytest.fixture(scope="session")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, str]:
+    """Return a tiny Stable Diffusion with random weights, and the folder that it is saved in."""
+    diffusers = pytest.importorskip("diffusers")
+    import torch
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    torch.manual_seed(0)
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    text = CLIPTextConfig(
+        **sizes,
+        num_attention_heads=2,
+        vocab_size=54,
+        max_position_embeddings=8,
+        bos_token_id=52,
+        eos_token_id=53,
+        pad_token_id=53,
+    )
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=4,
+    )
+    stable_diffusion = diffusers.StableDiffusionPipeline(
+        vae=diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, sample_size=8),
+        text_encoder=CLIPTextModel(text),
+        tokenizer=CLIPTokenizer({word: i for i, word in enumerate(words)}, [], model_max_length=8),
+        unet=unet,
+        scheduler=diffusers.DDIMScheduler(steps_offset=1, clip_sample=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    stable_diffusion.set_progress_bar_config(disable=True)
+    folder = tmp_path_factory.mktemp("pipeline")
+    stable_diffusion.save_pretrained(folder)
+    return stable_diffusion, str(folder)
+
+
+@pytest.fixture(scope="session")
 def tiny_model(tiny_parts: tuple[str, str]) -> Callable[..., Any]:
     """Return a function that assembles the tiny parts; it takes the arguments of `mllm.assemble` behind them."""
     import mllm

@@ -15,7 +15,7 @@ FOLDERS = {"mllm": "mllm", "adapters": "mllm.adapters", "eval": "mllm.eval"}
 # From the ground up; what shares a line may import each other, as long as no circle comes of it.
 FLOORS = """
 errors version
-system processes builtin registry testing
+system processes devices builtin registry testing
 config media hub
 prompts outputs
 slots capabilities lms

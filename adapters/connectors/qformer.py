@@ -92,7 +92,7 @@ class QFormer(Connector):
             size = (len(features), 1, self.num_tokens, self.num_tokens)
             mask = torch.ones(size, dtype=torch.bool, device=features.device).tril()
         states: Tensor = self.qformer(
-            query_embeds=queries, attention_mask=mask, encoder_hidden_states=self.norm_features(features)
+            query_embeds=queries, attention_mask=mask, encoder_hidden_states=self.norm_features(self.cast(features))
         ).last_hidden_state
         return states
 
@@ -123,7 +123,7 @@ class TextQFormer(QFormer):
             query_embeds=self.words.table(input_ids=text_ids, query_embeds=queries),
             query_length=self.num_tokens,
             attention_mask=joint_mask(self.num_tokens, mask, mode),
-            encoder_hidden_states=self.norm_features(features),
+            encoder_hidden_states=self.norm_features(self.cast(features)),
         ).last_hidden_state
         return states[:, : self.num_tokens], states[:, self.num_tokens :]
 

@@ -38,11 +38,11 @@ class ContrastMaps(Head):
 
     def of_queries(self, states: Tensor) -> Tensor:
         """Return vectors ``(I, Q, dim)`` of length 1 of images' states ``(I, Q, D)``."""
-        return nn.functional.normalize(self.vision(states), dim=-1)
+        return nn.functional.normalize(self.vision(states.to(self.vision.weight.dtype)), dim=-1)
 
     def of_texts(self, states: Tensor) -> Tensor:
         """Return vectors ``(N, dim)`` of length 1 of texts' states ``(N, D)``."""
-        return nn.functional.normalize(self.text(states), dim=-1)
+        return nn.functional.normalize(self.text(states.to(self.text.weight.dtype)), dim=-1)
 
 
 class MatchClassifier(Head):
@@ -60,4 +60,4 @@ class MatchClassifier(Head):
 
     def match(self, queries: Tensor) -> Tensor:
         """Return logits of no and yes ``(B, 2)`` of the queries' states ``(B, Q, D)``."""
-        return self.judge(queries).mean(1)
+        return self.judge(queries.to(self.judge.weight.dtype)).mean(1)

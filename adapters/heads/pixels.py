@@ -58,13 +58,13 @@ class Pixels(Head):
 
     def body(self, vectors: Tensor, noise: Tensor | None = None) -> Tensor:
         """Return features ``(N, F)`` of vectors ``(N, D)``; ``noise``: a standard normal sample of their shape."""
-        vectors = nn.functional.normalize(vectors, dim=-1)
+        vectors = nn.functional.normalize(vectors.to(self.frequencies.dtype), dim=-1)
         if noise is not None:
-            vectors = vectors + self.noise * noise / math.sqrt(self.dim)
+            vectors = vectors + self.noise * noise.to(vectors) / math.sqrt(self.dim)
         return (vectors @ self.frequencies + self.phases).cos()
 
     def forward(self, vectors: Tensor, seeds: list[int]) -> Tensor:
         """Return images ``(N, 3, S, S)`` between 0 and 1 of vectors ``(N, D)``, with noise from each one's seed."""
         noise = [torch.randn(self.dim, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        flat: Tensor = self.components(self.project(self.body(vectors, torch.stack(noise).to(vectors))))
+        flat: Tensor = self.components(self.project(self.body(vectors, torch.stack(noise))))
         return rearrange(flat.clamp(0, 1), "n (c h w) -> n c h w", c=3, h=self.side)

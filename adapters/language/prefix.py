@@ -26,13 +26,12 @@ class PrefixTuning(Switchable):
 
     def __init__(self, model: Any, *, positions: int = 20, std: float = 0.02) -> None:
         super().__init__()
-        self._config = model.config
-        self._dtype = model.dtype
+        self._lm = (model,)  # in a tuple, it is no submodule
         self.keys, self.values = nn.ParameterList(), nn.ParameterList()
         for key, value in _shapes(model):
             for parameters, template in ((self.keys, key), (self.values, value)):
                 heads, _, dim = template.shape[1:]
-                parameters.append(nn.Parameter(torch.randn(heads, positions, dim, device=template.device) * std))
+                parameters.append(nn.Parameter((torch.randn(heads, positions, dim) * std).to(template.device)))
 
     @property
     def num_positions(self) -> int:
@@ -41,9 +40,9 @@ class PrefixTuning(Switchable):
 
     def states(self, rows: int) -> Any:
         """Return a KV cache that contains the prefix for ``rows`` rows."""
-        cache = DynamicCache(config=self._config)
+        cache = DynamicCache(config=self._lm[0].config)
         for index, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
-            cache.update(*(part.to(self._dtype).expand(rows, -1, -1, -1) for part in (key, value)), index)
+            cache.update(*(part.to(self._lm[0].dtype).expand(rows, -1, -1, -1) for part in (key, value)), index)
         return cache
 
 

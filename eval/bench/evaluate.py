@@ -70,8 +70,9 @@ def alternative(ours: Assembly, stock: Any, folder: Path) -> Any:
         num_additional_image_tokens=1,
     ).save_pretrained(folder)
     whole = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    place = str(ours.device)
     return LlavaHf(
-        pretrained=str(folder), device="cpu", device_map="cpu", dtype="float32", batch_size=1, chat_template=whole
+        pretrained=str(folder), device=place, device_map=place, dtype="float32", batch_size=1, chat_template=whole
     )
 
 

@@ -174,7 +174,8 @@ def _inputs(model: Assembly, requests: Sequence[tuple[torch.Tensor, str]]) -> di
     width = max(map(len, rows))
     ids = torch.tensor([[model.lm.eos] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    return {"input_ids": ids, "attention_mask": mask, "pixel_values": torch.cat([pixels for pixels, _ in requests])}
+    inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values": torch.cat([pixels for pixels, _ in requests])}
+    return {name: tensor.to(model.device) for name, tensor in inputs.items()}
 
 
 @torch.no_grad()

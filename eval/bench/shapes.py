@@ -83,7 +83,7 @@ def llava_class(ours: Assembly, folder: Path, lm: str) -> Any:
     projector = stock.model.multi_modal_projector
     for mine, theirs in zip(layers, (projector.linear_1, projector.linear_2), strict=True):
         theirs.load_state_dict(mine.state_dict())
-    return stock
+    return stock.to(ours.device)
 
 
 def image_token(model: Assembly) -> int:

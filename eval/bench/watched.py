@@ -65,7 +65,7 @@ def watch(
             [sys.executable, "-m", __name__, kind, str(description), str(out)],
             stdout=stream,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **environment},
+            env={**os.environ, "ACCELERATE_USE_CPU": "true", **environment},
         )
         try:
             lines, stopped = _followed(process, out, until)

@@ -66,7 +66,7 @@ def emoji(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Sc
 
 
 def _features(store: FeatureStore, images: Sequence[ImageSource]) -> Tensor:
-    return store([Small(image) for image in images]).double().mean(1)
+    return store([Small(image) for image in images]).cpu().double().mean(1)
 
 
 @functools.cache

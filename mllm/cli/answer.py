@@ -11,7 +11,8 @@ import typer
 if TYPE_CHECKING:
     from mllm.assembly import Assembly
 
-from mllm.cli.options import Eager, ImageLogitBias, Index, Lines, RunPath, Shown, Tokens
+from mllm.cli.loading import load_run
+from mllm.cli.options import DeviceName, DTypeName, Eager, ImageLogitBias, Index, Lines, RunPath, Shown, Tokens
 from mllm.errors import MLLMError, warn_renamed
 
 if TYPE_CHECKING:  # imported by the commands that need it
@@ -27,12 +28,12 @@ def caption(
     image_logit_bias: ImageLogitBias = 0.0,
     eager: Eager = None,
     show: Shown = Path("shown"),
+    device: DeviceName = None,
+    dtype: DTypeName = None,
 ) -> None:
     """Caption images."""
-    from mllm.build import load
-
     options = _image_options(run, index, image_logit_bias, eager)
-    model = load(run)
+    model = load_run(run, device, dtype)
     _print_answers(model, images, model.spec.prompt.caption, jsonl, show, **options, **_decoding(max_new_tokens))
 
 
@@ -46,12 +47,12 @@ def ask(
     image_logit_bias: ImageLogitBias = 0.0,
     eager: Eager = None,
     show: Shown = Path("shown"),
+    device: DeviceName = None,
+    dtype: DTypeName = None,
 ) -> None:
     """Ask a question about one image or several."""
-    from mllm.build import load
-
     options = _image_options(run, index, image_logit_bias, eager)
-    model = load(run)
+    model = load_run(run, device, dtype)
     text = model.spec.prompt.question.format(question=question)
     _print_answers(model, [image], text, jsonl, show, **options, **_decoding(max_new_tokens))
 
@@ -66,15 +67,16 @@ def chat(
     image_logit_bias: ImageLogitBias = 0.0,
     eager: Eager = None,
     show: Shown = Path("shown"),
+    device: DeviceName = None,
+    dtype: DTypeName = None,
 ) -> None:
     """Chat about images; /help lists the commands of the chat."""
-    from mllm.build import load
     from mllm.cli.terminal import converse, read_history
     from mllm.readout.tokens import can_draw
 
     messages = read_history(history) if history else []
     options = _image_options(run, index, image_logit_bias, eager)
-    model = load(run)
+    model = load_run(run, device, dtype)
     with_images = {"folder": show, **options} if options or can_draw(model) else None
     converse(model.chat(system, messages), images or [], with_images, **_decoding(max_new_tokens))
 
@@ -96,9 +98,10 @@ def serve(
     index: Index = None,
     image_logit_bias: ImageLogitBias = 0.0,
     eager: Eager = None,
+    device: DeviceName = None,
+    dtype: DTypeName = None,
 ) -> None:
     """Serve a model over HTTP: OpenAI's chat completions API, and a chat page at /."""
-    from mllm.build import load
     from mllm.readout.tokens import can_draw
 
     try:
@@ -121,7 +124,7 @@ def serve(
         token=token,
     )
     options = _image_options(run, index, image_logit_bias, eager)
-    model = load(run)
+    model = load_run(run, device, dtype)
     show = {"index": None, "image_logit_bias": 0.0, **options} if options or can_draw(model) else None
     server = create_app(model, run.resolve().name, limits, show)
     uvicorn.run(server, host=host, port=port, log_level="info", timeout_keep_alive=5)
@@ -136,7 +139,7 @@ def export(
     from mllm.build import load
     from mllm.export.export import export as export_model
 
-    comparisons = export_model(load(run), folder, to=to)
+    comparisons = export_model(load(run, device="cpu"), folder, to=to)
     largest = max(comparison.difference for comparison in comparisons)
     typer.echo(
         f"{folder}: on {len(comparisons)} probes logits differ by at most {largest:.3g}, and all tokens are equal."

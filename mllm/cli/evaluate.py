@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mllm.cli.options import DataFolder, RunPath, SuiteName, SuiteOverrides
+from mllm.cli.loading import load_run
+from mllm.cli.options import DataFolder, DeviceName, DTypeName, RunPath, SuiteName, SuiteOverrides
 from mllm.errors import MLLMError
 
 if TYPE_CHECKING:
@@ -25,13 +26,14 @@ def evaluate(
         str | None,
         typer.Option(help="Names with commas (blind,nearest), all, or none; the suite's usual ones by default."),
     ] = None,
+    device: DeviceName = None,
+    dtype: DTypeName = None,
 ) -> None:
     """Run a suite on a model and its baselines; an evaluation that was killed continues."""
-    from mllm.build import load
     from mllm.evaluation import evaluate as run_suite
 
     report = run_suite(
-        load(run),
+        load_run(run, device, dtype),
         suite,
         data,
         limit=limit,
@@ -52,10 +54,13 @@ def score(
     data: DataFolder = None,
     limit: Annotated[int | None, typer.Option(min=1, help="The first items only.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the report; next to FILE by default.")] = None,
+    device: DeviceName = None,
 ) -> None:
     """Score a file of predictions that any system wrote."""
+    from mllm.devices import use_device
     from mllm.evaluation import score as run_score
 
+    use_device(device)  # of models that metrics ask
     folder = out or predictions.with_name(f"{predictions.stem}-{Path(suite).stem}")
     report = run_score(predictions, suite, data, limit=limit, out=folder, overrides=overrides or [])
     _print_table(report)
@@ -83,10 +88,15 @@ def bench(
     repeats: Annotated[int, typer.Option(min=1, help="Pairs of runs; the table has medians.")] = 3,
     only: Annotated[str | None, typer.Option(help="Only for train: llava, heavy, target or share.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Only for train: steps of an epoch, 4 by default.")] = None,
+    device: DeviceName = None,
 ) -> None:
     """Measure speed next to the alternatives, on an otherwise idle machine, or try all parts together (matrix)."""
+    from mllm.devices import use_device
     from mllm.evaluation import bench as run_bench
 
+    if device is not None and what == "train":
+        raise MLLMError("`mllm bench train` compares on the CPU, so it takes no --device. Leave it out.")
+    use_device("cpu" if what == "train" else device)
     options = {key: value for key, value in (("only", only), ("steps", steps)) if value is not None}
     if options and what != "train":
         raise MLLMError(f"--{next(iter(options))} is for `mllm bench train`. Leave it out.")

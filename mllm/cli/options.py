@@ -53,3 +53,15 @@ Lines = Annotated[bool, typer.Option("--jsonl", help="Print a line of JSON for e
 
 
 RunOption = Annotated[Path, typer.Option(help="The folder of a run or saved model with a retrieval head.")]
+
+
+DeviceName = Annotated[
+    str | None,
+    typer.Option("--device", help="Where to compute: cuda, cuda:1, mps or cpu; a GPU where there is one by default."),
+]
+
+
+DTypeName = Annotated[
+    str | None,
+    typer.Option("--dtype", help="Of the frozen weights: float32, bfloat16 or float16; as in training by default."),
+]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mllm.cli.options import DeviceName
 from mllm.errors import MLLMError
 
 if TYPE_CHECKING:  # imported by the commands that need it
@@ -45,11 +46,14 @@ def verify_recipe(
     runs: Annotated[Path, typer.Option(help="The folder of the runs; a finished run is not trained again.")] = Path(
         "runs/verify"
     ),
+    device: DeviceName = None,
 ) -> None:
     """Train recipes with several seeds, and compare the results with their baselines."""
     from mllm.config import loading as recipe
+    from mllm.devices import use_device
     from mllm.evaluation import results_table, verify
 
+    use_device(device)
     if every:
         names = [name for name in recipe.names() if recipe.load(name).eval.suites]
     if not names:

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from mllm.cli.options import Overrides, RecipeName, RunOption
+from mllm.cli.loading import load_run
+from mllm.cli.options import DeviceName, DTypeName, Overrides, RecipeName, RunOption
 from mllm.errors import MLLMError
 
 
@@ -15,14 +16,15 @@ def build_index(
     images: Annotated[list[str], typer.Argument(metavar="IMAGES...", help="Image files, folders or glob patterns.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The index's file.")],
     run: RunOption,
+    device: DeviceName = None,
+    dtype: DTypeName = None,
 ) -> None:
     """Build an index of images for the model's retrieval head."""
-    from mllm.build import load
     from mllm.media.images import find_images
     from mllm.scorers.index import ImageIndex
 
     paths = find_images(images)
-    ImageIndex.build(load(run), paths).save(out)
+    ImageIndex.build(load_run(run, device, dtype), paths).save(out)
     typer.echo(f"{out}: {len(paths)} images.")
 
 
@@ -33,13 +35,14 @@ def find_images(
     ],
     run: RunOption,
     count: Annotated[int, typer.Option(min=1, help="How many images, the closest first.")] = 5,
+    device: DeviceName = None,
+    dtype: DTypeName = None,
 ) -> None:
     """Find images of an index by a text."""
-    from mllm.build import load
     from mllm.scorers.index import opened
 
     loaded = opened(index, run)  # another model's index is refused before the model is loaded
-    for image in load(run).retrieve([[text]], loaded, count)[0]:
+    for image in load_run(run, device, dtype).retrieve([[text]], loaded, count)[0]:
         typer.echo(f"{image.score:.3f}  {image.source}")
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mllm.cli.options import Overrides, RecipeName
+from mllm.cli.options import DeviceName, Overrides, RecipeName
 from mllm.errors import MLLMError
 
 
@@ -41,11 +41,12 @@ def train(
         bool,
         typer.Option("--accept-changes", help="Continue although the recipe has changed since the run was started."),
     ] = False,
+    device: DeviceName = None,
 ) -> None:
     """Train a recipe."""
     from mllm.training.train import train as run_training
 
-    run = run_training(recipe, overrides or [], out=out, resume=resume, accept_changes=accept_changes)
+    run = run_training(recipe, overrides or [], out=out, resume=resume, accept_changes=accept_changes, device=device)
     typer.echo(f"Trained: {run.path} (losses in {run.path / 'loss.png'})")
 
 

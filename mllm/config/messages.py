@@ -44,6 +44,8 @@ def _reason(model: type[BaseModel], problem: Any) -> str:
     if problem["type"] == "missing":
         return "missing"
     message = str(problem["msg"]).removeprefix("Value error, ")
+    if problem["type"] in ("string_type", "literal_error") and isinstance(problem["input"], bool | int | float):
+        message += ". Put a word that YAML reads as another kind of value (on, no, 1e5) in quotes"
     return message if isinstance(problem["input"], Mapping) else f"{problem['input']!r}: {message}"
 
 

@@ -69,12 +69,19 @@ def _distinct(heads: list[HeadSpec]) -> list[HeadSpec]:
     return heads
 
 
-Heads = Annotated[list[HeadSpec], AfterValidator(_distinct)]
-
-
 def listed(value: Any) -> Any:
     """Return a list: one mapping is short for a list of one, None for an empty list."""
     return [] if value is None else [value] if isinstance(value, Mapping) else value
+
+
+Heads = Annotated[list[HeadSpec], BeforeValidator(listed), AfterValidator(_distinct)]
+Adapters = Annotated[list[PartSpec], BeforeValidator(listed)]
+Names = Annotated[list[str], BeforeValidator(listed)]
+
+
+def switch(value: Any) -> Any:
+    """Return ``on`` or ``off`` for a boolean, as which YAML reads these words where they are not quoted."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
 class EncoderSpec(PartSpec):
@@ -243,9 +250,9 @@ class Parts(Spec):
     encoder: EncoderSpec | None = None
     lm: LMSpec | None = None
     connector: PartSpec | None = None
-    adapters: list[PartSpec] = []
+    adapters: Adapters = []
     heads: Heads = []
-    tokens: list[str] = []
+    tokens: Names = []
     decoder: PartSpec | None = None
     scorer: PartSpec | None = None
     prompt: PromptSpec = PromptSpec()

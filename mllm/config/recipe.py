@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 
 from mllm.config.data import Data
 from mllm.config.parts import (
@@ -17,7 +17,9 @@ from mllm.config.parts import (
     ObjectiveSpec,
     Parts,
     Spec,
+    listed,
     part_of,
+    switch,
 )
 
 
@@ -51,9 +53,11 @@ class Settings(Parts):
     data: Data = Data()
     init: InitSpec = InitSpec()
     optim: OptimSpec = OptimSpec()
-    cache: Literal["auto", "on", "off"] = "auto"
+    cache: Annotated[Literal["auto", "on", "off"], BeforeValidator(switch)] = "auto"
     eval: EvalSpec = EvalSpec()
-    track: list[Literal["tensorboard", "trackio", "wandb"]] = []  # where losses are logged, too
+    track: Annotated[
+        list[Literal["tensorboard", "trackio", "wandb"]], BeforeValidator(listed)
+    ] = []  # where losses are logged, too
 
 
 class Stage(Settings):

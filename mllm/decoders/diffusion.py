@@ -43,6 +43,8 @@ class DiffusionPipeline(nn.Module):
         MLLMError: `diffusers` is not installed, or there is no such pipeline.
     """
 
+    _place: Tensor
+
     def __init__(
         self,
         *,
@@ -56,6 +58,7 @@ class DiffusionPipeline(nn.Module):
         self.condition = self.shape(model=model)
         self._model, self._steps, self._guidance, self._side = model, steps, guidance, side
         self._dtype = getattr(torch, dtype)
+        self.register_buffer("_place", torch.empty(0), persistent=False)  # moves with the model's other parts
         if torch.get_default_device().type != "meta":
             _ = self._text_pipeline
 
@@ -96,7 +99,7 @@ class DiffusionPipeline(nn.Module):
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Tensor:
         """Return the text encoder's output ``(N, L, W)``."""
-        pipeline = self._text_pipeline
+        pipeline = self._text_pipeline.to(self._place.device)
         conditions: Tensor = pipeline.encode_prompt(
             prompt=list(texts), device=pipeline.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )[0]

@@ -103,7 +103,7 @@ class DualEncoder(nn.Module):
     @torch.no_grad()
     def _embed(self, inputs: Sequence[Any], encode: Callable[[Sequence[Any]], Any]) -> Tensor:
         batches = [inputs[start : start + _BATCH] for start in range(0, len(inputs), _BATCH)]
-        return torch.cat([nn.functional.normalize(_vectors(encode(batch)), dim=-1) for batch in batches])
+        return torch.cat([nn.functional.normalize(_vectors(encode(batch)).float(), dim=-1) for batch in batches])
 
     @property
     def ready(self) -> bool:
@@ -116,7 +116,7 @@ class DualEncoder(nn.Module):
 
     def image_vectors(self, pixels: Tensor) -> Tensor:
         """Return embeddings ``(I, D)`` of pixels, not normalized."""
-        return _vectors(self.model.get_image_features(pixel_values=pixels.to(self.model.device)))
+        return _vectors(self.model.get_image_features(pixel_values=pixels.to(self.model.device, self.model.dtype)))
 
     def image_settings(self) -> dict[str, Any]:
         """Return the settings that, with the weights, determine the image embeddings."""

@@ -1,5 +1,7 @@
 """Cache the features of a frozen encoder in memory and on disk, so that each image is encoded once.
 
+In memory they are the host's: a GPU holds only the features of the batch that is computed.
+
 On disk, features are in a folder named by a hash of everything that determines them (the encoder's weights, layer,
 selection, resolution, processor and dtype), under a hash of the image's content. When any of these changes, another
 folder is used, so no stale feature is ever read. Images of the next steps are opened in background threads.
@@ -50,7 +52,7 @@ class FeatureStore:
         self._threads = ThreadPoolExecutor(THREADS)
 
     def __call__(self, images: Sequence[Any]) -> Tensor:
-        """Return features ``(I, P, D_vis)`` of images in any accepted form, in order."""
+        """Return features ``(I, P, D_vis)`` of images in any accepted form, in order, on the model's device."""
         sources = [source_of(image) for image in images]
         keys = [self._model.encoder.key(source) for source in sources]
         features = {key: self._find(key) for key in keys if key in self._cached or key in self._stored}
@@ -62,7 +64,7 @@ class FeatureStore:
             for key, row in zip(chunk, self._model.features(opened), strict=True):
                 features[key] = row
                 self._cache(key, row)
-        return torch.stack([features[key] for key in keys])
+        return torch.stack([features[key].to(self._model.device) for key in keys])
 
     def expect(self, images: Sequence[Any]) -> None:
         """Start opening images that will be requested, except those whose features are cached.
@@ -99,7 +101,7 @@ class FeatureStore:
         """
         if self._folder is None or not self._new:
             return
-        rows = {key: self._cached[key].cpu().contiguous() for key in self._new}
+        rows = {key: self._cached[key].contiguous() for key in self._new}
         path = self._folder / f"{hashlib.sha256(''.join(rows).encode()).hexdigest()[:16]}.safetensors"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -113,7 +115,7 @@ class FeatureStore:
 
     def _find(self, key: str) -> Tensor:
         if key not in self._cached:
-            with safe_open(self._stored[key], framework="pt", device=str(self._model.device)) as shard:
+            with safe_open(self._stored[key], framework="pt") as shard:
                 for name in shard.keys():  # noqa: SIM118  # it is not a mapping
                     self._cached.setdefault(name, shard.get_tensor(name))
         return self._cached[key]
@@ -121,7 +123,7 @@ class FeatureStore:
     def _cache(self, key: str, row: Tensor) -> None:
         size = row.numel() * row.element_size()
         if self._limit is None or self._bytes + size <= self._limit:
-            self._cached[key] = row.clone()  # a view would keep the whole chunk in memory
+            self._cached[key] = row.to("cpu", copy=True)  # a view would keep the whole chunk in memory
             self._new.append(key)
             self._bytes += size
 

@@ -31,7 +31,7 @@ def export(model: Model, folder: str | Path, *, to: str) -> list[Comparison]:
     """Write a model as a class of `transformers`, load that, and compare the two.
 
     Args:
-        model: the model; it is converted to float32, in which the comparison is made.
+        model: the model; it is moved to the CPU and converted to float32, in which the comparison is made.
         folder: the new folder.
         to: ``hf-llava`` (`LlavaForConditionalGeneration`) or ``hf-blip2`` (`Blip2ForConditionalGeneration`).
 
@@ -52,7 +52,7 @@ def export(model: Model, folder: str | Path, *, to: str) -> list[Comparison]:
         )
     with _new_folder(Path(folder)) as temporary:
         try:
-            stock = CONVERTERS[to](model.float())
+            stock = CONVERTERS[to](model.cpu().float())
         except MLLMError as error:
             raise MLLMError(f"This model is not equivalent to {to}, so it is not exported:\n{error}") from None
         stock.model.save_pretrained(temporary)

@@ -83,7 +83,7 @@ class ConnectorFit(ClosedForm):
             return
         target = _SentenceTargets(model) if self.targets == "sentences" else _WordTargets(model, data.captioned)
         for items, features in data.with_features(self.chunk):
-            yield model.connector.body(features).mean(1), target(items)
+            yield model.connector.body(model.connector.cast(features)).mean(1), target(items)
 
     def solve(self, model: Model, sums: NormalEquations) -> tuple[Tensor, Tensor]:
         """Return weights ``(X, D_lm)`` and intercept ``(D_lm,)``."""
@@ -107,7 +107,7 @@ class ConnectorFit(ClosedForm):
             chunk = words[start : start + self.chunk]
             features = model.encoder.embed_texts([text for _, text in chunk])[:, None]  # (N, 1, D_vis)
             y = model.lm.embed(torch.tensor([token for token, _ in chunk], device=model.lm.model.device))
-            yield model.connector.body(features).mean(1), y
+            yield model.connector.body(model.connector.cast(features)).mean(1), y
 
 
 class _WordTargets:

@@ -40,6 +40,7 @@ class LanguageModel(nn.Module):
         quantize: ``8bit`` (LLM.int8, arXiv:2208.07339) or ``4bit`` (NF4, arXiv:2305.14314), by bitsandbytes.
         init: ``random`` keeps the architecture and initializes the weights at random (a control).
         seed: of the random weights.
+        device: on which quantized weights are built; others are loaded on the CPU.
 
     Attributes:
         model: the model of `transformers`.
@@ -57,13 +58,15 @@ class LanguageModel(nn.Module):
         quantize: Literal["8bit", "4bit"] | None = None,
         init: Literal["pretrained", "random"] = "pretrained",
         seed: int = 0,
+        device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
         folder = hub.resolve(model, group="lms")
         tokenizer = hub.load_processor(AutoTokenizer, folder)
         options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
         if quantize is not None:
-            options["quantization_config"] = _quantization(quantize)
+            # Without a map, transformers puts them on a GPU where there is one, whatever the rest of the model does.
+            options |= {"quantization_config": _quantization(quantize), "device_map": {"": device}}
         self.model = hub.load_model(hub.language_class(folder), folder, init=init, seed=seed, **options)
         self.model.requires_grad_(False).eval()
         if (head := self.model.get_output_embeddings()) is not None:

@@ -86,4 +86,4 @@ def _start(table: Tensor, number: int) -> Tensor:
     if table.is_meta:
         return torch.empty(number, table.shape[1], device="meta")
     some = table[: min(len(table), 8192)].detach().float()
-    return some.mean(0) + some.std(0) * torch.randn(number, table.shape[1], device=table.device)
+    return some.mean(0) + some.std(0) * torch.randn(number, table.shape[1]).to(table.device)

@@ -56,6 +56,8 @@ class SentenceEncoder(nn.Module):
         if self.model.config.is_encoder_decoder:
             raise MLLMError(f"{model} has an encoder and a decoder; expected a text encoder such as mllm/minilm.")
         self.model.requires_grad_(False).eval()
+        if init == "random" and self.model.device.type != "meta":
+            _ = self.fingerprint  # before its weights are converted or trained
 
     @functools.cached_property
     def fingerprint(self) -> str:

@@ -35,7 +35,7 @@ def probe(recipe: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> tup
     if stage is None:
         raise MLLMError(f"{config.name} has no stage that trains: there is no step to time.")
     accelerator = Accelerator(mixed_precision=precision(stage))
-    model: Any = build(stage.assembly).to(accelerator.device)
+    model: Any = build(stage.assembly)
     optimizer = optimizer_for(model, stage, parameter_groups(model, stage))
     objectives = Objectives(stage)
     rows = workload(model, stage, processes=1, images=None, text=None).typical

@@ -83,6 +83,8 @@ def _checked(original: Any) -> dict[str, Any]:
 def _part(part: Any) -> dict[str, Any]:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text" and isinstance(part.get("text"), str):
+        if any("\ud800" <= character <= "\udfff" for character in part["text"]):
+            raise MLLMError(f"A text of a message has half of a character (a surrogate): {part['text'][:40]!r}.")
         return text_part(part["text"])
     if kind == "image" and "image" in part:
         return {"type": "image", "image": source_of(part["image"])}

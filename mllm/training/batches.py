@@ -136,7 +136,7 @@ def inputs(model: Model, rows: Rows, store: FeatureStore, *, pack: int | None = 
         return rows, None, batch
     if model.encoder_trains:
         return rows, model.encoder.preprocess([store.opened(image) for image in images]).to(model.device), batch
-    return rows, store(images).to(model.device), batch
+    return rows, store(images), batch
 
 
 def check_packing(stage: Stage, model: Model, objectives: Objectives) -> None:

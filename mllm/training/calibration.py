@@ -21,7 +21,7 @@ def calibrate_new(model: Model, stage: Stage, batches: Batches, store: FeatureSt
     rows, _, _ = batches.readable(batches.stream().take(CALIBRATION_EXAMPLES))
     images = [image for pieces in rows for image in images_of(pieces)]
     if images:
-        calibrate(model, store(images).to(model.device))
+        calibrate(model, store(images))
     model.calibrated = True
 
 

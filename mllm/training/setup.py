@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from transformers import get_scheduler
 
 from mllm.build import objectives_of
 from mllm.config.recipe import Stage
+from mllm.devices import choose_device
 from mllm.errors import MLLMError
 from mllm.model import Model, trained_module
 from mllm.prompts.batch import Batch
@@ -98,6 +100,8 @@ class Engine:
         for tracker in self.accelerator.trackers:  # end_training would end the other processes, too
             tracker.finish()
         self.accelerator.free_memory()
+        for name in ("forward", "_original_forward"):  # accelerate's, with this stage's precision
+            self.model.__dict__.pop(name, None)
 
 
 def accelerator_for(stage: Stage, folder: Path) -> Accelerator:
@@ -113,6 +117,7 @@ def accelerator_for(stage: Stage, folder: Path) -> Accelerator:
     # A process whose examples have no image leaves the connector out of its graph.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     asked()  # first: accelerate is not to divide anything itself
+    AcceleratorState._reset_state()  # a stage's precision may be another than that of the stage before
     accelerator = Accelerator(
         mixed_precision=precision(stage),
         log_with=list(stage.track) or None,
@@ -140,7 +145,7 @@ def parameter_groups(model: Model, stage: Stage) -> Groups:
     A parameter belongs to the longest path that names it; an adapter's belongs to ``adapters``, wherever it stands.
 
     Raises:
-        MLLMError: a path that is no part, or weights that are quantized.
+        MLLMError: a path that is no part, or weights that are quantized or in float16.
     """
     model.requires_grad_(False)
     inside = {id(parameter) for parameter in model.adapters.parameters()}
@@ -154,6 +159,11 @@ def parameter_groups(model: Model, stage: Stage) -> Groups:
         parameters = [parameter for name, parameter in owner.values() if name == path]
         if not all(parameter.is_floating_point() for parameter in parameters):
             raise MLLMError(f"A stage's 'train' names {path!r}, which is quantized. Set quantize: null, or use LoRA.")
+        if any(parameter.dtype == torch.float16 for parameter in parameters):
+            raise MLLMError(
+                f"A stage's 'train' names {path!r}, which is stored in float16, in which training diverges. Set "
+                "lm.dtype: float32, or use LoRA."
+            )
         groups.append({"params": [parameter.requires_grad_(True) for parameter in parameters], "lr": rate})
     return groups
 
@@ -202,7 +212,7 @@ def precision(stage: Stage) -> str:
     """Return accelerate's word; ``auto`` is bfloat16 on a GPU that has it, else the precision of the loaded parts."""
     names = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
     if stage.optim.precision == "auto":
-        return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+        return "bf16" if choose_device().type == "cuda" and torch.cuda.is_bf16_supported() else "no"
     return names[stage.optim.precision]
 
 

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from mllm.config.recipe import Stage
+from mllm.devices import choose_device
 from mllm.errors import MLLMError
 from mllm.model import Model
 from mllm.processes import processes
@@ -29,6 +30,11 @@ def asked() -> bool:
     The setting is removed from the environment: accelerate itself would divide trained weights, too, and never on CPUs.
     """
     return os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
+
+
+def loading_device() -> torch.device:
+    """Return the device on which training builds models: the CPU where their weights are to be divided first."""
+    return torch.device("cpu") if asked() and processes().num_processes > 1 else choose_device()
 
 
 def divide_where_asked(model: Model, stage: Stage, device: torch.device) -> int:

@@ -16,6 +16,7 @@ from mllm.config.recipe import Stage
 from mllm.data.skipping import Skipped
 from mllm.data.sources import fingerprint
 from mllm.data.stream import Stream
+from mllm.devices import choose_device
 from mllm.encoders.feature_store import FeatureStore, open_store
 from mllm.errors import MLLMError
 from mllm.fits.base import Material
@@ -29,7 +30,7 @@ from mllm.training.loop import Loop
 from mllm.training.monitor import Monitor, shown_items
 from mllm.training.run import Run
 from mllm.training.setup import Objectives, accelerator_for, engine_for, parameter_groups
-from mllm.training.sharding import divide_where_asked, divided
+from mllm.training.sharding import divide_where_asked, divided, loading_device
 from mllm.training.validation import Validation, validation_rows
 from mllm.transfer import transfer
 
@@ -68,8 +69,10 @@ def carry_over(model: Assembly, spec: AssemblySpec, run: Run | None = None) -> A
         return model
     touched = model.spec.adapters or model.tokens is not None or model.spec.trained or divided(model.lm)
     pristine = same["lm"] and not touched
+    device = loading_device()
     encoder = model.encoder if same["encoder"] else build_encoder(spec)
-    new = join(spec, encoder=encoder, lm=model.lm if pristine else build_lm(spec))
+    lm = model.lm if pristine else build_lm(spec, device=device)
+    new = join(spec, encoder=encoder, lm=lm, device=device)
     old, wanted = model.trained_state(), new.trained_state()
     wrong = [name for name in old.keys() & wanted.keys() if old[name].shape != wanted[name].shape]
     if wrong:
@@ -138,6 +141,7 @@ def _hashes(model: Assembly, trained: Sequence[str]) -> dict[str, str]:
 def _fit(run: Run, model: Assembly, stage: Stage, store: FeatureStore) -> None:
     assert stage.fit is not None
     fit = fit_of(stage)
+    model.to(choose_device())
     with progress() as bar:
         task = bar.add_task(stage.name, total=None, note="")
         material = _material(run, model, stage, store)

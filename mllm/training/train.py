@@ -17,12 +17,14 @@ from mllm.assembly import Assembly
 from mllm.build import build
 from mllm.config import loading
 from mllm.config.recipe import Recipe
+from mllm.devices import DeviceName, use_device
 from mllm.errors import MLLMError
 from mllm.processes import processes
 from mllm.saving import save
 from mllm.training.checkpoint import NAME as CHECKPOINT
 from mllm.training.checkpoint import TrainingState, random_states, set_random_states
 from mllm.training.run import Run, free_folder
+from mllm.training.sharding import loading_device
 from mllm.training.stages import begin_stage, run_stage
 
 
@@ -33,6 +35,7 @@ def train(
     out: str | Path | None = None,
     resume: str | Path | None = None,
     accept_changes: bool = False,
+    device: DeviceName | None = None,
 ) -> Run:
     """Train a recipe and return its run.
 
@@ -42,6 +45,8 @@ def train(
         out: the run's folder; None: ``runs/NAME``, or the first free ``runs/NAME-2``, ...
         resume: a run that was interrupted, to continue from its last checkpoint.
         accept_changes: continue although the recipe is not the one that the run was started with.
+        device: where this process computes from now on (``cuda``, ``cuda:1``, ``mps``, ``cpu``); None: a GPU where
+            there is one, or the device that the launcher gave it.
 
     Raises:
         MLLMError: a recipe, part or data set that is wrong; nothing is trained then. Or a run that cannot be resumed.
@@ -51,12 +56,14 @@ def train(
     if not config.stages:
         raise MLLMError(f"The recipe {config.name} has no stages, so there is nothing to train.")
     processes()  # first: they agree on a folder before anything is trained
+    use_device(device)
     set_seed(config.seed)
     if resume:
         run = Run.reopen(Path(resume), loading.dump(config), accept=accept_changes)
         model, state = _restored(run, config)
     else:
-        model, state = build(config.stages[0].assembly), TrainingState()  # first: what does not fit leaves no folder
+        model = build(config.stages[0].assembly, device=loading_device())  # first: what does not fit leaves no folder
+        state = TrainingState()
         run = Run.create(_folder(out, config.name), loading.dump(config))
     try:
         for number, stage in enumerate(config.stages[state.stage :], start=state.stage):
@@ -87,7 +94,7 @@ def _restored(run: Run, config: Recipe) -> tuple[Assembly, TrainingState]:
     names = [stage.name for stage in config.stages]
     run.rewind(names[: state.stage], names[state.stage] if state.stage < len(names) else "", state.step)
     number = state.stage if state.step or not state.stage else state.stage - 1  # a stage's end has that stage's model
-    model = build(config.stages[number].assembly)
+    model = build(config.stages[number].assembly, device=loading_device())
     if state.random:  # there is a checkpoint
         if state.model.keys() != model.trained_state().keys():
             raise MLLMError(f"The checkpoint of {run.path} is of another model: the recipe's parts changed.")

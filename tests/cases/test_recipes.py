@@ -1,37 +1,52 @@
-"""Recipes as people write them in YAML, where off and on are booleans."""
+"""Recipes as people write them in YAML, where off and on are booleans, and a list may be null."""
 
 from __future__ import annotations
 
 import pytest
 
-from mllm.config.loading import load
+from mllm.config.loading import dump, load
 from mllm.errors import MLLMError
+
+
+@pytest.fixture
+def recipe(tiny_parts, tmp_path):
+    """Return a function that writes a recipe with further lines, and returns its path."""
+
+    def written(*lines: str) -> str:
+        parts = [f"encoder: {{model: {tiny_parts[0]}}}", f"lm: {{model: {tiny_parts[1]}}}", "connector: {type: linear}"]
+        (tmp_path / "recipe.yaml").write_text("\n".join(["name: r", *parts, *lines, "stages: []"]) + "\n")
+        return str(tmp_path / "recipe.yaml")
+
+    return written
 
 
 @pytest.mark.parametrize(
     ("written", "read"),
-    [
-        ("auto", "auto"),
-        *(
-            pytest.param(
-                value,
-                value,
-                marks=pytest.mark.xfail(
-                    strict=True,
-                    raises=MLLMError,
-                    reason="Right with the parts that people bring: off and on, which YAML reads as booleans",
-                ),
-            )
-            for value in ("off", "on")
-        ),
-    ],
+    [("auto", "auto"), *((word, word.lower()) for word in ("off", "on", "Off", "ON")), ("no", "off"), ("yes", "on")],
 )
 @pytest.mark.parametrize("given", ["in the recipe", "as an override"])
-def test_the_cache_is_switched_as_the_documentation_says(tiny_parts, tmp_path, written, read, given):
-    in_recipe = f"cache: {written}" if given == "in the recipe" else ""
-    overrides = [f"cache={written}"] if given == "as an override" else []
-    (tmp_path / "recipe.yaml").write_text(
-        f"name: r\nencoder: {{model: {tiny_parts[0]}}}\nlm: {{model: {tiny_parts[1]}}}\n"
-        f"connector: {{type: linear}}\n{in_recipe}\nstages: []\n"
-    )
-    assert load(str(tmp_path / "recipe.yaml"), overrides).cache == read
+def test_the_cache_is_switched_as_the_documentation_says(recipe, tmp_path, written, read, given):
+    path = recipe(f"cache: {written}") if given == "in the recipe" else recipe()
+    config = load(path, [f"cache={written}"] if given == "as an override" else [])
+    assert config.cache == read
+    (tmp_path / "again.yaml").write_text(dump(config))
+    assert load(str(tmp_path / "again.yaml")) == config
+
+
+@pytest.mark.parametrize("key", ["adapters", "heads", "tokens", "track"])
+def test_null_is_an_empty_list(recipe, key):
+    for config in (load(recipe(f"{key}: null")), load(recipe(f"{key}:")), load(recipe(), [f"{key}=null"])):
+        assert getattr(config, key) == []
+
+
+@pytest.mark.parametrize("key", ["adapters", "heads"])
+def test_one_part_is_a_list_of_one(recipe, key):
+    kind = {"adapters": "lora", "heads": "retrieval"}[key]
+    (part,) = getattr(load(recipe(f"{key}: {{type: {kind}}}")), key)
+    assert part.type == kind
+
+
+@pytest.mark.parametrize("line", ["about: on", "tokens: [no]", "prompt: {caption: yes}", "about: 1e5"])
+def test_a_word_that_yaml_reads_as_something_else_is_to_be_quoted(recipe, line):
+    with pytest.raises(MLLMError, match="in quotes"):
+        load(recipe(line))

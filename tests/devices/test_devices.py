@@ -1,32 +1,26 @@
-"""Every call runs where the model is, and every command puts it where torch has a GPU, here a pretend one."""
+"""Models are built where torch has a GPU, here a pretend one, and every call runs where the model is."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import json
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import transformers
-import yaml
-from torch.nn.modules.module import register_module_forward_pre_hook
 
 import mllm
-from mllm.__main__ import main
-from mllm.testing import tiny_image
+from mllm.build import build_encoder, build_lm, join
+from mllm.config.parts import AssemblySpec
+from mllm.encoders.feature_store import FeatureStore
+from mllm.errors import MLLMError
+from mllm.export.export import export
+from mllm.testing import tiny_image, tiny_lm
 
 A, B = tiny_image(1), tiny_image(2)
 
 
-def planned(clause: str, raises: type[BaseException] = AssertionError) -> pytest.MarkDecorator:
-    return pytest.mark.xfail(strict=True, raises=raises, reason=f"Right with the parts that people bring: {clause}")
-
-
-# A model that was moved by hand answers there as on a CPU.
+# A model answers on the device as on the CPU.
 
 
 def generates(**decoding: Any) -> Callable[[Any], Any]:
@@ -54,7 +48,7 @@ CALLS = {
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_a_model_on_the_device_answers_as_on_the_cpu(tiny_model, gpu, call):
-    model = tiny_model()
+    model = tiny_model(device="cpu")
     expected = call(model)
     model.to("cuda")
     if isinstance(expected[0], str):
@@ -65,7 +59,7 @@ def test_a_model_on_the_device_answers_as_on_the_cpu(tiny_model, gpu, call):
 
 
 def test_a_generated_token_costs_no_more_synchronizations_than_in_transformers(tiny_model, gpu):
-    model = tiny_model().to("cuda")
+    model = tiny_model()
     embeds, batch = model.prepare([[A, "A"]])
 
     def per_token(generate: Callable[[int], Any]) -> float:
@@ -86,112 +80,74 @@ def test_a_generated_token_costs_no_more_synchronizations_than_in_transformers(t
 
 
 def test_what_is_saved_on_the_device_is_what_was_there(tiny_model, gpu, tmp_path):
-    model = tiny_model().to("cuda")
+    model = tiny_model()
     again = mllm.load(model.save(tmp_path / "run"))
     for name, tensor in again.connector.state_dict().items():
         assert torch.equal(tensor.cpu(), model.connector.state_dict()[name].cpu())
     assert again.frozen_hash("lm") == model.frozen_hash("lm")
 
 
-# Whoever loads a model finds it on the device.
-
-on_gpu = planned("inference and evaluation run on the GPU that torch reports")
+# Whoever loads a model finds it on the device, all of it.
 
 
-@on_gpu
-def test_a_model_is_assembled_on_the_device(gpu, tiny_model):
-    assert {parameter.device.type for parameter in tiny_model().parameters()} == {"cuda"}
+def devices(model: Any) -> set[str]:
+    return {tensor.device.type for tensor in (*model.parameters(), *model.buffers())}
 
 
-@on_gpu
-def test_a_model_is_loaded_on_the_device(gpu, tiny_model, tmp_path):
-    model = mllm.load(tiny_model().save(tmp_path / "run"))
-    assert {parameter.device.type for parameter in model.parameters()} == {"cuda"}
+def test_a_model_is_assembled_and_loaded_on_the_device(gpu, tiny_model, tmp_path):
+    model = tiny_model()
+    assert devices(model) == devices(mllm.load(model.save(tmp_path / "run"))) == {"cuda"}
 
 
-@contextlib.contextmanager
-def devices_of_linear_layers() -> Iterator[set[str]]:
-    """Collect the devices that linear layers run on."""
-    devices: set[str] = set()
-
-    def collect(module: torch.nn.Module, args: Any) -> None:
-        if isinstance(module, torch.nn.Linear):
-            devices.update({module.weight.device.type, args[0].device.type})
-
-    handle = register_module_forward_pre_hook(collect)
-    try:
-        yield devices
-    finally:
-        handle.remove()
+@pytest.mark.parametrize("name", ["cpu", "cuda", "cuda:0", torch.device("cpu")], ids=str)
+def test_a_model_is_put_where_it_is_asked_for(gpu, tiny_model, tmp_path, name):
+    model = tiny_model(device=name)
+    expected = {torch.device(name).type}
+    assert devices(model) == devices(mllm.load(model.save(tmp_path / "run"), device=name)) == expected
+    assert mllm.load(tmp_path / "run").device.type == "cuda", "the choice is that call's alone"
 
 
-@pytest.fixture
-def folder(tiny_model, tiny_parts, tmp_path):
-    """A folder with a saved model, an image, a suite and a recipe."""
-    tiny_model().save(tmp_path / "run")
-    A.save(tmp_path / "a.png")
-    (tmp_path / "rows.json").write_text(json.dumps([{"image": "a.png", "question": "q", "answer": "x"}] * 2))
-    suite = {
-        "name": "rows",
-        "about": "A table.",
-        "data": {"format": "table"},
-        "folder": {"path": "rows.json"},
-        "metrics": ["vqa/exact-match"],
-        "decoding": {"max_new_tokens": 2},
-    }
-    recipe = {
-        "name": "tiny",
-        "encoder": {"model": tiny_parts[0]},
-        "lm": {"model": tiny_parts[1]},
-        "connector": {"type": "linear", "tokens": 4},
-        "data": {"train": {"format": "table", "path": str(tmp_path / "rows.json")}},
-        "stages": [{"name": "align", "train": ["connector"], "steps": 1, "batch_size": 1}],
-    }
-    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    return tmp_path
+@pytest.mark.parametrize("name", ["cuda:1", "mps", "gpu", "meta"])
+def test_a_device_that_is_not_there_is_an_error(gpu, tiny_model, name):
+    with pytest.raises(MLLMError, match=f"device.*{name}"):
+        tiny_model(device=name)
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        pytest.param(["train", "recipe.yaml", "--out", "trained"], id="train"),
-        pytest.param(["caption", "run", "a.png", "--max-new-tokens", "2"], id="caption", marks=on_gpu),
-        pytest.param(["ask", "run", "a.png", "what?", "--max-new-tokens", "2"], id="ask", marks=on_gpu),
-        pytest.param(["chat", "run", "--max-new-tokens", "2"], id="chat", marks=on_gpu),
-        pytest.param(
-            ["eval", "run", "--suite", "suite.yaml", "--data", ".", "--baselines", "none", "--out", "eval"],
-            id="eval",
-            marks=on_gpu,
-        ),
-    ],
-)
-def test_a_command_runs_on_the_device(gpu, folder, monkeypatch, arguments):
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", ["mllm", *arguments])
-    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
-    with devices_of_linear_layers() as devices, contextlib.suppress(SystemExit):
-        main()
-    if not devices:
-        raise RuntimeError("The command ended before the model ran.")
-    assert "cuda" in devices
+def test_without_a_gpu_everything_is_on_the_cpu(tiny_model, tmp_path, fresh_accelerator, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert devices(mllm.load(tiny_model().save(tmp_path / "run"))) == {"cpu"}
 
 
-@planned("a closed form runs on the GPU that torch reports")
-def test_a_fit_that_comes_first_runs_on_the_device(gpu, folder):
-    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
-    (folder / "rows.json").write_text(json.dumps([{"image": "a.png", "caption": "x"}] * 2))
-    recipe["stages"] = [{"name": "fit", "fit": {}}]
-    (folder / "fit.yaml").write_text(yaml.safe_dump(recipe))
-    with devices_of_linear_layers() as devices:
-        mllm.train(str(folder / "fit.yaml"), out=folder / "fitted")
-    assert "cuda" in devices
+def test_parts_of_two_devices_are_brought_together(gpu, tiny_parts):
+    spec = tiny_spec(tiny_parts)
+    encoder, lm = build_encoder(spec), build_lm(spec)
+    lm.to("cuda")
+    assert devices(join(spec, encoder=encoder, lm=lm)) == {"cuda"}
+    assert devices(join(spec, encoder=encoder, lm=lm, device="cpu")) == {"cpu"}
 
 
-# bitsandbytes' models, which transformers puts on the GPU by itself while the encoder stays where it was.
+def test_the_weights_of_new_parts_depend_on_the_seed_and_not_on_the_device(gpu, tiny_parts):
+    settings = {"adapters": [{"type": kind} for kind in ("lora", "bottleneck", "prefix")], "tokens": ["[A]", "[B]"]}
+    spec = tiny_spec(tiny_parts, **settings)
+    states = []
+    for device in ("cpu", "cuda"):
+        lm = build_lm(spec)
+        lm.to(device)
+        states.append(join(spec, encoder=build_encoder(spec), lm=lm).trained_state())
+    assert states[0].keys() == states[1].keys()
+    for name, tensor in states[0].items():
+        assert torch.equal(tensor, states[1][name]), name
 
 
-@planned("a quantized language model, which transformers puts on the GPU by itself", raises=RuntimeError)
+def tiny_spec(parts: tuple[str, str], **settings: Any) -> AssemblySpec:
+    values = {"encoder": {"model": parts[0]}, "lm": {"model": parts[1]}, "connector": {"type": "linear"}, **settings}
+    return AssemblySpec.model_validate(values)
+
+
+# Quantized language models: transformers puts them on the GPU by itself.
+
+
 def test_a_language_model_that_is_on_the_device_by_itself_answers(gpu, tiny_model, monkeypatch):
     load = transformers.PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]
 
@@ -206,3 +162,38 @@ def test_a_language_model_that_is_on_the_device_by_itself_answers(gpu, tiny_mode
     model = tiny_model()
     assert {parameter.device.type for parameter in model.lm.parameters()} == {"cuda"}
     assert len(model.generate([[A, "A"]], max_new_tokens=2)) == 1
+
+
+@pytest.mark.parametrize("quantize", ["8bit", "4bit"])
+def test_a_quantized_language_model_is_built_on_the_device_of_the_model(gpu, tiny_parts, tmp_path, quantize):
+    lm = {"model": tiny_lm(tmp_path / "lm", dim=64), "quantize": quantize}
+    model = mllm.assemble(tiny_parts[0], lm, device="cpu")  # on a machine that has a GPU
+    assert {type(module).__name__ for module in model.lm.modules()} & {"Linear8bitLt", "Linear4bit"}
+    assert devices(model) == {"cpu"}
+    assert len(model.generate([[A, "A"]], max_new_tokens=2)) == 1
+
+
+# Features that are kept.
+
+
+def test_kept_features_are_in_the_memory_of_the_host(gpu, tiny_model, tmp_path):
+    model = tiny_model()
+    store = FeatureStore(model, folder=tmp_path)
+    first = store([A, B])
+    store.flush()
+    again, mixed = FeatureStore(model, folder=tmp_path), [B, tiny_image(3), A]
+    for features in (first, store([A, B]), store(mixed), again([A, B]), again(mixed)):
+        assert features.is_cuda
+        torch.testing.assert_close(features, model.features([A, B] if len(features) == 2 else mixed))
+    assert {row.device.type for each in (store, again) for row in each._cached.values()} == {"cpu"}
+
+
+# Exports.
+
+
+def test_a_model_on_the_device_is_exported(gpu, tiny_clip, tiny_parts, tmp_path):
+    encoder = {"model": tiny_clip, "layer": -2}
+    model = mllm.assemble(encoder, tiny_parts[1], "mlp")
+    assert devices(model) == {"cuda"}
+    export(model, tmp_path / "exported", to="hf-llava")
+    assert (tmp_path / "exported" / "config.json").is_file()

@@ -22,12 +22,6 @@ def model(trained, device):
     return mllm.load(trained).to(device)
 
 
-@pytest.mark.xfail(
-    not SMOKE,
-    strict=True,
-    raises=AssertionError,
-    reason="Right with the parts that people bring: inference and evaluation run on the GPU that torch reports",
-)
 def test_a_model_is_loaded_on_the_device(trained, device, figures):
     figures["device after mllm.load"] = mllm.load(trained).device
     assert mllm.load(trained).device.type == device
@@ -80,11 +74,6 @@ def test_kept_features_are_bit_identical(model, tmp_path, figures):
 
 
 @pytest.mark.skipif(SMOKE, reason="a CPU has no memory beside the host's")
-@pytest.mark.xfail(
-    strict=False,
-    raises=AssertionError,
-    reason="Right with the parts that people bring: kept features lie in host memory, not on the GPU",
-)
 def test_kept_features_take_no_memory_of_the_device(model, tmp_path, figures):
     images = [tiny_image(index) for index in range(200)]
     store = FeatureStore(model, folder=tmp_path)

@@ -15,11 +15,6 @@ pytestmark = [pytest.mark.gpu, pytest.mark.timeout(60)]
 
 SMOKE = os.environ.get("SMOKE") == "1"
 IMAGE = tiny_image(1)
-half = pytest.mark.xfail(
-    strict=True,
-    raises=RuntimeError,
-    reason="Right with the parts that people bring: an encoder stored in half precision beside a connector in float32",
-)
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +26,10 @@ def half_encoder(workplace):
     return str(folder)
 
 
-@half
 def test_an_encoder_in_half_precision_is_trained_on(workplace, half_encoder):
     assert len(workplace.train("half", encoder=half_encoder, precision="auto", steps=2)) == 2
 
 
-@half
 def test_an_encoder_in_half_precision_answers(workplace, half_encoder, device):
     lm = str(workplace.parts / "lm")
     model = mllm.assemble({"model": half_encoder, "layer": -2}, lm, "mlp").to(device)
@@ -63,13 +56,6 @@ def test_lora_on_a_quantized_language_model_lowers_the_loss(workplace, quantized
     assert sum(losses[-3:]) < sum(losses[:3])
 
 
-@pytest.mark.xfail(
-    not SMOKE,
-    strict=False,
-    raises=RuntimeError,
-    reason="Right with the parts that people bring: a quantized language model, which transformers puts on the GPU by "
-    "itself",
-)
 def test_a_quantized_model_answers_as_it_is_loaded(quantized, figures):
     model = mllm.load(quantized)
     figures["devices"] = sorted({str(parameter.device) for parameter in model.parameters()})

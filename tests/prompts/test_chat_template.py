@@ -310,6 +310,11 @@ def test_a_users_text_that_looks_like_the_template_does_not_move_its_borders():
     assert ids.count(lm.tokenizer.convert_tokens_to_ids("<|im_end|>")) == 3
 
 
+def test_half_a_character_is_refused():
+    with pytest.raises(MLLMError, match="surrogate"):
+        checked_messages([said("user", "a\ud800")])
+
+
 # Settings.
 
 
