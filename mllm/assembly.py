@@ -15,7 +15,7 @@ from mllm.answering.with_images import retrieve
 from mllm.model import Model
 from mllm.outputs import ImagePart
 from mllm.prompts.formatting import formatted
-from mllm.prompts.pieces import Piece
+from mllm.prompts.pieces import Piece, without_images
 from mllm.readout.words import visual_words
 from mllm.saving import save
 
@@ -116,7 +116,7 @@ class Assembly(Model):
     def see_each(self, prompts: Sequence[Sequence[Piece]]) -> Views:
         """Encode several prompts in one batch, for many questions each; see `mllm.answering.view.Views`."""
         read = generating.read(self, prompts)
-        return Views(self, [p if any(isinstance(x, str) for x in p) else formatted(self.spec.prompt, p) for p in read])
+        return Views(self, [p if without_images(p) else formatted(self.spec.prompt, p) for p in read])
 
     def score(
         self,

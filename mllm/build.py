@@ -22,6 +22,7 @@ from mllm.hub import published
 from mllm.lms.insert import build_adapters, build_tokens
 from mllm.lms.words import bind
 from mllm.model import Model, trained_module
+from mllm.prompts.chat_template import end_of_turn
 from mllm.readout.tokens import every_token, heads_on_meta
 from mllm.registry import lookup, made
 from mllm.saving import find_folder, read_about, restore
@@ -125,6 +126,8 @@ def _joined(spec: AssemblySpec, *, encoder: Any, lm: Any, device: torch.device) 
     )
     for path in spec.trained:
         trained_module(model, path)
+    if model.generates_text:
+        lm.text.turn_end = end_of_turn(spec.prompt, lm)
     return model if on_meta() else model.to(device)
 
 

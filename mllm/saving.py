@@ -26,6 +26,7 @@ from mllm.config.parts import FROZEN, AssemblySpec, Spec, add_resize
 from mllm.errors import MLLMError
 from mllm.hub import identity
 from mllm.model import Model
+from mllm.prompts.chat_template import uses_template
 from mllm.system import write
 from mllm.version import __version__
 
@@ -190,7 +191,7 @@ def fingerprints_of(model: Model) -> dict[str, str]:
     The language model's chat template is left open where prompts are not written in it.
     """
     prints = {name: str(part.fingerprint) for name in FROZEN if (part := model.slot(name)) is not None}
-    if "lm" in prints and model.spec.prompt.chat == "plain":
+    if "lm" in prints and not uses_template(model.spec.prompt, model.lm):
         prints["lm"] = identity.without(prints["lm"], "chat_template")
     return prints
 

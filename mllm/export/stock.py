@@ -177,7 +177,7 @@ def finished(stock: Any, model: Model, image: int, processor: Any) -> StockModel
     if stock.config.get_text_config().tie_word_embeddings:
         stock.tie_weights()
     suppressed = _add_image_embedding(stock, image)
-    stops = stop_tokens(model)
+    stops = model.lm.text.ends
     stock.generation_config = GenerationConfig(  # greedy decoding, which ends where this model ends
         do_sample=False,
         bos_token_id=model.lm.tokenizer.bos_token_id,
@@ -199,11 +199,3 @@ def _add_image_embedding(stock: Any, image: int) -> list[int]:
         if getattr(table, "bias", None) is not None:
             table.bias.data[rows:] = 0
     return [*range(rows, image + 1)]
-
-
-def stop_tokens(model: Model) -> list[int]:
-    """Return the ids that end an answer: the tokenizer's end of sequence, and those of the generation config."""
-    config = getattr(model.lm.model, "generation_config", None)
-    ids = getattr(config, "eos_token_id", None)
-    more = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
-    return list(dict.fromkeys([model.lm.eos, *more]))

@@ -212,7 +212,7 @@ class Row:
 
     def put(self, token: int) -> None:
         """Take the next token."""
-        self._complete = self._complete or token == self._lm.eos
+        self._complete = self._complete or token in self._lm.text.ends
         if self._complete:
             return
         self._ids.append(token)

@@ -143,7 +143,10 @@ def test_unknown_names(mllm: Mllm, model: Path, recipe: Path, picture: Path, tmp
 
 
 def test_check_prints_every_problem_and_counts_them(mllm: Mllm, recipe: Path) -> None:
-    assert mllm("check", recipe)[:2] == (0, f"{recipe}: no problems.\n")
+    status, out, _ = mllm("check", recipe)
+    assert status == 0
+    assert out.startswith("The first training example cannot be shown: ") and "1 of 2 images are missing" in out
+    assert out.endswith(f"\n{recipe}: no problems.\n")
     status, out, err = mllm("check", recipe, "encoder.model=./a", "lm.model=./b")
     assert status == 1 and err == f"mllm: {recipe}: 2 problems.\n"
     assert [line[:2] for line in out.splitlines()] == ["- ", "- "]
@@ -151,6 +154,21 @@ def test_check_prints_every_problem_and_counts_them(mllm: Mllm, recipe: Path) ->
     status, out, err = mllm("check", "limbercpu")
     assert (status, err) == (1, "mllm: limbercpu: 1 problem.\n")
     assert "Did you mean 'limber-cpu'" in out
+
+
+def test_check_and_data_check_print_examples_with_what_is_learned_marked(mllm: Mllm, recipe: Path) -> None:
+    (recipe.parent / "train.csv").write_text("image,caption\na.png,ab\na.png,ab\n")
+    words = "│".join("A picture of")
+    status, out, _ = mllm("check", recipe, "connector.tokens=4")
+    assert (status, out) == (
+        0,
+        f"align, first example, 20 tokens, 4 learned: <4 visual tokens>│{words}│« │a│b│<|end|>»\n"
+        f"{recipe}: no problems.\n",
+    )
+    _, out, _ = mllm("data", "check", recipe, "connector.tokens=4", "--show", 2)
+    lines = [line for line in out.splitlines() if line.startswith("align, example ")]
+    assert [line.split(": ")[0] for line in lines] == [f"align, example {n}, 20 tokens, 4 learned" for n in (1, 2)]
+    assert all(line.endswith("« │a│b│<|end|>»") for line in lines)
 
 
 def test_pictures_that_cannot_be_read(mllm: Mllm, model: Path, recipe: Path, tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def stock(model: Any, prompt: list[Any], **options: Any) -> str:
         eos_token_id=model.lm.eos, pad_token_id=model.lm.pad, **options,
     )  # fmt: skip
     new = out[0, 1 if lm.config.is_encoder_decoder else ids.shape[1] :]
-    return str(model.lm.decode(model.lm.text.until_eos(new.tolist()))).strip()
+    return str(model.lm.decode(model.lm.text.until_end(new.tolist()))).strip()
 
 
 def _raising(token: int, bias: float) -> Any:
@@ -183,7 +183,7 @@ def beams_by_hand(model: Any, prompt: list[Any], beams: int) -> str:
         running = [(total, ids) for total, ids in candidates if ids[-1] != model.lm.eos][:beams]
         if len(finished) == beams and running[0][0] / length <= finished[-1][0]:
             break
-    return str(model.lm.decode(model.lm.text.until_eos(finished[0][1]))).strip()
+    return str(model.lm.decode(model.lm.text.until_end(finished[0][1]))).strip()
 
 
 def _next_scores(model: Any, embeds: Any, batch: Any, ids: list[int]) -> torch.Tensor:
