@@ -33,10 +33,8 @@ demo: parts ## train a small model on this machine, evaluate it, and let it desc
 	  echo "$(MLLM) eval $(RUN) --suite $$suite$(if $(LIMIT), --limit $(LIMIT))"; \
 	  $(MLLM) eval $(RUN) --suite $$suite $(if $(LIMIT),--limit $(LIMIT)); \
 	done
-	@echo "== 3 of 3: describe pictures it was not trained on"
-	$(BIN)/python -m mllm.cli.demo $(RUN)/pictures
-	$(MLLM) caption $(RUN) $(RUN)/pictures/*.png
-	@echo
+	@echo "== 3 of 3: describe pictures it was not trained on, and answer a question about each"
+	$(BIN)/python -m mllm.cli.demo $(RUN)
 	@echo "Losses:       $(RUN)/loss.png"
 	@echo "Reports:      $(foreach suite,$(SUITES),$(RUN)/eval/$(suite)/report.html)"
 	@echo "Talk to it:   $(MLLM) ask $(RUN) $(RUN)/pictures/1.png \"What is in the picture?\""

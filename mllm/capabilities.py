@@ -10,7 +10,7 @@ Shapes: as in `mllm.slots`; r tokens that a head reads, L x W a condition of an 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -54,6 +54,16 @@ class ReadsData(Protocol):
 
     def read_data(self, model: Any, texts: Iterable[str]) -> None:
         """Read the answers of a stage's training items; it is called again when a run is resumed."""
+
+
+@runtime_checkable
+class ReadsNoPrompt(Protocol):
+    """An objective of images and targets alone: ``objectives: [{type: word-alignment}]``.
+
+    Where a stage has no other, a prompt's solved examples are left out of its training examples.
+    """
+
+    reads_no_prompt: Literal[True]
 
 
 @runtime_checkable

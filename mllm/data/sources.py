@@ -144,8 +144,10 @@ def _blank(item: Item) -> Item:
 
 
 def _with_answer(number: int, item: Item) -> Item:
-    """Return an item with one of its answers alone: the one of a number, or the last of fewer."""
-    return replace(item, answers=item.answers[: number + 1][-1:])
+    """Return an item with one of its answers alone: the one of a number, or else the one that is nearest to it."""
+    last = len(item.answers) - 1
+    index = max(0, min(number, last) if number >= 0 else last + 1 + number)
+    return replace(item, answers=item.answers[index : index + 1])
 
 
 def read_all(specs: Sequence[DataSpec], *, seed: int = 0, skip: float = 0.0) -> list[Source]:

@@ -38,6 +38,7 @@ class WordAlignment:
     """
 
     needs = (LanguageModel, Connector)
+    reads_no_prompt: Literal[True] = True
 
     def __init__(
         self,

@@ -51,6 +51,7 @@ class Batches:
         sources: of the examples.
         store: of the encoder's features.
         log: is called with each example that is left out.
+        solved: whether the prompt's solved examples stand before each training example.
         rank: this process.
         world: the number of processes that share a batch.
     """
@@ -63,10 +64,12 @@ class Batches:
         store: FeatureStore,
         log: Callable[..., None],
         *,
+        solved: bool = True,
         rank: int = 0,
         world: int = 1,
     ) -> None:
         self._model, self._stage, self._sources, self._store = model, stage, sources, store
+        self._prompt = stage.prompt if solved else stage.prompt.model_copy(update={"examples": []})
         total = sum(len(source.items) for source in sources)
         self._skipped = Skipped(stage.data.skip, total, partial(log, stage=stage.name))
         self._rank, self._world = rank, world
@@ -87,7 +90,7 @@ class Batches:
         """Return the stage's examples from the first one on."""
         return Stream(
             self._sources,
-            self._stage.prompt,
+            self._prompt,
             seed=self._stage.seed,
             lm=self._model.lm if self._model.generates_text else None,
             num_visual=self._model.tokens_per_image,

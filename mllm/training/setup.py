@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 from mllm.build import objectives_of
-from mllm.capabilities import ReadsData
+from mllm.capabilities import ReadsData, ReadsNoPrompt
 from mllm.config.recipe import Stage
 from mllm.data.sources import Source, answers_of
 from mllm.devices import choose_device
@@ -49,6 +49,11 @@ class Objectives:
         """Return the names of the objectives that compare the examples of a batch, which therefore is not split."""
         named = zip(self.names, self.losses, strict=True)
         return [name for name, objective in named if not objective.per_example]
+
+    @property
+    def read_prompts(self) -> bool:
+        """Whether an objective depends on the prompt around images and targets, solved examples included."""
+        return any(not isinstance(objective, ReadsNoPrompt) for objective in self.losses)
 
     def read_data(self, model: Model, sources: Sequence[Source]) -> None:
         """Let the objectives that read the training data before the first step read its answers."""

@@ -123,8 +123,8 @@ def prepare(run: Run, model: Assembly, stage: Stage, store: FeatureStore, state:
     model.to(accelerator.device)
     sources = training_sources(stage)
     share = {"rank": accelerator.process_index, "world": accelerator.num_processes}
-    batches = Batches(model, stage, sources, store, run.log, **share)
     objectives = Objectives(stage)
+    batches = Batches(model, stage, sources, store, run.log, solved=objectives.read_prompts, **share)
     objectives.read_data(model, sources)
     check_packing(stage, model, objectives)
     run.note_data(stage.name, fingerprint(sources), resumed=state.step > 0)

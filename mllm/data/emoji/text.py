@@ -116,10 +116,14 @@ def _order(these: list[tuple[int, int]], those: list[tuple[int, int]], words: tu
     return words[1] if before(those, these) else None
 
 
-def captions(scene: Scene, random: Random) -> tuple[str, ...]:
-    """Return three to five reference captions; the first names the objects and, if it is clear, their relation."""
+def captions(scene: Scene, random: Random | None) -> tuple[str, ...]:
+    """Return three to five reference captions; the first names the objects and, if it is clear, their relation.
+
+    ``random``: shuffles the objects; None: they are named from left to right, or from top to bottom.
+    """
     parts = groups(scene)
-    random.shuffle(parts)
+    if random is not None:
+        random.shuffle(parts)
     objects = _join([phrase(part) for part in parts])
     background = f"{article(scene.background)} {scene.background} background"
     return (*_relational(parts)[:2], objects, f"{objects} on {background}", f"{objects} in front of {background}")
