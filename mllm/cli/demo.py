@@ -26,13 +26,18 @@ SEED = 2  # the suites use seed 1
 SIZE = 200  # items that are searched for the scenes
 SHOWN = {"one object": 2, "several kinds": 1, "several of a kind": 1}  # how many scenes of what
 PAGE = """<!doctype html><meta charset="utf-8"><title>{run}</title>
-<style>body {{font: 16px sans-serif; max-width: 48em; margin: 2em auto}} td {{padding: .5em 1em; vertical-align: top}}</style>
+<style>
+body {{font: 16px sans-serif; max-width: 48em; margin: 2em auto}}
+td {{padding: .5em 1em; vertical-align: top}}
+</style>
 <h1>What {run} sees</h1>
 <p>Scenes that it was not trained on. The words are those that the language model reads in the image's place.</p>
 <table>{rows}</table>
 """
-ROW = """<tr><td><img src="{file}" width="180"></td><td><b>{caption}</b><br>right: {right}<br><small>words: {words}</small>
-<p>{question}<br><b>{answer}</b><br>right: {right_answer}</p></td></tr>
+ROW = """<tr><td><img src="{file}" width="180"></td><td>
+<b>{caption}</b><br>right: {right}<br><small>words: {words}</small>
+<p>{question}<br><b>{answer}</b><br>right: {right_answer}</p>
+</td></tr>
 """
 
 

@@ -26,7 +26,7 @@ class DataSpec(BaseModel):
     fraction: float = Field(default=1.0, gt=0, le=1)  # of the items, by the seed; a smaller one is a subset of a larger
     concatenate: float = Field(default=0.0, ge=0, le=1)  # how often another pair precedes one (FROMAGe, GILL)
     blank: bool = False  # images are black: what is learned without them
-    answer: int | None = None  # the number of the answer that is used, from the end if negative; null: each, one at a time
+    answer: int | None = None  # the number of the answer that is used, below 0 from the end; null: each, one at a time
     shots: int = Field(default=0, ge=0)  # solved examples before each item, which are no targets
 
     @model_validator(mode="after")
