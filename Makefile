@@ -3,7 +3,7 @@
 # Both build .venv once, with venv and pip, at the versions of constraints.txt. Settings, all optional:
 #   PYTHON=python3.12        the interpreter .venv is made with (3.11 or later; `make clean` first to change it)
 #   TORCH_INDEX=URL          take torch from this package index, for example one that has CPU-only builds
-#   SET="stages.1.steps=20"  the demo's recipe overrides
+#   SET="stages.0.steps=20"  the demo's recipe overrides
 #   LIMIT=100                the demo's items per suite; empty: all
 #   WORKERS=2                the processes that share the tests
 #   RUN=runs/mine            the demo's folder; a free name is chosen if it is left out, nothing is overwritten
@@ -26,8 +26,8 @@ help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
 
 demo: parts ## train a small model on this machine, evaluate it, and let it describe pictures
-	@echo "== 1 of 3: train the recipe limber-cpu into $(RUN)"
-	$(MLLM) train limber-cpu $(SET) --out $(RUN)
+	@echo "== 1 of 3: train the recipe demo into $(RUN)"
+	$(MLLM) train demo $(SET) --out $(RUN)
 	@echo "== 2 of 3: evaluate it, beside a model that sees no image and one that sees another image"
 	@set -e; for suite in $(SUITES); do \
 	  echo "$(MLLM) eval $(RUN) --suite $$suite$(if $(LIMIT), --limit $(LIMIT))"; \
@@ -35,6 +35,7 @@ demo: parts ## train a small model on this machine, evaluate it, and let it desc
 	done
 	@echo "== 3 of 3: describe pictures it was not trained on, and answer a question about each"
 	$(BIN)/python -m mllm.cli.demo $(RUN)
+	@echo
 	@echo "Losses:       $(RUN)/loss.png"
 	@echo "Reports:      $(foreach suite,$(SUITES),$(RUN)/eval/$(suite)/report.html)"
 	@echo "Talk to it:   $(MLLM) ask $(RUN) $(RUN)/pictures/1.png \"What is in the picture?\""

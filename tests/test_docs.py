@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import os
 import re
 import runpy
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import tomllib
 from importlib import import_module
+from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -234,12 +236,12 @@ def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_the_demo_takes_a_free_folder_and_commands_that_exist(tmp_path):
     for taken in ("demo", "demo-2"):
         (tmp_path / "runs" / taken).mkdir(parents=True)
-    done = make(tmp_path, "--dry-run", "demo", "LIMIT=5", "SET=stages.1.steps=3")
+    done = make(tmp_path, "--dry-run", "demo", "LIMIT=5", "SET=stages.0.steps=3")
     lines = [line.strip() for line in done.stdout.splitlines()]
     ran = [line.removeprefix(".venv/bin/mllm ") for line in lines if line.startswith(".venv/bin/mllm ")]
-    assert "train limber-cpu stages.1.steps=3 --out runs/demo-3" in ran
+    assert "train demo stages.0.steps=3 --out runs/demo-3" in ran
     assert "eval runs/demo-3 --suite $suite --limit 5; \\" in ran
-    assert "caption runs/demo-3 runs/demo-3/pictures/*.png" in ran
+    assert ".venv/bin/python -m mllm.cli.demo runs/demo-3" in lines
 
 
 def test_the_demos_suites_exist():
@@ -303,6 +305,33 @@ def test_the_demos_pictures_are_the_same_every_time(need, tmp_path):
     pixels = [Image.open(path).tobytes() for path in first]
     assert pixels == [Image.open(path).tobytes() for path in second]
     assert len(set(pixels)) == 4
+
+
+def test_the_demos_scenes_are_of_one_object_of_several_kinds_and_of_several_of_a_kind():
+    from mllm.cli.demo import scenes
+
+    first, second, kinds, number = [shown.caption.images[0].things for shown in scenes()]
+    assert len(first) == len(second) == 1
+    assert len({thing.kind for thing in kinds}) == 2
+    assert len(number) > 1 and len({thing.kind for thing in number}) == 1
+    for shown in scenes():
+        assert shown.question.images == shown.caption.images and shown.question.question
+
+
+@pytest.mark.installed
+def test_the_demos_page_has_the_models_caption_words_and_answer(need, tmp_path, tiny_parts):
+    import mllm
+    from mllm.cli.demo import show
+
+    need("mllm/openmoji")
+    mllm.assemble(*tiny_parts, {"type": "linear", "tokens": 4}).save(tmp_path / "model")
+    page = show(tmp_path)
+    model, text = mllm.load(tmp_path), html.unescape(page.read_text(encoding="utf-8"))
+    for number in range(1, 5):
+        image = tmp_path / "pictures" / f"{number}.png"
+        assert image.is_file() and f"pictures/{number}.png" in text
+        assert "".join(word for word, _ in groupby(model.words([image])[0]) if word.strip() != ".").strip() in text
+    assert text.count("<tr>") == 4 and "right: a love letter" in text
 
 
 def test_the_page_on_evaluation_names_every_suite_and_metric() -> None:

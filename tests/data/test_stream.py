@@ -120,6 +120,14 @@ def test_a_fraction_is_the_same_for_a_seed_and_part_of_a_larger_one(tmp_path: Pa
     assert ids(0.01) < ids(0.1) == ids(0.1) != ids(0.1, seed=1)
 
 
+@pytest.mark.parametrize(("number", "text"), [(0, "a"), (1, "b"), (9, "c"), (-1, "c"), (-2, "b"), (-9, "a")])
+def test_one_of_several_answers_is_chosen_by_its_number(tmp_path: Path, number: int, text: str) -> None:
+    tiny_image().save(tmp_path / "0.png")
+    (tmp_path / "t.json").write_text(json.dumps([{"image": "0.png", "caption": ["a", "b", "c"]}]))
+    spec = DataSpec.model_validate({"format": "table", "path": str(tmp_path / "t.json"), "answer": number})
+    assert read(spec)[0].answers == (text,)
+
+
 def test_pairs_are_concatenated(tiny_model: Callable[..., Any]) -> None:
     model = tiny_model({"type": "linear", "tokens": 4})
     mixture = [Source(DataSpec(format="x", concatenate=0.5), [item(index) for index in range(30)])]

@@ -13,6 +13,9 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 import mllm
+from mllm.config.loading import load
+from mllm.data.sources import read_all
+from mllm.encoders.feature_store import FeatureStore
 from mllm.errors import MLLMError
 from mllm.hub.fingerprints import tensor_hash
 from mllm.objectives.word_alignment import WordAlignment
@@ -21,6 +24,8 @@ from mllm.prompts.pieces import Target
 from mllm.registry import table
 from mllm.slots import Inputs
 from mllm.testing import tiny_image
+from mllm.training.batches import Batches
+from mllm.training.setup import Objectives
 from mllm.training.stages import carry_over
 
 CAPTIONS = ["cab", "a", "fact"]
@@ -198,6 +203,19 @@ def run(recipe, tmp_path_factory):
 def log(path: Path, key: str) -> list[float]:
     rows = [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
     return [row[key] for row in rows if key in row]
+
+
+@pytest.mark.parametrize(("objectives", "solved"), [("[word-alignment]", 0), ("[word-alignment, caption]", 1)])
+def test_solved_examples_are_left_out_where_no_objective_reads_prompts(recipe, tiny_parts, objectives, solved):
+    types = ", ".join(f"{{type: {name}}}" for name in objectives.strip("[]").split(", "))
+    examples = "prompt.examples=[{words: dusty, answer: grey}]"
+    (stage,) = load(str(recipe), [examples, f"stages.0.objectives=[{types}]"]).stages
+    model, sources = assembled(tiny_parts, vocabulary=True), read_all(stage.data.train)
+    batches = Batches(
+        model, stage, sources, FeatureStore(model), lambda **_: None, solved=Objectives(stage).read_prompts
+    )
+    texts = ["".join(piece for piece in pieces if isinstance(piece, str)) for pieces in batches.stream().take(4)]
+    assert ["dusty" in text for text in texts] == [bool(solved)] * 4
 
 
 def test_images_are_named_after_training(recipe, run, tiny_parts):

@@ -35,7 +35,6 @@ def emoji_scenes(
     seed: int = 0,
     max_objects: int = 4,
     still: bool = False,
-    ordered: bool = False,
 ) -> list[Item]:
     """Return ``size`` items; item i does not depend on ``size``.
 
@@ -53,7 +52,6 @@ def emoji_scenes(
         max_objects: the most objects in a scene, 1 to 4. About half of the scenes have one ("combinations": none).
         still: scenes have one object, upright, centred and of fixed size, so that a caption determines all but the
             exact shade of the background.
-        ordered: captions name the objects from left to right, or from top to bottom, and not in a random order.
 
     Raises:
         MLLMError: an unknown split or task, or a number out of range.
@@ -65,8 +63,7 @@ def emoji_scenes(
             "Leave out still."
         )
     single = still or task in ("name", "draw", "source")
-    items = _items(split, task, seed, 1 if single else max_objects, still=still, ordered=ordered)
-    return list(islice(items, size))
+    return list(islice(_items(split, task, seed, 1 if single else max_objects, still), size))
 
 
 def names(split: str) -> list[str]:
@@ -100,7 +97,7 @@ def _check(split: str, task: str, size: int, max_objects: int) -> None:
         )
 
 
-def _items(split: str, task: str, seed: int, max_objects: int, *, still: bool, ordered: bool) -> Iterator[Item]:
+def _items(split: str, task: str, seed: int, max_objects: int, still: bool) -> Iterator[Item]:
     for index in count():
         random = Random(f"{split}/{seed}/{index}")
         scene = _scene(split, max_objects, random, still)
@@ -118,7 +115,7 @@ def _items(split: str, task: str, seed: int, max_objects: int, *, still: bool, o
             yield Item(name, (scene,), tuple(noun(group) for group in groups(scene)), kind="multi")
         if task in ("captions", "both"):
             kind = "single" if len(scene.things) == 1 else "multi"
-            yield Item(name, (scene,), captions(scene, None if ordered else Random(name)), kind=kind)
+            yield Item(name, (scene,), captions(scene, Random(name)), kind=kind)
         if task in ("questions", "both"):
             for number, question in enumerate(questions(scene, _pool(split), Random(f"{name}?"))):
                 yield Item(f"{name}/{number}", (scene,), (question.answer,), question.text, question.type)

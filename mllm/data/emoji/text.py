@@ -116,14 +116,10 @@ def _order(these: list[tuple[int, int]], those: list[tuple[int, int]], words: tu
     return words[1] if before(those, these) else None
 
 
-def captions(scene: Scene, random: Random | None) -> tuple[str, ...]:
-    """Return three to five reference captions; the first names the objects and, if it is clear, their relation.
-
-    ``random``: shuffles the objects; None: they are named from left to right, or from top to bottom.
-    """
+def captions(scene: Scene, random: Random) -> tuple[str, ...]:
+    """Return three to five reference captions; the first names the objects and, if it is clear, their relation."""
     parts = groups(scene)
-    if random is not None:
-        random.shuffle(parts)
+    random.shuffle(parts)
     objects = _join([phrase(part) for part in parts])
     background = f"{article(scene.background)} {scene.background} background"
     return (*_relational(parts)[:2], objects, f"{objects} on {background}", f"{objects} in front of {background}")
