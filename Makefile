@@ -3,7 +3,7 @@
 # Both build .venv once, with venv and pip, at the versions of constraints.txt. Settings, all optional:
 #   PYTHON=python3.12        the interpreter .venv is made with (3.11 or later; `make clean` first to change it)
 #   TORCH_INDEX=URL          take torch from this package index, for example one that has CPU-only builds
-#   SET="stages.0.steps=20"  the demo's recipe overrides
+#   SET="connector.tokens=6"  the demo's recipe overrides
 #   LIMIT=100                the demo's items per suite; empty: all
 #   WORKERS=2                the processes that share the tests
 #   RUN=runs/mine            the demo's folder; a free name is chosen if it is left out, nothing is overwritten

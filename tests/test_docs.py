@@ -236,10 +236,10 @@ def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_the_demo_takes_a_free_folder_and_commands_that_exist(tmp_path):
     for taken in ("demo", "demo-2"):
         (tmp_path / "runs" / taken).mkdir(parents=True)
-    done = make(tmp_path, "--dry-run", "demo", "LIMIT=5", "SET=stages.0.steps=3")
+    done = make(tmp_path, "--dry-run", "demo", "LIMIT=5", "SET=connector.tokens=6")
     lines = [line.strip() for line in done.stdout.splitlines()]
     ran = [line.removeprefix(".venv/bin/mllm ") for line in lines if line.startswith(".venv/bin/mllm ")]
-    assert "train demo stages.0.steps=3 --out runs/demo-3" in ran
+    assert "train demo connector.tokens=6 --out runs/demo-3" in ran
     assert "eval runs/demo-3 --suite $suite --limit 5; \\" in ran
     assert ".venv/bin/python -m mllm.cli.demo runs/demo-3" in lines
 
