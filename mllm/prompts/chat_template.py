@@ -45,7 +45,7 @@ def templated(messages: Sequence[dict[str, Any]], prompt: PromptSpec, lm: Any, *
     Raises:
         MLLMError: the template refuses the conversation, or leaves a turn or an image out.
     """
-    renderer, text, parts = _rendered(messages, prompt, lm, generation=not learn)
+    renderer, text, parts = filled(messages, prompt, lm, generation=not learn)
     learned, without_end = _learned(renderer, text, parts, lm) if learn else ([], set())
     return _pieces(text, parts, learned, without_end)
 
@@ -73,7 +73,7 @@ def end_of_turn(prompt: PromptSpec, lm: Any) -> int | None:
     return None
 
 
-def _rendered(
+def filled(
     messages: Sequence[dict[str, Any]], prompt: PromptSpec, lm: Any, *, generation: bool
 ) -> tuple[Renderer, str, list[Place]]:
     """Return a conversation, rendered in the first form that the template takes, and the places of its parts."""

@@ -26,7 +26,7 @@ LLAMA2 = (
     "{% else %}{% set system = '' %}{% set rest = messages %}{% endif %}\n"
     "{%- for message in rest %}\n"
     "    {%- if message.role == 'user' %}[INST] {% if loop.first and system %}<<SYS>>{{ system }}<</SYS>> {% endif %}"
-    "{{ message.content }} [/INST]{% else %} {{ message.content }} {% endif %}\n"
+    "{{ message.content | trim }} [/INST]{% else %} {{ message.content }} {% endif %}\n"
     "{%- endfor %}"
 )
 
