@@ -9,7 +9,7 @@ import json
 import re
 from typing import Any
 
-from mllm.config.parts import PromptSpec
+from mllm.config.prompt import PromptSpec
 from mllm.errors import MLLMError
 from mllm.model import Model
 from mllm.prompts.chat_template import filled, uses_template

@@ -335,7 +335,7 @@ def test_control_words_of_a_user_are_text(models_of, prompt_of, name):
 
 def content_of(text: str, *, before: bool = True) -> list[dict[str, Any]]:
     """Return a user's words, with an image before or after them."""
-    parts = [{"type": "image", "image": IMAGE}, {"type": "text", "text": text}]
+    parts: list[dict[str, Any]] = [{"type": "image", "image": IMAGE}, {"type": "text", "text": text}]
     return parts if before else parts[::-1]
 
 
@@ -371,7 +371,7 @@ def export_of(
         shutil.copytree(models_of[name].spec.lm.model, folder / "lm")
         if starts:
             tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder / "lm")
-            bos = "[gMASK] <sop>" if name == "glm-4" else FORMS[name].bos
+            bos = FORMS[name].bos or "[gMASK] <sop>"
             tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
                 single=f"{bos} $A", special_tokens=[(word, tokenizer.get_vocab()[word]) for word in bos.split()]
             )
