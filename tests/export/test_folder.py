@@ -212,6 +212,7 @@ def test_no_file_names_a_folder_of_this_machine(tiny_clip, tiny_parts, tmp_path)
 
 
 @pytest.mark.extras
+@pytest.mark.timeout(1200)  # two other processes import transformers
 @pytest.mark.skipif(OTHER is None, reason="MLLM_OTHER_TRANSFORMERS names no Python with transformers 4.57")
 def test_both_lines_of_transformers_answer_alike(parts, tiny_clip, tmp_path):
     folders = []
