@@ -15,6 +15,7 @@ from mllm.model import Model
 from mllm.serve.batcher import Batcher
 from mllm.serve.completions import Completions
 from mllm.serve.entrance import Entrance
+from mllm.serve.memory import trimmed
 from mllm.serve.metrics import Metrics
 from mllm.serve.responses import chat_page, handle_errors
 from mllm.serve.schema import Limits, Refused
@@ -45,7 +46,8 @@ def create_app(model: Model, name: str, limits: Limits | None = None, show: Mapp
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        yield
+        async with trimmed(metrics.requests):
+            yield
         await asyncio.to_thread(batcher.close, CLOSING)
 
     app = FastAPI(title="mllm", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)

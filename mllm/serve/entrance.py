@@ -37,16 +37,25 @@ class Entrance:
         if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
             return await self._app(scope, receive, send)
 
+        started = False
+
         async def counted(message: Message) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
+                started = True
                 self._metrics.add("requests_total", status=message["status"])
                 self._metrics.add("errors_total", int(message["status"] >= 500))
             await send(message)
 
-        if self._may_enter(dict(scope["headers"])):
-            return await self._app(scope, receive, counted)
-        message = "A bearer token is needed: Authorization: Bearer TOKEN."
-        return await error_response(Refused(401, message, "invalid_api_key"))(scope, receive, counted)
+        if not self._may_enter(dict(scope["headers"])):
+            refused = Refused(401, "A bearer token is needed: Authorization: Bearer TOKEN.", "invalid_api_key")
+            return await error_response(refused)(scope, receive, counted)
+        try:
+            await self._app(scope, receive, counted)
+        except asyncio.CancelledError:  # by the server that ends, which waits no longer
+            if not started:
+                ends = Refused(503, "The server is shutting down. Send the request again later.", "shutting_down")
+                await error_response(ends)(scope, receive, counted)
 
     def _may_enter(self, headers: dict[bytes, bytes]) -> bool:
         """Whether a request carries the token, if one is needed."""

@@ -40,6 +40,11 @@ class Metrics:
         with self._lock:
             self._counts[name, "" if status is None else f'{{status="{status}"}}'] += amount  # type: ignore[assignment]
 
+    def requests(self) -> int:
+        """Return how many requests were answered."""
+        with self._lock:
+            return int(sum(count for (name, _), count in self._counts.items() if name == LABELLED))
+
     def batch(self, size: int, seconds: float, tokens: int) -> None:
         """Count a batch that was decoded."""
         self.add("batches_total")
