@@ -37,9 +37,9 @@ from mllm.serve.schema import Limits
 from mllm.testing import tiny_encoder, tiny_image, tiny_lm
 
 TOKEN = "sesame"
-LIMITS = Limits(body=4 * 2**20, bodies=16 * 2**20, pixels=8_000_000, deadline=2.0, token=TOKEN, batch=16, waiting=64)
+LIMITS = Limits(body=4 * 2**20, bodies=16 * 2**20, pixels=8_000_000, token=TOKEN, batch=16, waiting=64)
 RETURNED = 50  # megabytes that the memory may have grown by when all requests are answered
-OPTIONS = ["--max-body", "4", "--max-bodies", "16", "--max-pixels", "8", "--deadline", "2", "--token", TOKEN]
+OPTIONS = ["--max-body", "4", "--max-bodies", "16", "--max-pixels", "8", "--token", TOKEN]
 
 
 def data_url(data: bytes) -> str:
@@ -113,6 +113,7 @@ class Load:
 
     Attributes:
         port: of the server.
+        deadline: of the server, for a request to be sent.
         answers: to `GOOD`, each asked alone.
         counts: what happened.
         problems: what must not happen.
@@ -120,6 +121,7 @@ class Load:
     """
 
     port: int
+    deadline: float
     answers: list[str] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
@@ -184,7 +186,7 @@ class Load:
             with contextlib.suppress(ConnectionError):
                 while sock.recv(2**16):
                     pass
-        if time.monotonic() - started > LIMITS.deadline + 6:
+        if time.monotonic() - started > self.deadline + 6:
             self.problems.append(f"half sent: open for {time.monotonic() - started:.1f} s")
 
     def hang_up(self, chance: random.Random) -> None:
@@ -242,12 +244,13 @@ def resident(process: int, name: str = "VmRSS") -> float:
 
 
 @contextlib.contextmanager
-def server(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], int, Path]]:
+def server(folder: Path, deadline: float) -> Iterator[tuple[subprocess.Popen[bytes], int, Path]]:
     """Run `mllm serve` with tiny parts: its process, port and log."""
     parts = tiny_encoder(folder / "encoder"), tiny_lm(folder / "lm")
     mllm.assemble(*parts, {"type": "linear", "tokens": 4}).save(folder / "run")
     log = folder / "log"
     command = [sys.executable, "-m", "mllm", "serve", str(folder / "run"), "--port", "0", *OPTIONS]
+    command += ["--deadline", str(deadline)]
     with log.open("wb") as file, subprocess.Popen(command, stdout=file, stderr=file) as process:
         try:
             while not (started := re.search(rb"running on http://[^:]+:(\d+)", log.read_bytes())):
@@ -258,10 +261,10 @@ def server(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], int, Path]]:
             process.kill()
 
 
-def run(seed: int, clients: int, seconds: float) -> dict[str, Any]:
+def run(seed: int, clients: int, seconds: float, deadline: float) -> dict[str, Any]:
     """Load a server for some seconds, let it rest, and end it under load; return the figures."""
-    with tempfile.TemporaryDirectory() as folder, server(Path(folder)) as (process, port, log):
-        load = Load(port)
+    with tempfile.TemporaryDirectory() as folder, server(Path(folder), deadline) as (process, port, log):
+        load = Load(port, deadline)
         for body in GOOD:
             status, answer = load.post(json.dumps(body).encode())
             assert status == 200, answer
@@ -273,7 +276,7 @@ def run(seed: int, clients: int, seconds: float) -> dict[str, Any]:
         wait_until_idle(port)
         rest(process.pid, before)
         after, peak = resident(process.pid), resident(process.pid, "VmHWM")
-        last = Load(port, load.answers)
+        last = Load(port, deadline, load.answers)
         with clients_of(last, seed + 1, clients):
             time.sleep(min(3.0, seconds / 4))
             last.stop.set()
@@ -338,7 +341,7 @@ def rest(process: int, before: float) -> None:
 
 
 def test_no_good_answer_is_lost_or_changed_among_hostile_clients() -> None:
-    figures = run(seed=1, clients=12, seconds=4)
+    figures = run(seed=1, clients=12, seconds=4, deadline=2)
     assert figures["problems"] == []
     assert figures["good"] > 10 and figures["bad"] > 5
     assert figures["RSS at most"] <= figures["RSS bound"] and figures["RSS after"] - figures["RSS before"] < RETURNED
@@ -350,6 +353,7 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=180)
+    parser.add_argument("--deadline", type=float, default=10)
     figures = run(**vars(parser.parse_args()))
     print(json.dumps({**figures, "problems": len(figures["problems"])}, indent=2))
     for problem in figures["problems"][:20]:
