@@ -1,4 +1,4 @@
-"""Prepare a language model of `transformers`: quantize and freeze it, and work around what slows or spoils its results."""
+"""Prepare a language model of `transformers`: quantize and freeze it, work around what slows or spoils its results."""
 
 from __future__ import annotations
 
