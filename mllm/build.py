@@ -185,7 +185,7 @@ def build_lm(spec: AssemblySpec, *, device: torch.device | None = None) -> Any:
     """
     if spec.lm is None:
         return None
-    cls, options = lookup("lms", spec.lm.type), spec.lm.model_dump(exclude={"type"})
+    cls, options = lookup("lms", spec.lm.type), spec.lm.options()
     if device is not None and "device" in inspect.signature(cls).parameters:
         options["device"] = device
     return made(cls, f"language model {spec.lm.model}", **options, seed=spec.seed_of("lm"))

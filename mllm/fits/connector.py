@@ -23,6 +23,7 @@ from mllm.fits.regression import NormalEquations
 from mllm.lms.vocabulary import lexicon
 from mllm.model import Model
 from mllm.prompts.pieces import answer_text
+from mllm.registry import Count, NonNegative
 
 SOLVERS = ("ridge", "least-squares", "procrustes")
 
@@ -50,8 +51,8 @@ class ConnectorFit(ClosedForm):
         part: str = "connector",
         solver: str = "ridge",
         targets: str = "caption-words",
-        strength: float = 0.01,
-        chunk: int = 64,
+        strength: NonNegative = 0.01,
+        chunk: Count = 64,
     ) -> None:
         super().__init__(part=part, strength=strength, chunk=chunk)
         if solver not in SOLVERS:

@@ -41,6 +41,7 @@ class LanguageModel(nn.Module):
         quantize: ``8bit`` (LLM.int8, arXiv:2208.07339) or ``4bit`` (NF4, arXiv:2305.14314), by bitsandbytes.
         init: ``random`` keeps the architecture and initializes the weights at random (a control).
         seed: of the random weights.
+        trust_remote_code: run Python code from the model's repository.
         device: on which quantized weights are built; others are loaded on the CPU.
 
     Attributes:
@@ -59,16 +60,18 @@ class LanguageModel(nn.Module):
         quantize: Literal["8bit", "4bit"] | None = None,
         init: Literal["pretrained", "random"] = "pretrained",
         seed: int = 0,
+        trust_remote_code: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
         folder = hub.resolve(model, group="lms")
-        self.text = TextTokenizer(hub.load_processor(AutoTokenizer, folder))
+        code: Any = {"trust_remote_code": trust_remote_code}
+        self.text = TextTokenizer(hub.load_processor(AutoTokenizer, folder, **code))
         options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
         if quantize is not None:
             # Without a map, transformers puts them on a GPU where there is one, whatever the rest of the model does.
             options |= {"quantization_config": _quantization(quantize), "device_map": {"": device}}
-        self.model = hub.load_model(hub.language_class(folder), folder, init=init, seed=seed, **options)
+        self.model = hub.load_model(hub.language_class(folder, **code), folder, init=init, seed=seed, **code, **options)
         self.model.requires_grad_(False).eval()
         if (head := self.model.get_output_embeddings()) is not None:
             head.register_forward_pre_hook(_make_contiguous)
@@ -77,7 +80,7 @@ class LanguageModel(nn.Module):
             # gradient wrong, and lets results depend on earlier passes.
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
-        self._folder, self._init = folder, init
+        self._folder, self._init, self._code = folder, init, code
         self._prefix_length = 0  # of adapters
         self.runner: Runner = choose_runner(self.model, self.text.end_of_text)
         if init == "random" and self.model.device.type != "meta":
@@ -87,7 +90,7 @@ class LanguageModel(nn.Module):
     def fingerprint(self) -> str:
         """Return the fingerprint of weights, configuration, tokenizer and chat template."""
         weights = fingerprint(self._folder) if self._init == "pretrained" else tensor_hash(self.model)
-        return of_language_model(weights, self._folder, self.tokenizer)
+        return of_language_model(weights, self._folder, self.tokenizer, **self._code)
 
     @property
     def dim(self) -> int:
