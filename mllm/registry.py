@@ -139,7 +139,7 @@ def _wrong_number(annotation: Any, value: Any) -> str | None:
     if not isinstance(value, Real) or not math.isfinite(value):
         return "a number"
     whole = numbers[0] is int or typing.get_args(numbers[0])[:1] == (int,)
-    if whole and value != int(value):
+    if whole and float(value) % 1:
         return "a whole number"
     limits = [limit for limit in getattr(numbers[0], "__metadata__", ()) if type(limit) in _COMPARISONS]
     named = [(limit, *_COMPARISONS[type(limit)]) for limit in limits]

@@ -31,17 +31,26 @@ def read_yaml(path: Path) -> Any:
     Raises:
         MLLMError: the file is missing, no regular file, too large, or not YAML.
     """
+    return parse_yaml(read_text(path), str(path))
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a YAML file.
+
+    Raises:
+        MLLMError: the file is missing, no regular file, too large, or not UTF-8.
+    """
+    label = str(path)[:200]
     try:
-        if not os.path.isfile(path):
-            raise MLLMError(f"{_short(path)} cannot be read: it is no regular file. Give the path of a YAML file.")
+        if os.path.lexists(path) and not os.path.isfile(path):
+            raise MLLMError(f"{label} cannot be read: it is no regular file. Give the path of a YAML file.")
         if os.path.getsize(path) > SIZE:
-            raise MLLMError(f"{path} is larger than {SIZE // 2**20} MiB. Expected a YAML file of a few kilobytes.")
-        text = path.read_text(encoding="utf-8-sig")
+            raise MLLMError(f"{label} is larger than {SIZE // 2**20} MiB. Expected a YAML file of a few kilobytes.")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        raise MLLMError(f"{path} cannot be read: it is not UTF-8 text. Save it as UTF-8.") from None
+        raise MLLMError(f"{label} cannot be read: it is not UTF-8 text. Save it as UTF-8.") from None
     except OSError as error:
-        raise MLLMError(f"{_short(path)} cannot be read: {error.strerror or error}. Check the path.") from None
-    return parse_yaml(text, str(path))
+        raise MLLMError(f"{label} cannot be read: {error.strerror or error}. Check the path.") from None
 
 
 def mapping_of(values: Any, label: str) -> dict[str, Any]:
@@ -148,7 +157,3 @@ def _reason(error: Exception) -> str:
     if isinstance(error, (MLLMError, OmegaConfBaseException)):
         return str(error).partition("\n")[0].rstrip(".")
     return f"a value is none of its type ({type(error).__name__})"
-
-
-def _short(path: Path) -> str:
-    return str(path)[:200]
