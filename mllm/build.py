@@ -198,25 +198,49 @@ def build_connector(spec: AssemblySpec, *, encoder: Any, lm_dim: int | None) -> 
     return _build_seeded(spec, Connector, "connector", spec.connector, **widths)
 
 
-def load(folder: str | Path, *, device: DeviceName | None = None, dtype: DTypeName | None = None) -> Assembly:
+def load(
+    folder: str | Path,
+    *,
+    device: DeviceName | None = None,
+    dtype: DTypeName | None = None,
+    trust_remote_code: Sequence[str] = (),
+) -> Assembly:
     """Load a run or a saved model.
 
     Args:
         folder: of the run or the saved model.
         device: where it computes (``cuda``, ``cuda:1``, ``mps``, ``cpu``); None: a GPU where there is one.
         dtype: of the frozen weights (``float32``, ``bfloat16``, ``float16``); None: as in training.
+        trust_remote_code: the parts (``encoder``, ``lm``) that may run code of their models' repositories. A folder may
+            come from somebody else, so what its recipe allowed is not enough.
 
     Raises:
-        MLLMError: there is no model, or one of another format; the frozen parts are not those that it was trained on;
-            or tensors are missing, unknown or damaged.
+        MLLMError: there is no model, or one of another format; a part needs code that is not allowed; the frozen parts
+            are not those that it was trained on; or tensors are missing, unknown or damaged.
     """
     path = find_folder(Path(folder))
     about = read_about(path)
+    check_trust(about.spec, path, trust_remote_code)
     model = build(about.spec, device=device, dtype=dtype)
     if not on_meta():
         restore(model, path)
     model.source, model.fingerprint = str(folder), about.fingerprint
     return model
+
+
+def check_trust(spec: AssemblySpec, path: Path, trusted: Sequence[str]) -> None:
+    """Check that parts of a saved model run code of their repositories only where the caller allows it.
+
+    Raises:
+        MLLMError: a part does that is not named.
+    """
+    for part, model in spec.remote_code().items():
+        name = part.partition(".")[0]
+        if name not in trusted:
+            raise MLLMError(
+                f"The {name} of {path} runs Python code from the repository of {model!r}. If you have read that code "
+                f"and trust it, allow it: --trust-remote-code {name}, or trust_remote_code=[{name!r}]."
+            )
 
 
 def encoder_of(spec: EncoderSpec, *, seed: int) -> Encoder:

@@ -26,7 +26,7 @@ from mllm.config.parts import FROZEN, AssemblySpec, Spec
 from mllm.errors import MLLMError
 from mllm.hub import identity
 from mllm.model import Model
-from mllm.system import write
+from mllm.system import read_json, write
 from mllm.version import __version__
 
 FORMAT = 1
@@ -160,18 +160,18 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def find_folder(folder: Path) -> Path:
     """Return the folder that contains ``assembly.json``: this one, or ``model`` inside it."""
     for path in (folder, folder / "model"):
-        if (path / ASSEMBLY).is_file():
+        if os.path.isfile(path / ASSEMBLY):
             return path
     raise MLLMError(
-        f"There is no model in {folder}: expected {ASSEMBLY} there or in {folder / 'model'}. Give the folder of a run "
-        "or of a saved model."
+        f"There is no model in {str(folder)[:200]}: no {ASSEMBLY}, there or in its folder model. Give the folder "
+        "of a run or of a saved model."
     )
 
 
 def parse_about(path: Path) -> About:
     """Return the validated content of an ``assembly.json``; its tensors are not read."""
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
+        about = read_json(path)
     except (OSError, ValueError) as error:
         raise MLLMError(f"{path} cannot be read: {error}. Copy the folder again.") from None
     if isinstance(about, dict) and about.get("format") != FORMAT:

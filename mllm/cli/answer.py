@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from mllm.assembly import Assembly
 
 from mllm.cli.loading import load_run
-from mllm.cli.options import DeviceName, DTypeName, Eager, ImageLogitBias, Index, Lines, RunPath, Shown, Tokens
+from mllm.cli.options import DeviceName, DTypeName, Eager, ImageLogitBias, Index, Lines, RunPath, Shown, Tokens, Trusted
 from mllm.errors import MLLMError, warn_renamed
 
 if TYPE_CHECKING:  # imported by the commands that need it
@@ -30,10 +30,11 @@ def caption(
     show: Shown = Path("shown"),
     device: DeviceName = None,
     dtype: DTypeName = None,
+    trust_remote_code: Trusted = None,
 ) -> None:
     """Caption images."""
     options = _image_options(run, index, image_logit_bias, eager)
-    model = load_run(run, device, dtype)
+    model = load_run(run, device, dtype, trust_remote_code)
     _print_answers(model, images, model.spec.prompt.caption, jsonl, show, **options, **_decoding(max_new_tokens))
 
 
@@ -49,10 +50,11 @@ def ask(
     show: Shown = Path("shown"),
     device: DeviceName = None,
     dtype: DTypeName = None,
+    trust_remote_code: Trusted = None,
 ) -> None:
     """Ask a question about one image or several."""
     options = _image_options(run, index, image_logit_bias, eager)
-    model = load_run(run, device, dtype)
+    model = load_run(run, device, dtype, trust_remote_code)
     text = model.spec.prompt.question.format(question=question)
     _print_answers(model, [image], text, jsonl, show, **options, **_decoding(max_new_tokens))
 
@@ -69,6 +71,7 @@ def chat(
     show: Shown = Path("shown"),
     device: DeviceName = None,
     dtype: DTypeName = None,
+    trust_remote_code: Trusted = None,
 ) -> None:
     """Chat about images; /help lists the commands of the chat."""
     from mllm.cli.terminal import converse, read_history
@@ -76,7 +79,7 @@ def chat(
 
     messages = read_history(history) if history else []
     options = _image_options(run, index, image_logit_bias, eager)
-    model = load_run(run, device, dtype)
+    model = load_run(run, device, dtype, trust_remote_code)
     with_images = {"folder": show, **options} if options or can_draw(model) else None
     converse(model.chat(system, messages), images or [], with_images, **_decoding(max_new_tokens))
 
@@ -100,6 +103,7 @@ def serve(
     eager: Eager = None,
     device: DeviceName = None,
     dtype: DTypeName = None,
+    trust_remote_code: Trusted = None,
 ) -> None:
     """Serve a model over HTTP: OpenAI's chat completions API, and a chat page at /."""
     from mllm.readout.tokens import can_draw
@@ -124,7 +128,7 @@ def serve(
         token=token,
     )
     options = _image_options(run, index, image_logit_bias, eager)
-    model = load_run(run, device, dtype)
+    model = load_run(run, device, dtype, trust_remote_code)
     show = {"index": None, "image_logit_bias": 0.0, **options} if options or can_draw(model) else None
     server = create_app(model, run.resolve().name, limits, show)
     uvicorn.run(server, host=host, port=port, log_level="info", timeout_keep_alive=5)
@@ -135,12 +139,15 @@ def export(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The new folder.")],
     to: Annotated[str, typer.Option(help="The format: hf-llava or hf-blip2.")],
     dtype: Annotated[str, typer.Option(help="Of the weights: float32, bfloat16 or float16.")] = "float32",
+    trust_remote_code: Trusted = None,
 ) -> None:
     """Export a model as an equivalent transformers class, and compare the two."""
     from mllm.build import load
     from mllm.export.export import export as export_model
 
-    comparisons = export_model(load(run, device="cpu"), folder, to=to, dtype=dtype)
+    comparisons = export_model(
+        load(run, device="cpu", trust_remote_code=trust_remote_code or ()), folder, to=to, dtype=dtype
+    )
     largest = max(comparison.difference for comparison in comparisons)
     equal = sum(comparison.tokens == comparison.stock for comparison in comparisons)
     typer.echo(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
-import json
 import os
 from collections.abc import Sequence
 from importlib import import_module
@@ -25,6 +24,7 @@ from mllm.hub.identity import BOOKKEEPING, fingerprint_of
 from mllm.hub.published import configuration
 from mllm.media.images import open_image
 from mllm.registry import Count, NonNegative
+from mllm.system import read_json
 
 IMAGE_SIDE = ("unet", "transformer", "vae", "safety_checker", "feature_extractor")  # modules that encode no text
 
@@ -241,7 +241,7 @@ def _folder(model: str) -> Path:
 def _content(file: Path) -> Any:
     """Return a configuration without bookkeeping; of a file that is none, its hash."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
     except ValueError:
         return file_hash(file)
     if not isinstance(content, dict):
@@ -252,7 +252,9 @@ def _content(file: Path) -> Any:
 def _json(model: str, file: str) -> dict[str, Any]:
     path = _folder(model) / file
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
+        content = read_json(path) if os.path.lexists(path) else {}
+    except (OSError, ValueError) as error:
         raise MLLMError(f"{path} cannot be read: {error}. Copy the folder again.") from None
+    if not isinstance(content, dict):
+        raise MLLMError(f"{path} cannot be read: it is no JSON object. Copy the folder again.")
     return content

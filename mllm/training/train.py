@@ -69,17 +69,23 @@ def train(
         run = Run.create(_folder(out, config.name), config)
     with contextlib.closing(run), run.signals:
         try:
-            _train(run, config, model)
+            _train(run, config, model, started)
         except Interrupted:
             raise
         except KeyboardInterrupt:
-            raise run.signals.interrupted(run.path, "before the end of a step") from None
-        run.record("time.json", {"minutes": (time.monotonic() - started) / 60})  # since it was last started
+            raise run.signals.interrupted(run.path, "between two checkpoints") from None
     return run
 
 
-def _train(run: Run, config: Recipe, model: Assembly | None) -> None:
-    """Run the stages from the first one, or from a run's last checkpoint if there is no ``model``; save the result."""
+def _train(run: Run, config: Recipe, model: Assembly | None, started: float) -> None:
+    """Run the stages, and save the result.
+
+    Args:
+        run: the run.
+        config: its recipe.
+        model: of the first stage; None: continue from the run's last checkpoint.
+        started: the time when the run was last started.
+    """
     model, state = _restored(run, config) if model is None else (model, TrainingState())
     with _plotted(run):
         for number, stage in enumerate(config.stages[state.stage :], start=state.stage):
@@ -97,6 +103,7 @@ def _train(run: Run, config: Recipe, model: Assembly | None) -> None:
             if run.signals.received_anywhere() and number + 1 < len(config.stages):
                 raise run.signals.interrupted(run.path, f"after stage {stage.name}; the checkpoint is written")
     run.record("frozen.json", state.frozen)
+    run.record("time.json", {"minutes": (time.monotonic() - started) / 60})
     if run.writes:
         save(model, run.path / "model")
         (run.path / CHECKPOINT).unlink(missing_ok=True)
