@@ -49,8 +49,9 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise MLLMError(f"{label} cannot be read: it is not UTF-8 text. Save it as UTF-8.") from None
-    except OSError as error:
-        raise MLLMError(f"{label} cannot be read: {error.strerror or error}. Check the path.") from None
+    except (OSError, ValueError) as error:  # ValueError: a path with a null character
+        reason = getattr(error, "strerror", None) or error
+        raise MLLMError(f"{label!r} cannot be read: {reason}. Check the path.") from None
 
 
 def mapping_of(values: Any, label: str) -> dict[str, Any]:
@@ -75,7 +76,7 @@ def parse_yaml(text: str, label: str) -> Any:
         content = OmegaConf.create(text)
         values = {} if content is None else OmegaConf.to_container(content)
         _check_integers(values)
-    except (MLLMError, ValueError, OmegaConfBaseException, yaml.YAMLError, RecursionError, TypeError) as error:
+    except Exception as error:  # tags are converted by Python's own constructors, each with errors of its own
         raise MLLMError(f"{label} is not a YAML file: {_reason(error)}. Correct it.") from None
     return values
 

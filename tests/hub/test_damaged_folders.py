@@ -73,7 +73,7 @@ def answers(parts: dict[str, str]) -> None:
     try:
         model = mllm.assemble(parts["encoder"], parts["lm"])
         _ = model.encoder.fingerprint, model.lm.fingerprint
-        model.caption([tiny_image(0)], max_new_tokens=2)
+        model.generate([[tiny_image(0), "red"]], max_new_tokens=2)
     except MLLMError as error:
         assert 20 < len(str(error)) < 3_000
     assert time.monotonic() - began < 60
