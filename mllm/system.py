@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import json
 import os
+import platform
 import re
 import sys
 import tempfile
@@ -95,30 +96,41 @@ class Lock:
             OSError: the folder cannot be written.
             MLLMError: another process has it.
         """
-        file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(file, 100).decode(errors="replace").strip() or "another process"
-            os.close(file)
-            raise MLLMError(
-                f"{self._path.parent} is in use by {holder}. Wait until it ends, or give another folder."
-            ) from None
-        except OSError:
-            pass
-        os.truncate(file, 0)
-        os.write(file, f"process {os.getpid()} on {os.uname().nodename}\n".encode())
+        while True:
+            file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                if fcntl is not None:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = os.read(file, 100).decode(errors="replace").strip() or "another process"
+                os.close(file)
+                raise MLLMError(
+                    f"{self._path.parent} is in use by {holder}. Wait until it ends, or give another folder."
+                ) from None
+            except OSError:
+                pass
+            if _is_at(file, self._path):
+                break
+            os.close(file)  # it was released, and so removed, between opening and locking
         self._file = file
+        os.truncate(file, 0)
+        os.write(file, f"process {os.getpid()} on {platform.node()}\n".encode())
 
-    def release(self, *, remove: bool = False) -> None:
-        """Release the lock, if it is held; ``remove`` its file, where nobody needs it any more."""
-        if self._file is None:
-            return
-        if remove:
-            self._path.unlink(missing_ok=True)
-        os.close(self._file)
-        self._file = None
+    def release(self) -> None:
+        """Release the lock, if it is held, and remove its file."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._path.unlink(missing_ok=True)
+            os.close(self._file)
+            self._file = None
+
+
+def _is_at(file: int, path: Path) -> bool:
+    """Whether an open file is the one that a path leads to."""
+    try:
+        return os.path.samestat(os.fstat(file), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 _LITTER = ("__MACOSX", "@eaDir")  # folders that macOS and Synology add

@@ -128,6 +128,9 @@ class FeatureStore:
         """Read a shard from disk; a damaged one is discarded, with a warning, and its features are computed again."""
         try:
             rows, _ = read_verified(path)
+            shape = (self._model.encoder.num_patches, self._model.encoder.dim)
+            if any(tuple(row.shape) != shape for row in rows.values()):
+                raise DamagedFile("its features are of another shape")
         except (DamagedFile, OSError) as error:
             self._stored = {key: shard for key, shard in self._stored.items() if shard != path}
             _discard(path, error)

@@ -73,8 +73,7 @@ class Run:
 
     def close(self) -> None:
         """Let another process continue the run."""
-        with contextlib.suppress(OSError):
-            self._lock.release(remove=(self.path / COMPLETE).is_file())
+        self._lock.release()
 
     def _begin(self, recipe: Recipe) -> None:
         with self._locked():
@@ -129,6 +128,9 @@ class Run:
             done: the stages before the checkpoint's, whose rows are kept.
             stage: the checkpoint's.
             step: the checkpoint's.
+
+        Raises:
+            MLLMError: a line is damaged that is not the last.
         """
         path = self.path / "log.jsonl"
         if not self.writes or not path.is_file():
@@ -136,12 +138,17 @@ class Run:
         kept = []
         with self._written(path.name):
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        for line in lines:
-            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # a line cut short by a kill
+        for number, line in enumerate(lines, start=1):
+            try:
                 row = parse_json(line)
                 before = "skipped" in row or 0 < row.get("step", 0) <= step
                 if row["stage"] in done or (row["stage"] == stage and before):
                     kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                if number < len(lines):  # a kill cuts the last line only
+                    raise MLLMError(
+                        f"{path}, line {number}, is damaged: {error}. Remove the line, or restore the file."
+                    ) from None
         with self._written(path.name):
             write(path, lambda file: file.write_text("".join(kept)))
 

@@ -115,9 +115,20 @@ def test_the_lock_is_the_systems_and_is_released(tmp_path):
     lock.acquire()
     with (tmp_path / Lock.NAME).open() as file, pytest.raises(BlockingIOError):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    other = Lock(tmp_path)
+    with pytest.raises(MLLMError, match=rf"in use by process {os.getpid()} on"):
+        other.acquire()
     lock.release()
-    with (tmp_path / Lock.NAME).open() as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert list(tmp_path.iterdir()) == []
+    other.acquire()
+    other.release()
+
+
+def test_a_folder_that_is_refused_stays_as_it_was(recipe, tmp_path):
+    (tmp_path / "mine").touch()
+    with pytest.raises(MLLMError, match="is not empty"):
+        mllm.train(recipe, out=tmp_path)
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["mine"]
 
 
 def test_only_files_of_unfinished_writes_are_removed(tmp_path):
