@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from mllm.errors import MLLMError
-from mllm.system import parse_json, write
+from mllm.system import parse_json, remove_partial, write
 
+ABANDONED = 3600  # seconds; what is written to a file for longer was left by a killed process
 NAME = "answers.{rank}.partial.jsonl"
 
 
@@ -65,8 +66,10 @@ class Journal:
 
     def close(self) -> None:
         """Remove the journal, all processes' files: the report has what they held."""
-        for path in self._path.parent.glob(NAME.format(rank="*")) if self._path else ():
-            path.unlink(missing_ok=True)
+        if self._path is not None:
+            remove_partial(self._path.parent, older_than=ABANDONED)
+            for path in self._path.parent.glob(NAME.format(rank="*")):
+                path.unlink(missing_ok=True)
 
     def _read(self, path: Path, lines: list[str], first: str) -> None:
         if lines and lines[0] != first:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mllm.eval.suite import load_suite
@@ -141,7 +142,7 @@ def test_long_paths_and_pipes_are_one_message(tmp_path: Path) -> None:
     assert time.monotonic() - began < 5
 
 
-OUT_OF_RANGE = {
+OUT_OF_RANGE: dict[str, list[Any]] = {
     "seed": [-1, 2**32, 2**64],
     "stages.0.seed": [-1, 2**32],
     "optim.betas": [[1.5, 0.9], [0.9, -0.1], [1, 1]],

@@ -23,8 +23,8 @@ from mllm.testing import tiny_image
 VALUES = [None, "", "x", -1, 0, 1.5, 10**30, [], {}, True, [None], {"a": 1}]
 
 
-def _replace(content: bytes | None) -> Callable[[Path], None]:
-    return lambda file: file.unlink() if content is None else file.write_bytes(content) and None
+def _replace(content: bytes | None) -> Callable[[Path], Any]:
+    return lambda file: file.unlink() if content is None else file.write_bytes(content)
 
 
 def _half(file: Path) -> None:
@@ -48,7 +48,7 @@ def _pipe(file: Path) -> None:
     os.mkfifo(file)
 
 
-DAMAGES: dict[str, Callable[[Path], None]] = {
+DAMAGES: dict[str, Callable[[Path], Any]] = {
     "missing": _replace(None),
     "empty": _replace(b""),
     "half": _half,

@@ -45,6 +45,7 @@ stages: [{{name: one, train: {{connector: 0.02}}, steps: {STEPS}, batch_size: {B
 def by_hand(path: str, weights: list[float], start: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Train the connector by torch alone: each loss is cross-entropy summed over targets, by their number."""
     stage = load(path).stages[0]
+    assert stage.encoder is not None and stage.encoder.model is not None and stage.lm is not None
     model = mllm.assemble(stage.encoder.model, stage.lm.model, {"type": "linear", "tokens": 4})
     model.load_state_dict(start, strict=False)
     parameters = list(model.connector.parameters())
