@@ -12,10 +12,10 @@ from typing import Any, Literal
 from omegaconf import OmegaConf
 from pydantic import Field, field_validator
 
+from mllm.config.base import PartSpec, Spec
 from mllm.config.data import DataSpec
 from mllm.config.loading import override
 from mllm.config.messages import checked
-from mllm.config.parts import PartSpec, Spec
 from mllm.config.yaml_text import mapping_of, read_yaml, resolved
 from mllm.data.items import Item
 from mllm.data.sources import read

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mllm.config.messages import checked
+from mllm.config.parts import add_resize, encoders_in
 from mllm.config.recipe import Recipe, Settings
 from mllm.config.yaml_text import parse_yaml, read_yaml, resolved
 from mllm.errors import MLLMError, near
@@ -85,6 +86,26 @@ def _merged(base: Any, over: Any) -> Any:
 def dump(recipe: Recipe) -> str:
     """Return the resolved recipe as YAML; `load` reads it back to the same recipe."""
     return OmegaConf.to_yaml(OmegaConf.create(recipe.model_dump(mode="json", by_alias=True)), sort_keys=False)
+
+
+def continued(recipe: Recipe, path: Path) -> Recipe:
+    """Return a recipe to continue a run with, whose own recipe is in a file.
+
+    In a run that was started before there was ``encoder.resize``, images stay stretched unless the recipe has the key.
+    """
+    before = read_yaml(path) if os.path.lexists(path) else {}
+    try:
+        complete = all("resize" in encoder for encoder in encoders_in(before))
+    except (AttributeError, TypeError):  # it is no mapping, or one of its values is none
+        raise MLLMError(f"{path} is no recipe: it was changed since the run was started. Restore it.") from None
+    if complete:
+        return recipe
+    values = recipe.model_dump(mode="json", by_alias=True)
+    for encoder in encoders_in(values):
+        if encoder["resize"] is None:
+            del encoder["resize"]
+    add_resize(values)
+    return check(values, label=recipe.name)
 
 
 def _read(path: Path) -> dict[str, Any]:

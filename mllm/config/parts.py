@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
@@ -19,8 +18,12 @@ from pydantic import (
     model_validator,
 )
 
+from mllm.config.base import PartSpec, Spec
+from mllm.config.prompt import PromptSpec
+
 PARTS = ("encoder", "lm", "connector", "adapters", "heads", "tokens", "decoder")
 FROZEN = ("encoder", "lm", "decoder")  # unless a stage's 'train' names them, or something inside them
+RESIZING = ("transformers", "timm", "open-clip")  # types of encoders that have 'resize'
 
 
 def part_of(path: str) -> str:
@@ -28,21 +31,29 @@ def part_of(path: str) -> str:
     return path.partition(".")[0]
 
 
-class Spec(BaseModel):
-    """A mapping of the recipe whose keys are all known."""
+class VocabularySpec(Spec):
+    """The words that a connector's output is expressed in; see `mllm.lms.words.Vocabulary`."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    words: Literal["language", "data", "all"] | list[str] = "language"
+    temperature: float = Field(default=0.05, gt=0)  # initial: it is learned
+    output: Literal["words", "tokens"] = "words"  # expected word embeddings, or the visual tokens as they are
 
 
-class PartSpec(BaseModel):
-    """A part by its registry name; every other key is an argument of the part."""
+class ConnectorSpec(PartSpec):
+    """A connector by its registry name, and whether its output is expressed in words; the rest are its arguments."""
 
-    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
-    type: str
+    vocabulary: VocabularySpec | None = None  # true: with its defaults
 
-    def options(self) -> dict[str, Any]:
-        """Return the arguments of the part."""
-        return dict(self.__pydantic_extra__ or {})
+    @field_validator("vocabulary", mode="before")
+    @classmethod
+    def _switched(cls, value: Any) -> Any:
+        return {} if value is True else None if value is False else value
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out a vocabulary that is not there: a run that was written before is resumed unchanged."""
+        values: dict[str, Any] = write(self)
+        return {key: value for key, value in values.items() if key != "vocabulary" or value is not None}
 
 
 class HeadSpec(PartSpec):
@@ -107,6 +118,7 @@ class EncoderSpec(PartSpec):
     layer: int | None = None  # index into the hidden states; null: the model's last output
     select: Literal["patches", "pooled", "all"] = "patches"
     resolution: int | None = Field(default=None, ge=1)  # pixels; null: the image processor's
+    resize: Literal["stretch", "crop", "pad"] | None = None  # how an image becomes a square; null: the model's own way
     init: Literal["pretrained", "random"] = "pretrained"
     trust_remote_code: bool = False  # run Python code from the model's repository
 
@@ -132,6 +144,24 @@ class EncoderSpec(PartSpec):
         return self.model_dump(exclude={"type", "of"}, exclude_defaults=True)
 
 
+def encoders_in(parts: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the mappings of the encoder of a recipe, of its stages, or of a saved model, and of those inside it."""
+    for stage in parts.get("stages") or ():
+        yield from encoders_in(stage)
+    waiting = [parts.get("encoder")]
+    while waiting:
+        if isinstance(encoder := waiting.pop(), dict):
+            yield encoder
+            waiting += encoder.get("of") or []
+
+
+def add_resize(parts: Mapping[str, Any]) -> None:
+    """Set ``resize`` of encoders that were saved before there was this key: their images were stretched."""
+    for encoder in encoders_in(parts):
+        if "resize" not in encoder and encoder.get("type", "transformers") in RESIZING:
+            encoder["resize"] = "stretch"
+
+
 class LMSpec(Spec):
     """The frozen language model."""
 
@@ -147,52 +177,7 @@ class LMSpec(Spec):
         return self.model_dump(exclude={"type", *(() if self.trust_remote_code else ("trust_remote_code",))})
 
 
-class ExampleSpec(Spec):
-    """A solved example: an image, or words in its place, and the answer that follows the prompt."""
-
-    image: str | None = None  # a file
-    words: str = ""
-    question: str | None = None  # null: the answer is a caption
-    answer: str
-
-    @model_validator(mode="after")
-    def _one_of_two(self) -> ExampleSpec:
-        if bool(self.image) == bool(self.words):
-            raise ValueError("an example has an image, or words in its place: give one of the two")
-        return self
-
-
-class PromptSpec(Spec):
-    """The words around images and questions."""
-
-    template: str = "{images}{prompt}"  # the order of the images and the words below; null: this one
-    caption: str = "A picture of"
-    question: str = "Question: {question} Answer:"
-    examples: list[ExampleSpec] = []  # solved ones before every prompt
-    chat: Literal["plain", "own"] = "plain"  # a turn in these words, or in the language model's chat template
-
-    @model_validator(mode="before")
-    @classmethod
-    def _default_template(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("template", "") is None:
-            return {key: value for key, value in values.items() if key != "template"}
-        return values
-
-    @model_validator(mode="after")
-    def _fields(self) -> PromptSpec:
-        if not re.fullmatch(r"[^{}]*\{images\}[^{}]*\{prompt\}", self.template):
-            raise ValueError("the template holds {images} once, and ends with {prompt}")
-        return self
-
-    @field_validator("question")
-    @classmethod
-    def _has_one_field(cls, value: str) -> str:
-        """Refuse other braces: they would fail, or be replaced, only when the first question is asked."""
-        if value.count("{question}") != 1 or set(value.replace("{question}", "")) & set("{}"):
-            raise ValueError("expected {question} once, and no other braces")
-        return value
-
-
+# Words of the prompt format: where a recipe gives them, conversations are in these words, too.
 class InitSpec(Spec):
     """Trained parts taken from another run."""
 
@@ -206,7 +191,7 @@ class FitSpec(Spec):
 
     part: str = "connector"  # or a head's path, heads.NAME
     solver: Literal["ridge", "least-squares", "procrustes", "correlation"] | None = None
-    targets: Literal["caption-words", "tokens", "sentences"] | None = None  # tokens: their strings, no data
+    targets: Literal["caption-words", "words-in-order", "tokens", "sentences"] | None = None  # tokens: no data
     strength: float | None = Field(default=None, gt=0)  # of the ridge, as a share of the features' mean variance
 
     def options(self) -> dict[str, Any]:
@@ -225,7 +210,7 @@ class Parts(Spec):
 
     encoder: EncoderSpec | None = None
     lm: LMSpec | None = None
-    connector: PartSpec | None = None
+    connector: ConnectorSpec | None = None
     adapters: Adapters = []
     heads: Heads = []
     tokens: Names = []

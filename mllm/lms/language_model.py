@@ -66,7 +66,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         folder = hub.resolve(model, group="lms")
         code: Any = {"trust_remote_code": trust_remote_code}
-        self.text = TextTokenizer(hub.load_processor(AutoTokenizer, folder, **code))
+        tokenizer = hub.load_processor(AutoTokenizer, folder, **code)
         options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
         if quantize is not None:
             # Without a map, transformers puts them on a GPU where there is one, whatever the rest of the model does.
@@ -80,6 +80,7 @@ class LanguageModel(nn.Module):
             # gradient wrong, and lets results depend on earlier passes.
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
+        self.text = TextTokenizer(tokenizer, self.model)
         self._folder, self._init, self._code = folder, init, code
         self._prefix_length = 0  # of adapters
         self.runner: Runner = choose_runner(self.model, self.text.end_of_text)
@@ -135,7 +136,7 @@ class LanguageModel(nn.Module):
         return self.text.pad
 
     def tokenize(self, text: str, *, control: bool = False) -> list[int]:
-        """Return the ids of a text without added special tokens; ``control``: special tokens in it are recognised."""
+        """Return the ids of a text without added special tokens; ``control``: control words in it are recognised."""
         return self.text.tokenize(text, control=control)
 
     def decode(self, ids: Sequence[int]) -> str:

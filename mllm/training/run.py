@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from mllm.config.loading import dump, load
+from mllm.config.loading import continued, dump, load
 from mllm.config.recipe import Recipe
 from mllm.config.yaml_text import mapping_of, parse_yaml, read_text
 from mllm.errors import MLLMError
@@ -232,7 +232,7 @@ def changes(before: dict[str, Any], after: dict[str, Any], path: str = "") -> li
 def _today(written: Path) -> str:
     """Return a run's recipe with the keys that came to recipes since it was written, at their defaults."""
     with contextlib.suppress(MLLMError):
-        return dump(load(str(written)))
+        return dump(continued(load(str(written)), written))
     return read_text(written)
 
 
