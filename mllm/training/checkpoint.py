@@ -21,8 +21,8 @@ from pydantic import Field
 from safetensors import SafetensorError
 from torch import Tensor
 
+from mllm.config.base import Spec
 from mllm.config.messages import checked
-from mllm.config.parts import Spec
 from mllm.encoders.feature_store import FeatureStore
 from mllm.errors import MLLMError, first_line
 from mllm.hub.verified import DamagedFile, read_verified, save_verified
