@@ -179,6 +179,8 @@ class Run:
             raise MLLMError(
                 f"{path} cannot be read: {error}. Remove it, if the data are those that the run was started with."
             ) from None
+        if resumed and known and stage not in known:
+            raise MLLMError(f"{path} has nothing on stage {stage}. Restore it, or remove it to skip this comparison.")
         if resumed and known.get(stage, sources) != sources:
             raise MLLMError(
                 f"The data of stage {stage} changed since {self.path} was started. Restore the data, or continue with "
