@@ -13,7 +13,7 @@ from mllm.assembly import Assembly
 from mllm.capabilities import ConditionHead
 from mllm.config.base import PartSpec
 from mllm.config.messages import checked
-from mllm.config.parts import AssemblySpec, EncoderSpec, ObjectiveSpec
+from mllm.config.parts import AssemblySpec, EncoderSpec
 from mllm.config.recipe import Stage
 from mllm.devices import DeviceName, DTypeName, cast, choose_device, dtype_of
 from mllm.encoders.base import Shape, on_meta
@@ -26,9 +26,9 @@ from mllm.model import Model, trained_module
 from mllm.prompts.chat_template import end_of_turn
 from mllm.readout.tokens import every_token, heads_on_meta
 from mllm.registry import lookup, made
-from mllm.saving import find_folder, read_about, restore
+from mllm.saving import check_trust, find_folder, read_about, restore
 from mllm.scorers.own import own_scorer
-from mllm.slots import Connector, Encoder, Head, ImageDecoder, Objective
+from mllm.slots import Connector, Encoder, Head, ImageDecoder
 from mllm.system import return_memory
 
 Slot = TypeVar("Slot")
@@ -237,21 +237,6 @@ def load(
     return model
 
 
-def check_trust(spec: AssemblySpec, path: Path, trusted: Sequence[str]) -> None:
-    """Check that parts of a saved model run code of their repositories only where the caller allows it.
-
-    Raises:
-        MLLMError: a part does that is not named.
-    """
-    for part, model in spec.remote_code().items():
-        name = part.partition(".")[0]
-        if name not in trusted:
-            raise MLLMError(
-                f"The {name} of {path} runs Python code from the repository of {model!r}. If you have read that code "
-                f"and trust it, allow it: --trust-remote-code {name}, or trust_remote_code=[{name!r}]."
-            )
-
-
 def encoder_of(spec: EncoderSpec, *, seed: int) -> Encoder:
     """Return the encoder of an `mllm.config.parts.EncoderSpec`; the encoders in its ``of`` are built first.
 
@@ -268,15 +253,6 @@ def encoder_of(spec: EncoderSpec, *, seed: int) -> Encoder:
         options["seed"] = seed
     label = f"encoder {spec.model or spec.type}"
     return _fulfilled(Encoder, label, made(lookup("encoders", spec.type), label, **options))
-
-
-def objectives_of(specs: Sequence[ObjectiveSpec]) -> list[Objective]:
-    """Return the objectives of a stage.
-
-    Raises:
-        MLLMError: an unknown objective, or an option that it does not take.
-    """
-    return [made(lookup("objectives", spec.type), f"objective {spec.type}", **spec.options()) for spec in specs]
 
 
 def check_condition(spec: AssemblySpec) -> None:

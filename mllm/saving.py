@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import Field
@@ -115,6 +116,21 @@ def read_about(folder: Path) -> About:
             f"{tensors} does not have the checksum in {ASSEMBLY}: it was changed or truncated. Copy the folder again."
         )
     return about
+
+
+def check_trust(spec: AssemblySpec, path: Path, trusted: Sequence[str]) -> None:
+    """Check that parts of a saved model run code of their repositories only where the caller allows it.
+
+    Raises:
+        MLLMError: a part does that is not named.
+    """
+    for part, model in spec.remote_code().items():
+        name = part.partition(".")[0]
+        if name not in trusted:
+            raise MLLMError(
+                f"The {name} of {path} runs Python code from the repository of {model!r}. If you have read that code "
+                f"and trust it, allow it: --trust-remote-code {name}, or trust_remote_code=[{name!r}]."
+            )
 
 
 def _write_tensors(model: Model, folder: Path) -> tuple[str, str]:

@@ -179,9 +179,7 @@ class LanguageModel(nn.Module):
     def logits(
         self, embeds: Tensor | EmbeddingsWithMemory, mask: Tensor, keep: Tensor | None = None, cache: Any = None
     ) -> Tensor:
-        """Return logits ``(B, K, V)`` at the positions ``keep (K,)`` of embeddings ``(B, T, D_lm)``.
-
-        An encoder-decoder model has only those of an answer's first token, ``(B, 1, V)``.
+        """Return logits ``(B, K, V)`` at positions ``keep (K,)``; an encoder-decoder model's of the first token only.
 
         Args:
             embeds: the sequence; with a cache, what follows the cached part.
@@ -197,8 +195,7 @@ class LanguageModel(nn.Module):
         Args:
             embeds: ``(B, T, D_lm)``.
             mask: ``(B, T)``, 1 where there is a token; or ``(B, T, T)``, see `mllm.prompts.batch.Batch`.
-            labels: ``(B, T)``, the ids; `mllm.prompts.batch.IGNORED` where there is no target. An encoder-decoder
-                model's encoder reads everything before an answer, and its decoder generates the answer.
+            labels: ``(B, T)``, the ids; `mllm.prompts.batch.IGNORED` where there is no target.
         """
         return self.runner.losses(embeds, mask, labels)
 
@@ -221,10 +218,8 @@ class LanguageModel(nn.Module):
             embeds: ``(B, T, D_lm)``.
             mask: ``(B, T)``, 1 where there is a token.
             keep: positions, all of them after the frozen prefix.
-            frozen_prefix: how many of the first positions need no gradient: where nothing in the language model
-                trains, no activations are stored for them, which saves most of a step.
-            num_logits: at how many of the positions, from the first, logits are needed; None: all. The others' may be
-                left out.
+            frozen_prefix: how many of the first positions need no gradient: no activations are stored for them.
+            num_logits: at how many of the positions, from the first, logits are needed; None: all.
 
         Raises:
             MLLMError: an encoder-decoder model, which has no hidden states of a sequence.

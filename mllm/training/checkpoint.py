@@ -202,11 +202,19 @@ def optimizer_state(optimizer: Any) -> Tensors:
 
 
 def set_optimizer(optimizer: Any, tensors: Tensors, rates: list[float]) -> None:
-    """Set the optimizer's tensors and learning rates to those of a checkpoint."""
+    """Set the optimizer's tensors and learning rates to those of a checkpoint.
+
+    Raises:
+        ValueError: they are of other parameters.
+    """
     state: dict[int, Tensors] = {}
     for name, tensor in tensors.items():
         index, _, key = name.partition(".")
         state.setdefault(int(index), {})[key] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    for parameter, entry in optimizer.state.items():
+        for key, value in entry.items():
+            if value.ndim and value.shape != parameter.shape:
+                raise ValueError(f"the optimizer's {key} is {tuple(value.shape)}, of a tensor {tuple(parameter.shape)}")
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate

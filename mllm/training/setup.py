@@ -15,13 +15,13 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import Tensor, nn
 from transformers import get_scheduler
 
-from mllm.build import objectives_of
 from mllm.capabilities import ReadsData
 from mllm.config.recipe import Stage
 from mllm.data.sources import Source, answers_of
 from mllm.devices import choose_device
 from mllm.errors import MLLMError
 from mllm.model import Model, trained_module
+from mllm.objectives.build import objectives_of
 from mllm.prompts.batch import Batch
 from mllm.prompts.pieces import Piece
 from mllm.training.checkpoint import TrainingState, explain_misfit, set_optimizer
