@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 from mllm.errors import MLLMError
+from mllm.hub import loading as hub
+from mllm.registry import Count, Dropout
 from mllm.slots import Connector
 
 
@@ -45,11 +47,11 @@ class TokenMerge(Connector):
         num_patches: int,
         grid: tuple[int, int] | None,
         merge: int = 19,
-        layers: int = 12,
-        dim: int = 768,
-        heads: int = 12,
+        layers: Count = 12,
+        dim: Count = 768,
+        heads: Count = 12,
         init: str | None = None,
-        dropout: float = 0.0,
+        dropout: Dropout = 0.0,
     ) -> None:
         super().__init__()
         last = num_patches - (layers - 1) * merge  # tokens that reach the last layer
@@ -114,12 +116,10 @@ def _select(tokens: Tensor, indices: Tensor) -> Tensor:
 
 def _blocks(*, layers: int, dim: int, heads: int, init: str | None, dropout: float) -> nn.ModuleList:
     if init is not None:
-        try:
-            bert = BertModel.from_pretrained(init, add_pooling_layer=False, num_hidden_layers=layers)
-        except (OSError, ValueError) as error:
-            raise MLLMError(
-                f"connector.init: {init!r} could not be loaded: {error}. Give the id or folder of a BERT."
-            ) from None
+        with hub.explain_errors(init):
+            bert = BertModel.from_pretrained(
+                init, add_pooling_layer=False, num_hidden_layers=layers, trust_remote_code=False
+            )
         shape = (bert.config.hidden_size, bert.config.num_attention_heads)
         if shape != (dim, heads):
             raise MLLMError(

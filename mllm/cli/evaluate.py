@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mllm.cli.loading import load_run
-from mllm.cli.options import DataFolder, DeviceName, DTypeName, RunPath, SuiteName, SuiteOverrides
+from mllm.cli.options import DataFolder, DeviceName, DTypeName, RunPath, SuiteName, SuiteOverrides, Trusted
 from mllm.errors import MLLMError
 
 if TYPE_CHECKING:
@@ -28,12 +28,13 @@ def evaluate(
     ] = None,
     device: DeviceName = None,
     dtype: DTypeName = None,
+    trust_remote_code: Trusted = None,
 ) -> None:
     """Run a suite on a model and its baselines; an evaluation that was killed continues."""
     from mllm.evaluation import evaluate as run_suite
 
     report = run_suite(
-        load_run(run, device, dtype),
+        load_run(run, device, dtype, trust_remote_code),
         suite,
         data,
         limit=limit,

@@ -15,6 +15,7 @@ from mllm.config.parts import (
     AssemblySpec,
     FitSpec,
     InitSpec,
+    Name,
     ObjectiveSpec,
     Parts,
     listed,
@@ -22,16 +23,19 @@ from mllm.config.parts import (
     switch,
 )
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Rate = Annotated[float, Field(ge=0)]
+
 
 class OptimSpec(Spec):
     """The optimizer and its schedule."""
 
     name: Literal["adamw"] = "adamw"
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    clip: float | None = 1.0
+    weight_decay: float = Field(default=0.0, ge=0)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    clip: float | None = Field(default=1.0, gt=0)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup: int = 100  # steps
+    warmup: int = Field(default=100, ge=0)  # steps
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     accumulate: int = Field(default=1, ge=1)
     checkpointing: bool = False  # recompute the language model's activations in the backward pass
@@ -63,9 +67,9 @@ class Settings(Parts):
 class Stage(Settings):
     """One stage: the recipe's settings, overridden by the stage's, and what is fitted or trained."""
 
-    name: str
+    name: Name
     fit: FitSpec | None = None
-    train: dict[str, float] = {}  # part, or dotted path inside one -> learning rate
+    train: dict[str, Rate] = {}  # part, or dotted path inside one -> learning rate
     objectives: list[ObjectiveSpec] = [ObjectiveSpec(type="caption")]
     steps: int | None = Field(default=None, ge=1)
     batch_size: int = Field(default=32, ge=1)
@@ -114,7 +118,7 @@ class Stage(Settings):
 class Recipe(Settings):
     """A whole recipe, checked; ``stages`` are resolved: each has every setting."""
 
-    name: str
+    name: Name
     about: str = ""  # one line, shown by `mllm recipes`
     paper: str = ""  # arXiv:NUMBER
     stages: list[Stage] = []

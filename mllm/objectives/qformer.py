@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from mllm.capabilities import ContrastHead, MatchHead, ReadsText
 from mllm.errors import MLLMError
 from mllm.objectives.contrastive import ImageTextPairs, captions_of, symmetric_infonce
+from mllm.registry import Dropout
 from mllm.slots import Inputs
 
 
@@ -27,7 +28,7 @@ class ImageTextContrast(ImageTextPairs):
 
     needs = (ReadsText, ContrastHead)
 
-    def __init__(self, *, smoothing: float = 0.1) -> None:
+    def __init__(self, *, smoothing: Dropout = 0.1) -> None:
         self.smoothing = smoothing
 
     def __call__(self, inputs: Inputs) -> Tensor:

@@ -15,16 +15,16 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import Tensor, nn
 from transformers import get_scheduler
 
-from mllm.build import objectives_of
 from mllm.capabilities import ReadsData
 from mllm.config.recipe import Stage
 from mllm.data.sources import Source, answers_of
 from mllm.devices import choose_device
 from mllm.errors import MLLMError
 from mllm.model import Model, trained_module
+from mllm.objectives.build import objectives_of
 from mllm.prompts.batch import Batch
 from mllm.prompts.pieces import Piece
-from mllm.training.checkpoint import TrainingState, set_optimizer
+from mllm.training.checkpoint import TrainingState, explain_misfit, set_optimizer
 from mllm.training.sharding import asked, keep_apart
 
 Groups = list[dict[str, Any]]  # of parameters, each with its learning rate
@@ -190,8 +190,9 @@ def engine_for(accelerator: Accelerator, model: Model, stage: Stage, groups: Gro
     wrapped, optimizer = accelerator.prepare(model, unprepared)
     schedule = get_scheduler(schedule_name(stage), optimizer, stage.optim.warmup, stage.steps)
     if state.step:
-        set_optimizer(optimizer, state.optimizer, state.rates)
-        schedule.load_state_dict(state.schedule)
+        with explain_misfit():
+            set_optimizer(optimizer, state.optimizer, state.rates)
+            schedule.load_state_dict(state.schedule)
     return Engine(accelerator, model, wrapped, stage, optimizer, schedule)
 
 
