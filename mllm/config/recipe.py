@@ -27,15 +27,32 @@ class OptimSpec(Spec):
     """The optimizer and its schedule."""
 
     name: Literal["adamw"] = "adamw"
-    weight_decay: float = 0.0
+    weight_decay: float = 0.0  # of matrices; biases, the weights of norms and other vectors are not decayed
     betas: tuple[float, float] = (0.9, 0.999)
     clip: float | None = 1.0
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant", "step"] = "cosine"
     warmup: int = 100  # steps
+    warmup_start: float = Field(default=0.0, ge=0)  # the learning rate that warmup begins with
+    floor: float = Field(default=0.0, ge=0)  # the lowest learning rate that the schedule ends at
+    horizon: int | None = Field(default=None, ge=1)  # the step at which the schedule ends; null: the stage's last
+    milestones: list[Annotated[int, Field(ge=1)]] = []  # steps after which schedule: step multiplies by factor
+    factor: float = Field(default=0.1, gt=0, le=1)
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     accumulate: int = Field(default=1, ge=1)
     checkpointing: bool = False  # recompute the language model's activations in the backward pass
     compile: bool = False  # torch.compile
+
+    @model_validator(mode="after")
+    def _fits_the_schedule(self) -> OptimSpec:
+        if (self.schedule == "step") != bool(self.milestones):
+            raise ValueError("schedule: step and milestones belong together: give both, or neither")
+        if self.milestones != sorted(set(self.milestones)):
+            raise ValueError(f"milestones: {self.milestones}: expected steps in ascending order, each once")
+        if self.schedule == "constant" and (self.floor or self.horizon):
+            raise ValueError("floor and horizon are of a schedule that falls: leave them out, or give another schedule")
+        if self.schedule == "step" and self.horizon:
+            raise ValueError("schedule: step ends at its last milestone: leave out horizon")
+        return self
 
 
 class EvalSpec(Spec):
