@@ -106,7 +106,9 @@ def mean_image(items: Sequence[Item]) -> Image.Image:
 def untrained(model: Assembly, items: Sequence[Item]) -> Assembly:
     """Return a model with the same frozen parts and adapters, and a new connector scaled to the model's embeddings."""
     spec = model.spec.model_copy(update={"seed": model.spec.seed + 1})
-    connector = build_connector(spec, encoder=model.encoder, lm_dim=model.lm.dim).to(model.device)
+    connector = build_connector(spec, encoder=model.encoder, lm=model.lm).to(model.device)
+    if model.spec.connector.vocabulary is not None:  # the same words
+        connector.get_submodule("vocabulary").load_state_dict(model.connector.vocabulary.state_dict())
     other = Assembly(
         encoder=model.encoder,
         connector=connector,

@@ -22,11 +22,13 @@ from mllm.eval.shots import with_shots
 from mllm.eval.suite import Suite, data_hash, load_suite, read_items, read_shots
 
 from mllm.assembly import Assembly
+from mllm.capabilities import SpeaksWords
 from mllm.config.parts import FROZEN
 from mllm.data.items import Item
 from mllm.errors import MLLMError
 from mllm.evaluation import Report
 from mllm.processes import processes
+from mllm.readout.words import readable
 from mllm.registry import lookup
 from mllm.version import __version__
 
@@ -83,9 +85,9 @@ def evaluate(
     answers = mode.answers(model, items, Context(config, names, training, folder, journal, helpers))
     results = {name: Result(texts, _scores(config, texts, items, helpers)) for name, texts in answers.items()}
     written = folder if state.is_main_process else None
-    made = report(
-        config, items, results, written, run=run, settings=_settings(model, config, items), about=about, skipped=skipped
-    )
+    facts = {"settings": _settings(model, config, items), "about": about}
+    words = words_of(model, items)
+    made = report(config, items, results, written, run=run, **facts, skipped=skipped, words=words)
     state.wait_for_everyone()
     journal.close()
     return made
@@ -159,6 +161,15 @@ def _about(model: Assembly, config: Suite, items: Sequence[Item], baselines: Seq
         "trained": trained.hexdigest(),
         "mllm": __version__,
     }
+
+
+def words_of(model: Assembly, items: Sequence[Item]) -> dict[str, str]:
+    """Return the words of items' images by the items' ids, for a model whose connector has a vocabulary."""
+    if not isinstance(model.connector, SpeaksWords):
+        return {}
+    images = {image.key(): image for item in items for image in item.images}
+    words = dict(zip(images, map(readable, model.words(list(images.values()))), strict=True))
+    return {item.id: " | ".join(words[image.key()] for image in item.images) for item in items if item.images}
 
 
 def _settings(model: Assembly, config: Suite, items: Sequence[Item]) -> dict[str, str]:

@@ -36,7 +36,8 @@ def write_page(
             ``version``, ``better`` (``higher`` or ``lower``), ``value``, its 95 % interval ``low`` and ``high``, and
             ``baselines`` (name to ``value``, ``gain``, and the gain's ``low`` and ``high``).
         rows: the items in their original order: ``id``, ``kind``, ``question`` (or None), ``references``,
-            ``prediction``, ``baselines`` (name to its answer) and ``scores`` (metric to the item's score).
+            ``prediction``, ``baselines`` (name to its answer), ``scores`` (metric to the item's score), and, if the
+            connector has a vocabulary, ``words``, those nearest to the visual tokens of its images.
         images: a row's id to its images; rows that are missing here are text only.
 
     A number that is not finite is shown as a dash.

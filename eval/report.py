@@ -30,17 +30,18 @@ def report(
     settings: Mapping[str, Any],
     about: Mapping[str, Any],
     skipped: Mapping[str, str] | None = None,
+    words: Mapping[str, str] | None = None,
 ) -> Report:
     """Return the report of scored results, written into ``out`` if that is given; ``skipped``: error by item's id.
 
     The files: ``summary.json``, ``predictions.jsonl``, ``report.html``, and ``submission.json`` for a suite that has
-    one.
+    one. ``words``: the words of items' images, by the items' ids.
     """
     summary = {"suite": config.name, "run": run, **tally(config.metrics, items, results)}
     if skipped:
         summary["skipped"] = {"n": len(skipped), "items": dict(skipped)}
     summary |= {"settings": dict(settings), "versions": environment(), "fingerprints": dict(about)}
-    lines = rows(items, results)
+    lines = rows(items, results, words)
     if out is None:
         return Report(summary, lines, None)
     mode: AnswerMode = lookup("answers", config.answer)()

@@ -102,8 +102,10 @@ def tally(metrics: Sequence[str], items: Sequence[Item], results: Mapping[str, R
     }
 
 
-def rows(items: Sequence[Item], results: Mapping[str, Result]) -> list[dict[str, Any]]:
-    """Return the report's row of each item."""
+def rows(
+    items: Sequence[Item], results: Mapping[str, Result], words: Mapping[str, str] | None = None
+) -> list[dict[str, Any]]:
+    """Return the report's row of each item; ``words``: of its images, by its id."""
     return [
         {
             "id": item.id,
@@ -113,6 +115,7 @@ def rows(items: Sequence[Item], results: Mapping[str, Result]) -> list[dict[str,
             "prediction": results[MODEL].predictions[index],
             "baselines": {name: result.predictions[index] for name, result in results.items() if name != MODEL},
             "scores": {name: score.per_item[index] for name, score in results[MODEL].scores.items() if score.per_item},
+            **({"words": words[item.id]} if words and item.id in words else {}),
         }
         for index, item in enumerate(items)
     ]

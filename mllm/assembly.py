@@ -15,7 +15,8 @@ from mllm.answering.with_images import retrieve
 from mllm.model import Model
 from mllm.outputs import ImagePart
 from mllm.prompts.formatting import formatted
-from mllm.prompts.pieces import Piece
+from mllm.prompts.pieces import Piece, without_images
+from mllm.readout.words import visual_words
 from mllm.saving import save
 
 
@@ -63,6 +64,17 @@ class Assembly(Model):
             self, prompts, decoding, errors=errors, index=index, images=images, image_logit_bias=image_logit_bias
         )
 
+    def words(self, images: Sequence[Any]) -> list[list[str]]:
+        """Return what the connector found in images: for each image the nearest word of each of its visual tokens.
+
+        Args:
+            images: in any accepted form.
+
+        Raises:
+            MLLMError: an unreadable image, or a model without a connector or a language model that generates text.
+        """
+        return list(visual_words(self, images))
+
     def retrieve(self, prompts: Sequence[Sequence[Piece]], index: Any, count: int = 1) -> list[list[ImagePart]]:
         """Return the images of an index that the retrieval head finds closest to each interleaved prompt.
 
@@ -104,7 +116,7 @@ class Assembly(Model):
     def see_each(self, prompts: Sequence[Sequence[Piece]]) -> Views:
         """Encode several prompts in one batch, for many questions each; see `mllm.answering.view.Views`."""
         read = generating.read(self, prompts)
-        return Views(self, [p if any(isinstance(x, str) for x in p) else formatted(self.spec.prompt, p) for p in read])
+        return Views(self, [p if without_images(p) else formatted(self.spec.prompt, p) for p in read])
 
     def score(
         self,

@@ -20,7 +20,9 @@ from mllm.errors import MLLMError
 from mllm.fits.base import ClosedForm
 from mllm.hub import published
 from mllm.lms.insert import build_adapters, build_tokens
+from mllm.lms.words import bind
 from mllm.model import Model, trained_module
+from mllm.prompts.chat_template import end_of_turn
 from mllm.readout.tokens import every_token, heads_on_meta
 from mllm.registry import lookup, made
 from mllm.saving import find_folder, read_about, restore
@@ -106,7 +108,7 @@ def _joined(spec: AssemblySpec, *, encoder: Any, lm: Any, device: torch.device) 
             raise MLLMError(
                 f"The connector {spec.connector.type} reads an encoder's features, and there is none: give encoder."
             )
-        connector = build_connector(spec, encoder=encoder, lm_dim=widths["lm_dim"])
+        connector = build_connector(spec, encoder=encoder, lm=lm)
     heads: dict[str, Head] = {part.name: _build_seeded(spec, Head, "head", part, **widths) for part in spec.heads}
     decoder = None
     if spec.decoder is not None:
@@ -124,6 +126,8 @@ def _joined(spec: AssemblySpec, *, encoder: Any, lm: Any, device: torch.device) 
     )
     for path in spec.trained:
         trained_module(model, path)
+    if model.generates_text:
+        lm.text.turn_end = end_of_turn(spec.prompt, lm)
     return model if on_meta() else model.to(device)
 
 
@@ -191,11 +195,15 @@ def build_lm(spec: AssemblySpec, *, device: torch.device | None = None) -> Any:
     return made(cls, f"language model {spec.lm.model}", **options, seed=spec.seed_of("lm"))
 
 
-def build_connector(spec: AssemblySpec, *, encoder: Any, lm_dim: int | None) -> Connector:
-    """Return the connector; with ``lm_dim`` None, without the projection to a language model's width."""
+def build_connector(spec: AssemblySpec, *, encoder: Any, lm: Any) -> Connector:
+    """Return the connector; with ``lm`` None, without the projection to a language model's width."""
     assert spec.connector is not None
+    lm_dim = None if lm is None else lm.dim
     widths = {"vis_dim": encoder.dim, "lm_dim": lm_dim, "num_patches": encoder.num_patches, "grid": encoder.grid}
-    return _build_seeded(spec, Connector, "connector", spec.connector, **widths)
+    connector = _build_seeded(spec, Connector, "connector", spec.connector, **widths)
+    if spec.connector.vocabulary is not None:
+        bind(connector, lm, **spec.connector.vocabulary.model_dump())
+    return connector
 
 
 def load(folder: str | Path, *, device: DeviceName | None = None, dtype: DTypeName | None = None) -> Assembly:

@@ -58,6 +58,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "caption": "mllm.objectives.caption:Caption",
         "contrastive": "mllm.objectives.contrastive:SentenceContrastive",
         "patch-contrastive": "mllm.objectives.contrastive:PatchContrastive",
+        "word-alignment": "mllm.objectives.word_alignment:WordAlignment",
         "itc": "mllm.objectives.qformer:ImageTextContrast",
         "itm": "mllm.objectives.qformer:ImageTextMatching",
         "itg": "mllm.objectives.qformer:ImageTextGeneration",

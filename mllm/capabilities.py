@@ -9,7 +9,7 @@ Shapes: as in `mllm.slots`; r tokens that a head reads, L x W a condition of an 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -39,6 +39,21 @@ class ReadsText(Protocol):
 
     def read(self, text_ids: Tensor, mask: Tensor) -> Tensor:
         """Return states ``(B, T, dim)`` of the text alone."""
+
+
+@runtime_checkable
+class SpeaksWords(Protocol):
+    """A connector whose output is expressed in words: ``connector: {type: ..., vocabulary: true}``."""
+
+    vocabulary: Any  # mllm.lms.words.Vocabulary
+
+
+@runtime_checkable
+class ReadsData(Protocol):
+    """An objective that reads the training data before the first step: ``objectives: [{type: word-alignment}]``."""
+
+    def read_data(self, model: Any, texts: Iterable[str]) -> None:
+        """Read the answers of a stage's training items; it is called again when a run is resumed."""
 
 
 @runtime_checkable

@@ -22,10 +22,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mllm.config.messages import checked
-from mllm.config.parts import FROZEN, AssemblySpec, Spec
+from mllm.config.parts import FROZEN, AssemblySpec, Spec, add_resize
 from mllm.errors import MLLMError
 from mllm.hub import identity
 from mllm.model import Model
+from mllm.prompts.chat_template import uses_template
 from mllm.system import write
 from mllm.version import __version__
 
@@ -179,6 +180,8 @@ def parse_about(path: Path) -> About:
             f"{path} is of format {about.get('format')!r}, and this version of mllm reads format {FORMAT}. "
             f"It was written by mllm {about.get('version', '(unknown)')}: load it with that version."
         )
+    if isinstance(about, dict) and isinstance(about.get("spec"), dict):
+        add_resize(about["spec"])
     return checked(About, about, label=str(path))
 
 
@@ -188,7 +191,7 @@ def fingerprints_of(model: Model) -> dict[str, str]:
     The language model's chat template is left open where prompts are not written in it.
     """
     prints = {name: str(part.fingerprint) for name in FROZEN if (part := model.slot(name)) is not None}
-    if "lm" in prints and model.spec.prompt.chat == "plain":
+    if "lm" in prints and not uses_template(model.spec.prompt, model.lm):
         prints["lm"] = identity.without(prints["lm"], "chat_template")
     return prints
 

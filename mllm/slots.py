@@ -80,6 +80,9 @@ class Connector(nn.Module):
     Its constructor takes keyword arguments alone: ``vis_dim`` (D_vis), ``lm_dim`` (D_lm; None where the recipe has no
     language model), ``num_patches`` (P), ``grid`` (rows and columns of the patches, or None), and its own options.
 
+    With ``vocabulary: true`` its output is replaced by expected word embeddings when it is called, by a submodule
+    ``vocabulary`` (`mllm.lms.words.Vocabulary`) that is added to it; its own ``forward`` is not changed.
+
     Attributes:
         num_tokens: Q.
     """
@@ -228,13 +231,25 @@ class Inputs:
     @cached_property
     def visual(self) -> Tensor | None:
         """The connector's visual tokens ``(I, Q, D_lm)``, computed once for all objectives."""
-        return None if self.features is None else self.model.connector(self.features)
+        if self.features is None:
+            return None
+        vocabulary = getattr(self.model.connector, "vocabulary", None)
+        return self.model.connector(self.features) if vocabulary is None else vocabulary(self.before_words)
+
+    @cached_property
+    def before_words(self) -> Tensor | None:
+        """The visual tokens ``(I, Q, D_lm)`` before the connector's vocabulary, if it has one, replaces them."""
+        connector = self.model.connector
+        if self.features is None or getattr(connector, "vocabulary", None) is None:
+            return self.visual
+        return connector.forward(self.features)
 
 
 class Objective(Protocol):
     """A loss over one batch: ``objectives: [{type: caption, weight: 1.0}]``; a stage sums weighted objectives.
 
     A sum and a count, not a mean: batches that are accumulated, or spread over processes, weigh each target the same.
+    One that reads the training data before the first step is also an `mllm.capabilities.ReadsData`.
     """
 
     @property

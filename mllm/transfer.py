@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -47,7 +47,13 @@ def transfer(model: Model, source: Path, paths: Sequence[str] = ()) -> None:
     saved, targets = read_tensors(path / about.tensors), model.trained_tensors()
     names = _transferred(path, {name: tuple(tensor.shape) for name, tensor in saved.items()}, targets, paths)
     model.load_state_dict({name: saved[name] for name in names}, strict=False)
-    model.calibrated = model.calibrated or all(name in names for name in targets if name.startswith("connector."))
+    model.calibrated = model.calibrated or complete(targets, names)
+
+
+def complete(targets: Iterable[str], names: Container[str]) -> bool:
+    """Whether names of tensors include all of the connector's; its vocabulary has none that set the output's scale."""
+    own = (name for name in targets if name.startswith("connector.") and not name.startswith("connector.vocabulary."))
+    return all(name in names for name in own)
 
 
 def check_source(model: Model, stage: Stage) -> None:

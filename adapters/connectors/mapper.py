@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import torch
 from einops import rearrange, repeat
 from mllm.adapters.connectors.reduce import projection
 from torch import Tensor, nn
 
+from mllm.errors import MLLMError
 from mllm.slots import Connector
 
 
@@ -25,6 +28,10 @@ class Mapper(Connector):
         ffn: width of the feed-forward layers.
         expand: vectors that each feature is expanded to first (ClipCap: 10, from one pooled vector).
         dropout: in the transformer.
+        attention: ``joint``: learned queries and features are one sequence (MAPL); ``cross``: the queries attend to
+            each other and to the features, which are not changed by the layers. This takes fewer FLOPs.
+        positions: add learned positions to the features.
+        norm: normalize the features first, each by a LayerNorm.
 
     Attributes:
         num_tokens: Q.
@@ -45,19 +52,35 @@ class Mapper(Connector):
         ffn: int = 512,
         expand: int = 1,
         dropout: float = 0.0,
+        attention: Literal["joint", "cross"] = "joint",
+        positions: bool = False,
+        norm: bool = False,
     ) -> None:
         super().__init__()
-        self.num_tokens, self.expand = tokens, expand
+        if attention not in ("joint", "cross"):
+            raise MLLMError(f"connector.attention is {attention!r}: expected joint or cross.")
+        self.num_tokens, self.expand, self.attention = tokens, expand, attention
+        self.normalize = nn.LayerNorm(vis_dim) if norm else nn.Identity()
         self.enter = nn.Linear(vis_dim, expand * dim)
         self.queries = nn.Parameter(torch.randn(tokens, dim))
-        layer = nn.TransformerEncoderLayer(dim, heads, ffn, dropout, batch_first=True, norm_first=True)
-        self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        self.positions = nn.Parameter(0.02 * torch.randn(num_patches * expand, dim)) if positions else 0.0
+        options: dict[str, Any] = {"dropout": dropout, "batch_first": True, "norm_first": True}
+        if attention == "joint":
+            layer = nn.TransformerEncoderLayer(dim, heads, ffn, **options)
+            self.encoder: nn.Module = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        else:
+            block = nn.TransformerDecoderLayer(dim, heads, ffn, **options)
+            self.encoder = nn.TransformerDecoder(block, layers, norm=nn.LayerNorm(dim))
         self.project = projection(dim, lm_dim)
 
     def body(self, features: Tensor) -> Tensor:
         """Return the transformer's outputs ``(B, Q, dim)`` at the queries."""
-        inputs = rearrange(self.enter(features), "b p (k d) -> b (p k) d", k=self.expand)
+        inputs = rearrange(self.enter(self.normalize(features)), "b p (k d) -> b (p k) d", k=self.expand)
+        inputs = inputs + self.positions
         queries = repeat(self.queries, "q d -> b q d", b=len(features))
+        if self.attention == "cross":
+            attended: Tensor = self.encoder(queries, inputs)
+            return attended
         states: Tensor = self.encoder(torch.cat([inputs, queries], dim=1))
         return states[:, -self.num_tokens :]
 

@@ -19,7 +19,7 @@ from mllm.assembly import Assembly
 from mllm.build import assemble
 from mllm.errors import MLLMError
 from mllm.prompts.pieces import arrange
-from mllm.serve.batcher import Answer, Batcher, Job
+from mllm.serve.batcher import Answer, Batcher
 
 QUESTION = "Question: is there a {} in the picture or is it not there? Answer:"  # some 14 tokens
 THINGS = (
@@ -126,7 +126,9 @@ def clients(*, count: int = 16, tokens: int = 32, repeats: int, progress: Callab
     def ask(prompt: Sequence[Any]) -> None:
         done = threading.Event()
         settings = {"max_new_tokens": tokens, "min_new_tokens": tokens}
-        batcher.submit(Job(prompt, settings, lambda news: done.set() if isinstance(news, Answer) else None))
+        batcher.submit(
+            batcher.job(prompt, settings, lambda news: done.set() if isinstance(news, Answer) else None, tokens)
+        )
         done.wait()
 
     def together() -> None:

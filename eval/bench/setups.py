@@ -70,6 +70,7 @@ def setup(folder: Path, recipe: dict[str, Any], stock: dict[str, Any], *, steps:
         steps: how long the alternative trains.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    recipe = {**recipe, "encoder": {**recipe["encoder"], "resize": "stretch"}}  # both use the whole image
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     config = recipes.load(str(folder / "recipe.yaml"))
     model = build(config.stages[-1].assembly)
@@ -81,7 +82,7 @@ def setup(folder: Path, recipe: dict[str, Any], stock: dict[str, Any], *, steps:
     size = {"height": model.encoder.size, "width": model.encoder.size}
     options: dict[str, Any] = {"size": size}
     if hasattr(model.encoder.processor, "do_center_crop"):
-        options["do_center_crop"] = False  # both use the whole image
+        options["do_center_crop"] = False
     common = {"options": options, "rows": train, "val": val, "batch_size": stage.batch_size, "steps": steps}
     (folder / "plain.json").write_text(json.dumps({"rate": 1e-3, **common, **stock}))
     made = Setup(

@@ -14,7 +14,7 @@ import json
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import TextIteratorStreamer
@@ -28,6 +28,7 @@ from mllm.media.images import ImageFile, source_of
 from mllm.model import Model
 from mllm.outputs import Output
 from mllm.prompts.batch import Encoded, collate
+from mllm.prompts.chat_template import uses_template
 from mllm.prompts.messages import checked_messages, message, text_part, turns
 from mllm.prompts.pieces import images_of
 from mllm.system import write
@@ -53,8 +54,7 @@ class Chat:
 
     def __init__(self, model: Model, system: str | None = None, messages: Messages = ()) -> None:
         self._model = model
-        if model.spec.prompt.chat == "own" and model.lm.tokenizer.chat_template is None:
-            raise MLLMError("This language model has no chat template: set prompt.chat=plain.")
+        uses_template(model.spec.prompt, model.lm)
         self._start = [message("system", [text_part(system)])] if system else []
         self.messages = [*self._start, *checked_messages(messages)]
         self._cache: Any = None  # the KV cache
@@ -223,7 +223,8 @@ def _decode_at_once(model: Model, run: Generation) -> Generator[str, None, list[
 
 def _decode_streamed(model: Model, run: Generation) -> Generator[str, None, list[int]]:
     """Yield an answer's text as it is generated; return its ids."""
-    streamer = TextIteratorStreamer(model.lm.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer: Any = _Streamer(model.lm.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer.ends = model.lm.text.ends
     results: list[Any] = []
 
     def work() -> None:
@@ -240,6 +241,21 @@ def _decode_streamed(model: Model, run: Generation) -> Generator[str, None, list
     if isinstance(results[0], Exception):
         raise results[0]
     return list(results[0])
+
+
+class _Streamer(TextIteratorStreamer):
+    """Streams an answer's text without its end, which some tokenizers do not count as special.
+
+    Attributes:
+        ends: the ids that end an answer.
+    """
+
+    ends: Sequence[int] = ()
+
+    def put(self, value: Any) -> None:
+        """Take the prompt, then each token."""
+        if self.next_tokens_are_prompt or int(value.reshape(-1)[0]) not in self.ends:
+            cast(Any, super()).put(value)
 
 
 def _saved(part: dict[str, Any]) -> dict[str, Any]:

@@ -139,7 +139,7 @@ def finish_reason(model: Model, ids: Sequence[int], decoding: Decoding) -> Liter
 
 def image_free_prompt(model: Model, pieces: Sequence[Piece]) -> list[Piece]:
     """Return a prompt without its images; where nothing is left, with an end token, which starts a sequence."""
-    if not any(isinstance(piece, str) for piece in pieces):
+    if not without_images(pieces):
         pieces = formatted(model.spec.prompt, pieces)
     end = Control(model.lm.tokenizer.decode([model.lm.eos]))
     return without_images(pieces) or [end]

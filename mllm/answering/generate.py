@@ -16,7 +16,7 @@ from mllm.media.images import source_of
 from mllm.model import Model
 from mllm.outputs import Output
 from mllm.prompts.formatting import formatted
-from mllm.prompts.pieces import Control, Piece
+from mllm.prompts.pieces import Piece, is_image
 from mllm.readout.tokens import can_draw
 from mllm.scorers.index import ImageIndex
 
@@ -146,6 +146,6 @@ def _read(model: Model, pieces: Any, decoding: Decoding | None = None) -> list[P
         encoded = model.encode(pieces)
         if decoding is not None and decoding.nearest_words is None:  # which makes other prompts
             for_encoded(model, encoded, decoding)
-        return [piece if isinstance(piece, str | Control) else model.encoder.open(piece) for piece in pieces]
+        return [model.encoder.open(piece) if is_image(piece) else piece for piece in pieces]
     except MLLMError as error:
         return error

@@ -21,7 +21,7 @@ from mllm.lms.decoding import Decoding
 from mllm.lms.vocabulary import lexicon
 from mllm.model import Model
 from mllm.outputs import Output
-from mllm.prompts.pieces import Control, Piece, Target, images_of
+from mllm.prompts.pieces import Piece, images_of, is_image
 
 DEFAULTS = {"top": 8, "orders": 1}
 
@@ -84,4 +84,4 @@ def _ordered(words: Sequence[str], number: int) -> list[str]:
 
 def _in_words(prompt: Sequence[Piece], words: Sequence[Sequence[str]]) -> list[Piece]:
     left = iter(words)
-    return [piece if isinstance(piece, str | Target | Control) else f" {', '.join(next(left))}." for piece in prompt]
+    return [f" {', '.join(next(left))}." if is_image(piece) else piece for piece in prompt]

@@ -13,14 +13,14 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from mllm.answering.decode import candidate_ids, check_candidates, for_prompts, generate_ids, make_decoding
+from mllm.answering.decode import check_candidates, for_prompts, generate_ids, make_decoding
 from mllm.answering.generate import answer_prompts
 from mllm.errors import MLLMError, renamed_method
 from mllm.lms.decoding import Decoding
 from mllm.lms.generation import exceeds
 from mllm.model import Model
-from mllm.prompts.batch import IGNORED, Encoded
-from mllm.prompts.pieces import Piece, trailing_text
+from mllm.prompts.batch import IGNORED, Encoded, continued
+from mllm.prompts.pieces import Piece, answer_text, trailing_text
 
 
 class Views(Sequence["View"]):
@@ -42,7 +42,7 @@ class Views(Sequence["View"]):
             self.mask = batch.mask  # (N, T)
             self.cache, self.next = model.lm.prefill(embeds, self.mask)  # and the next token's logits (N, V)
         tails = [trailing_text(prompt) for prompt in self.prompts]
-        self._tails = [(text, model.lm.tokenize(text)) for text in tails]
+        self.tails = [(text, model.lm.tokenize(text)) for text in tails]
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -113,7 +113,7 @@ class Views(Sequence["View"]):
 
     def following(self, view: int, text: str) -> tuple[int, list[int]]:
         """Return how many of a view's last tokens are replaced, and the ids that follow the others."""
-        tail, tail_ids = self._tails[view]
+        tail, tail_ids = self.tails[view]
         whole = self.model.lm.tokenize(tail + text)
         different = (i for i, (a, b) in enumerate(zip(tail_ids, whole, strict=False)) if a != b)
         same = next(different, min(len(tail_ids), len(whole)))
@@ -197,7 +197,8 @@ class View:
             raise MLLMError(f"Expected candidate answers, none of them empty; got {list(candidates)!r}.")
         lm = self.views.model.lm
         check_candidates(lm, int(self.views.mask[self.row].sum()), candidates)
-        rows = [candidate_ids(lm, candidate) for candidate in candidates]
+        tail, _ = self.views.tails[self.row]
+        rows = [[*continued([tail, answer_text(candidate)], lm)[-1], lm.eos] for candidate in candidates]
         wide = exceeds(lm, self.views.mask.shape[1] + max(map(len, rows)))
         view = Views(self.views.model, [self.prompt])[0] if wide and len(self.views) > 1 else self
         scores = view._score(rows)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from mllm.assembly import Assembly
 
 from mllm.cli.loading import load_run
-from mllm.cli.options import DeviceName, DTypeName, Eager, ImageLogitBias, Index, Lines, RunPath, Shown, Tokens
+from mllm.cli.options import DeviceName, DTypeName, Eager, ImageLogitBias, Index, Lines, RunPath, Shown, Tokens, Words
 from mllm.errors import MLLMError, warn_renamed
 
 if TYPE_CHECKING:  # imported by the commands that need it
@@ -24,6 +24,7 @@ def caption(
     images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Image files, folders or glob patterns.")],
     max_new_tokens: Tokens = None,
     jsonl: Lines = False,
+    words: Words = False,
     index: Index = None,
     image_logit_bias: ImageLogitBias = 0.0,
     eager: Eager = None,
@@ -34,7 +35,7 @@ def caption(
     """Caption images."""
     options = _image_options(run, index, image_logit_bias, eager)
     model = load_run(run, device, dtype)
-    _print_answers(model, images, model.spec.prompt.caption, jsonl, show, **options, **_decoding(max_new_tokens))
+    _print_answers(model, images, model.spec.prompt.caption, jsonl, words, show, **options, **_decoding(max_new_tokens))
 
 
 def ask(
@@ -43,6 +44,7 @@ def ask(
     question: Annotated[str, typer.Argument(metavar="QUESTION")],
     max_new_tokens: Tokens = None,
     jsonl: Lines = False,
+    words: Words = False,
     index: Index = None,
     image_logit_bias: ImageLogitBias = 0.0,
     eager: Eager = None,
@@ -54,7 +56,7 @@ def ask(
     options = _image_options(run, index, image_logit_bias, eager)
     model = load_run(run, device, dtype)
     text = model.spec.prompt.question.format(question=question)
-    _print_answers(model, [image], text, jsonl, show, **options, **_decoding(max_new_tokens))
+    _print_answers(model, [image], text, jsonl, words, show, **options, **_decoding(max_new_tokens))
 
 
 def chat(
@@ -113,6 +115,8 @@ def serve(
         raise MLLMError(
             f"The server needs {error.name}, which is not installed: pip install 'mllm-assembly[serve]'."
         ) from None
+    if token == "":
+        raise MLLMError("--token is empty, so every request would be answered. Give a token, or leave it out.")
     limits = Limits(
         body=max_body * 2**20,
         images=max_images,
@@ -159,7 +163,9 @@ def _image_options(run: Path, index: Path | None, bias: float, eager: float | No
     return ({} if index is None else {"index": opened(index, run)}) | ({"image_logit_bias": bias} if bias else {})
 
 
-def _print_answers(model: Assembly, images: list[str], text: str, jsonl: bool, show: Path, **decoding: Any) -> None:
+def _print_answers(
+    model: Assembly, images: list[str], text: str, jsonl: bool, words: bool, show: Path, **decoding: Any
+) -> None:
     """Print the answer for every image; an image that cannot be read does not stop the others."""
     from mllm.answering.generate import answer_each
     from mllm.media.images import find_images
@@ -168,14 +174,18 @@ def _print_answers(model: Assembly, images: list[str], text: str, jsonl: bool, s
     errors = []
     paths = find_images(images)
     for path, answer in zip(paths, answer_each(model, paths, text, **decoding), strict=True):
-        failed = isinstance(answer, MLLMError)
-        if failed:
+        if isinstance(answer, MLLMError):
             errors.append(answer)
-        line = str(answer) if isinstance(answer, MLLMError) else with_files(answer, show)
+            if jsonl:
+                _print_line(image=str(path), error=str(answer))
+            continue
+        nearest = {"words": model.words([path])[0]} if words else {}
+        line = with_files(answer, show)
         if jsonl:
-            typer.echo(json.dumps({"image": str(path), "error" if failed else "text": line}, ensure_ascii=False))
-        elif not failed:
+            _print_line(image=str(path), text=line, **nearest)
+        else:
             typer.echo(f"{path}: {line}")
+            _print_words(**nearest)
     if errors and len(paths) == 1:
         raise MLLMError(str(errors[0]))
     if errors:
@@ -184,6 +194,19 @@ def _print_answers(model: Assembly, images: list[str], text: str, jsonl: bool, s
             f"{len(errors)} of {len(paths)} images could not be read; the others were answered. Check these files:"
             f"{details}"
         )
+
+
+def _print_line(**values: Any) -> None:
+    """Print a line of JSON."""
+    typer.echo(json.dumps(values, ensure_ascii=False))
+
+
+def _print_words(words: list[str] | None = None) -> None:
+    """Print an image's words below its answer, if there are any to print."""
+    from mllm.readout.words import readable
+
+    if words is not None:
+        typer.echo(f"  words: {readable(words)}")
 
 
 def _decoding(max_new_tokens: int | None) -> dict[str, Any]:

@@ -55,6 +55,9 @@ Lines = Annotated[bool, typer.Option("--jsonl", help="Print a line of JSON for e
 RunOption = Annotated[Path, typer.Option(help="The folder of a run or saved model with a retrieval head.")]
 
 
+Words = Annotated[bool, typer.Option("--words", help="Also print the nearest word of each visual token.")]
+
+
 DeviceName = Annotated[
     str | None,
     typer.Option("--device", help="Where to compute: cuda, cuda:1, mps or cpu; a GPU where there is one by default."),

@@ -52,14 +52,21 @@ def check_data(
     data: Annotated[
         Path | None, typer.Option(help="The folder of the suites' files, unless they are embedded parts.")
     ] = None,
+    show: Annotated[
+        int, typer.Option(min=0, help="Print so many training examples as they are tokenized, what is learned marked.")
+    ] = 0,
 ) -> None:
     """Open every image and count every example of a recipe's data; the exit status is 1 if there is a problem."""
     from rich.console import Console
     from rich.table import Table
 
     from mllm.planning.data_check import inspect
+    from mllm.planning.examples import first_examples
     from mllm.processes import progress
 
+    for stage, examples in first_examples(recipe, overrides or [], show) if show else []:
+        for number, example in enumerate(examples, start=1):
+            typer.echo(f"{stage}, example {number}, {example}")
     with progress() as bar:
         task = bar.add_task("reading", total=None, note="")
         sources, shared = inspect(recipe, overrides or [], lambda items: bar.track(items, task_id=task), data=data)

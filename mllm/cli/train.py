@@ -12,14 +12,23 @@ from mllm.errors import MLLMError
 
 
 def check(recipe: RecipeName, overrides: Overrides = None) -> None:
-    """List all problems of a recipe, from configuration files only; the exit status is 1 if there is one."""
+    """List all problems of a recipe, or else print its first training example; the exit status is 1 with a problem.
+
+    No weight is loaded. Of the example, what is learned is between « and ».
+    """
     from mllm.planning.check import problems
+    from mllm.planning.examples import first_examples
 
     messages = problems(recipe, overrides or [])
     for message in messages:
         typer.echo(f"- {message}")
     if messages:
         raise MLLMError(f"{recipe}: {len(messages)} problem{'s' if len(messages) > 1 else ''}.")
+    try:
+        for stage, (example,) in first_examples(recipe, overrides or [])[:1]:
+            typer.echo(f"{stage}, first example, {example}")
+    except MLLMError as error:  # of the data, which `mllm data check` checks
+        typer.echo(f"The first training example cannot be shown: {error}")
     typer.echo(f"{recipe}: no problems.")
 
 

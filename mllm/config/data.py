@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from mllm.config.parts import Spec, listed
 
@@ -18,6 +26,7 @@ class DataSpec(BaseModel):
     fraction: float = Field(default=1.0, gt=0, le=1)  # of the items, by the seed; a smaller one is a subset of a larger
     concatenate: float = Field(default=0.0, ge=0, le=1)  # how often another pair precedes one (FROMAGe, GILL)
     blank: bool = False  # images are black: what is learned without them
+    answer: int | None = Field(default=None, ge=0)  # the number of the answer that is used; null: each, one at a time
     shots: int = Field(default=0, ge=0)  # solved examples before each item, which are no targets
 
     @model_validator(mode="after")
@@ -25,6 +34,12 @@ class DataSpec(BaseModel):
         if self.shots and self.concatenate:
             raise ValueError("a source has either 'shots' or 'concatenate': give one of the two")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out an answer that is not chosen: a run that was written before is resumed unchanged."""
+        values: dict[str, Any] = write(self)
+        return {key: value for key, value in values.items() if key != "answer" or value is not None}
 
     def options(self) -> dict[str, Any]:
         """Return the arguments of the reader."""

@@ -11,11 +11,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from mllm.config.messages import checked
+from mllm.config.parts import add_resize, encoders_in
 from mllm.config.recipe import Recipe, Settings
 from mllm.errors import MLLMError, near
 
@@ -86,6 +88,22 @@ def _merged(base: Any, over: Any) -> Any:
 def dump(recipe: Recipe) -> str:
     """Return the resolved recipe as YAML; `load` reads it back to the same recipe."""
     return OmegaConf.to_yaml(OmegaConf.create(recipe.model_dump(mode="json", by_alias=True)), sort_keys=False)
+
+
+def continued(recipe: Recipe, path: Path) -> Recipe:
+    """Return a recipe to continue a run with, whose own recipe is in a file.
+
+    In a run that was started before there was ``encoder.resize``, images stay stretched unless the recipe has the key.
+    """
+    before = (yaml.safe_load(path.read_text()) if path.is_file() else None) or {}
+    if all("resize" in encoder for encoder in encoders_in(before)):
+        return recipe
+    values = recipe.model_dump(mode="json", by_alias=True)
+    for encoder in encoders_in(values):
+        if encoder["resize"] is None:
+            del encoder["resize"]
+    add_resize(values)
+    return check(values, label=recipe.name)
 
 
 def _read(path: Path, above: tuple[Path, ...]) -> DictConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -21,6 +21,7 @@ from pydantic import (
 
 PARTS = ("encoder", "lm", "connector", "adapters", "heads", "tokens", "decoder")
 FROZEN = ("encoder", "lm", "decoder")  # unless a stage's 'train' names them, or something inside them
+RESIZING = ("transformers", "timm", "open-clip")  # types of encoders that have 'resize'
 
 
 def part_of(path: str) -> str:
@@ -43,6 +44,31 @@ class PartSpec(BaseModel):
     def options(self) -> dict[str, Any]:
         """Return the arguments of the part."""
         return dict(self.__pydantic_extra__ or {})
+
+
+class VocabularySpec(Spec):
+    """The words that a connector's output is expressed in; see `mllm.lms.words.Vocabulary`."""
+
+    words: Literal["language", "data", "all"] | list[str] = "language"
+    temperature: float = Field(default=0.05, gt=0)  # initial: it is learned
+    output: Literal["words", "tokens"] = "words"  # expected word embeddings, or the visual tokens as they are
+
+
+class ConnectorSpec(PartSpec):
+    """A connector by its registry name, and whether its output is expressed in words; the rest are its arguments."""
+
+    vocabulary: VocabularySpec | None = None  # true: with its defaults
+
+    @field_validator("vocabulary", mode="before")
+    @classmethod
+    def _switched(cls, value: Any) -> Any:
+        return {} if value is True else None if value is False else value
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out a vocabulary that is not there: a run that was written before is resumed unchanged."""
+        values: dict[str, Any] = write(self)
+        return {key: value for key, value in values.items() if key != "vocabulary" or value is not None}
 
 
 class HeadSpec(PartSpec):
@@ -95,6 +121,7 @@ class EncoderSpec(PartSpec):
     layer: int | None = None  # index into the hidden states; null: the model's last output
     select: Literal["patches", "pooled", "all"] = "patches"
     resolution: int | None = Field(default=None, ge=1)  # pixels; null: the image processor's
+    resize: Literal["stretch", "crop", "pad"] | None = None  # how an image becomes a square; null: the model's own way
     init: Literal["pretrained", "random"] = "pretrained"
 
     @model_validator(mode="before")
@@ -119,6 +146,24 @@ class EncoderSpec(PartSpec):
         return self.model_dump(exclude={"type", "of"}, exclude_defaults=True)
 
 
+def encoders_in(parts: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the mappings of the encoder of a recipe, of its stages, or of a saved model, and of those inside it."""
+    for stage in parts.get("stages") or ():
+        yield from encoders_in(stage)
+    waiting = [parts.get("encoder")]
+    while waiting:
+        if isinstance(encoder := waiting.pop(), dict):
+            yield encoder
+            waiting += encoder.get("of") or []
+
+
+def add_resize(parts: Mapping[str, Any]) -> None:
+    """Set ``resize`` of encoders that were saved before there was this key: their images were stretched."""
+    for encoder in encoders_in(parts):
+        if "resize" not in encoder and encoder.get("type", "transformers") in RESIZING:
+            encoder["resize"] = "stretch"
+
+
 class LMSpec(Spec):
     """The frozen language model."""
 
@@ -127,6 +172,24 @@ class LMSpec(Spec):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantize: Literal["8bit", "4bit"] | None = None
     init: Literal["pretrained", "random"] = "pretrained"
+
+
+# Words of the prompt format: where a recipe gives them, conversations are in these words, too.
+OWN_WORDS = ("question", "template")
+# Arguments of transformers' apply_chat_template that are given where a conversation is written.
+RESERVED = {
+    "conversation",
+    "add_generation_prompt",
+    "continue_final_message",
+    "tokenize",
+    "padding",
+    "truncation",
+    "max_length",
+    "return_tensors",
+    "return_dict",
+    "return_assistant_tokens_mask",
+    "tokenizer_kwargs",
+}
 
 
 class ExampleSpec(Spec):
@@ -151,7 +214,10 @@ class PromptSpec(Spec):
     caption: str = "A picture of"
     question: str = "Question: {question} Answer:"
     examples: list[ExampleSpec] = []  # solved ones before every prompt
-    chat: Literal["plain", "own"] = "plain"  # a turn in these words, or in the language model's chat template
+    # Conversations: in these words; in the language model's own chat template; or auto, in the template if there is one
+    # and neither 'question' nor 'template' is given.
+    chat: Literal["auto", "own", "plain"] = "auto"
+    chat_options: dict[str, Any] = {}  # of the chat template, such as enable_thinking: false
 
     @model_validator(mode="before")
     @classmethod
@@ -164,7 +230,28 @@ class PromptSpec(Spec):
     def _fields(self) -> PromptSpec:
         if not re.fullmatch(r"[^{}]*\{images\}[^{}]*\{prompt\}", self.template):
             raise ValueError("the template holds {images} once, and ends with {prompt}")
+        if self.chat == "auto" and self.model_fields_set & set(OWN_WORDS):
+            self.chat = "plain"
         return self
+
+    @model_serializer(mode="wrap")
+    def _as_given(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out words that were not given, by which 'auto' decides, and examples and options if there are none.
+
+        So a run that was written before these keys is resumed unchanged.
+        """
+        values: dict[str, Any] = write(self)
+        unset = {key for key in ("examples", "chat_options") if not values.get(key)}
+        unset |= set(OWN_WORDS) if self.chat == "auto" else set()
+        return {key: value for key, value in values.items() if key not in unset}
+
+    @field_validator("chat_options")
+    @classmethod
+    def _of_the_template(cls, value: dict[str, Any]) -> dict[str, Any]:
+        """Refuse arguments of ``apply_chat_template`` that are not the template's."""
+        if reserved := sorted(set(value) & RESERVED):
+            raise ValueError(f"{', '.join(reserved)}: expected options of the chat template, such as enable_thinking")
+        return value
 
     @field_validator("question")
     @classmethod
@@ -188,7 +275,7 @@ class FitSpec(Spec):
 
     part: str = "connector"  # or a head's path, heads.NAME
     solver: Literal["ridge", "least-squares", "procrustes", "correlation"] | None = None
-    targets: Literal["caption-words", "tokens", "sentences"] | None = None  # tokens: their strings, no data
+    targets: Literal["caption-words", "words-in-order", "tokens", "sentences"] | None = None  # tokens: no data
     strength: float | None = Field(default=None, gt=0)  # of the ridge, as a share of the features' mean variance
 
     def options(self) -> dict[str, Any]:
@@ -207,7 +294,7 @@ class Parts(Spec):
 
     encoder: EncoderSpec | None = None
     lm: LMSpec | None = None
-    connector: PartSpec | None = None
+    connector: ConnectorSpec | None = None
     adapters: Adapters = []
     heads: Heads = []
     tokens: Names = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import json
@@ -9,7 +10,7 @@ import logging
 import math
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any
@@ -32,6 +33,14 @@ class Source:
     spec: DataSpec
     items: Sequence[Item]
     report: Report = field(default_factory=Report)
+
+
+def answers_of(sources: Sequence[Source], most: int = 50_000) -> Iterator[str]:
+    """Yield the answers of the items of sources that can be read; of more than ``most`` items, those of every n-th."""
+    for source in sources:
+        for index in range(0, len(source.items), 1 + len(source.items) // most):
+            with contextlib.suppress(MLLMError):
+                yield from source.items[index].answers
 
 
 def reader(spec: DataSpec) -> Callable[[], Sequence[Item]]:
@@ -87,7 +96,9 @@ def read_source(
     function, reading, options = _bound(spec, skip)
     items = reading.run(function, options, check)
     if spec.blank:
-        items = _blank(items)
+        items = _changed(items, _blank, "black")
+    if spec.answer is not None:
+        items = _changed(items, partial(_with_answer, spec.answer), f"answer {spec.answer}")
     if spec.fraction < 1:
         order = list(range(len(items)))
         random.Random(f"{seed}/fraction").shuffle(order)
@@ -110,26 +121,31 @@ def _log_once(text: str) -> None:
         logging.getLogger("mllm").warning(text)
 
 
-def _blank(items: Sequence[Item]) -> Sequence[Item]:
-    """Return the items with black images in place of their images."""
-
-    def blank(item: Item) -> Item:
-        if item.messages or item.document:
-            raise MLLMError(
-                f"data: the item {item.id!r} is a conversation or a document, but 'blank' is for captions and "
-                "questions. Leave out 'blank'."
-            )
-        shots = tuple(blank(shot) for shot in item.shots)
-        return replace(item, images=tuple(Black() for _ in item.images), shots=shots)
-
+def _changed(items: Sequence[Item], change: Callable[[Item], Item], label: str) -> Sequence[Item]:
+    """Return each item changed, lazy items when they are read; ``label`` is part of their fingerprint."""
     if not isinstance(items, Lazy):
-        return [blank(item) for item in items]
+        return [change(item) for item in items]
     return Lazy(
         len(items),
-        lambda index: blank(items[index]),
-        fingerprint=lambda: f"{items.fingerprint()} black",
+        lambda index: change(items[index]),
+        fingerprint=lambda: f"{items.fingerprint()} {label}",
         shards=items.shards,
     )
+
+
+def _blank(item: Item) -> Item:
+    """Return an item with black images in place of its images."""
+    if item.messages or item.document:
+        raise MLLMError(
+            f"data: the item {item.id!r} is a conversation or a document, but 'blank' is for captions and questions. "
+            "Leave out 'blank'."
+        )
+    return replace(item, images=tuple(Black() for _ in item.images), shots=tuple(map(_blank, item.shots)))
+
+
+def _with_answer(number: int, item: Item) -> Item:
+    """Return an item with one of its answers alone: the one of a number, or the last of fewer."""
+    return replace(item, answers=item.answers[: number + 1][-1:])
 
 
 def read_all(specs: Sequence[DataSpec], *, seed: int = 0, skip: float = 0.0) -> list[Source]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -11,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mllm.encoders.base import PretrainedEncoder, on_meta
-from mllm.encoders.preprocess import normalized_pixels
+from mllm.encoders.preprocess import Resize, bounded, normalized_pixels
 from mllm.encoders.timm_model import LAYER_ZERO, TOO_FEW_BLOCKS, explain_errors, tokens_of
 from mllm.encoders.truncate import run_truncated, truncate
 from mllm.errors import MLLMError, near
@@ -27,6 +28,8 @@ class OpenClipModel(PretrainedEncoder):
             block, which is -1. None: the output of the last block, before any pooling (CLIP RN50x16: 12 x 12 x 3072).
         select: ``patches``, ``pooled`` (the tower's pooled output; with ``layer``, the mean), ``all`` (with CLS).
         resolution: side of the square input in pixels; None: the model's native resolution.
+        resize: how an image becomes a square (`mllm.encoders.preprocess.square`); None: as the model's configuration
+            in open_clip says (``resize_mode``).
         init: ``random`` uses randomly initialized weights (a control).
         seed: the seed of the random weights.
 
@@ -42,11 +45,12 @@ class OpenClipModel(PretrainedEncoder):
         layer: int | None = None,
         select: Literal["patches", "pooled", "all"] = "patches",
         resolution: int | None = None,
+        resize: Resize | None = None,
         init: Literal["pretrained", "random"] = "pretrained",
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.layer, self.select = layer, select
+        self.layer, self.select, self.resize = layer, select, resize
         name = model.removeprefix("open-clip/")
         self.model: Any
         self.model, self.config = _created(name, weights, init, resolution, seed)
@@ -64,13 +68,24 @@ class OpenClipModel(PretrainedEncoder):
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that, with the weights, determine the features."""
-        settings = {"layer": self.layer, "select": self.select, "size": self.size}
-        return settings | {key: self.config[key] for key in ("mean", "std", "interpolation")}
+        settings = {"layer": self.layer, "select": self.select, "size": self.size, "resize": self.resize}
+        names = ("mean", "std", "interpolation", "resize_mode", "fill_color")
+        return settings | {name: self.config.get(name) for name in names}
+
+    @cached_property
+    def _own(self) -> Callable[[Image.Image], Tensor]:
+        """The transforms of open_clip for evaluating the model."""
+        from open_clip.transform import PreprocessCfg, image_transform_v2
+
+        transform: Callable[[Image.Image], Tensor] = image_transform_v2(PreprocessCfg(**self.config), is_train=False)
+        return transform
 
     def preprocess(self, items: Sequence[Image.Image]) -> Tensor:
         """Return pixels ``(B, 3, H, W)`` of RGB images."""
+        if self.resize is None:
+            return torch.stack([self._own(bounded(image)) for image in items])
         return normalized_pixels(
-            items, self.size, self.config["mean"], self.config["std"], self.config["interpolation"]
+            items, self.size, self.resize, self.config["mean"], self.config["std"], self.config["interpolation"]
         )
 
     def forward(self, pixels: Tensor) -> Tensor:

@@ -1,28 +1,96 @@
-"""Preprocess images with PIL for models whose libraries use torchvision transforms (timm, open_clip)."""
+"""Make images square, and preprocess them with PIL as torchvision transforms would.
+
+An encoder takes a square. An image becomes one as `encoder.resize` says: it is stretched, cropped or padded, with the
+same pixels as the PIL-based image processors of `transformers`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+Resize = Literal["stretch", "crop", "pad"]
+ELONGATED = 100  # the longest aspect ratio of which the whole image is resized before it is cropped or padded
+MAX_PADDED = 8000  # pixels; a larger image is reduced before it is padded
+
+
+def square(
+    image: Image.Image, side: int, resize: Resize, resample: int | None, fill: Sequence[float] = (0, 0, 0)
+) -> Image.Image:
+    """Return an RGB image as a square.
+
+    Args:
+        image: an RGB image.
+        side: the side of the square in pixels.
+        resize: ``stretch`` the whole image; ``crop``: resize the shorter side, and crop the center; ``pad``: extend the
+            shorter side with ``fill``, and resize.
+        resample: the resampling filter of PIL; None: PIL's default.
+        fill: the mean color of the model's images, each channel from 0 to 1.
+    """
+    if resize == "crop":
+        return _cropped(bounded(image), side, resample)
+    if resize == "pad":
+        image = _padded(bounded(image), tuple(int(channel * 255) for channel in fill))
+    return image.resize((side, side), resample)
+
+
+def bounded(image: Image.Image) -> Image.Image:
+    """Return the center of an image that is so elongated that resizing or padding it would take too much memory."""
+    longest = ELONGATED * min(image.size)
+    return _center(image, min(image.width, longest), min(image.height, longest))
+
+
+def _cropped(image: Image.Image, side: int, resample: int | None) -> Image.Image:
+    shorter = min(image.size)
+    size = int(side * image.width / shorter), int(side * image.height / shorter)
+    return _center(image.resize(size, resample), side, side)
+
+
+def _padded(image: Image.Image, color: tuple[int, ...]) -> Image.Image:
+    """Return an image in the middle of a square (LLaVA-1.5, arXiv:2310.03744)."""
+    side = max(image.size)
+    if side > MAX_PADDED:
+        image = image.resize([max(1, round(length * MAX_PADDED / side)) for length in image.size])
+        side = MAX_PADDED
+    if image.width == image.height:
+        return image
+    padded = Image.new("RGB", (side, side), color)
+    padded.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return padded
+
+
+def _center(image: Image.Image, width: int, height: int) -> Image.Image:
+    if image.size == (width, height):
+        return image
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
 
 def normalized_pixels(
-    images: Sequence[Image.Image], side: int, mean: Sequence[float], std: Sequence[float], filter_: str
+    images: Sequence[Image.Image],
+    side: int,
+    resize: Resize,
+    mean: Sequence[float],
+    std: Sequence[float],
+    filter_: str,
 ) -> Tensor:
-    """Return normalized pixels ``(B, 3, side, side)`` of whole images, resized to a square without cropping.
+    """Return normalized pixels ``(B, 3, side, side)`` of images that are made square.
 
     Args:
         images: RGB images.
         side: the side of the square in pixels.
+        resize: see `square`.
         mean: the mean of each channel.
         std: the standard deviation of each channel.
         filter_: the resampling filter: ``bicubic``, ``bilinear``, ...
     """
-    squares = [image.resize((side, side), Image.Resampling[filter_.upper()]) for image in images]
-    values = torch.from_numpy(np.stack([np.asarray(square) for square in squares])).permute(0, 3, 1, 2)
+    resample = Image.Resampling[filter_.upper()]
+    squares = [square(image, side, resize, resample, mean) for image in images]
+    values = torch.from_numpy(np.stack([np.asarray(one) for one in squares])).permute(0, 3, 1, 2)
     scale = [torch.tensor(list(numbers), device=values.device)[:, None, None] for numbers in (mean, std)]
     return (values / 255 - scale[0]) / scale[1]

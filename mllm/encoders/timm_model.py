@@ -6,6 +6,7 @@ Layers are read with timm's ``forward_intermediates``, which returns the blocks 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -14,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mllm.encoders.base import PretrainedEncoder, on_meta, select_tokens
-from mllm.encoders.preprocess import normalized_pixels
+from mllm.encoders.preprocess import Resize, bounded, normalized_pixels
 from mllm.encoders.truncate import run_truncated, truncate
 from mllm.errors import MLLMError, near
 
@@ -32,6 +33,8 @@ class TimmModel(PretrainedEncoder):
             before the model's classifier.
         select: ``patches``, ``pooled`` (the model's pooling; with ``layer``, the mean), ``all`` (with CLS, ...).
         resolution: side of the square input in pixels; None: the model's native resolution.
+        resize: how an image becomes a square (`mllm.encoders.preprocess.square`); None: as the model's configuration
+            in timm says (``crop_mode``, ``crop_pct``).
         weights: a file to load instead of the weights on the Hub.
         init: ``random`` uses randomly initialized weights (a control).
         seed: the seed of the random weights.
@@ -47,12 +50,13 @@ class TimmModel(PretrainedEncoder):
         layer: int | None = None,
         select: Literal["patches", "pooled", "all"] = "patches",
         resolution: int | None = None,
+        resize: Resize | None = None,
         weights: str | None = None,
         init: Literal["pretrained", "random"] = "pretrained",
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.layer, self.select = layer, select
+        self.layer, self.select, self.resize = layer, select, resize
         timm = _timm()
         self.model: Any = _created(timm, model.removeprefix("timm/"), weights, init, seed)
         self.config = timm.data.resolve_model_data_config(self.model)
@@ -68,13 +72,24 @@ class TimmModel(PretrainedEncoder):
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that, with the weights, determine the features."""
-        settings = {"layer": self.layer, "select": self.select, "size": self.size}
-        return settings | {key: self.config[key] for key in ("mean", "std", "interpolation")}
+        settings = {"layer": self.layer, "select": self.select, "size": self.size, "resize": self.resize}
+        names = ("mean", "std", "interpolation", "crop_mode", "crop_pct")
+        return settings | {name: self.config.get(name) for name in names}
+
+    @cached_property
+    def _own(self) -> Callable[[Image.Image], Tensor]:
+        """The transforms of timm for evaluating the model."""
+        config = {**self.config, "input_size": self.shape}
+        with torch.device("cpu"):
+            transform: Callable[[Image.Image], Tensor] = _timm().data.create_transform(**config, is_training=False)
+        return transform
 
     def preprocess(self, items: Sequence[Image.Image]) -> Tensor:
         """Return pixels ``(B, 3, H, W)`` of RGB images."""
+        if self.resize is None:
+            return torch.stack([self._own(bounded(image)) for image in items])
         return normalized_pixels(
-            items, self.size, self.config["mean"], self.config["std"], self.config["interpolation"]
+            items, self.size, self.resize, self.config["mean"], self.config["std"], self.config["interpolation"]
         )
 
     def forward(self, pixels: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from functools import partial
 from math import isqrt
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image
@@ -20,6 +21,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoModel
 
 from mllm.encoders.base import PretrainedEncoder, layer_of, select_tokens, sizes_of
+from mllm.encoders.preprocess import Resize, bounded, square
 from mllm.encoders.truncate import run_truncated, truncate
 from mllm.errors import MLLMError
 from mllm.hub import identity
@@ -35,6 +37,7 @@ class VisionModel(PretrainedEncoder):
         select: ``patches`` (no CLS or register tokens), ``pooled`` (one vector: the model's pooler output, or the mean
             of the patches), ``all`` (every token).
         resolution: side of the square input in pixels; None: the image processor's.
+        resize: how an image becomes a square (`mllm.encoders.preprocess.square`); None: as the image processor does.
         init: ``random`` uses the architecture with randomly initialized weights (a control).
         seed: the seed of the random weights.
 
@@ -49,6 +52,7 @@ class VisionModel(PretrainedEncoder):
         layer: int | None = None,
         select: Literal["patches", "pooled", "all"] = "patches",
         resolution: int | None = None,
+        resize: Resize | None = None,
         init: Literal["pretrained", "random"] = "pretrained",
         seed: int = 0,
     ) -> None:
@@ -61,6 +65,8 @@ class VisionModel(PretrainedEncoder):
         native = _side(self.processor, self.model.config)
         self.size = resolution or native
         _check_divides(self.size, native, self.model.config)
+        self.own_sizes = _scaled_sizes(self.processor, self.size / native)
+        self.resize = resize or self._own_resize()
         self.set_fingerprint(
             folder,
             init,
@@ -77,14 +83,12 @@ class VisionModel(PretrainedEncoder):
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that, with the weights, determine the features (part of the feature cache's key)."""
-        return {"layer": self.layer, "select": self.select, "size": self.size, "processor": self.processor.to_dict()}
+        settings = {"layer": self.layer, "select": self.select, "size": self.size, "resize": self.resize}
+        return {**settings, "processor": self.processor.to_dict()}
 
     def preprocess(self, items: Sequence[Image.Image]) -> Tensor:
-        """Return the pixels ``(B, 3, H, W)`` of RGB images from the model's image processor.
-
-        The whole image is resized to a square, without cropping.
-        """
-        return self._processed(items)["pixel_values"]
+        """Return the pixels ``(B, 3, H, W)`` of RGB images, made square, from the model's image processor."""
+        return self._processed(items, self.resize)["pixel_values"]
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Return features ``(B, P, D_vis)`` of pixels ``(B, 3, H, W)``."""
@@ -96,10 +100,38 @@ class VisionModel(PretrainedEncoder):
         model.load_state_dict(self.model.state_dict(), strict=False)
         return model
 
-    def _processed(self, images: Sequence[Image.Image]) -> Any:
-        """Resize with the processor's resampling filter; the processor does the rest."""
+    def _own_resize(self) -> Resize | Literal["own"]:
+        """Return how the image processor makes images square, measured on two images that are not.
+
+        ``own``: in another way than the three, so that the processor itself resizes. A processor whose images are not
+        square (SigLIP 2 NaFlex) is replaced by stretching.
+        """
+        if self.processor is None:  # on the meta device
+            return "stretch"
+        random, side = np.random.default_rng(0), self.size
+        shapes = [(side + 3, 2 * side + 7, 3), (side + 5, side // 2 + 1, 3)]
+        probes = [Image.fromarray(random.integers(0, 256, shape, dtype=np.uint8)) for shape in shapes]
+        with torch.device("cpu"):
+            try:
+                own = [self._processed([probe], "own")["pixel_values"] for probe in probes]
+            except Exception:  # it takes no images of this size
+                return "stretch"
+            if any(not isinstance(pixels, Tensor) or pixels.shape[2:] != (side, side) for pixels in own):
+                return "stretch"
+            ways: tuple[Resize, ...] = ("stretch", "crop", "pad")
+            for resize in ways:
+                made = [self._processed([probe], resize)["pixel_values"] for probe in probes]
+                if all(map(torch.equal, own, made)):
+                    return resize
+        return "own"
+
+    def _processed(self, images: Sequence[Image.Image], resize: Resize | Literal["own"]) -> Any:
+        """Make images square, with the processor's resampling filter; the processor does the rest."""
+        if resize == "own":
+            return self.processor(images=[bounded(image) for image in images], return_tensors="pt", **self.own_sizes)
         sample = getattr(self.processor, "resample", None)
-        squares = [image.resize((self.size, self.size), sample) for image in images]
+        mean = np.broadcast_to(getattr(self.processor, "image_mean", None) or 0.0, 3).tolist()
+        squares = [square(image, self.size, resize, sample, mean) for image in images]
         options = {name: False for name in ("do_resize", "do_center_crop", "do_pad") if hasattr(self.processor, name)}
         if hasattr(self.processor, "max_num_patches"):  # it splits images into patches itself
             options["max_num_patches"] = (self.size // self.processor.patch_size) ** 2
@@ -111,7 +143,7 @@ class VisionModel(PretrainedEncoder):
         constants: dict[str, Any] = {}
         if self.processor is not None:
             with torch.device("cpu"):  # on the meta device too: the model needs their values
-                inputs = self._processed([Image.new("RGB", (self.size, self.size))])
+                inputs = self._processed([Image.new("RGB", (self.size, self.size))], self.resize)
             constants = {key: value for key, value in inputs.items() if key in parameters and key != "pixel_values"}
             # A mask that masks nothing becomes None: on the meta device, the model could not read its values.
             constants |= {key: None for key in constants if "mask" in key and constants[key].all()}
@@ -184,6 +216,14 @@ def _side(processor: Any, config: Any) -> int:
         return isqrt(processor.max_num_patches) * int(processor.patch_size)
     size = (processor.crop_size if getattr(processor, "do_center_crop", False) else None) or processor.size
     return int(next(size[key] for key in ("height", "shortest_edge", "longest_edge") if size[key]))
+
+
+def _scaled_sizes(processor: Any, scale: float) -> dict[str, Any]:
+    """Return the sizes with which an image processor gives squares of another side than its own, as options of it."""
+    if processor is None or scale == 1:
+        return {}
+    sizes = {name: value for name, value in processor.to_dict().items() if name in ("size", "crop_size") and value}
+    return {name: {edge: round(length * scale) for edge, length in value.items()} for name, value in sizes.items()}
 
 
 def _check_divides(size: int, native: int, config: Any) -> None:

@@ -22,6 +22,7 @@ from mllm.export.stock import (
     build_stock,
     causal_lm,
     check_adapters,
+    check_vocabulary,
     each,
     finished,
     make_processor,
@@ -44,6 +45,7 @@ def blip2(model: Model) -> StockModel:
         lambda: _qformer_config(model),
         lambda: _blip2_tower(model),
         lambda: check_adapters(model),
+        lambda: check_vocabulary(model),
         lambda: causal_lm(model),
     )
     lm, connector = merged_lm(model), model.connector

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from mllm.errors import MLLMError
 from mllm.export.probes import Probe, inputs_of
-from mllm.export.stock import stop_tokens
 from mllm.lms.decoding import Decoding
 from mllm.model import Model
 
@@ -180,7 +179,7 @@ def _generated(model: Model, stock: Any, processor: Any, probes: Sequence[Probe]
 
 def _answer(ids: list[int], model: Model) -> list[int]:
     """Return the tokens before the first that ends an answer."""
-    stops = stop_tokens(model)
+    stops = model.lm.text.ends
     return ids[: next((place for place, token in enumerate(ids) if token in stops), len(ids))]
 
 

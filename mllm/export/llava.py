@@ -16,6 +16,7 @@ from mllm.export.stock import (
     build_stock,
     causal_lm,
     check_adapters,
+    check_vocabulary,
     each,
     finished,
     make_processor,
@@ -37,6 +38,7 @@ def llava(model: Model) -> StockModel:
         lambda: _projector(model),
         lambda: _hidden_state(model),
         lambda: check_adapters(model),
+        lambda: check_vocabulary(model),
         lambda: _check_output_layer(model),
     )
     lm = merged_lm(model)

@@ -19,8 +19,10 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AddedToken, GenerationConfig, LlavaProcessor
 
+from mllm.capabilities import SpeaksWords
 from mllm.errors import MLLMError
 from mllm.export.chat import chat_template
+from mllm.export.images import image_processor
 from mllm.model import Model
 
 IMAGE = "<image>"
@@ -60,6 +62,15 @@ def check_adapters(model: Model) -> None:
     for spec in model.spec.adapters:
         if spec.type != "lora":
             raise MLLMError(f"The adapter {spec.type!r} cannot be merged into the language model; lora can.")
+
+
+def check_vocabulary(model: Model) -> None:
+    """Raise an `MLLMError` where the connector's output is replaced by expected word embeddings."""
+    if isinstance(model.connector, SpeaksWords) and model.connector.vocabulary.output == "words":
+        raise MLLMError(
+            "The connector returns expected word embeddings (connector.vocabulary), and no class of transformers has a "
+            "softmax over words after its connector."
+        )
 
 
 def merged_lm(model: Model) -> Any:
@@ -137,7 +148,7 @@ def make_processor(model: Model, tokenizer: Any, patch: int, strategy: str) -> A
     """
     patches = (model.encoder.size // patch) ** 2
     return LlavaProcessor(
-        image_processor=_image_processor(model),
+        image_processor=image_processor(model),
         tokenizer=tokenizer,
         patch_size=patch,
         vision_feature_select_strategy=strategy,
@@ -145,16 +156,6 @@ def make_processor(model: Model, tokenizer: Any, patch: int, strategy: str) -> A
         image_token=IMAGE,
         chat_template=chat_template(model, IMAGE),
     )
-
-
-def _image_processor(model: Model) -> Any:
-    """Return the image processor with the encoder's settings: resized to a square, without cropping."""
-    processor, side = copy.deepcopy(model.encoder.processor), model.encoder.size
-    processor.size = {"height": side, "width": side}
-    if hasattr(processor, "do_center_crop"):
-        processor.do_center_crop = False
-        processor.crop_size = {"height": side, "width": side}
-    return processor
 
 
 def build_stock(build: Callable[[], Any]) -> Any:
@@ -176,7 +177,7 @@ def finished(stock: Any, model: Model, image: int, processor: Any) -> StockModel
     if stock.config.get_text_config().tie_word_embeddings:
         stock.tie_weights()
     suppressed = _add_image_embedding(stock, image)
-    stops = stop_tokens(model)
+    stops = model.lm.text.ends
     stock.generation_config = GenerationConfig(  # greedy decoding, which ends where this model ends
         do_sample=False,
         bos_token_id=model.lm.tokenizer.bos_token_id,
@@ -198,11 +199,3 @@ def _add_image_embedding(stock: Any, image: int) -> list[int]:
         if getattr(table, "bias", None) is not None:
             table.bias.data[rows:] = 0
     return [*range(rows, image + 1)]
-
-
-def stop_tokens(model: Model) -> list[int]:
-    """Return the ids that end an answer: the tokenizer's end of sequence, and those of the generation config."""
-    config = getattr(model.lm.model, "generation_config", None)
-    ids = getattr(config, "eos_token_id", None)
-    more = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
-    return list(dict.fromkeys([model.lm.eos, *more]))

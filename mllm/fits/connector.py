@@ -1,7 +1,8 @@
 """Fit a connector in closed form: a regression from features to the language model's embeddings.
 
 For each image, x is the mean over positions of the inputs of the connector's linear map, and y the IDF-weighted mean
-embedding of its captions' tokens, or the sentence vector of its captions. Lexical matching (SITTA, arXiv:2307.05591)
+embedding of its captions' tokens, the sentence vector of its captions, or the embeddings of the first caption's first Q
+tokens in order, one after another. Lexical matching (SITTA, arXiv:2307.05591)
 needs no image: x is the dual encoder's vector of a token's string, and y the token's embedding.
 """
 
@@ -9,18 +10,19 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mllm.capabilities import EmbedsTexts, SentenceModel
+from mllm.capabilities import EmbedsTexts, SentenceModel, SpeaksWords
 from mllm.data.items import Item
 from mllm.errors import MLLMError
 from mllm.fits.base import ClosedForm, Material
 from mllm.fits.regression import NormalEquations
 from mllm.lms.vocabulary import lexicon
+from mllm.lms.words import ordered_words
 from mllm.model import Model
 from mllm.prompts.pieces import answer_text
 
@@ -30,13 +32,16 @@ SOLVERS = ("ridge", "least-squares", "procrustes")
 class ConnectorFit(ClosedForm):
     """Regression of the connector's last linear map, whose output then has the scale of the embeddings.
 
-    All visual tokens share the map. The modules before it (pooling, or a body with random weights) do not change.
+    All visual tokens share the map, except with ``words-in-order``. The modules before it (pooling, or a body with
+    random weights) do not change.
 
     Args:
         part: the connector's path.
         solver: see `mllm.fits.regression.NormalEquations.solve`.
-        targets: ``caption-words``; ``sentences``, the vectors of a sentence encoder; or ``tokens``: lexical matching,
-            which needs neither images nor captions.
+        targets: ``caption-words``; ``words-in-order``: visual token q is the caption's q-th token, and a neutral word
+            after its end, for a linear map that returns all visual tokens of one pooled feature vector;
+            ``sentences``, the vectors of a sentence encoder; or ``tokens``: lexical matching, which needs neither
+            images nor captions.
         strength: of the ridge penalty, as a fraction of the features' mean variance.
         chunk: images, or tokens, that are computed at once.
 
@@ -63,6 +68,11 @@ class ConnectorFit(ClosedForm):
         problems = []
         if model.connector is None or model.connector.linear() is None:
             problems.append("fits the connector, which does not end in a linear map: use another connector type.")
+        elif self.targets == "words-in-order" and _shared(model):
+            problems.append(
+                "fits words in order, for which each visual token needs a map of its own: set encoder.select=pooled "
+                "and connector={type: linear, tokens: 4}."
+            )
         if self.targets == "tokens" and not model.has(EmbedsTexts):
             problems.append("fits tokens, and this encoder does not embed text: set encoder.type=dual-encoder.")
         if self.targets == "sentences":
@@ -74,14 +84,15 @@ class ConnectorFit(ClosedForm):
 
     def sums(self, model: Model) -> NormalEquations:
         """Return empty sums."""
-        return NormalEquations(_linear(model).in_features, model.lm.dim)
+        tokens = model.connector.num_tokens if self.targets == "words-in-order" else 1
+        return NormalEquations(_linear(model).in_features, tokens * model.lm.dim)
 
     def rows(self, model: Model, data: Material) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield inputs of the linear map ``(N, X)``, and target embeddings ``(N, D_lm)``."""
         if self.targets == "tokens":
             yield from self._tokens(model, data)
             return
-        target = _SentenceTargets(model) if self.targets == "sentences" else _WordTargets(model, data.captioned)
+        target = TARGETS[self.targets](model, data.captioned)
         for items, features in data.with_features(self.chunk):
             yield model.connector.body(model.connector.cast(features)).mean(1), target(items)
 
@@ -120,10 +131,24 @@ class _WordTargets:
         return torch.stack([words_embedding(self.lm, item, self.weight) for item in items])
 
 
+class _OrderedTargets:
+    """The embeddings ``(N, Q D_lm)`` of the first Q tokens of items' first captions, then of the neutral word."""
+
+    def __init__(self, model: Model, items: Sequence[Item]) -> None:
+        self.lm, self.num_tokens = model.lm, model.connector.num_tokens
+        if isinstance(model.connector, SpeaksWords):
+            model.connector.vocabulary.include_captions(item.answers[0] for item in items)
+
+    def __call__(self, items: Sequence[Item]) -> Tensor:
+        ids = torch.tensor([ordered_words(self.lm, item.answers[0], self.num_tokens) for item in items])  # (N, Q)
+        embeds: Tensor = self.lm.embed(ids.to(self.lm.model.device)).float()
+        return embeds.flatten(1)
+
+
 class _SentenceTargets:
     """The mean sentence vectors ``(N, D_lm)`` of items' captions."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, items: Sequence[Item]) -> None:
         self.lm = model.lm
 
     def __call__(self, items: Sequence[Item]) -> Tensor:
@@ -132,10 +157,23 @@ class _SentenceTargets:
         return torch.stack([torch.stack([vectors[text] for text in item.answers]).mean(0) for item in items])
 
 
+TARGETS: dict[str, Callable[[Model, Sequence[Item]], Callable[[Sequence[Item]], Tensor]]] = {
+    "caption-words": _WordTargets,
+    "words-in-order": _OrderedTargets,
+    "sentences": _SentenceTargets,
+}
+
+
 def _linear(model: Model) -> nn.Linear:
     linear: nn.Linear | None = model.connector.linear()
     assert linear is not None
     return linear
+
+
+def _shared(model: Model) -> bool:
+    """Whether several visual tokens share the connector's linear map."""
+    width = getattr(model.lm, "dim", 0)
+    return bool(width) and _linear(model).out_features != model.connector.num_tokens * width
 
 
 def words_embedding(lm: Any, item: Item, weight: dict[int, float]) -> Tensor:

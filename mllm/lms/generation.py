@@ -159,7 +159,7 @@ def _generate_group(lm: LanguageModel, group: Group, decodings: Sequence[Decodin
 
 def _answer(text: TextTokenizer, ids: list[int]) -> list[int]:
     """Return the ids of an answer, without its end and the padding after it."""
-    ids = text.until_eos(ids)
+    ids = text.until_end(ids)
     while ids and ids[-1] == text.pad:
         ids = ids[:-1]
     return ids
@@ -187,7 +187,7 @@ def _row(lm: LanguageModel, decoding: Decoding, options: dict[str, Any]) -> Row:
         encoder_ids, ids = torch.cat([ids, end], dim=1), torch.tensor([[start_token(lm.model)]], device=device)
     start = ids.shape[1]
     begin = start + int(start == 1 and options.get("forced_bos_token_id") is not None)
-    return Row(ids, encoder_ids, [lm.eos], begin, start + int(decoding.max_new_tokens or 0))
+    return Row(ids, encoder_ids, lm.text.ends, begin, start + int(decoding.max_new_tokens or 0))
 
 
 def _defaults(model: Any) -> dict[str, Any]:
@@ -215,7 +215,7 @@ def _config(decodings: Sequence[Decoding], options: dict[str, Any], text: TextTo
         **{
             "num_beams": 1,
             "do_sample": sampled_beams,
-            "eos_token_id": text.eos,
+            "eos_token_id": text.ends,
             "pad_token_id": text.pad,
             "max_new_tokens": max(decoding.max_new_tokens or 0 for decoding in decodings),
             **(first.warpers if sampled_beams else {}),

@@ -63,7 +63,7 @@ class LanguageModel(nn.Module):
     ) -> None:
         super().__init__()
         folder = hub.resolve(model, group="lms")
-        self.text = TextTokenizer(hub.load_processor(AutoTokenizer, folder))
+        tokenizer = hub.load_processor(AutoTokenizer, folder)
         options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
         if quantize is not None:
             # Without a map, transformers puts them on a GPU where there is one, whatever the rest of the model does.
@@ -77,6 +77,7 @@ class LanguageModel(nn.Module):
             # gradient wrong, and lets results depend on earlier passes.
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
+        self.text = TextTokenizer(tokenizer, self.model)
         self._folder, self._init = folder, init
         self._prefix_length = 0  # of adapters
         self.runner: Runner = choose_runner(self.model, self.text.end_of_text)
@@ -132,7 +133,7 @@ class LanguageModel(nn.Module):
         return self.text.pad
 
     def tokenize(self, text: str, *, control: bool = False) -> list[int]:
-        """Return the ids of a text without added special tokens; ``control``: special tokens in it are recognised."""
+        """Return the ids of a text without added special tokens; ``control``: control words in it are recognised."""
         return self.text.tokenize(text, control=control)
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import hashlib
 import io
-import struct
 import warnings
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from glob import glob
@@ -16,16 +13,18 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol, runtime_checkable
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+import torch
+from PIL import Image, UnidentifiedImageError
 
 from mllm.errors import MLLMError
+from mllm.media.data_urls import from_data_url, is_data_url
+from mllm.media.formats import FORMATS, formats_of, suffixes, without_texts
+from mllm.media.pixels import DAMAGED, from_array, to_rgb
 from mllm.system import is_hidden
 
 MAX_BYTES = 64 * 2**20
 MAX_PIXELS = 64_000_000  # checked in the header, before anything is decoded
-FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000")  # none of them runs a program
-SUFFIXES = {".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".jp2"}  # of images in a folder
-DAMAGED = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, OverflowError, struct.error, zlib.error)
+SUFFIXES = suffixes()  # of images in a folder
 
 
 @runtime_checkable
@@ -88,7 +87,7 @@ def open_image(image: Any) -> Image.Image:
     """Return an image in any accepted form as an RGB PIL image, rotated by its EXIF orientation.
 
     Args:
-        image: a PIL image, an array ``(H, W, 3)`` of uint8 (or ``(H, W)``), a path, bytes, a data URL, or an
+        image: a PIL image, an array or a tensor (see `mllm.media.pixels.from_array`), a path, bytes, a data URL, or an
             `ImageSource`.
 
     Raises:
@@ -98,17 +97,21 @@ def open_image(image: Any) -> Image.Image:
         return _rgb(image, "the image")
     if isinstance(image, ImageSource):
         return image.open()
-    if isinstance(image, str) and image.startswith("data:"):
-        return _decode(_from_data_url(image), "the data URL")
+    if isinstance(image, str) and is_data_url(image):
+        return _decode(from_data_url(image, MAX_BYTES), "the data URL")
     if isinstance(image, str | Path):
         return _decode(_read(Path(image)), str(image))
-    if isinstance(image, bytes):
-        return _decode(image, f"the image of {len(image)} bytes")
+    if isinstance(image, bytes | bytearray | memoryview):
+        return _decode(bytes(image), f"the image of {len(image)} bytes")
+    if isinstance(image, torch.Tensor):
+        values = image.detach().cpu()
+        values = values.float() if values.is_floating_point() else values  # numpy has no bfloat16
+        return _rgb(from_array(values.numpy(), channels_first=True), "the tensor")
     if hasattr(image, "__array_interface__"):
-        return _from_array(image)
+        return _rgb(from_array(np.asarray(image)), "the array")
     raise MLLMError(
-        f"{type(image).__name__} is not an image: expected a PIL image, an array, a path, bytes or a data URL. "
-        "Convert it to one of them."
+        f"{type(image).__name__} is not an image: expected a PIL image, an array, a tensor, a path, bytes or a "
+        "data URL. Convert it to one of them."
     )
 
 
@@ -116,7 +119,7 @@ def source_of(image: Any) -> ImageSource:
     """Return an image of any accepted form as an `ImageSource`."""
     if isinstance(image, ImageSource):
         return image
-    if isinstance(image, str | Path) and not str(image).startswith("data:"):
+    if isinstance(image, Path) or (isinstance(image, str) and not is_data_url(image)):
         return ImageFile(Path(image))
     return _LoadedImage(open_image(image))
 
@@ -199,25 +202,11 @@ def _read(path: Path) -> bytes:
             raise MLLMError(f"The image {path} cannot be read: {error.strerror or error}.") from None
 
 
-def _from_data_url(url: str) -> bytes:
-    head, comma, body = url.partition(",")
-    if not comma or not head.endswith(";base64"):
-        raise MLLMError(f"The data URL starts with {head[:40]!r}; expected data:image/...;base64,...")
-    if len(body) > MAX_BYTES * 4 // 3:
-        raise MLLMError(
-            f"The data URL encodes more than {MAX_BYTES} bytes, which is the limit. Make the image smaller."
-        )
-    try:
-        return base64.b64decode(body, validate=True)
-    except ValueError as error:
-        raise MLLMError(f"The data URL is not valid base64: {error}. Encode the image file as base64.") from None
-
-
 def _decode(data: bytes, label: str) -> Image.Image:
     if len(data) > MAX_BYTES:
         raise MLLMError(f"{label}: {len(data)} bytes; at most {MAX_BYTES} are read. Make it smaller.")
     with _readable_errors(label):
-        return _rgb(Image.open(io.BytesIO(data), formats=FORMATS), label)
+        return _rgb(Image.open(io.BytesIO(without_texts(data)), formats=formats_of(data, label)), label)
 
 
 @contextlib.contextmanager
@@ -238,38 +227,11 @@ def _readable_errors(label: str) -> Iterator[None]:
 
 
 def _rgb(image: Image.Image, label: str) -> Image.Image:
-    """Return an RGB image: the first frame, upright, transparency on white, 16-bit greyscale scaled to 8 bits."""
+    """Return an RGB image, after a check of its size."""
     width, height = image.size
     if not width or not height:
         raise MLLMError(f"{label} has no pixels: its size is {width} x {height}. Give another image.")
     if width * height > MAX_PIXELS:
         raise MLLMError(f"{label}: {width} x {height} pixels; at most {MAX_PIXELS} are decoded. Make it smaller.")
     with _readable_errors(label):
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I") or image.mode == "F":
-            image = _eight_bit(image)
-        if image.has_transparency_data:
-            rgba = image.convert("RGBA")
-            white = Image.new("RGBA", rgba.size, "white")
-            return Image.alpha_composite(white, rgba).convert("RGB")
-        return image.convert("RGB")
-
-
-def _eight_bit(image: Image.Image) -> Image.Image:
-    """Scale greyscale of more than 8 bits; in modes ``I`` and ``F``, white is 255 if all values fit, else 65535."""
-    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-    highest = float(values.max())
-    top = 65535.0 if image.mode.startswith("I;16") else next((t for t in (255.0, 65535.0) if highest <= t), highest)
-    return Image.fromarray((values.clip(0, top) / top * 255).round().astype(np.uint8))
-
-
-def _from_array(array: Any) -> Image.Image:
-    values = np.asarray(array)
-    shape = values.shape
-    if values.dtype != np.uint8 or values.ndim not in (2, 3) or (values.ndim == 3 and shape[2] not in (3, 4)):
-        raise MLLMError(
-            f"The array has shape {shape} and type {values.dtype}; expected uint8 (H, W, 3), (H, W, 4) or (H, W)."
-        )
-    if values.size == 0:
-        raise MLLMError(f"The array has no pixels: its shape is {shape}. Give another image.")
-    return _rgb(Image.fromarray(values), "the array")
+        return to_rgb(image)

@@ -23,6 +23,7 @@ from mllm.errors import MLLMError
 from mllm.lms.decoding import check_batch
 from mllm.model import trained_module
 from mllm.planning.paper import assembled, noted
+from mllm.prompts.chat_template import uses_template
 from mllm.readout.tokens import image_tokens
 from mllm.transfer import check_source
 
@@ -80,6 +81,8 @@ def _of_model(model: Assembly, stage: Stage) -> list[str]:
     if model.generates_text and model.connector is not None and model.lm.tokenizer is not None:  # text has a length
         with noted(wrong):
             _ = model.lm.eos
+        with noted(wrong):
+            uses_template(stage.prompt, model.lm)
         with noted(wrong):
             _check_length(model, stage)
     return wrong

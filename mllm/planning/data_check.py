@@ -23,7 +23,7 @@ from mllm.model import Model
 from mllm.planning.paper import meta_model
 from mllm.prompts.batch import IGNORED, encode
 from mllm.prompts.length import length_of
-from mllm.prompts.pieces import Piece, without_images
+from mllm.prompts.pieces import Piece, text_of, without_images
 
 PLACEHOLDER = "<image>"  # other frameworks' marker of an image; here it would be read as text
 
@@ -160,7 +160,7 @@ def _examples(item: Item, stage: Stage, model: Model) -> list[list[Piece]]:
 
 
 def _texts(pieces: Sequence[Piece]) -> list[str]:
-    return [piece if isinstance(piece, str) else piece.text for piece in without_images(pieces)]
+    return [text_of(piece) for piece in without_images(pieces)]
 
 
 def _measure(
@@ -180,7 +180,7 @@ def _measure(
     if report.role == "train" and limit is not None and longest > limit:
         what = "lose text" if stage.data.truncate == "text" else "are left out"
         wrong[f"items {what}: they are longer than data.max_length, {limit} tokens"].append(item.id)
-    ends = {IGNORED, model.lm.eos}
+    ends = {IGNORED, *model.lm.text.ends}
     if any(set(one.labels) <= ends for one in encoded):
         wrong["items have no token to learn but the end of the sequence"].append(item.id)
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mllm.prompts.pieces import Control, Piece, Target, joined
+from mllm.prompts.pieces import Control, Part, Piece, Target, Template, Token, is_image, joined, text_of
 
 IGNORED = -100  # a label that is no target
 
@@ -47,40 +47,96 @@ class Batch:
 def encode(pieces: Sequence[Piece], *, lm: Any, num_visual: int, start: bool = True) -> Encoded:
     """Return the ids of an interleaved prompt.
 
-    Adjacent texts are tokenized together, so a prompt without images has exactly the ids of the bare language model.
-    The end of every target is learned, but only the last target has an end token in the sequence: in a conversation
-    that continues, as in one that is answered, the next turn follows the answer's text directly.
+    Adjacent texts are tokenized together, so a prompt without images has exactly the ids of the bare language model,
+    and a conversation in its chat template those of the template. The end of every target is learned, but only the last
+    target has an end token in the sequence: in a conversation that continues, as in one that is answered, the next turn
+    follows the answer's text directly.
 
     Args:
         pieces: the prompt.
         lm: the language model.
         num_visual: Q, the visual tokens of one image.
-        start: begin with the tokens that every sequence starts with.
+        start: begin with the tokens that every sequence starts with; a chat template writes them itself.
     """
-    ids = list(lm.bos) if start else []
-    visual, labels = [False] * len(ids), [IGNORED] * len(ids)
     pieces = joined(pieces)
-    ended = False  # whether a target ends right before the next token
-    for index, piece in enumerate(pieces):
-        if isinstance(piece, str):
-            new = lm.tokenize(piece)
-            new_labels = [IGNORED] * len(new)
-        elif isinstance(piece, Control):
-            new = lm.tokenize(piece.text, control=True)
-            new_labels = [IGNORED] * len(new)
-        elif isinstance(piece, Target):
-            new = [*lm.tokenize(piece.text), *([lm.eos] if piece.ends and index == len(pieces) - 1 else [])]
-            new_labels = list(new)
-        else:
-            new, new_labels = [lm.pad] * num_visual, [IGNORED] * num_visual
-        if ended and new:
+    if any(isinstance(piece, Template) for piece in pieces):
+        ids, tokens = [], _together(pieces, lm)
+    else:
+        ids, tokens = list(lm.bos) if start else [], _apart(pieces, lm)
+    visual, labels = [False] * len(ids), [IGNORED] * len(ids)
+    ended = _ended(pieces, tokens)
+    for position, token in enumerate(tokens):
+        new = [lm.pad] * num_visual if token.id is None else [token.id]
+        learned = token.id is not None and any(map(_is_learned, pieces[token.first : token.last + 1]))
+        new_labels = list(new) if learned else [IGNORED] * len(new)
+        if position - 1 in ended and new:
             new_labels[0] = lm.eos
-        ended = (isinstance(piece, Target) and piece.ends) or (ended and not new)
         ids += new
         labels += new_labels
-        visual += [not isinstance(piece, str | Target | Control)] * len(new)
+        visual += [token.id is None] * len(new)
+    if pieces and isinstance(pieces[-1], Target) and pieces[-1].ends:
+        ids, labels, visual = [*ids, lm.eos], [*labels, lm.eos], [*visual, False]
     labels[:1] = [IGNORED] * len(labels[:1])  # nothing precedes the first token, so nothing can predict it
     return Encoded(ids, visual, labels)
+
+
+def _together(pieces: Sequence[Piece], lm: Any) -> list[Token]:
+    """Return the tokens of a conversation in a chat template, all of whose texts and images are one text.
+
+    Control tokens are recognised in the template's own text; in the assistant's those that are not special, such as
+    ``<think>``; in other turns none.
+    """
+    tokens: list[Token] = lm.text.tokenize_parts([_part(piece) for piece in pieces])
+    return tokens
+
+
+def _part(piece: Piece) -> Part:
+    if is_image(piece):
+        return Part(None)
+    return Part(
+        text_of(piece), "all" if isinstance(piece, Control) else "words" if isinstance(piece, Target) else "none"
+    )
+
+
+def _apart(pieces: Sequence[Piece], lm: Any) -> list[Token]:
+    """Return the tokens of a prompt, in which images and control words stand between texts of their own."""
+    tokens = []
+    for is_text, run in itertools.groupby(enumerate(pieces), lambda each: isinstance(each[1], str | Target)):
+        numbers, members = zip(*run, strict=True)
+        if is_text:
+            new: list[list[int]] = continued(list(map(text_of, members)), lm)
+            tokens += [Token(token, at, at) for at, ids in zip(numbers, new, strict=True) for token in ids]
+            continue
+        for at, piece in zip(numbers, members, strict=True):
+            control = lm.tokenize(piece.text, control=True) if isinstance(piece, Control) else [None]
+            tokens += [Token(token, at, at) for token in control]
+    return tokens
+
+
+def continued(texts: list[str], lm: Any) -> list[list[int]]:
+    """Return the ids of texts that follow each other: of the whole text, if each text's are followed by the next one's.
+
+    So an answer has the ids with which it continues the prompt, though some tokenizers put a space before every text.
+    """
+    apart = [lm.tokenize(text) for text in texts]
+    whole = lm.tokenize("".join(texts)) if len(texts) > 1 else apart[0]
+    if whole == list(itertools.chain(*apart)):
+        return apart
+    starts = [[], *(lm.tokenize("".join(texts[:count])) for count in range(1, len(texts))), whole]
+    if any(whole[: len(start)] != start for start in starts):
+        return apart
+    return [whole[len(start) : len(end)] for start, end in itertools.pairwise(starts)]
+
+
+def _is_learned(piece: Piece) -> bool:
+    return isinstance(piece, Target) or (isinstance(piece, Template) and piece.learned)
+
+
+def _ended(pieces: Sequence[Piece], tokens: Sequence[Token]) -> set[int]:
+    """Return the positions of the last tokens of targets that end."""
+    firsts = [token.first for token in tokens]
+    ends = (index for index, piece in enumerate(pieces) if isinstance(piece, Target) and piece.ends)
+    return {bisect.bisect_right(firsts, index) - 1 for index in ends}
 
 
 def collate(rows: Sequence[Encoded], pad: int, *, pack: int | None = None) -> Batch:

@@ -8,7 +8,7 @@ from typing import Any
 
 from mllm.errors import MLLMError
 from mllm.prompts.batch import IGNORED, encode
-from mllm.prompts.pieces import Piece, Target
+from mllm.prompts.pieces import Piece, Target, Template
 
 
 def length_of(pieces: Sequence[Piece], lm: Any, num_visual: int) -> int:
@@ -40,11 +40,17 @@ def shortened(pieces: list[Piece], limit: int, lm: Any, num_visual: int, *, cut:
         last = kept.pop()
         if isinstance(last, str | Target):
             kept += _head(kept, last, limit, lm, num_visual)
-    while kept and not isinstance(kept[-1], Target):  # nothing is learned after the last target
+    while kept and not _is_end(kept):  # nothing is learned after the last target
         kept.pop()
     if all(label == IGNORED for label in encode(kept, lm=lm, num_visual=num_visual).labels):
         raise MLLMError(f"{length} tokens, and no target token within data.max_length={limit}.")
     return kept
+
+
+def _is_end(pieces: Sequence[Piece]) -> bool:
+    """Whether pieces end with a target, or with what a chat template has learned behind it."""
+    before, last = [None, *pieces][-2:]
+    return isinstance(last, Target) or (isinstance(last, Template) and last.learned and isinstance(before, Target))
 
 
 def _head(before: list[Piece], last: str | Target, limit: int, lm: Any, num_visual: int) -> list[Piece]:

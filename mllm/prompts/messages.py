@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import secrets
+import itertools
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 from mllm.config.parts import PromptSpec
 from mllm.errors import MLLMError
 from mllm.media.images import open_image, source_of
-from mllm.prompts.pieces import Control, Piece, Target, answer_text, arrange
+from mllm.prompts.chat_template import templated, uses_template
+from mllm.prompts.formatting import examples
+from mllm.prompts.pieces import Piece, Target, arrange, is_image, joined
 
 ROLES = ("system", "user", "assistant")
 
@@ -31,11 +33,19 @@ def rendered(messages: Sequence[dict[str, Any]], prompt: PromptSpec, lm: Any, *,
 
     Args:
         messages: checked ones (`checked_messages`).
-        prompt: the recipe's prompt format, or ``chat: own`` for the language model's chat template.
-        lm: the language model; only its template is used.
+        prompt: the recipe's prompt format, which says whether the language model's chat template is used.
+        lm: the language model; only its template and tokenizer are used.
         learn: the assistant's turns are targets, and what follows the last of them is left out.
+
+    Raises:
+        MLLMError: the chat template refuses the conversation, or leaves a turn out.
     """
-    pieces = (_templated if prompt.chat == "own" else _plain)(messages, prompt, lm, learn)
+    if learn:
+        last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=-1)
+        messages = messages[: last + 1]
+    if uses_template(prompt, lm):
+        return templated(messages, prompt, lm, learn=learn)
+    pieces = _plain(messages, prompt, learn)
     while learn and pieces and not isinstance(pieces[-1], Target):
         pieces.pop()
     return pieces
@@ -60,12 +70,6 @@ def checked_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
     return [_checked(message) for message in messages]
 
 
-def parts_of(message: dict[str, Any]) -> tuple[str, list[Any]]:
-    """Return a message's text, and its images."""
-    texts = [part["text"] for part in message["content"] if part["type"] == "text"]
-    return " ".join(texts).strip(), [part["image"] for part in message["content"] if part["type"] == "image"]
-
-
 def _checked(original: Any) -> dict[str, Any]:
     """Return one message in transformers' schema."""
     if not isinstance(original, dict) or original.get("role") not in ROLES:
@@ -80,6 +84,8 @@ def _checked(original: Any) -> dict[str, Any]:
 def _part(part: Any) -> dict[str, Any]:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text" and isinstance(part.get("text"), str):
+        if any("\ud800" <= character <= "\udfff" for character in part["text"]):
+            raise MLLMError(f"A text of a message has half of a character (a surrogate): {part['text'][:40]!r}.")
         return text_part(part["text"])
     if kind == "image" and "image" in part:
         return {"type": "image", "image": source_of(part["image"])}
@@ -91,48 +97,56 @@ def _part(part: Any) -> dict[str, Any]:
     raise MLLMError(f"A part of a message is a text, an image or an image_url; got {str(part)[:80]!r}.")
 
 
-def _plain(messages: Sequence[dict[str, Any]], prompt: PromptSpec, lm: Any, learn: bool) -> list[Piece]:
-    """Format every turn with the recipe's prompt format."""
-    pieces: list[Piece] = []
+def _plain(messages: Sequence[dict[str, Any]], prompt: PromptSpec, learn: bool) -> list[Piece]:
+    """Format every turn with the recipe's prompt format, behind its examples; images stay among the words."""
+    pieces = examples(prompt)
     for message in messages:
-        text, images = parts_of(message)
+        parts = _words(message)
         if message["role"] == "assistant":
-            pieces += [Target(answer_text(text)), "\n"] if learn else [f"{answer_text(text)}\n"]
+            pieces += [*_answer(parts, learn), "\n"]
         elif message["role"] == "system":
-            pieces.append(f"{text}\n")
+            pieces += [*parts, "\n"]
         else:
-            words = prompt.question.format(question=text) if text else prompt.caption
-            pieces += arrange(prompt.template, images, words) if images else [words]
+            leading = list(itertools.takewhile(is_image, parts))
+            words = _question(parts[len(leading) :], prompt)
+            pieces += arrange(prompt.template, leading, words.pop(0)) if leading else []
+            pieces += words
     return pieces
 
 
-def _templated(messages: Sequence[dict[str, Any]], prompt: PromptSpec, lm: Any, learn: bool) -> list[Piece]:
-    """Format the conversation with the language model's chat template.
+def _words(message: dict[str, Any]) -> list[Piece]:
+    """Return a message's texts and images in order: neighbouring texts with a space between them, none at the ends."""
+    parts: list[Piece] = []
+    for part in message["content"]:
+        if part["type"] == "image":
+            parts.append(part["image"])
+        elif parts and isinstance(parts[-1], str):
+            parts[-1] = f"{parts[-1]} {part['text']}"
+        else:
+            parts.append(part["text"])
+    if parts and isinstance(parts[0], str):
+        parts[0] = parts[0].lstrip()
+    if parts and isinstance(parts[-1], str):
+        parts[-1] = parts[-1].rstrip()
+    return [part for part in parts if part != ""]
 
-    The template is filled with random markers, which are then replaced by texts and images: control tokens are
-    recognised only in the template's text.
-    """
-    if lm.tokenizer.chat_template is None:
-        raise MLLMError("This language model has no chat template: set prompt.chat=plain.")
-    nonce = secrets.token_hex(8)
-    contents: list[Piece] = []
 
-    def marked(message: dict[str, Any]) -> dict[str, str]:
-        start, is_target = len(contents), learn and message["role"] == "assistant"
-        for part in message["content"]:
-            piece = part["text"] if part["type"] == "text" else part["image"]
-            contents.append(Target(piece) if is_target and part["type"] == "text" else piece)
-        return {
-            "role": message["role"],
-            "content": "".join(f"{nonce}:{number};" for number in range(start, len(contents))),
-        }
+def _question(parts: list[Piece], prompt: PromptSpec) -> list[Piece]:
+    """Return a question in the recipe's words, a text first; without a text it is the caption prompt."""
+    texts = [part for part in parts if isinstance(part, str)]
+    if not texts:
+        return [prompt.caption, *parts]
+    before, _, after = prompt.question.partition("{question}")
+    first, *rest = joined([before, *(part.strip() if len(parts) == 1 else part for part in parts), after])
+    return [first, *rest] if isinstance(first, str) else ["", first, *rest]
 
-    text = lm.tokenizer.apply_chat_template(
-        [marked(message) for message in messages], tokenize=False, add_generation_prompt=not learn
-    )
-    first, *rest = text.split(f"{nonce}:")
-    pieces: list[Piece] = [Control(first)]
-    for part in rest:
-        number, _, control = part.partition(";")
-        pieces += [contents[int(number)], Control(control)]
-    return pieces
+
+def _answer(parts: list[Piece], learn: bool) -> list[Piece]:
+    """Return an assistant's turn after a space; its texts are targets, and the last of them ends."""
+    if parts and isinstance(parts[0], str):
+        parts = [f" {parts[0]}", *parts[1:]]
+    last = max((index for index, part in enumerate(parts) if isinstance(part, str)), default=-1)
+    return [
+        Target(part, ends=index == last) if learn and isinstance(part, str) else part
+        for index, part in enumerate(parts)
+    ]

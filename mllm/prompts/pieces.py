@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 
 @dataclass(frozen=True)
 class Target:
-    """Text that is a target of training: the loss is on its tokens and, if it ``ends``, on the end token after it."""
+    """Text that is a target of training: the loss is on its tokens and, if it ``ends``, on the end token after it.
+
+    In a conversation that is answered, the assistant's earlier turns are targets, too, without any effect.
+    """
 
     text: str
     ends: bool = True
@@ -17,12 +20,60 @@ class Target:
 
 @dataclass(frozen=True)
 class Control:
-    """Text of a chat template, in which control tokens are recognised."""
+    """Text in which control tokens are recognised."""
 
     text: str
 
 
+@dataclass(frozen=True)
+class Template(Control):
+    """Text that a chat template writes around the turns of a conversation.
+
+    A prompt that contains such a piece is a conversation in the language model's chat template: it is tokenized as a
+    whole, and nothing is put before it.
+
+    Args:
+        learned: the loss is on its tokens: what the model generates around an answer's text, such as the end of turn.
+    """
+
+    learned: bool = False
+
+
 Piece = Any  # a str, a Target, a Control, or an image (a PIL image, an array, a path object, bytes, an ImageSource)
+
+
+class Part(NamedTuple):
+    """A text to tokenize, or an image (None), and which control tokens are recognised in it.
+
+    ``words`` are those that are not special, such as ``<think>``.
+    """
+
+    text: str | None
+    recognised: Literal["all", "words", "none"] = "none"
+
+
+class Token(NamedTuple):
+    """A token: its id, or None for an image, and the numbers of the first and the last part it has characters of."""
+
+    id: int | None
+    first: int
+    last: int
+
+
+def is_image(piece: Piece) -> bool:
+    """Whether a piece is an image: it is no text."""
+    return not isinstance(piece, str | Target | Control)
+
+
+def text_of(piece: Piece) -> str:
+    """Return the text of a piece that is no image."""
+    return str(piece if isinstance(piece, str) else piece.text)
+
+
+def shared_length(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """Return the length of the longest common beginning of two sequences."""
+    different = (index for index, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return next(different, min(len(one), len(other)))
 
 
 def arrange(template: str, images: Sequence[Piece], text: str = "") -> list[Piece]:
@@ -39,7 +90,7 @@ def answer_text(answer: str) -> str:
 
 def images_of(pieces: Sequence[Piece]) -> list[Any]:
     """Return the images of a prompt, in order."""
-    return [piece for piece in pieces if not isinstance(piece, str | Target | Control)]
+    return [piece for piece in pieces if is_image(piece)]
 
 
 def trailing_text(pieces: Sequence[Piece]) -> str:
@@ -50,7 +101,7 @@ def trailing_text(pieces: Sequence[Piece]) -> str:
 
 def without_images(pieces: Sequence[Piece]) -> list[Piece]:
     """Return a prompt's text alone."""
-    return [piece for piece in pieces if isinstance(piece, str | Target | Control)]
+    return [piece for piece in pieces if not is_image(piece)]
 
 
 def joined(pieces: Sequence[Piece]) -> list[Piece]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from mllm.errors import MLLMError
 from mllm.model import Model
 from mllm.prompts.batch import collate, encode
-from mllm.prompts.pieces import Control, Piece, Target
+from mllm.prompts.pieces import Control, Piece, Target, is_image
 from mllm.readout.tokens import image_tokens
 from mllm.slots import Inputs
 
@@ -38,7 +38,7 @@ def captions(rows: Sequence[Sequence[Piece]]) -> list[tuple[int | None, str]]:
         for piece in pieces:
             if isinstance(piece, Target):
                 targets.append((image, piece.text))
-            elif not isinstance(piece, str | Control):
+            elif is_image(piece):
                 image, images = images, images + 1
     return targets
 

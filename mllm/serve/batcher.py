@@ -1,11 +1,13 @@
 """Decode requests that arrive together in one batch, on the one thread that uses the model.
 
-Notable: a job receives its text as it is generated; one that was cancelled ends at the next token.
+A request is checked before it is in a batch, and a batch that fails is decoded again row by row, so that one request
+never harms another. Notable: a job receives its text as it is generated; one that was cancelled ends at the next token.
 """
 
 from __future__ import annotations
 
 import queue
+import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -109,7 +111,10 @@ class Batcher:
         check_batch([decoding])
         if decoding.nearest_words is None:  # which makes another prompt
             (decoding,) = for_prompts(self._model, [prompt], [decoding])
-        return Job(prompt, replace(decoding, max_new_tokens=min(decoding.max_new_tokens or limit, limit)), send)
+        tokens = min(decoding.max_new_tokens or limit, limit)
+        # With a seed, an answer that is decoded again after a failure of its batch is the same.
+        seed = secrets.randbits(62) if decoding.samples and decoding.seed is None else decoding.seed
+        return Job(prompt, replace(decoding, max_new_tokens=tokens, seed=seed), send)
 
     def submit(self, job: Job) -> None:
         """Put a job at the end of the queue.
@@ -128,13 +133,7 @@ class Batcher:
 
     def _work(self) -> None:
         while jobs := self._next():
-            jobs = [job for job in jobs if not job.cancelled.is_set()]
-            try:
-                if jobs:
-                    self._run(jobs)
-            except Exception as error:  # the next batch is decoded all the same
-                for job in jobs:
-                    job.send(error)
+            self._run([Row(job, self._model.lm) for job in jobs])
 
     def _next(self) -> list[Job]:
         """Return the jobs of the next batch; none when the batcher is closed."""
@@ -155,13 +154,23 @@ class Batcher:
             jobs.append(job)
         return jobs
 
-    def _run(self, jobs: Sequence[Job]) -> None:
-        model = self._model
-        prompts = [job.prompt for job in jobs]
-        decodings = [replace(job.decoding, cancelled=job.cancelled.is_set) for job in jobs]
-        rows = [Row(job, model.lm, len(decoding.prompt or ())) for job, decoding in zip(jobs, decodings, strict=True)]
-        for row, output in zip(rows, self._answers(prompts, decodings, rows), strict=True):
-            row.finish(output)
+    def _run(self, rows: Sequence[Row]) -> None:
+        """Decode rows in one batch; where that fails, one by one, so that an error reaches only the row it is of."""
+        rows = [row for row in rows if not row.ended and not row.job.cancelled.is_set()]
+        if not rows:
+            return
+        try:
+            decodings = [replace(row.job.decoding, cancelled=row.job.cancelled.is_set) for row in rows]
+            outputs = self._answers([row.job.prompt for row in rows], decodings, rows)
+            for row, output in zip(rows, outputs, strict=True):
+                row.finish(output)
+        except Exception as error:
+            if len(rows) == 1:
+                rows[0].job.send(error)
+                return
+            for row in rows:
+                row.restart()
+                self._run([row])
 
     def _answers(
         self, prompts: Sequence[Sequence[Piece]], decodings: Sequence[Decoding], rows: Sequence[Row]
@@ -184,26 +193,32 @@ class Row:
     Args:
         job: receives the text.
         lm: the language model.
-        prompt_tokens: of the prompt.
+
+    Attributes:
+        ended: whether the whole answer was sent.
     """
 
-    def __init__(self, job: Job, lm: Any, prompt_tokens: int) -> None:
-        self._job, self._lm, self._prompt_tokens = job, lm, prompt_tokens
-        self._ids: list[int] = []
-        self._sent = ""
+    def __init__(self, job: Job, lm: Any) -> None:
+        self.job, self._lm, self.ended = job, lm, False
         stops = job.decoding.stop_strings or []
         self._stops: list[str] = [stops] if isinstance(stops, str) else list(stops)
-        self._ended = False
+        self._sent = ""
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin the answer again; the text that was sent of it is not sent again."""
+        self._ids: list[int] = []
+        self._complete = False
 
     def put(self, token: int) -> None:
         """Take the next token."""
-        self._ended = self._ended or token == self._lm.eos
-        if self._ended:
+        self._complete = self._complete or token in self._lm.text.ends
+        if self._complete:
             return
         self._ids.append(token)
         text = self._text()
-        limit = self._job.decoding.max_new_tokens
-        self._ended = any(stop in text for stop in self._stops) or (limit is not None and len(self._ids) >= limit)
+        limit = self.job.decoding.max_new_tokens
+        self._complete = any(stop in text for stop in self._stops) or (limit is not None and len(self._ids) >= limit)
         held = max((len(stop) - 1 for stop in self._stops), default=0)  # characters that may start a stop string
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character's bytes are incomplete
             self._send(text[: len(text) - held])
@@ -221,7 +236,9 @@ class Row:
                 images.append(PlacedImage(min(before, len(text)), part))
             else:
                 before += len(part)
-        self._job.send(Answer(text, output.finish_reason, self._prompt_tokens, output.num_tokens, tuple(images)))
+        prompt_tokens = len(self.job.decoding.prompt or ())
+        self.job.send(Answer(text, output.finish_reason, prompt_tokens, output.num_tokens, tuple(images)))
+        self.ended = True
 
     def _text(self) -> str:
         return str(self._lm.decode(self._ids)).lstrip()
@@ -231,7 +248,7 @@ class Row:
             text = text.partition(stop)[0]
         text = text.rstrip()  # spaces wait for the next word: an answer does not end with one
         if len(text) > len(self._sent) and text.startswith(self._sent):
-            self._job.send(text[len(self._sent) :])
+            self.job.send(text[len(self._sent) :])
             self._sent = text
 
 

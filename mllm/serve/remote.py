@@ -15,6 +15,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from mllm.errors import MLLMError
+from mllm.media.data_urls import is_data_url
 from mllm.media.images import MAX_BYTES
 
 TIMEOUT = 10.0  # seconds, of each step of a download
@@ -38,22 +39,30 @@ class Remote:
         Raises:
             MLLMError: a host or folder that is not allowed, or that returns no file.
         """
-        parts = urlsplit(url)
-        if parts.scheme == "data":
+        if is_data_url(url):  # first: `urlsplit` keeps the URLs that it was last given
             return url
-        if parts.scheme in ("http", "https"):
-            return self._download(url)
-        if parts.scheme in ("file", ""):
-            return self._file(Path(unquote(parts.path)))
+        try:
+            parts = urlsplit(url)
+            if parts.scheme in ("http", "https"):
+                return self._download(url)
+            if parts.scheme in ("file", ""):
+                return self._file(Path(unquote(parts.path)))
+        except ValueError as error:
+            if isinstance(error, MLLMError):
+                raise
+            raise MLLMError(f"The image URL {url[:80]!r} is not valid: {error}. Send a data URL.") from None
         raise MLLMError(f"The image URL {url[:80]!r} is not read: expected a data URL.")
 
     def _file(self, path: Path) -> bytes:
-        real = path.resolve()
-        if not any(real.is_relative_to(folder) for folder in self._folders):
-            raise MLLMError(f"The server does not read {str(path)[:80]!r}: send the image as a data URL.")
-        if not real.is_file() or real.stat().st_size > MAX_BYTES:
-            raise MLLMError(f"{str(path)[:80]!r} is no file of at most {MAX_BYTES} bytes.")
-        return real.read_bytes()
+        try:
+            real = path.resolve()
+            if not any(real.is_relative_to(folder) for folder in self._folders):
+                raise MLLMError(f"The server does not read {str(path)[:80]!r}: send the image as a data URL.")
+            if not real.is_file() or real.stat().st_size > MAX_BYTES:
+                raise MLLMError(f"{str(path)[:80]!r} is no file of at most {MAX_BYTES} bytes.")
+            return real.read_bytes()
+        except OSError as error:
+            raise MLLMError(f"{str(path)[:80]!r} cannot be read: {error.strerror}.") from None
 
     def _download(self, url: str) -> bytes:
         parts = urlsplit(url)

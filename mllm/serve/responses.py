@@ -14,9 +14,9 @@ from importlib.resources import files
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
 
 from mllm.errors import MLLMError
 from mllm.serve.batcher import Answer, Batcher, Full, Job
@@ -24,6 +24,7 @@ from mllm.serve.schema import (
     Completion,
     Limits,
     Refused,
+    error_body,
     error_response,
     images_of_answer,
     refusal,
@@ -33,17 +34,20 @@ from mllm.serve.schema import (
 
 
 def handle_errors(app: FastAPI) -> None:
-    """Return refused and invalid requests as OpenAI's errors."""
+    """Return every error in OpenAI's schema: refused requests, unknown paths, and failures of the server itself."""
 
     @app.exception_handler(Refused)
     async def refused(request: Request, error: Refused) -> JSONResponse:
-        return error_response(error.status, str(error), error.code)
+        return error_response(error)
 
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        field = ".".join(str(step) for step in first["loc"][1:]) or "the body"
-        return error_response(400, f"{field}: {first['msg']}", "invalid_request")
+    @app.exception_handler(HTTPException)
+    async def no_route(request: Request, error: HTTPException) -> JSONResponse:
+        message = f"{request.method} {request.url.path}: {error.detail}. The server has /v1/chat/completions."
+        return error_response(Refused(error.status_code, message, "not_found"))
+
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> JSONResponse:
+        return error_response(Refused(500, f"The server failed: {type(error).__name__}.", "failed"))
 
 
 def chat_page() -> HTMLResponse:
@@ -87,7 +91,7 @@ async def respond(
         usage = bool(completion.stream_options and completion.stream_options.include_usage)
         return StreamingResponse(_stream(job, events, head, usage), media_type="text/event-stream")
     answer = await _wait(request, job, events)
-    message = {"role": "assistant", "content": answer.text, **images_of_answer(answer)}
+    message = {"role": "assistant", "content": answer.text, "refusal": None, **images_of_answer(answer)}
     choice = {"index": 0, "message": message, "finish_reason": answer.finish_reason, "logprobs": None}
     return JSONResponse({**head, "object": "chat.completion", "choices": [choice], "usage": usage_of(answer)})
 
@@ -132,9 +136,7 @@ async def _stream(job: Job, events: asyncio.Queue[Any], head: dict[str, Any], us
         while True:
             event = await events.get()
             if isinstance(event, Exception):
-                failure = refusal(event)
-                failed = {"message": str(failure), "type": "server_error", "code": failure.code}
-                yield server_sent_event({"error": failed})
+                yield server_sent_event({"error": error_body(refusal(event))})
                 return
             if isinstance(event, Answer):
                 if event.images:

@@ -6,14 +6,18 @@ import json
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any
 
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mllm.errors import MLLMError
 from mllm.outputs import data_url
 from mllm.serve.batcher import Answer
+
+COLD = 1e-5  # a lower temperature is greedy: dividing by it overflows
+MAX_STOPS = 16
+StopString = Annotated[str, Field(max_length=256)]
 
 
 @dataclass(frozen=True)
@@ -36,10 +40,23 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class Completion(BaseModel):
-    """A request, in OpenAI's schema; fields of it that are not listed are ignored."""
+class Refused(Exception):
+    """An error response: its HTTP status, message and code, and the field that is wrong."""
 
-    model_config = ConfigDict(extra="ignore")
+    def __init__(self, status: int, message: str, code: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.code, self.param = status, code, param
+
+
+def invalid_request(message: str, param: str | None = None) -> Refused:
+    """Return the error response to a request that is wrong; ``param`` is the field."""
+    return Refused(400, message, "invalid_request", param)
+
+
+class Completion(BaseModel):
+    """A request, in OpenAI's schema: the fields that are done (`mllm.serve.fields` refuses or removes the others)."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     messages: list[dict[str, Any]] = Field(min_length=1)
     model: str = ""
     stream: bool = False
@@ -47,31 +64,37 @@ class Completion(BaseModel):
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    n: Literal[1] = 1
+    top_p: float | None = Field(None, ge=0, le=1)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: StopString | list[StopString] = Field([], max_length=MAX_STOPS)
+
+    @classmethod
+    def checked(cls, values: dict[str, Any]) -> Completion:
+        """Return a checked request.
+
+        Raises:
+            Refused: a field has a wrong type or value; it is named.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            path = [str(step) for step in first["loc"]]
+            raise invalid_request(f"{'.'.join(path)}: {first['msg']}", path[0] if path else None) from None
 
     def decoding_options(self, limit: int) -> dict[str, Any]:
         """Return the options of `mllm.lms.decoding.Decoding`, with at most ``limit`` new tokens."""
         tokens = self.max_completion_tokens or self.max_tokens
         stops = [self.stop] if isinstance(self.stop, str) else self.stop
+        greedy = self.top_p == 0 or (self.temperature is not None and self.temperature < COLD)
         options = {
             "max_new_tokens": tokens and min(tokens, limit),
-            "temperature": self.temperature,
-            "top_p": self.top_p,
+            "temperature": 0.0 if greedy else self.temperature,
+            "top_p": self.top_p or None,
             "seed": self.seed,
-            "stop_strings": [stop for stop in stops or [] if stop] or None,
+            "stop_strings": [stop for stop in stops if stop] or None,
         }
         return {key: value for key, value in options.items() if value is not None}
-
-
-class Refused(Exception):
-    """An error response: its HTTP status, message and code."""
-
-    def __init__(self, status: int, message: str, code: str) -> None:
-        super().__init__(message)
-        self.status, self.code = status, code
 
 
 def images_of_answer(answer: Answer) -> dict[str, Any]:
@@ -91,7 +114,7 @@ def server_sent_event(body: dict[str, Any]) -> str:
 def refusal(error: Exception) -> Refused:
     """Return an error as a response: 400 where the request is wrong, 500 where the model failed."""
     if isinstance(error, MLLMError):
-        return Refused(400, str(error), "invalid_request")
+        return invalid_request(str(error))
     return Refused(500, f"The model failed: {type(error).__name__}.", "failed")
 
 
@@ -105,8 +128,13 @@ def usage_of(answer: Answer) -> dict[str, int]:
     }
 
 
-def error_response(status: int, message: str, code: str) -> JSONResponse:
+def error_response(error: Refused) -> JSONResponse:
     """Return an error in OpenAI's schema."""
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    headers = {"Retry-After": "1"} if status == 429 else None
-    return JSONResponse({"error": {"message": message, "type": kind, "code": code}}, status, headers=headers)
+    headers = {"Retry-After": "1"} if error.status == 429 else None
+    return JSONResponse({"error": error_body(error)}, error.status, headers=headers)
+
+
+def error_body(error: Refused) -> dict[str, Any]:
+    """Return an error in OpenAI's schema, as a mapping."""
+    kind = "invalid_request_error" if error.status < 500 else "server_error"
+    return {"message": str(error), "type": kind, "param": error.param, "code": error.code}

@@ -38,6 +38,6 @@ def calibrate(model: Model, features: Tensor) -> None:
     last = model.connector.output()
     if last is None:
         return
-    spread = float(model.connector(features).float().std())
+    spread = float(model.connector.forward(features).float().std())  # before a vocabulary replaces it
     for parameter in last.parameters():
         parameter.mul_(model.lm.embedding_scale() / max(spread, 1e-12))

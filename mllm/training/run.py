@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from mllm.config.loading import dump, load
+from mllm.config.loading import continued, dump, load
 from mllm.config.recipe import Recipe
 from mllm.errors import MLLMError
 from mllm.processes import processes
@@ -180,7 +180,7 @@ def changes(before: dict[str, Any], after: dict[str, Any], path: str = "") -> li
 def _today(written: Path) -> str:
     """Return a run's recipe with the keys that came to recipes since it was written, at their defaults."""
     with contextlib.suppress(MLLMError):
-        return dump(load(str(written)))
+        return dump(continued(load(str(written)), written))
     return written.read_text()
 
 

@@ -15,7 +15,9 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import Tensor, nn
 
 from mllm.build import objectives_of
+from mllm.capabilities import ReadsData
 from mllm.config.recipe import Stage
+from mllm.data.sources import Source, answers_of
 from mllm.devices import choose_device
 from mllm.errors import MLLMError
 from mllm.model import Model, trained_module
@@ -47,6 +49,12 @@ class Objectives:
         """Return the names of the objectives that compare the examples of a batch, which therefore is not split."""
         named = zip(self.names, self.losses, strict=True)
         return [name for name, objective in named if not objective.per_example]
+
+    def read_data(self, model: Model, sources: Sequence[Source]) -> None:
+        """Let the objectives that read the training data before the first step read its answers."""
+        for objective in self.losses:
+            if isinstance(objective, ReadsData):
+                objective.read_data(model, answers_of(sources))
 
     def __call__(self, model: Any, micro: Micro) -> Tensor:
         """Return each objective's loss ``(n,)``, summed over a batch."""

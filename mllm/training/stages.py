@@ -33,7 +33,7 @@ from mllm.training.run import Run
 from mllm.training.setup import Objectives, accelerator_for, engine_for, parameter_groups
 from mllm.training.sharding import divide_where_asked, divided, loading_device
 from mllm.training.validation import Validation, validation_rows
-from mllm.transfer import transfer
+from mllm.transfer import complete, transfer
 
 MEASURES = {"explained": "R^2 on held-out rows"}  # how a fit's figure is called in the progress bar
 
@@ -82,7 +82,7 @@ def carry_over(model: Assembly, spec: AssemblySpec, run: Run | None = None) -> A
             "Give the connector a fixed number of tokens, or leave the part as it was."
         )
     new.load_state_dict({name: tensor for name, tensor in old.items() if name in wanted}, strict=False)
-    new.calibrated = all(name in old for name in wanted if name.startswith("connector."))
+    new.calibrated = complete(wanted, old)
     left = sorted(name for name in old if name not in wanted)
     if run and left:
         run.log(stage="", left_behind=left)
@@ -125,6 +125,7 @@ def prepare(run: Run, model: Assembly, stage: Stage, store: FeatureStore, state:
     share = {"rank": accelerator.process_index, "world": accelerator.num_processes}
     batches = Batches(model, stage, sources, store, run.log, **share)
     objectives = Objectives(stage)
+    objectives.read_data(model, sources)
     check_packing(stage, model, objectives)
     run.note_data(stage.name, fingerprint(sources), resumed=state.step > 0)
     validation = Validation(model, stage, validation_rows(stage, model), store, objectives, state)

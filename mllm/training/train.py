@@ -53,6 +53,7 @@ def train(
     """
     started = time.monotonic()
     config = loading.load(recipe, overrides)
+    config = loading.continued(config, Path(resume) / "recipe.yaml") if resume else config
     if not config.stages:
         raise MLLMError(f"The recipe {config.name} has no stages, so there is nothing to train.")
     processes()  # first: they agree on a folder before anything is trained

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,7 +21,7 @@ def long_text(model: Any, left: int = 10) -> str:
 
 
 @pytest.fixture
-def nothing_computed(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], Iterator[None]]:
+def nothing_computed(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
     """Return a function that lets a model's encoder and language model fail from now on."""
 
     def forbid(model: Any) -> None:
@@ -88,7 +88,7 @@ def test_the_recipes_length_is_a_default_and_limited_to_what_fits(model_of, scri
 def test_rows_of_a_batch_that_is_wider_than_the_context_are_answered_as_alone(model_of, family):
     """Padding and the rows that have ended take no positions from the others."""
     model = model_of(family)
-    prompts = [[IMAGE, long_text(model)], ["a"], [IMAGE, "hi"]]
+    prompts: list[list[Any]] = [[IMAGE, long_text(model)], ["a"], [IMAGE, "hi"]]
     alone = [str(model.generate([prompt])[0]) for prompt in prompts]
     assert [str(output) for output in model.generate(prompts)] == alone
     views = model.see_each([prompt[:1] for prompt in prompts])

@@ -88,6 +88,19 @@ def test_caption_and_ask_answer_on_stdout_and_say_nothing_else(mllm: Mllm, model
     assert (status, err) == (0, "")
 
 
+@pytest.mark.parametrize("vocabulary", [{}, {"vocabulary": True}])
+def test_the_words_of_an_image_are_printed(
+    mllm: Mllm, tiny_model: Callable[..., object], picture: Path, tmp_path: Path, vocabulary: dict[str, bool]
+) -> None:
+    model = tiny_model({"type": "linear", "tokens": 4, **vocabulary})
+    folder = model.save(tmp_path / "model")  # type: ignore[attr-defined]
+    status, out, err = mllm("caption", folder, picture, "--words", "--jsonl", "--max-new-tokens", 3)
+    (words,) = model.words([picture])  # type: ignore[attr-defined]
+    assert (status, err, json.loads(out)["words"]) == (0, "", words) and len(words) == 4
+    status, out, err = mllm("ask", folder, picture, "What?", "--words", "--max-new-tokens", 3)
+    assert (status, err) == (0, "") and out.splitlines()[-1].startswith("  words: ")
+
+
 def test_stderr_of_a_real_command_holds_no_noise(model: Path, picture: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "mllm", "caption", str(model), str(picture), "--max-new-tokens", "2"],
@@ -130,7 +143,10 @@ def test_unknown_names(mllm: Mllm, model: Path, recipe: Path, picture: Path, tmp
 
 
 def test_check_prints_every_problem_and_counts_them(mllm: Mllm, recipe: Path) -> None:
-    assert mllm("check", recipe)[:2] == (0, f"{recipe}: no problems.\n")
+    status, out, _ = mllm("check", recipe)
+    assert status == 0
+    assert out.startswith("The first training example cannot be shown: ") and "1 of 2 images are missing" in out
+    assert out.endswith(f"\n{recipe}: no problems.\n")
     status, out, err = mllm("check", recipe, "encoder.model=./a", "lm.model=./b")
     assert status == 1 and err == f"mllm: {recipe}: 2 problems.\n"
     assert [line[:2] for line in out.splitlines()] == ["- ", "- "]
@@ -140,11 +156,31 @@ def test_check_prints_every_problem_and_counts_them(mllm: Mllm, recipe: Path) ->
     assert "Did you mean 'limber-cpu'" in out
 
 
+def test_check_and_data_check_print_examples_with_what_is_learned_marked(mllm: Mllm, recipe: Path) -> None:
+    (recipe.parent / "train.csv").write_text("image,caption\na.png,ab\na.png,ab\n")
+    words = "│".join("A picture of")
+    status, out, _ = mllm("check", recipe, "connector.tokens=4")
+    assert (status, out) == (
+        0,
+        f"align, first example, 20 tokens, 4 learned: <4 visual tokens>│{words}│« │a│b│<|end|>»\n"
+        f"{recipe}: no problems.\n",
+    )
+    _, out, _ = mllm("data", "check", recipe, "connector.tokens=4", "--show", 2)
+    lines = [line for line in out.splitlines() if line.startswith("align, example ")]
+    assert [line.split(": ")[0] for line in lines] == [f"align, example {n}, 20 tokens, 4 learned" for n in (1, 2)]
+    assert all(line.endswith("« │a│b│<|end|>»") for line in lines)
+
+
 def test_pictures_that_cannot_be_read(mllm: Mllm, model: Path, recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.png").write_text("no picture")
     fails(mllm("caption", model, tmp_path / "notes.png"), "notes.png is not a readable image")
     fails(mllm("ask", model, tmp_path / "none.png", "What?"), "none.png")
     fails(mllm("train", recipe, "--out", tmp_path / "run"), "1 of 2 images are missing: ")
+
+
+def test_an_empty_token_does_not_open_the_server(mllm: Mllm, model: Path) -> None:
+    status, _, err = mllm("serve", model, "--token", "")
+    assert status == 1 and "--token is empty" in err
 
 
 def test_run_of_another_version(mllm: Mllm, model: Path, picture: Path, tmp_path: Path) -> None:

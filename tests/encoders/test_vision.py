@@ -204,8 +204,8 @@ def test_models_without_positions_take_any_resolution(family: str, folder: Calla
     assert large.num_patches == 4 * small.num_patches
 
 
-def test_the_whole_image_is_resized_as_the_processor_does(folder: Callable[[str], str]) -> None:
-    encoder = built(model=folder("clip"))
+def test_a_stretched_image_is_whole(folder: Callable[[str], str]) -> None:
+    encoder = built(model=folder("clip"), resize="stretch")
     square = {"height": 32, "width": 32}
     expected = encoder.processor(images=IMAGES, size=square, do_center_crop=False, return_tensors="pt")
     assert torch.equal(encoder.preprocess(IMAGES), expected["pixel_values"])

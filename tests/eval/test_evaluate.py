@@ -85,6 +85,20 @@ def test_the_files_hold_the_report(model, captions, tmp_path):
     assert {"prompt", "decoding", "data", "lm"} <= summary["settings"].keys() and "torch" in summary["versions"]
 
 
+def test_the_report_shows_the_words_of_each_image(tiny_parts, captions, tmp_path):
+    connector = {"type": "linear", "tokens": 4, "vocabulary": {"words": ["a", "b", "c"]}}
+    model = mllm.assemble(tiny_parts[0], tiny_parts[1], connector)
+    report = mllm.evaluate(
+        model, "coco-captions", captions, limit=3, out=tmp_path / "out", baselines=["random-connector"]
+    )
+    words = model.words([captions / "images" / f"{index}.png" for index in range(3)])
+    for row, each in zip(report.rows, words, strict=True):
+        assert set(row["words"]) <= set("abc") and set(row["words"]) == {letter for letter in each if letter != "."}
+    assert '"words"' in (tmp_path / "out/report.html").read_text()
+    rows = [json.loads(line) for line in (tmp_path / "out/predictions.jsonl").read_text().splitlines()]
+    assert [row["words"] for row in rows] == [row["words"] for row in report.rows]
+
+
 def test_the_interval_of_a_mean_covers_it_as_often_as_it_says():
     interval = import_module("mllm.eval.scoring").interval
     draw = np.random.default_rng(0)

@@ -49,7 +49,7 @@ def stock(model: Any, prompt: list[Any], **decoding: Any) -> str:
         pad_token_id=model.lm.pad, tokenizer=model.lm.tokenizer, **decoding,
     )  # fmt: skip
     new = ids[0, 1 if lm.config.is_encoder_decoder else 0 :].tolist()
-    return str(model.lm.decode(model.lm.text.until_eos(new))).strip()
+    return str(model.lm.decode(model.lm.text.until_end(new))).strip()
 
 
 @pytest.mark.parametrize("kind", DATA)

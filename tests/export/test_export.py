@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,17 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from transformers import (
+    AutoImageProcessor,
     AutoProcessor,
     Blip2Config,
     Blip2ForConditionalGeneration,
     Blip2QFormerConfig,
     Blip2VisionConfig,
+    CLIPImageProcessorPil,
     LlavaForConditionalGeneration,
+    LlavaImageProcessorPil,
     OPTConfig,
+    SiglipImageProcessorPil,
     ViTImageProcessorPil,
 )
 from typer.testing import CliRunner
@@ -25,6 +30,7 @@ import mllm
 from mllm.cli.app import app
 from mllm.errors import MLLMError
 from mllm.export.export import export
+from mllm.export.images import image_processor
 from mllm.lms.decoding import Decoding
 from mllm.testing import LM_FAMILIES, tiny_encoder, tiny_image
 from mllm.testing.lms import LMFamily, spread
@@ -71,6 +77,26 @@ def test_tower_map_and_decoder_are_llava(tiny_clip, tiny_parts, tmp_path, encode
     assert len(results) == 6  # three prompts, three conversations
     assert all(one.difference <= 1e-5 * one.largest and one.tokens == one.stock for one in results)
     same_answers(model, tmp_path / "out", LlavaForConditionalGeneration)
+
+
+@pytest.mark.parametrize(
+    ("resize", "resolution"), [("stretch", None), ("crop", None), ("pad", None), (None, None), (None, 48)]
+)
+@pytest.mark.parametrize("processor", ["CLIP", "CLIP-a-part", "SigLIP", "LLaVA"])
+def test_exported_images_become_squares_as_in_training(tiny_clip, tiny_parts, tmp_path, resize, resolution, processor):
+    square = {"height": 32, "width": 32}
+    {
+        "CLIP": CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=square),
+        "CLIP-a-part": CLIPImageProcessorPil(size={"shortest_edge": 37}, crop_size=square),
+        "SigLIP": SiglipImageProcessorPil(size=square),
+        "LLaVA": LlavaImageProcessorPil(size={"shortest_edge": 32}, crop_size=square, do_pad=True),
+    }[processor].save_pretrained(shutil.copytree(tiny_clip, tmp_path / "clip"))
+    encoder = {"model": str(tmp_path / "clip"), "layer": -1, "resize": resize, "resolution": resolution}
+    model = moved(mllm.assemble(encoder, tiny_parts[1], "linear"))
+    image_processor(model).save_pretrained(tmp_path / "out")
+    loaded = AutoImageProcessor.from_pretrained(tmp_path / "out", backend="pil")
+    images = [tiny_image(3, (97, 33)), tiny_image(4, (20, 51))]
+    assert torch.equal(loaded(images=images, return_tensors="pt")["pixel_values"], model.encoder.preprocess(images))
 
 
 # The families that have embed_tokens and whose logits are one linear layer on the body's states; others are refused.
@@ -209,12 +235,22 @@ def test_new_tokens_and_half_a_model_are_refused(tiny_clip, tiny_parts, tmp_path
         ({"type": "linear", "norm": True}, "LayerNorm"),
         ({"type": "mlp", "depth": 3}, "depth"),
         ({"type": "mlp", "hidden": 8}, "hidden"),
+        ({"type": "mlp", "vocabulary": True}, r"expected word embeddings \(connector.vocabulary\)"),
     ],
 )
 def test_a_connector_that_llava_does_not_have_is_refused(tiny_clip, tiny_parts, tmp_path, connector, reason):
     model = mllm.assemble({"model": tiny_clip, "layer": -1}, tiny_parts[1], connector)
     with pytest.raises(MLLMError, match=reason):
         export(model, tmp_path / "out", to="hf-llava")
+
+
+def test_expected_words_are_not_blip2_and_unchanged_tokens_are(tiny_parts, tmp_path):
+    encoder, lm = {"model": tiny_parts[0], "select": "all"}, opt(tmp_path / "lm")
+    words = {**QFORMER, "norm": False, "vocabulary": True}
+    with pytest.raises(MLLMError, match=r"connector.vocabulary"):
+        export(mllm.assemble(encoder, lm, words), tmp_path / "out", to="hf-blip2")
+    tokens = {**words, "vocabulary": {"output": "tokens"}}
+    export(moved(mllm.assemble(encoder, lm, tokens)), tmp_path / "out", to="hf-blip2")
 
 
 def test_blip2_normalises_once(tiny_parts, tmp_path):

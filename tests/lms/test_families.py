@@ -149,7 +149,7 @@ def test_text_alone_gives_what_the_bare_model_gives(model, parts):
         bare(input_ids=ids)
         assert torch.equal(states, captured[0])
     (answer,) = model.generate([prompt], max_new_tokens=6)
-    assert str(answer) == model.lm.decode(model.lm.text.until_eos(expected.tolist())).strip()
+    assert str(answer) == model.lm.decode(model.lm.text.until_end(expected.tolist())).strip()
 
 
 def test_which_way_a_model_is_run_is_found_by_a_probe(model, request):
@@ -202,7 +202,7 @@ def test_rows_that_are_decoded_apart_are_told_together(tiny_parts, tmp_path):
     answers = answer(model, PROMPTS, [make_decoding(model, {"max_new_tokens": 5})] * len(PROMPTS), streamer)
     columns = torch.stack(streamer.values[1:], dim=1).tolist()
     assert streamer.ended
-    assert [model.lm.decode(model.lm.text.until_eos(row)).strip() for row in columns] == [str(a) for a in answers]
+    assert [model.lm.decode(model.lm.text.until_end(row)).strip() for row in columns] == [str(a) for a in answers]
 
 
 def test_fixed_positions_change_nothing_behind_them(model):

@@ -65,8 +65,9 @@ def assembled(tiny_parts: Parts, folder: Any, family: str, **options: Any) -> An
         for parameter in model.adapters.parameters():  # open gates
             parameter.add_(0.3 * torch.randn_like(parameter))
         embeds, batch = model.prepare(PROMPTS)
-        model.end_bias = 2 * float(model.lm.logits(embeds, batch.mask)[:, -1].std(-1).mean())
-    model.lm.model.get_output_embeddings().register_forward_hook(_raising(model.lm.eos, model.end_bias))
+        bias = 2 * float(model.lm.logits(embeds, batch.mask)[:, -1].std(-1).mean())
+    model.end_bias = bias  # type: ignore[assignment]  # kept for the stock model
+    model.lm.model.get_output_embeddings().register_forward_hook(_raising(model.lm.eos, bias))
     return model
 
 
@@ -105,7 +106,7 @@ def stock(model: Any, prompt: list[Any], **options: Any) -> str:
         eos_token_id=model.lm.eos, pad_token_id=model.lm.pad, **options,
     )  # fmt: skip
     new = out[0, 1 if lm.config.is_encoder_decoder else ids.shape[1] :]
-    return str(model.lm.decode(model.lm.text.until_eos(new.tolist()))).strip()
+    return str(model.lm.decode(model.lm.text.until_end(new.tolist()))).strip()
 
 
 def _raising(token: int, bias: float) -> Any:
@@ -182,7 +183,7 @@ def beams_by_hand(model: Any, prompt: list[Any], beams: int) -> str:
         running = [(total, ids) for total, ids in candidates if ids[-1] != model.lm.eos][:beams]
         if len(finished) == beams and running[0][0] / length <= finished[-1][0]:
             break
-    return str(model.lm.decode(model.lm.text.until_eos(finished[0][1]))).strip()
+    return str(model.lm.decode(model.lm.text.until_end(finished[0][1]))).strip()
 
 
 def _next_scores(model: Any, embeds: Any, batch: Any, ids: list[int]) -> torch.Tensor:

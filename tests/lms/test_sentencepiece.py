@@ -9,6 +9,7 @@ import sentencepiece
 import transformers
 
 from mllm.lms.language_model import LanguageModel
+from mllm.lms.words import Vocabulary, token_ids, whole_words
 from mllm.testing import LM_FAMILIES
 
 TEXTS = ["A picture of a cat.", "Two dogs, one of them brown!", " so it is", "Wo ist die Katze?"]
@@ -57,6 +58,20 @@ def test_texts_come_back(lm):
         assert lm.decode(ids).strip() == text.strip()
     assert lm.eos == 1
     assert lm.pad == 0
+
+
+def test_whole_words_and_the_words_of_a_caption(lm):
+    words = whole_words(lm)
+    for word in {word.strip(".,!?") for text in CORPUS for word in text.split()}:
+        pieces = [piece for piece in lm.tokenizer.tokenize(f" {word}") if piece != "\u2581"]
+        if len(pieces) == 1:
+            assert lm.tokenizer.convert_tokens_to_ids(pieces[0]) in words
+    assert words and all(lm.decode([token]).strip().isalnum() for token in words)
+    vocabulary = Vocabulary(lm)
+    texts = list(map(vocabulary.text, token_ids(lm, "A picture of a brown cat")))
+    assert "".join(texts).replace(" ", "") == "Apictureofabrowncat" and all(text.strip() for text in texts)
+    the = lm.tokenizer.convert_tokens_to_ids("\u2581the")  # a token of its own
+    assert (vocabulary.text(the), vocabulary.text(vocabulary.neutral).strip()) == (" the", ".")
 
 
 def test_new_tokens_are_single_and_leave_the_others_alone(lm):

@@ -225,10 +225,13 @@ def test_wrong_data_urls(url: str, message: str) -> None:
 @pytest.mark.parametrize(
     "array",
     [
-        np.zeros((4, 4, 3), dtype=np.float32),
-        np.zeros((4, 4, 3), dtype=np.int64),
-        np.zeros((3, 4, 5), dtype=np.uint8),  # channels first
-        np.zeros((1, 4, 4, 3), dtype=np.uint8),
+        np.zeros((4, 4, 3), dtype=np.complex64),
+        np.full((4, 4, 3), "a"),
+        np.zeros((2, 4, 5), dtype=np.uint8),
+        np.zeros((8, 4, 2), dtype=np.uint8),
+        np.zeros((1, 4, 4, 3), dtype=np.uint8),  # a batch
+        np.full((4, 4, 3), 256),
+        np.full((4, 4, 3), -1),
         np.zeros((0, 4, 3), dtype=np.uint8),
         np.zeros(5, dtype=np.uint8),
     ],

@@ -223,3 +223,16 @@ def test_a_blank_source_has_black_images(tmp_path: Path) -> None:
     (item,) = read(DataSpec(**options, blank=True))
     assert item.images == (Black(),) and item.images[0].open().getextrema() == ((0, 0),) * 3
     assert item.answers == ("noise",)
+
+
+def test_a_source_may_use_one_of_the_answers(tmp_path: Path) -> None:
+    tiny_image().save(tmp_path / "1.png")
+    annotations = [{"image_id": 1, "caption": text} for text in ("one", "two", "three")]
+    images = [{"id": 1, "file_name": "1.png"}]
+    (tmp_path / "t.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    options: dict[str, Any] = {"format": "coco-captions", "annotations": str(tmp_path / "t.json")}
+    options["images"] = str(tmp_path)
+    for number, answers in ((None, ("one", "two", "three")), (0, ("one",)), (1, ("two",)), (7, ("three",))):
+        (item,) = read(DataSpec(**options, answer=number))
+        assert item.answers == answers
+    assert "answer" not in DataSpec(**options).model_dump()

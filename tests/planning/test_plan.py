@@ -112,6 +112,16 @@ def test_flops_are_those_that_torch_counts_on_real_tensors(file: str, stage: int
     assert planned.encoder == encoder.get_total_flops() + vit
 
 
+def test_words_are_aligned_without_a_pass_through_the_language_model(file: str, nothing_is_loaded: None) -> None:
+    overrides = [
+        "connector={type: mlp, tokens: 4, vocabulary: true}",
+        "stages.0.objectives=[{type: word-alignment, negatives: null}]",
+    ]
+    planned = plan(file, overrides).stages[0].flops
+    words = 26 + 26 + 10 + 1  # letters and digits are the whole words of the tiny tokenizer, and the full stop
+    assert planned.lm == 2 * 2 * (4 * 4) * words * 32  # cosines of 4 x 4 visual tokens of width 32, and their gradient
+
+
 def test_flops_follow_from_the_shapes_of_a_linear_connector(file: str) -> None:
     planned = plan(file, ["connector={type: linear, tokens: 4}", "adapters=[]", "stages.1.train=[connector]"]).stages[0]
     forward = 2 * 4 * 4 * 24 * 32  # four pictures, four tokens each, from width 24 to 32

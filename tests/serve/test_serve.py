@@ -215,7 +215,11 @@ def test_a_token_is_asked_for_where_one_is_set(model):
     with served(model, token="sesame") as port:
         with client(port, "wrong") as api, pytest.raises(openai.AuthenticationError):
             api.models.list()
-        assert post(port, {"messages": [user("x")]})[0] == 401
+        for header in ({}, {"Authorization": "sesame"}, {"Authorization": "Basic sesame"}, {"Authorization": "Bearer"}):
+            assert post(port, {"messages": [user("x")]}, **header)[0] == 401
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as sock:  # before its body is read
+            sock.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nx")
+            assert b" 401 " in sock.recv(64)
         with client(port, "sesame") as api:
             assert api.chat.completions.create(model="m", messages=[user("x")], max_tokens=2).choices
         connection = http.client.HTTPConnection("127.0.0.1", port)

@@ -175,11 +175,12 @@ def _conversation(name: str, turns: Sequence[Turn], images: Sequence[ImageSource
 
 
 def _parts(text: str, images: Iterator[ImageSource]) -> Iterator[dict[str, Any]]:
-    """Yield the parts of a text: its text between the marks, and the next image at each mark."""
-    first, *others = text.split(MARK)
-    if first.strip():
-        yield text_part(first.strip())
-    for segment in others:
-        yield {"type": "image", "image": next(images)}
+    """Yield the parts of a text: its text between the marks, and the next image at each mark.
+
+    Line breaks next to a mark are left out: LLaVA's format has one between an image and a question.
+    """
+    for number, segment in enumerate(text.strip().split(MARK)):
+        if number:
+            yield {"type": "image", "image": next(images)}
         if segment.strip():
-            yield text_part(segment.strip())
+            yield text_part(segment.strip("\r\n"))

@@ -253,6 +253,33 @@ def test_published_sizes(name, options, weights, tokens):
     assert connector.num_tokens == tokens
 
 
+@pytest.mark.parametrize("attention", ["joint", "cross"])
+@torch.no_grad()
+def test_a_mapper_knows_places_by_its_positions_and_sizes_without_its_norm(attention):
+    features = torch.randn(2, 16, 8)
+    plain, positions, norm = (
+        made("mapper", attention=attention, **options).eval() for options in ({}, {"positions": True}, {"norm": True})
+    )
+    assert torch.allclose(plain(features), plain(features.flip(1)), atol=1e-5)  # the order of patches changes nothing
+    assert not torch.allclose(positions(features), positions(features.flip(1)), atol=1e-5)
+    assert torch.allclose(norm(features), norm(5 * features), atol=1e-3)
+    assert not torch.allclose(plain(features), plain(5 * features), atol=1e-3)
+    assert torch.allclose(plain(features)[1:], plain(features[1:]), atol=1e-5)
+    with pytest.raises(MLLMError, match="joint or cross"):
+        made("mapper", attention="both")
+
+
+@torch.no_grad()
+def test_cross_attention_is_torchs_decoder_of_the_queries():
+    connector = made("mapper", attention="cross", positions=True).eval()
+    layer = torch.nn.TransformerDecoderLayer(16, 2, 32, batch_first=True, norm_first=True)
+    decoder = torch.nn.TransformerDecoder(layer, 2, torch.nn.LayerNorm(16)).eval()
+    decoder.load_state_dict(connector.encoder.state_dict())
+    features = torch.randn(1, 16, 8)
+    states = decoder(connector.queries[None], connector.enter(features) + connector.positions)
+    torch.testing.assert_close(connector(features), connector.project(states))
+
+
 def test_published_tokens_of_simvlg_and_blip2():
     sizes = {"vis_dim": 1408, "lm_dim": 2560, "num_patches": 257, "grid": None}
     with torch.device("meta"):

@@ -17,7 +17,7 @@ from mllm.errors import MLLMError
 from mllm.media.images import ImageFile
 from mllm.prompts.batch import IGNORED
 from mllm.prompts.messages import checked_messages, turns
-from mllm.prompts.pieces import Target
+from mllm.prompts.pieces import Target, Template
 from mllm.testing import tiny_image
 
 TURNS = [
@@ -119,7 +119,8 @@ def test_targets_are_the_answers_in_the_chat_format(folder: Path, tiny_model: Ca
     assert [label for label in encoded.labels if label != IGNORED] == [*runs[0], lm.eos, *runs[1], lm.eos]
     at = encoded.labels.index(runs[0][0])
     assert encoded.ids[at : at + len(runs[0])] == runs[0] and encoded.labels[at + len(runs[0])] == lm.eos
-    assert isinstance(pieces_of(item, model.spec.prompt, lm=lm)[-1], Target)
+    last = pieces_of(item, model.spec.prompt, lm=lm)[-1]
+    assert last == (Template("<|end|>", learned=True) if chat == "own" else Target(answer))
 
 
 def test_a_conversation_is_memorized(folder: Path, tiny_parts: tuple[str, str]) -> None:
