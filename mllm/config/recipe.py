@@ -106,6 +106,10 @@ class Stage(Settings):
             raise ValueError("a stage has either 'fit' or 'train': give one of the two")
         if self.train and self.steps is None:
             raise ValueError("a stage that trains needs 'steps'")
+        if self.train and self.data.augment and self.cache == "on":
+            raise ValueError(
+                "data.augment changes images in every step, so features are not cached: leave out cache: on"
+            )
         if (self.keep == "best" or self.patience) and not (self.validate_every and self.data.val):
             raise ValueError("keep: best and patience go by the validation loss: give validate_every and data.val")
         return self
@@ -116,6 +120,12 @@ class Stage(Settings):
         parts = {key: getattr(self, key) for key in Parts.model_fields}
         spec = AssemblySpec(**parts, trained=[path for path in self.train if part_of(path) in FROZEN])
         return spec if self._before is None else spec.following(self._before)
+
+    @property
+    def feature_cache(self) -> str:
+        """Return ``cache``; ``off`` where the features of an image change from step to step."""
+        changing = self.trains("encoder") or (self.train and self.data.augment is not None)
+        return "off" if changing else self.cache
 
     def trains(self, part: str) -> bool:
         """Whether the stage trains a part by gradient, or something inside it."""

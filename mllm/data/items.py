@@ -36,7 +36,9 @@ def question_text(item: Item, prompt: PromptSpec) -> str:
     return query_text(prompt, item.question)
 
 
-def pieces_of(item: Item, prompt: PromptSpec, answer: str | None = None, lm: Any = None) -> list[Piece]:
+def pieces_of(
+    item: Item, prompt: PromptSpec, answer: str | None = None, lm: Any = None, given: str = ""
+) -> list[Piece]:
     """Return an item as an interleaved prompt, or as a training example with targets.
 
     It is a training example if ``answer`` is given, or if the item is a conversation or a document. The item's shots
@@ -47,13 +49,15 @@ def pieces_of(item: Item, prompt: PromptSpec, answer: str | None = None, lm: Any
         prompt: the prompt format.
         answer: the target.
         lm: the language model, needed for conversations in its chat template.
+        given: words of the answer that belong to the prompt, before the target.
     """
     if item.messages:
         return rendered(item.messages, prompt, lm, learn=True)
     if item.document:
         return _document_pieces(item.document)
     target = [] if answer is None else [Target(answer_text(answer))]
-    return [*before(item, prompt), *arrange(prompt.template, item.images, question_text(item, prompt)), *target]
+    text = question_text(item, prompt) + (answer_text(given) if given else "")
+    return [*before(item, prompt), *arrange(prompt.template, item.images, text), *target]
 
 
 def before(item: Item, prompt: PromptSpec, separator: str = SEPARATOR) -> tuple[Piece, ...]:

@@ -25,6 +25,7 @@ from mllm.model import trained_module
 from mllm.planning.paper import assembled, noted
 from mllm.prompts.chat_template import uses_template
 from mllm.readout.tokens import image_tokens
+from mllm.training.batches import check_augmentation
 from mllm.transfer import check_source
 
 
@@ -73,6 +74,8 @@ def _of_model(model: Assembly, stage: Stage) -> list[str]:
     with noted(wrong):
         if stage.init.source is not None:
             check_source(model, stage)
+    with noted(wrong):
+        check_augmentation(stage, model)
     with noted(wrong):
         if model.has(ImageTokenHead):
             image_tokens(model)
