@@ -35,7 +35,8 @@ def caption(
     """Caption images."""
     options = _image_options(run, index, image_logit_bias, eager)
     model = load_run(run, device, dtype)
-    _print_answers(model, images, model.spec.prompt.caption, jsonl, words, show, **options, **_decoding(max_new_tokens))
+    options |= {"kind": "caption", **_decoding(max_new_tokens)}
+    _print_answers(model, images, model.spec.prompt.caption, jsonl, words, show, **options)
 
 
 def ask(
@@ -56,7 +57,8 @@ def ask(
     options = _image_options(run, index, image_logit_bias, eager)
     model = load_run(run, device, dtype)
     text = model.spec.prompt.question.format(question=question)
-    _print_answers(model, [image], text, jsonl, words, show, **options, **_decoding(max_new_tokens))
+    options |= {"kind": "question", **_decoding(max_new_tokens)}
+    _print_answers(model, [image], text, jsonl, words, show, **options)
 
 
 def chat(

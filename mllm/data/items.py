@@ -27,6 +27,11 @@ class Item:
     messages: tuple[dict[str, Any], ...] = ()  # a conversation to train on, instead of a question and answers
     document: tuple[str | ImageSource, ...] = ()  # interleaved texts and images of a page, to train on
 
+    @property
+    def answer_kind(self) -> str:
+        """Return ``caption`` or ``question``: by which options of the recipe's ``decoding`` it is answered."""
+        return "caption" if self.question is None else "question"
+
 
 def question_text(item: Item, prompt: PromptSpec) -> str:
     """Return the text of an item's prompt: the caption prompt, or its question in the question prompt.

@@ -16,7 +16,7 @@ from mllm.build import fit_of, objectives_of
 from mllm.capabilities import SEVERAL, ImageTokenHead, missing
 from mllm.config import loading
 from mllm.config.data import DataSpec
-from mllm.config.parts import PARTS
+from mllm.config.parts import KINDS, PARTS
 from mllm.config.recipe import Stage
 from mllm.data.sources import reader
 from mllm.errors import MLLMError
@@ -80,7 +80,8 @@ def _of_model(model: Assembly, stage: Stage) -> list[str]:
         if model.has(ImageTokenHead):
             image_tokens(model)
     with noted(wrong):
-        check_batch([make_decoding(model, {})])
+        for kind in (None, *KINDS):
+            check_batch([make_decoding(model, {"kind": kind})])
     if model.generates_text and model.connector is not None and model.lm.tokenizer is not None:  # text has a length
         with noted(wrong):
             _ = model.lm.eos
@@ -94,8 +95,7 @@ def _of_model(model: Assembly, stage: Stage) -> list[str]:
 def _check_length(model: Assembly, stage: Stage) -> None:
     """Check that an image, the prompt and the answer fit into the language model's context."""
     length = model.tokens_per_image + len(model.lm.tokenize(stage.prompt.question))
-    wanted = stage.decoding.get("max_new_tokens", 20)
-    length += wanted if isinstance(wanted, int) else 1
+    length += stage.longest_answer
     if model.lm.context is not None and length > model.lm.context:
         raise MLLMError(
             f"One image ({model.tokens_per_image} tokens), the prompt and the answer take {length} tokens, and the "

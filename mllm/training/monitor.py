@@ -71,7 +71,7 @@ def answers(model: Assembly, items: Sequence[Item]) -> list[tuple[Item, str]]:
     asked = [item for item in items if not item.messages]
     prompt = model.spec.prompt
     prompts = [formatted(prompt, item.images, question_text(item, prompt)) for item in asked]
-    outputs = model.generate(prompts) if prompts else []
+    outputs = [model.generate([one], kind=item.answer_kind)[0] for item, one in zip(asked, prompts, strict=True)]
     return [(item, str(output)) for item, output in zip(asked, outputs, strict=True)]
 
 
