@@ -15,7 +15,9 @@ from pydantic import (
     model_validator,
 )
 
-from mllm.config.parts import PromptSpec, Spec, listed
+from mllm.config.base import Spec
+from mllm.config.parts import listed
+from mllm.config.prompt import PromptSpec
 from mllm.errors import near
 
 

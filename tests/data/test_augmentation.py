@@ -12,7 +12,7 @@ from PIL import ImageOps
 
 from mllm.config import loading
 from mllm.config.data import AugmentSpec, Data, DataSpec
-from mllm.config.parts import PromptSpec
+from mllm.config.prompt import PromptSpec
 from mllm.data.augmentation import Augmented, augmented, random_box
 from mllm.data.items import Item
 from mllm.data.sources import Source
