@@ -21,6 +21,7 @@ from mllm.config.parts import (
     part_of,
     switch,
 )
+from mllm.config.suites import EvalSpec
 
 
 class OptimSpec(Spec):
@@ -53,15 +54,6 @@ class OptimSpec(Spec):
         if self.schedule == "step" and self.horizon:
             raise ValueError("schedule: step ends at its last milestone: leave out horizon")
         return self
-
-
-class EvalSpec(Spec):
-    """Suites that a recipe is evaluated on (`mllm recipes verify`), and what is evaluated while training."""
-
-    suites: list[str] = []
-    limit: int | None = Field(default=None, ge=1)  # items of a suite; null: all
-    every: int | None = Field(default=None, ge=1)  # steps, after which the suites run and the items below are answered
-    show: int = Field(default=4, ge=0)  # validation items whose answers are logged each time
 
 
 class Settings(Parts):

@@ -20,6 +20,7 @@ from mllm.config.parts import KINDS, PARTS
 from mllm.config.recipe import Stage
 from mllm.data.sources import reader
 from mllm.errors import MLLMError
+from mllm.evaluation import check_suite
 from mllm.lms.decoding import check_batch
 from mllm.model import trained_module
 from mllm.planning.paper import assembled, noted
@@ -37,6 +38,9 @@ def problems(recipe: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> 
         config = loading.load(recipe, overrides)
         for stage in config.stages:
             wrong += [problem for problem in _of_stage(stage, built) if problem not in wrong]
+        for suite in config.eval.suites:
+            with noted(wrong):
+                check_suite(suite.suite, suite.overrides)
         if not config.stages:
             wrong.append(f"{config.name} has no stages: there is nothing to train.")
     return wrong

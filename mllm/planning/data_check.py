@@ -12,6 +12,7 @@ from typing import Any
 from mllm.config import loading
 from mllm.config.data import DataSpec
 from mllm.config.recipe import Stage
+from mllm.config.suites import SuiteSpec
 from mllm.data.files import some
 from mllm.data.items import Item, pieces_of
 from mllm.data.reading import Report
@@ -94,7 +95,7 @@ def inspect(
                 if key not in reports:
                     report = SourceReport(f"{stage.name}: {role} {number}, {spec.format}", role)
                     reports[key] = _source(report, read_source(spec, seed=seed, skip=1.0), stage, model, track)
-    suites = [_suite(name, data, config.eval.limit, track) for name in config.eval.suites]
+    suites = [_suite(suite, suite.data or data, config.eval.limit, track) for suite in config.eval.suites]
     return list(reports.values()), _leaks([*reports.values(), *suites])
 
 
@@ -196,12 +197,12 @@ def _combined(source: Source, stage: Stage, model: Model) -> list[int]:
     return [length_of(pieces, model.lm, model.tokens_per_image) for pieces in stream.take(len(source.items))]
 
 
-def _suite(name: str, data: str | Path | None, limit: int | None, track: Track) -> SourceReport:
-    items = suite_items(name, data)[:limit]
+def _suite(suite: SuiteSpec, data: str | Path | None, limit: int | None, track: Track) -> SourceReport:
+    items = suite_items(suite.suite, data, suite.overrides)[:limit]
     opened: dict[ImageSource, str] = {}
     for item in track(items):
         _open(item, opened)
-    return SourceReport(f"suite {name}", "suite", len(items), hashes={key for key in opened.values() if key})
+    return SourceReport(f"suite {suite.label}", "suite", len(items), hashes={key for key in opened.values() if key})
 
 
 def _leaks(reports: Sequence[SourceReport]) -> list[str]:
