@@ -17,7 +17,7 @@ from pydantic import (
 
 from mllm.config.base import Spec
 from mllm.config.parts import listed
-from mllm.config.prompt import PromptSpec
+from mllm.config.prompt import OWN_WORDS, PromptSpec
 from mllm.errors import near
 
 
@@ -59,7 +59,12 @@ class DataSpec(BaseModel):
 
     def prompt_over(self, prompt: PromptSpec) -> PromptSpec:
         """Return the prompt format of this source's training examples, given the recipe's."""
-        return PromptSpec.model_validate({**prompt.model_dump(), **self.prompt}) if self.prompt else prompt
+        if not self.prompt:
+            return prompt
+        values = prompt.model_dump()
+        replaced = set(OWN_WORDS) if "turn" in self.prompt else {"turn"} if set(OWN_WORDS) & set(self.prompt) else set()
+        kept = {key: value for key, value in values.items() if key not in replaced}
+        return PromptSpec.model_validate({**kept, **self.prompt})
 
     def options(self) -> dict[str, Any]:
         """Return the arguments of the reader."""

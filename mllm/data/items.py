@@ -8,7 +8,7 @@ from typing import Any
 
 from mllm.config.prompt import PromptSpec
 from mllm.media.images import ImageSource
-from mllm.prompts.formatting import SEPARATOR, examples, query_text, solved
+from mllm.prompts.formatting import SEPARATOR, preamble, query_text, solved
 from mllm.prompts.messages import rendered
 from mllm.prompts.pieces import Piece, Target, answer_text, arrange
 
@@ -66,8 +66,8 @@ def pieces_of(
 
 
 def before(item: Item, prompt: PromptSpec, separator: str = SEPARATOR) -> tuple[Piece, ...]:
-    """Return the pieces before an item: the recipe's examples, and its shots, each with its most frequent answer."""
-    pieces = examples(prompt)
+    """Return the pieces before an item: the recipe's preamble, and its shots, each with its most frequent answer."""
+    pieces = preamble(prompt)
     for shot in item.shots:
         given = [answer for answer in shot.answers if answer.strip()] or shot.answers
         answer = Counter(given).most_common(1)[0][0]

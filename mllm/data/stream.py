@@ -148,7 +148,7 @@ class Stream:
             if spec.caption_split and answer and part.question is None:
                 given, answer = split_at_random(answer, generator)
             pieces += [*([SEPARATOR] if pieces else []), *pieces_of(part, prompt, answer, self._lm, given)]
-            prompt = prompt.model_copy(update={"examples": []})  # once, at the start
+            prompt = prompt.model_copy(update={"examples": [], "system": ""})  # once, at the start
         return pieces
 
 

@@ -96,8 +96,8 @@ def card(model: Model, to: str, stock: Any, comparisons: Sequence[Comparison], *
     worst = max(comparisons, key=lambda one: one.difference)
     options = ", ".join(f"{key}: {value}" for key, value in spec.connector.options().items())
     prompts = {
-        "caption": spec.prompt.template.format(images=IMAGE, prompt=spec.prompt.caption),
-        "question": spec.prompt.template.format(images=IMAGE, prompt=spec.prompt.question),
+        "caption": spec.prompt.system + spec.prompt.template.format(images=IMAGE, prompt=spec.prompt.caption),
+        "question": spec.prompt.system + spec.prompt.template.format(images=IMAGE, prompt=spec.prompt.question),
     }
     equivalence = (EXACTLY if dtype == "float32" else ROUNDED).format(
         dtype=dtype,

@@ -14,6 +14,9 @@ MARK = "7f3a9c"  # a text that no template contains
 
 # A turn in the words of the recipe, as `mllm.prompts.messages` formats it.
 PLAIN = """\
+{%- if not messages or messages[0].role != "system" -%}
+{{ $system }}
+{%- endif -%}
 {%- for message in messages -%}
 {%- set parts = [{"type": "text", "text": message.content}] if message.content is string else message.content -%}
 {%- set text = parts | selectattr("type", "equalto", "text") | map(attribute="text") | join(" ") | trim -%}
@@ -24,7 +27,7 @@ PLAIN = """\
 {{ text + "\\n" }}
 {%- else -%}
 {%- set words = $before + text + $after if text else $caption -%}
-{{ $lead + $image * images + $between + words if images else words }}
+{{ $lead + $image * images + $between + words if images else $opening + words }}
 {%- endif -%}
 {%- endfor -%}
 """
@@ -46,6 +49,13 @@ JOIN_PARTS = """\
 {%- set messages = joined.messages %}
 """
 
+# Before a template, where the recipe has a system prompt.
+ADD_SYSTEM = """\
+{%- if not messages or messages[0].role != "system" -%}
+{%- set messages = [{"role": "system", "content": [{"type": "text", "text": $system}]}] + messages -%}
+{%- endif -%}
+"""
+
 # Around a template that writes a start token or images itself: the tokenizer adds the one, the others have a new name.
 START_RENDERING = "{%- set rendered %}\n"
 END_RENDERING = "{{ '' }}{% endset -%}\n{{ $rendered }}"
@@ -60,10 +70,14 @@ def chat_template(model: Model, image: str) -> str | None:
     """
     prompt, tokenizer = model.spec.prompt, model.lm.tokenizer
     if prompt.chat == "own":
-        return None if tokenizer.chat_template is None else _extended(tokenizer, model.lm.bos, image)
+        if tokenizer.chat_template is None:
+            return None
+        added = _filled(ADD_SYSTEM, system=prompt.system.strip()) if prompt.system else ""
+        return added + _extended(tokenizer, model.lm.bos, image)
     lead, _, rest = prompt.template.partition("{images}")
     before, _, after = prompt.question.partition("{question}")
     texts = {"before": before, "after": after, "caption": prompt.caption, "lead": lead}
+    texts |= {"system": prompt.system, "opening": prompt.opening}
     return _filled(PLAIN, **texts, between=rest.removesuffix("{prompt}"), image=image)
 
 

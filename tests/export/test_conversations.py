@@ -70,7 +70,9 @@ PROMPTS: dict[str, dict[str, Any]] = {
         "question": 'Say "{question}"\nNow: 😀',
         "caption": "A photo\\of",
     },
+    "turns": {"turn": "USER: {images}\n{question} ASSISTANT:", "system": "A chat. "},
     "ChatML": {"chat": "own", "template_of_lm": CHATML},
+    "ChatML with a system prompt": {"chat": "own", "system": "Be kind.", "template_of_lm": CHATML},
     "Llama-2": {"chat": "own", "template_of_lm": LLAMA2},
 }
 
