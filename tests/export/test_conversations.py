@@ -102,7 +102,7 @@ def exported(request, to, tmp_path_factory):
     """Return a model and its folder."""
     folder = tmp_path_factory.mktemp("exported")
     prompt = dict(PROMPTS[request.param])
-    lm = tiny_lm(folder / "lm")
+    lm = tiny_lm(folder / "lm", context=512)
     tokenizer = AutoTokenizer.from_pretrained(lm)
     tokenizer.chat_template = prompt.pop("template_of_lm", None)
     tokenizer.padding_side = "right"
