@@ -5,7 +5,6 @@ The table of recipes in the documentation is generated from these files; none of
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from mllm.config import loading as recipes
 from mllm.config.suites import SuiteSpec
 from mllm.errors import MLLMError
 from mllm.evaluation import evaluate, metric
-from mllm.system import write
+from mllm.system import read_json, write
 from mllm.training.train import train
 
 SEEDS = (0, 1, 2)
@@ -46,7 +45,7 @@ def verify(name: str, *, out: str | Path, seeds: Sequence[int] = SEEDS, runs: st
     minutes = []
     for seed in seeds:
         folder = _run(name, seed, Path(runs) / f"{config.name}-{seed}")
-        minutes.append(json.loads((folder / "time.json").read_text())["minutes"])
+        minutes.append(_minutes(folder))
         model = load(folder)
         for label, suite in suites.items():
             report = evaluate(
@@ -132,3 +131,12 @@ def _run(name: str, seed: int, folder: Path) -> Path:
         raise MLLMError(f"{folder} is a run of another recipe or version. Move it away, or give another --runs folder.")
     train(name, {"seed": seed}, out=folder)
     return folder
+
+
+def _minutes(run: Path) -> float:
+    """Return how long a run was trained, since it was last started."""
+    file = run / "time.json"
+    try:
+        return float(read_json(file)["minutes"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise MLLMError(f"{file} cannot be read: {error}. Remove the run's folder to train it again.") from None

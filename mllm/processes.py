@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, distributed
 from torch.nn.functional import pad
+
+from mllm.errors import MLLMError
 
 
 def processes() -> PartialState:
@@ -18,6 +21,19 @@ def processes() -> PartialState:
     accelerate uses several processes on CPUs only with ``cpu=True``, and the first call in a process decides.
     """
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+def in_main_process(action: Callable[[], None]) -> None:
+    """Do something in the main process, for which the others wait; what a user can correct is raised in all of them."""
+    problem: MLLMError | None = None
+    if processes().is_main_process:
+        try:
+            action()
+        except MLLMError as error:
+            problem = error
+    (message,) = broadcast_object_list([None if problem is None else str(problem)])
+    if message is not None:
+        raise problem or MLLMError(message)
 
 
 def gather_rows(local: Tensor) -> tuple[Tensor, int]:

@@ -12,6 +12,7 @@ from transformers import AutoModel, BertConfig, BertModel
 
 from mllm.errors import MLLMError
 from mllm.hub import loading as hub
+from mllm.registry import Count, Dropout
 from mllm.slots import Connector
 
 
@@ -47,12 +48,12 @@ class TokenMerge(Connector):
         num_patches: int,
         grid: tuple[int, int] | None,
         merge: int = 19,
-        layers: int = 12,
-        dim: int = 768,
-        heads: int = 12,
+        layers: Count = 12,
+        dim: Count = 768,
+        heads: Count = 12,
         init: str | None = None,
         positions: bool = False,
-        dropout: float = 0.0,
+        dropout: Dropout = 0.0,
     ) -> None:
         super().__init__()
         last = num_patches - (layers - 1) * merge  # tokens that reach the last layer

@@ -111,9 +111,18 @@ class Chat:
         self.messages = [*self._start, *self.messages[first + 2 * turns :]]
 
     def save(self, path: str | Path) -> Path:
-        """Write the conversation as JSON: images by path where they are files, else as data URLs."""
+        """Write the conversation as JSON: images by path where they are files, else as data URLs.
+
+        Raises:
+            MLLMError: the file cannot be written; the conversation continues.
+        """
         messages = [{**m, "content": [_saved(part) for part in m["content"]]} for m in self.messages]
-        write(Path(path), lambda file: file.write_text(json.dumps(messages, indent=2, ensure_ascii=False) + "\n"))
+        text = json.dumps(messages, indent=2, ensure_ascii=False) + "\n"
+        try:
+            write(Path(path), lambda file: file.write_text(text, encoding="utf-8", errors="replace"))
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise MLLMError(f"{str(path)[:200]} cannot be written: {reason}. Give another file.") from None
         return Path(path)
 
     def _decoding(self, text: str, options: Mapping[str, Any]) -> Decoding:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mllm.cli.loading import load_run
-from mllm.cli.options import DataFolder, DeviceName, DTypeName, RunPath, SuiteName, SuiteOverrides
+from mllm.cli.options import DataFolder, DeviceName, DTypeName, RunPath, SuiteName, SuiteOverrides, Trusted
 from mllm.errors import MLLMError
 
 if TYPE_CHECKING:
@@ -31,13 +31,14 @@ def evaluate(
     ] = None,
     device: DeviceName = None,
     dtype: DTypeName = None,
+    trust_remote_code: Trusted = None,
 ) -> None:
     """Run a suite on a model and its baselines; an evaluation that was killed continues."""
     from mllm.config.suites import SuiteSpec
     from mllm.evaluation import evaluate as run_suite
 
     suites = [SuiteSpec(suite=suite)] if suite else _suites_of(run)
-    model = load_run(run, device, dtype)
+    model = load_run(run, device, dtype, trust_remote_code)
     for each in suites:
         folder = run / "eval" / each.folder if out is None else out if suite else out / each.folder
         report = run_suite(

@@ -32,8 +32,9 @@ def recipes(context: typer.Context) -> None:
 def show_recipe(name: Annotated[str, typer.Argument(metavar="NAME")]) -> None:
     """Print a recipe's YAML."""
     from mllm.config import loading as recipe
+    from mllm.config.yaml_text import read_text
 
-    typer.echo(recipe.find(name).read_text(), nl=False)
+    typer.echo(read_text(recipe.find(name)), nl=False)
 
 
 def verify_recipe(

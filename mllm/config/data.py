@@ -24,7 +24,7 @@ from mllm.errors import near
 class DataSpec(BaseModel):
     """One source of items: a reader by name, and how its items are read; other keys are arguments of the reader."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
     format: str
     weight: float = Field(default=1.0, gt=0)  # how often it is sampled, relative to other sources
     fraction: float = Field(default=1.0, gt=0, le=1)  # of the items, by the seed; a smaller one is a subset of a larger

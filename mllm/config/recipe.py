@@ -15,6 +15,7 @@ from mllm.config.parts import (
     AssemblySpec,
     FitSpec,
     InitSpec,
+    Name,
     ObjectiveSpec,
     Parts,
     listed,
@@ -23,16 +24,21 @@ from mllm.config.parts import (
 )
 from mllm.config.suites import EvalSpec
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Rate = Annotated[float, Field(ge=0)]
+
 
 class OptimSpec(Spec):
     """The optimizer and its schedule."""
 
     name: Literal["adamw"] = "adamw"
-    weight_decay: float = 0.0  # of matrices; biases, the weights of norms and other vectors are not decayed
-    betas: tuple[float, float] = (0.9, 0.999)
-    clip: float | None = 1.0
+    weight_decay: float = Field(
+        default=0.0, ge=0
+    )  # of matrices; vectors (biases, norms) are not decayed
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    clip: float | None = Field(default=1.0, gt=0)
     schedule: Literal["cosine", "linear", "constant", "step"] = "cosine"
-    warmup: int = 100  # steps
+    warmup: int = Field(default=100, ge=0)  # steps
     warmup_start: float = Field(default=0.0, ge=0)  # the learning rate that warmup begins with
     floor: float = Field(default=0.0, ge=0)  # the lowest learning rate that the schedule ends at
     horizon: int | None = Field(default=None, ge=1)  # the step at which the schedule ends; null: the stage's last
@@ -72,9 +78,9 @@ class Settings(Parts):
 class Stage(Settings):
     """One stage: the recipe's settings, overridden by the stage's, and what is fitted or trained."""
 
-    name: str
+    name: Name
     fit: FitSpec | None = None
-    train: dict[str, float] = {}  # part, or dotted path inside one -> learning rate
+    train: dict[str, Rate] = {}  # part, or dotted path inside one -> learning rate
     objectives: list[ObjectiveSpec] = [ObjectiveSpec(type="caption")]
     steps: int | None = Field(default=None, ge=1)
     batch_size: int = Field(default=32, ge=1)
@@ -133,7 +139,7 @@ class Stage(Settings):
 class Recipe(Settings):
     """A whole recipe, checked; ``stages`` are resolved: each has every setting."""
 
-    name: str
+    name: Name
     about: str = ""  # one line, shown by `mllm recipes`
     paper: str = ""  # arXiv:NUMBER
     stages: list[Stage] = []

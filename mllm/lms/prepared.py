@@ -1,4 +1,4 @@
-"""Prepare a language model of `transformers`: quantize and freeze it, and mend what slows or spoils its results."""
+"""Prepare a language model of `transformers`: quantize and freeze it, work around what slows or spoils its results."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 
 def frozen(model: Any) -> Any:
-    """Freeze a language model, and mend what slows or spoils it."""
+    """Freeze a language model, and work around what slows or spoils it."""
     model.requires_grad_(False).eval()
     if (head := model.get_output_embeddings()) is not None:
         head.register_forward_pre_hook(_make_contiguous)

@@ -15,6 +15,7 @@ from mllm.errors import MLLMError
 from mllm.processes import gather_rows
 from mllm.prompts.batch import Batch
 from mllm.prompts.pieces import Piece, Target, images_of
+from mllm.registry import Positive
 from mllm.slots import Connector, Inputs, LanguageModel
 
 
@@ -43,7 +44,7 @@ class SentenceContrastive(ImageTextPairs):
 
     needs = (SentenceModel, Connector)
 
-    def __init__(self, *, temperature: float = 0.05) -> None:
+    def __init__(self, *, temperature: Positive = 0.05) -> None:
         if temperature <= 0:
             raise MLLMError(
                 f"The objective contrastive has temperature {temperature}: expected a number above 0. Its default is "
@@ -78,7 +79,7 @@ class PatchContrastive(ImageTextPairs):
 
     needs = (LanguageModel, Connector)
 
-    def __init__(self, *, temperature: float = 0.07) -> None:
+    def __init__(self, *, temperature: Positive = 0.07) -> None:
         self.temperature = temperature
 
     def __call__(self, inputs: Inputs) -> Tensor:

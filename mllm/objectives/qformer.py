@@ -21,6 +21,7 @@ from mllm.objectives.contrastive import (
     shares_batch,
     symmetric_infonce,
 )
+from mllm.registry import Dropout
 from mllm.slots import Inputs
 
 
@@ -33,7 +34,7 @@ class ImageTextContrast(ImageTextPairs):
 
     needs = (ReadsText, ContrastHead)
 
-    def __init__(self, *, smoothing: float = 0.1) -> None:
+    def __init__(self, *, smoothing: Dropout = 0.1) -> None:
         self.smoothing = smoothing
 
     def __call__(self, inputs: Inputs) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 
 from mllm.answering.decode import make_decoding
 from mllm.assembly import Assembly
-from mllm.build import fit_of, objectives_of
+from mllm.build import fit_of
 from mllm.capabilities import SEVERAL, ImageTokenHead, missing
 from mllm.config import loading
 from mllm.config.data import DataSpec
@@ -23,6 +23,7 @@ from mllm.errors import MLLMError
 from mllm.evaluation import check_suite
 from mllm.lms.decoding import check_batch
 from mllm.model import trained_module
+from mllm.objectives.build import objectives_of
 from mllm.planning.paper import assembled, noted
 from mllm.prompts.chat_template import uses_template
 from mllm.readout.tokens import image_tokens

@@ -14,16 +14,16 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import Tensor, nn
 
-from mllm.build import objectives_of
 from mllm.capabilities import ReadsData
 from mllm.config.recipe import Stage
 from mllm.data.sources import Source, answers_of
 from mllm.devices import choose_device
 from mllm.errors import MLLMError
 from mllm.model import Model, trained_module
+from mllm.objectives.build import objectives_of
 from mllm.prompts.batch import Batch
 from mllm.prompts.pieces import Piece
-from mllm.training.checkpoint import TrainingState, set_optimizer
+from mllm.training.checkpoint import TrainingState, explain_misfit, set_optimizer
 from mllm.training.schedule import schedule_for
 from mllm.training.sharding import asked, keep_apart
 
@@ -201,8 +201,9 @@ def engine_for(accelerator: Accelerator, model: Model, stage: Stage, groups: Gro
     wrapped, optimizer = accelerator.prepare(model, unprepared)
     schedule = schedule_for(optimizer, stage.optim, stage.steps)
     if state.step:
-        set_optimizer(optimizer, state.optimizer, state.rates)
-        schedule.load_state_dict(state.schedule)
+        with explain_misfit():
+            set_optimizer(optimizer, state.optimizer, state.rates)
+            schedule.load_state_dict(state.schedule)
     return Engine(accelerator, model, wrapped, stage, optimizer, schedule)
 
 

@@ -133,7 +133,9 @@ def prepare(run: Run, model: Assembly, stage: Stage, store: FeatureStore, state:
     monitor = Monitor(run, model, stage, accelerator, shown_items(stage))
     calibrate_new(model, stage, batches, store)
     engine = engine_for(accelerator, model, stage, groups, state)
-    return Loop(stage, engine, objectives, batches, validation, monitor, Checkpoints(run.path, state, store))
+    return Loop(
+        stage, engine, objectives, batches, validation, monitor, Checkpoints(run.path, state, store), run.signals
+    )
 
 
 def _hashes(model: Assembly, trained: Sequence[str]) -> dict[str, str]:
