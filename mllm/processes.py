@@ -37,7 +37,7 @@ def in_main_process(action: Callable[[], None]) -> None:
 
 
 def gather_rows(local: Tensor) -> tuple[Tensor, int]:
-    """Return the rows ``(N, D)`` of all processes, of ``(n, D)`` each, and the index of this process's first row.
+    """Return the rows ``(N, ...)`` of all processes, of ``(n, ...)`` each, and the index of this process's first row.
 
     n may differ between processes. The gradient flows to every process's rows.
     """
@@ -46,7 +46,7 @@ def gather_rows(local: Tensor) -> tuple[Tensor, int]:
     distributed.all_gather(sizes, number)
     counts = [int(size) for size in sizes]
     longest = max(counts)
-    padded: Tensor = _Gather.apply(pad(local, (0, 0, 0, longest - len(local))))  # type: ignore[no-untyped-call]
+    padded: Tensor = _Gather.apply(pad(local, [0, 0] * (local.dim() - 1) + [0, longest - len(local)]))  # type: ignore[no-untyped-call]
     rows = torch.cat([part[:count] for part, count in zip(padded.split(longest), counts, strict=True)])
     return rows, sum(counts[: distributed.get_rank()])
 

@@ -49,7 +49,8 @@ def caption(
     """Caption images."""
     options = _image_options(run, index, image_logit_bias, eager)
     model = load_run(run, device, dtype, trust_remote_code)
-    _print_answers(model, images, model.spec.prompt.caption, jsonl, words, show, **options, **_decoding(max_new_tokens))
+    options |= {"kind": "caption", **_decoding(max_new_tokens)}
+    _print_answers(model, images, model.spec.prompt.caption, jsonl, words, show, **options)
 
 
 def ask(
@@ -71,7 +72,8 @@ def ask(
     options = _image_options(run, index, image_logit_bias, eager)
     model = load_run(run, device, dtype, trust_remote_code)
     text = model.spec.prompt.question.format(question=question)
-    _print_answers(model, [image], text, jsonl, words, show, **options, **_decoding(max_new_tokens))
+    options |= {"kind": "question", **_decoding(max_new_tokens)}
+    _print_answers(model, [image], text, jsonl, words, show, **options)
 
 
 def chat(

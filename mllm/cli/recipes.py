@@ -39,7 +39,7 @@ def show_recipe(name: Annotated[str, typer.Argument(metavar="NAME")]) -> None:
 
 def verify_recipe(
     names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...")] = None,
-    every: Annotated[bool, typer.Option("--all", help="Verify every recipe that has suites.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Verify every recipe whose suites are embedded.")] = False,
     seeds: Annotated[int, typer.Option(help="Runs per recipe, with the seeds 0, 1, ...", min=1)] = 3,
     out: Annotated[Path, typer.Option(help="The folder of the results and of their table, index.md.")] = Path(
         "runs/verify/results"
@@ -52,11 +52,11 @@ def verify_recipe(
     """Train recipes with several seeds, and compare the results with their baselines."""
     from mllm.config import loading as recipe
     from mllm.devices import use_device
-    from mllm.evaluation import results_table, verify
+    from mllm.evaluation import has_embedded_suites, results_table, verify
 
     use_device(device)
     if every:
-        names = [name for name in recipe.names() if recipe.load(name).eval.suites]
+        names = [name for name in recipe.names() if has_embedded_suites(name)]
     if not names:
         raise MLLMError("There is no recipe to verify: expected names or --all. Name a recipe, or pass --all.")
     for name in names:

@@ -26,6 +26,9 @@ FROZEN = ("encoder", "lm", "decoder")  # unless a stage's 'train' names them, or
 RESIZING = ("transformers", "timm", "open-clip")  # types of encoders that have 'resize'
 
 
+KINDS = ("caption", "question")  # of answers, for which 'decoding' may have options of their own
+
+
 def part_of(path: str) -> str:
     """Return the part that a dotted path names, or names something inside of: ``lm`` for ``lm.model.layers.1``."""
     return path.partition(".")[0]
@@ -217,7 +220,7 @@ class Parts(Spec):
     decoder: PartSpec | None = None
     scorer: PartSpec | None = None
     prompt: PromptSpec = PromptSpec()
-    decoding: dict[str, Any] = {"max_new_tokens": 20}
+    decoding: dict[str, Any] = {"max_new_tokens": 20}  # of all answers; in it, caption: {...} and question: {...}
     seed: Seed = 0
 
     def remote_code(self) -> dict[str, str]:
@@ -231,6 +234,21 @@ class Parts(Spec):
             if spec is not None and spec.trust_remote_code:
                 allowed[path] = str(spec.model)
         return allowed
+
+    @field_validator("decoding")
+    @classmethod
+    def _by_kind(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for kind in KINDS:
+            if not isinstance(value.get(kind, {}), dict):
+                raise ValueError(f"{kind}: {value[kind]!r}: expected options, such as max_new_tokens: 30")
+        return value
+
+    @property
+    def longest_answer(self) -> int:
+        """Return the largest ``max_new_tokens`` of any kind of answer; 1 where it is what fits into the context."""
+        options = [self.decoding, *({**self.decoding, **self.decoding.get(kind, {})} for kind in KINDS)]
+        lengths = [each.get("max_new_tokens", 20) for each in options]
+        return max(length if isinstance(length, int) else 1 for length in lengths)
 
 
 class AssemblySpec(Parts):

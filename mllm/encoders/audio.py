@@ -37,6 +37,7 @@ class AudioModel(PretrainedEncoder):
     """
 
     grid = None
+    reads_images = False
 
     def __init__(
         self,

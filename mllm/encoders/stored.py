@@ -37,6 +37,7 @@ class StoredFeatures(Encoder):
     """
 
     cacheable = False
+    reads_images = False
 
     def __init__(
         self,

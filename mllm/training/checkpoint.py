@@ -205,8 +205,13 @@ def set_optimizer(optimizer: Any, tensors: Tensors, rates: list[float]) -> None:
     """Set the optimizer's tensors and learning rates to those of a checkpoint.
 
     Raises:
-        ValueError: they are of other parameters.
+        MLLMError: the checkpoint is of an earlier version, whose optimizer had other groups of parameters.
     """
+    if len(rates) != len(optimizer.param_groups):
+        raise MLLMError(
+            f"The checkpoint's optimizer has {len(rates)} groups of parameters, and this version makes "
+            f"{len(optimizer.param_groups)} (vectors are not decayed). Start the run from its beginning."
+        )
     state: dict[int, Tensors] = {}
     for name, tensor in tensors.items():
         index, _, key = name.partition(".")

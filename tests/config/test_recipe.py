@@ -198,7 +198,7 @@ def test_extends_that_leads_nowhere(tmp_path: Path) -> None:
 
 
 def test_unknown_keys_name_the_near_match_once(file: Path) -> None:
-    assert problems(file, "optim.warmpu=3") == ["optim.warmpu: unknown key. Did you mean 'warmup'?"]
+    assert problems(file, "optim.warmpu=3") == ["optim.warmpu: unknown key. Did you mean 'warmup' or 'warmup_start'?"]
     (line,) = problems(file, "conector.type=linear")
     assert line.startswith("conector: unknown key. Did you mean 'connector'")
     (line,) = problems(file, "stages.1.stps=3")
