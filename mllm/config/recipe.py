@@ -32,9 +32,7 @@ class OptimSpec(Spec):
     """The optimizer and its schedule."""
 
     name: Literal["adamw"] = "adamw"
-    weight_decay: float = Field(
-        default=0.0, ge=0
-    )  # of matrices; vectors (biases, norms) are not decayed
+    weight_decay: float = Field(default=0.0, ge=0)  # of matrices; vectors (biases, norms) are not decayed
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     clip: float | None = Field(default=1.0, gt=0)
     schedule: Literal["cosine", "linear", "constant", "step"] = "cosine"
