@@ -44,6 +44,7 @@ class Encoder(nn.Module):
     num_patches: int
     shape: tuple[int, ...] = ()
     cacheable = True
+    reads_images = True  # and neither videos, sounds nor stored features
 
     @property
     def fingerprint(self) -> str:

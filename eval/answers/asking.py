@@ -20,7 +20,7 @@ from rich.progress import Progress
 from mllm.answering.decode import image_free_prompt
 from mllm.answering.view import Views
 from mllm.assembly import Assembly
-from mllm.config.parts import PromptSpec
+from mllm.config.prompt import PromptSpec
 from mllm.data.items import Item, before
 from mllm.errors import MLLMError
 from mllm.media.images import ImageSource
@@ -36,6 +36,7 @@ class Query:
     text: str
     choices: tuple[str, ...] = ()
     before: tuple[Piece, ...] = ()
+    kind: str = "question"  # by which options of the recipe's decoding it is answered: caption or question
 
 
 Queries = Callable[[Item, PromptSpec, tuple[Piece, ...]], list[Query]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +13,19 @@ if TYPE_CHECKING:
     from mllm.assembly import Assembly
 
 from mllm.cli.loading import load_run
-from mllm.cli.options import DeviceName, DTypeName, Eager, ImageLogitBias, Index, Lines, RunPath, Shown, Tokens, Words
+from mllm.cli.options import (
+    DeviceName,
+    DTypeName,
+    Eager,
+    ImageLogitBias,
+    Index,
+    Lines,
+    RunPath,
+    Shown,
+    Tokens,
+    Trusted,
+    Words,
+)
 from mllm.errors import MLLMError, warn_renamed
 
 if TYPE_CHECKING:  # imported by the commands that need it
@@ -31,11 +44,13 @@ def caption(
     show: Shown = Path("shown"),
     device: DeviceName = None,
     dtype: DTypeName = None,
+    trust_remote_code: Trusted = None,
 ) -> None:
     """Caption images."""
     options = _image_options(run, index, image_logit_bias, eager)
-    model = load_run(run, device, dtype)
-    _print_answers(model, images, model.spec.prompt.caption, jsonl, words, show, **options, **_decoding(max_new_tokens))
+    model = load_run(run, device, dtype, trust_remote_code)
+    options |= {"kind": "caption", **_decoding(max_new_tokens)}
+    _print_answers(model, images, model.spec.prompt.caption, jsonl, words, show, **options)
 
 
 def ask(
@@ -51,12 +66,14 @@ def ask(
     show: Shown = Path("shown"),
     device: DeviceName = None,
     dtype: DTypeName = None,
+    trust_remote_code: Trusted = None,
 ) -> None:
     """Ask a question about one image or several."""
     options = _image_options(run, index, image_logit_bias, eager)
-    model = load_run(run, device, dtype)
+    model = load_run(run, device, dtype, trust_remote_code)
     text = model.spec.prompt.question.format(question=question)
-    _print_answers(model, [image], text, jsonl, words, show, **options, **_decoding(max_new_tokens))
+    options |= {"kind": "question", **_decoding(max_new_tokens)}
+    _print_answers(model, [image], text, jsonl, words, show, **options)
 
 
 def chat(
@@ -71,6 +88,7 @@ def chat(
     show: Shown = Path("shown"),
     device: DeviceName = None,
     dtype: DTypeName = None,
+    trust_remote_code: Trusted = None,
 ) -> None:
     """Chat about images; /help lists the commands of the chat."""
     from mllm.cli.terminal import converse, read_history
@@ -78,7 +96,7 @@ def chat(
 
     messages = read_history(history) if history else []
     options = _image_options(run, index, image_logit_bias, eager)
-    model = load_run(run, device, dtype)
+    model = load_run(run, device, dtype, trust_remote_code)
     with_images = {"folder": show, **options} if options or can_draw(model) else None
     converse(model.chat(system, messages), images or [], with_images, **_decoding(max_new_tokens))
 
@@ -95,6 +113,10 @@ def serve(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens of an answer.")] = 512,
     max_images: Annotated[int, typer.Option(min=0, help="Maximum images of a request.")] = 8,
     max_body: Annotated[int, typer.Option(min=1, help="Maximum size of a request in MB.")] = 32,
+    max_bodies: Annotated[int, typer.Option(min=1, help="Maximum size of all requests being read in MB.")] = 256,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Maximum megapixels of the images of all requests.")] = 128,
+    max_text: Annotated[int, typer.Option(min=1, help="Maximum characters of the texts of a request.")] = 2**19,
+    deadline: Annotated[float, typer.Option(min=1, help="Seconds in which a request must be sent.")] = 30.0,
     allow_host: Annotated[list[str] | None, typer.Option(help="A host that images may be downloaded from.")] = None,
     allow_folder: Annotated[list[Path] | None, typer.Option(help="A folder that images may be read from.")] = None,
     index: Index = None,
@@ -102,36 +124,39 @@ def serve(
     eager: Eager = None,
     device: DeviceName = None,
     dtype: DTypeName = None,
+    trust_remote_code: Trusted = None,
 ) -> None:
     """Serve a model over HTTP: OpenAI's chat completions API, and a chat page at /."""
     from mllm.readout.tokens import can_draw
 
     try:
-        import uvicorn
-
         from mllm.serve.app import create_app
+        from mllm.serve.connection import bind
+        from mllm.serve.connection import run as run_server
         from mllm.serve.schema import Limits
     except ImportError as error:
         raise MLLMError(
             f"The server needs {error.name}, which is not installed: pip install 'mllm-assembly[serve]'."
         ) from None
-    if token == "":
-        raise MLLMError("--token is empty, so every request would be answered. Give a token, or leave it out.")
     limits = Limits(
         body=max_body * 2**20,
+        bodies=max_bodies * 2**20,
+        pixels=max_pixels * 10**6,
+        characters=max_text,
+        deadline=deadline,
         images=max_images,
         max_new_tokens=max_new_tokens,
         batch=batch,
         waiting=waiting,
         hosts=allow_host or (),
         folders=allow_folder or (),
-        token=token,
+        token=os.environ.get("MLLM_TOKEN") if token is None else token,  # an empty variable is no option
     )
     options = _image_options(run, index, image_logit_bias, eager)
-    model = load_run(run, device, dtype)
-    show = {"index": None, "image_logit_bias": 0.0, **options} if options or can_draw(model) else None
-    server = create_app(model, run.resolve().name, limits, show)
-    uvicorn.run(server, host=host, port=port, log_level="info", timeout_keep_alive=5)
+    with bind(host, port) as bound:  # before the model is loaded, which takes a while
+        model = load_run(run, device, dtype, trust_remote_code)
+        show = {"index": None, "image_logit_bias": 0.0, **options} if options or can_draw(model) else None
+        run_server(create_app(model, run.resolve().name, limits, show), limits, bound)
 
 
 def export(
@@ -139,12 +164,15 @@ def export(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The new folder.")],
     to: Annotated[str, typer.Option(help="The format: hf-llava or hf-blip2.")],
     dtype: Annotated[str, typer.Option(help="Of the weights: float32, bfloat16 or float16.")] = "float32",
+    trust_remote_code: Trusted = None,
 ) -> None:
     """Export a model as an equivalent transformers class, and compare the two."""
     from mllm.build import load
     from mllm.export.export import export as export_model
 
-    comparisons = export_model(load(run, device="cpu"), folder, to=to, dtype=dtype)
+    comparisons = export_model(
+        load(run, device="cpu", trust_remote_code=trust_remote_code or ()), folder, to=to, dtype=dtype
+    )
     largest = max(comparison.difference for comparison in comparisons)
     equal = sum(comparison.tokens == comparison.stock for comparison in comparisons)
     typer.echo(

@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
@@ -19,31 +18,20 @@ from pydantic import (
     model_validator,
 )
 
+from mllm.config.base import PartSpec, Spec
+from mllm.config.prompt import PromptSpec
+
 PARTS = ("encoder", "lm", "connector", "adapters", "heads", "tokens", "decoder")
 FROZEN = ("encoder", "lm", "decoder")  # unless a stage's 'train' names them, or something inside them
 RESIZING = ("transformers", "timm", "open-clip")  # types of encoders that have 'resize'
 
 
+KINDS = ("caption", "question")  # of answers, for which 'decoding' may have options of their own
+
+
 def part_of(path: str) -> str:
     """Return the part that a dotted path names, or names something inside of: ``lm`` for ``lm.model.layers.1``."""
     return path.partition(".")[0]
-
-
-class Spec(BaseModel):
-    """A mapping of the recipe whose keys are all known."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-
-class PartSpec(BaseModel):
-    """A part by its registry name; every other key is an argument of the part."""
-
-    model_config = ConfigDict(extra="allow")
-    type: str
-
-    def options(self) -> dict[str, Any]:
-        """Return the arguments of the part."""
-        return dict(self.__pydantic_extra__ or {})
 
 
 class VocabularySpec(Spec):
@@ -103,6 +91,18 @@ def listed(value: Any) -> Any:
 Heads = Annotated[list[HeadSpec], BeforeValidator(listed), AfterValidator(_distinct)]
 Adapters = Annotated[list[PartSpec], BeforeValidator(listed)]
 Names = Annotated[list[str], BeforeValidator(listed)]
+LONGEST_NAME = 200  # bytes; file systems have 255, and some names are extended
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what every random generator takes
+
+
+def _single(name: str) -> str:
+    """Refuse a name that would not be one file or folder inside another."""
+    if name in (".", "..") or re.search(r"[/\\\x00-\x1f\x7f]", name) or not 0 < len(name.encode()) <= LONGEST_NAME:
+        raise ValueError(f"files are called by it: no slash, no control character, at most {LONGEST_NAME} bytes")
+    return name
+
+
+Name = Annotated[str, AfterValidator(_single)]
 
 
 def switch(value: Any) -> Any:
@@ -123,6 +123,7 @@ class EncoderSpec(PartSpec):
     resolution: int | None = Field(default=None, ge=1)  # pixels; null: the image processor's
     resize: Literal["stretch", "crop", "pad"] | None = None  # how an image becomes a square; null: the model's own way
     init: Literal["pretrained", "random"] = "pretrained"
+    trust_remote_code: bool = False  # run Python code from the model's repository
 
     @model_validator(mode="before")
     @classmethod
@@ -172,96 +173,14 @@ class LMSpec(Spec):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantize: Literal["8bit", "4bit"] | None = None
     init: Literal["pretrained", "random"] = "pretrained"
+    trust_remote_code: bool = False  # run Python code from the model's repository
+
+    def options(self) -> dict[str, Any]:
+        """Return the arguments of the language model; permission to run its code only where it is given."""
+        return self.model_dump(exclude={"type", *(() if self.trust_remote_code else ("trust_remote_code",))})
 
 
 # Words of the prompt format: where a recipe gives them, conversations are in these words, too.
-OWN_WORDS = ("question", "template")
-# Arguments of transformers' apply_chat_template that are given where a conversation is written.
-RESERVED = {
-    "conversation",
-    "add_generation_prompt",
-    "continue_final_message",
-    "tokenize",
-    "padding",
-    "truncation",
-    "max_length",
-    "return_tensors",
-    "return_dict",
-    "return_assistant_tokens_mask",
-    "tokenizer_kwargs",
-}
-
-
-class ExampleSpec(Spec):
-    """A solved example: an image, or words in its place, and the answer that follows the prompt."""
-
-    image: str | None = None  # a file
-    words: str = ""
-    question: str | None = None  # null: the answer is a caption
-    answer: str
-
-    @model_validator(mode="after")
-    def _one_of_two(self) -> ExampleSpec:
-        if bool(self.image) == bool(self.words):
-            raise ValueError("an example has an image, or words in its place: give one of the two")
-        return self
-
-
-class PromptSpec(Spec):
-    """The words around images and questions."""
-
-    template: str = "{images}{prompt}"  # the order of the images and the words below; null: this one
-    caption: str = "A picture of"
-    question: str = "Question: {question} Answer:"
-    examples: list[ExampleSpec] = []  # solved ones before every prompt
-    # Conversations: in these words; in the language model's own chat template; or auto, in the template if there is one
-    # and neither 'question' nor 'template' is given.
-    chat: Literal["auto", "own", "plain"] = "auto"
-    chat_options: dict[str, Any] = {}  # of the chat template, such as enable_thinking: false
-
-    @model_validator(mode="before")
-    @classmethod
-    def _default_template(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("template", "") is None:
-            return {key: value for key, value in values.items() if key != "template"}
-        return values
-
-    @model_validator(mode="after")
-    def _fields(self) -> PromptSpec:
-        if not re.fullmatch(r"[^{}]*\{images\}[^{}]*\{prompt\}", self.template):
-            raise ValueError("the template holds {images} once, and ends with {prompt}")
-        if self.chat == "auto" and self.model_fields_set & set(OWN_WORDS):
-            self.chat = "plain"
-        return self
-
-    @model_serializer(mode="wrap")
-    def _as_given(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out words that were not given, by which 'auto' decides, and examples and options if there are none.
-
-        So a run that was written before these keys is resumed unchanged.
-        """
-        values: dict[str, Any] = write(self)
-        unset = {key for key in ("examples", "chat_options") if not values.get(key)}
-        unset |= set(OWN_WORDS) if self.chat == "auto" else set()
-        return {key: value for key, value in values.items() if key not in unset}
-
-    @field_validator("chat_options")
-    @classmethod
-    def _of_the_template(cls, value: dict[str, Any]) -> dict[str, Any]:
-        """Refuse arguments of ``apply_chat_template`` that are not the template's."""
-        if reserved := sorted(set(value) & RESERVED):
-            raise ValueError(f"{', '.join(reserved)}: expected options of the chat template, such as enable_thinking")
-        return value
-
-    @field_validator("question")
-    @classmethod
-    def _has_one_field(cls, value: str) -> str:
-        """Refuse other braces: they would fail, or be replaced, only when the first question is asked."""
-        if value.count("{question}") != 1 or set(value.replace("{question}", "")) & set("{}"):
-            raise ValueError("expected {question} once, and no other braces")
-        return value
-
-
 class InitSpec(Spec):
     """Trained parts taken from another run."""
 
@@ -286,7 +205,7 @@ class FitSpec(Spec):
 class ObjectiveSpec(PartSpec):
     """A loss by its registry name, and its weight in the stage's sum."""
 
-    weight: float = 1.0
+    weight: float = Field(default=1.0, ge=0)
 
 
 class Parts(Spec):
@@ -301,15 +220,42 @@ class Parts(Spec):
     decoder: PartSpec | None = None
     scorer: PartSpec | None = None
     prompt: PromptSpec = PromptSpec()
-    decoding: dict[str, Any] = {"max_new_tokens": 20}
-    seed: int = 0
+    decoding: dict[str, Any] = {"max_new_tokens": 20}  # of all answers; in it, caption: {...} and question: {...}
+    seed: Seed = 0
+
+    def remote_code(self) -> dict[str, str]:
+        """Return the parts that may run code of their repositories: path -> model."""
+        named: list[tuple[str, Any]] = [("encoder", self.encoder), ("lm", self.lm)]
+        allowed = {}
+        while named:
+            path, spec = named.pop(0)
+            members = getattr(spec, "of", None) or ()
+            named += [(f"{path}.of.{number}", member) for number, member in enumerate(members)]
+            if spec is not None and spec.trust_remote_code:
+                allowed[path] = str(spec.model)
+        return allowed
+
+    @field_validator("decoding")
+    @classmethod
+    def _by_kind(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for kind in KINDS:
+            if not isinstance(value.get(kind, {}), dict):
+                raise ValueError(f"{kind}: {value[kind]!r}: expected options, such as max_new_tokens: 30")
+        return value
+
+    @property
+    def longest_answer(self) -> int:
+        """Return the largest ``max_new_tokens`` of any kind of answer; 1 where it is what fits into the context."""
+        options = [self.decoding, *({**self.decoding, **self.decoding.get(kind, {})} for kind in KINDS)]
+        lengths = [each.get("max_new_tokens", 20) for each in options]
+        return max(length if isinstance(length, int) else 1 for length in lengths)
 
 
 class AssemblySpec(Parts):
     """What a model is built from: the part of a recipe that is saved with the trained tensors."""
 
     trained: list[str] = []  # paths of the modules that have been trained inside parts that are frozen otherwise
-    seeds: dict[str, int] = {}  # of frozen parts whose random weights an earlier stage drew with another seed
+    seeds: dict[str, Seed] = {}  # of frozen parts whose random weights an earlier stage drew with another seed
 
     def trains(self, part: str) -> bool:
         """Whether a part that is frozen otherwise has been trained, or something inside it."""

@@ -30,10 +30,11 @@ from mllm.hub.identity import weights_of
 from mllm.hub.verified import DamagedFile, read_verified, save_verified
 from mllm.media.images import ImageSource, source_of
 from mllm.model import Model
-from mllm.system import cache_dir
+from mllm.system import cache_dir, remove_partial
 
 FORMAT = 2  # of the shards and of their folder's key
 LIMIT = 4 * 2**30  # bytes
+ABANDONED = 24 * 3600  # seconds; what is written to a file for longer was left by a killed process
 THREADS = min(8, os.cpu_count() or 1)  # that open images in the background
 
 
@@ -128,6 +129,9 @@ class FeatureStore:
         """Read a shard from disk; a damaged one is discarded, with a warning, and its features are computed again."""
         try:
             rows, _ = read_verified(path)
+            shape = (self._model.encoder.num_patches, self._model.encoder.dim)
+            if any(tuple(row.shape) != shape for row in rows.values()):
+                raise DamagedFile("its features are of another shape")
         except (DamagedFile, OSError) as error:
             self._stored = {key: shard for key, shard in self._stored.items() if shard != path}
             _discard(path, error)
@@ -189,6 +193,7 @@ def _folder_of(model: Model, **identity: Any) -> Path:
 def _index(folder: Path) -> dict[str, Path]:
     """Return the shard of every key on disk; a damaged one is discarded, so its features are computed again."""
     shards: dict[str, Path] = {}
+    remove_partial(folder, older_than=ABANDONED)
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt") as shard:

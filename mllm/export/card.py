@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -12,6 +13,7 @@ from mllm.export.files import needs_5
 from mllm.export.stock import IMAGE
 from mllm.hub.embedded_list import PARTS
 from mllm.model import Model
+from mllm.prompts.formatting import formatted
 from mllm.version import __version__
 
 CARD = """\
@@ -27,7 +29,7 @@ pipeline_tag: image-text-to-text
 | encoder | {encoder} | {encoder_licence} |
 | language model | {lm} | {lm_licence} |
 | connector | {connector} | yours: it was trained in this run |
-{adapters}
+{adapters}{remote}
 ## Equivalence
 
 This folder (`mllm export RUN --to {to} --dtype {dtype}`) was loaded with transformers alone and compared with the
@@ -58,7 +60,7 @@ processor = AutoProcessor.from_pretrained(FOLDER, backend="pil")  # transformers
 model = AutoModelForImageTextToText.from_pretrained(FOLDER, dtype="auto")
 caption = {caption!r}
 question = {question!r}
-inputs = processor(images=[image], text=question.format(question="What is in the image?"), return_tensors="pt")
+inputs = processor(images=[image], text=question.replace("{{question}}", "What is in the image?"), return_tensors="pt")
 answer = model.generate(**inputs.to(model.dtype), max_new_tokens=20)[:, inputs["input_ids"].shape[1]:]
 print(processor.tokenizer.decode(answer[0], skip_special_tokens=True))
 ```
@@ -96,8 +98,8 @@ def card(model: Model, to: str, stock: Any, comparisons: Sequence[Comparison], *
     worst = max(comparisons, key=lambda one: one.difference)
     options = ", ".join(f"{key}: {value}" for key, value in spec.connector.options().items())
     prompts = {
-        "caption": spec.prompt.template.format(images=IMAGE, prompt=spec.prompt.caption),
-        "question": spec.prompt.template.format(images=IMAGE, prompt=spec.prompt.question),
+        "caption": "".join(formatted(spec.prompt, [IMAGE], spec.prompt.caption)),
+        "question": "".join(formatted(spec.prompt, [IMAGE], spec.prompt.question)),
     }
     equivalence = (EXACTLY if dtype == "float32" else ROUNDED).format(
         dtype=dtype,
@@ -120,6 +122,7 @@ def card(model: Model, to: str, stock: Any, comparisons: Sequence[Comparison], *
         lm_licence=_licence(spec.lm.model),
         connector=spec.connector.type + (f" ({options})" if options else ""),
         adapters="| adapters | LoRA, merged into the weights | yours |\n" if spec.adapters else "",
+        remote=_remote(spec.remote_code()),
         merged=MERGED if spec.adapters else "",
         count=len(comparisons),
         equivalence=equivalence,
@@ -131,9 +134,17 @@ def card(model: Model, to: str, stock: Any, comparisons: Sequence[Comparison], *
     )
 
 
+def _remote(allowed: dict[str, str]) -> str:
+    """Return the sentence on the parts that ran code of their repositories; this folder needs none."""
+    if not allowed:
+        return ""
+    names = ", ".join(f"{path} ({_display_name(model)})" for path, model in allowed.items())
+    return f"\nTrained with `trust_remote_code` for {names}: code of those repositories was run.\n"
+
+
 def _display_name(model: str) -> str:
     """Return a hub id or part's name; of a folder, the last component of its path."""
-    return Path(model).name if Path(model).is_dir() else model
+    return Path(model).name if os.path.isdir(model) else model
 
 
 def _licence(model: str) -> str:

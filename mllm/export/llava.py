@@ -16,6 +16,7 @@ from mllm.export.stock import (
     build_stock,
     causal_lm,
     check_adapters,
+    check_prompt,
     check_vocabulary,
     each,
     finished,
@@ -34,16 +35,17 @@ def llava(model: Model) -> StockModel:
     Raises:
         MLLMError: the model is not equivalent to that class; the message has all reasons.
     """
-    (first, second, act), (tower, layer, strategy), *_ = each(
+    (first, second, act), (tower, layer, strategy), *_, template = each(
         lambda: _projector(model),
         lambda: _hidden_state(model),
         lambda: check_adapters(model),
         lambda: check_vocabulary(model),
         lambda: _check_output_layer(model),
+        lambda: check_prompt(model),
     )
     lm = merged_lm(model)
     image_id, tokenizer = with_image_token(model)
-    processor = make_processor(model, tokenizer, int(tower.config.patch_size), strategy)
+    processor = make_processor(model, tokenizer, template, patch=int(tower.config.patch_size), strategy=strategy)
     text = text_config(model, lm)
     config = LlavaConfig(
         vision_config=tower.config,
@@ -94,7 +96,7 @@ def _hidden_state(model: Model) -> tuple[Any, int, str]:
     features = model.encoder(pixels)
     try:
         with init_empty_weights():
-            blank = AutoModel.from_config(tower.config)
+            blank = AutoModel.from_config(tower.config, trust_remote_code=False)
         assert type(blank) is type(tower)
         assign(blank, tower.state_dict())
         states = blank.eval()(pixels, output_hidden_states=True).hidden_states or ()
@@ -127,6 +129,6 @@ def _check_output_layer(model: Model) -> None:
     if not hasattr(body, "embed_tokens"):
         raise MLLMError(f"{type(body).__name__} has no embed_tokens, which this class needs for the embeddings.")
     with torch.device("meta"):
-        built = type(AutoModel.from_config(lm.config))
+        built = type(AutoModel.from_config(lm.config, trust_remote_code=False))
     if built is not type(body):
         raise MLLMError(f"This class would build another body than {type(body).__name__}: use another language model.")
