@@ -14,11 +14,12 @@ from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from numbers import Real
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 from mllm.builtin import BUILT_IN, RENAMED
 from mllm.errors import MLLMError, near
 
+Slot = TypeVar("Slot")
 NUMBERS = (int, float, int | None, float | None)  # types of arguments
 
 
@@ -102,6 +103,20 @@ def made(cls: Any, label: str, *inside: Any, **options: Any) -> Any:
         if types.get(name) in NUMBERS and not is_number and not is_absent:
             raise MLLMError(f"The {label} has {name}={value!r}; expected a number.")
     return cls(*inside, **options)
+
+
+def fulfilled(contract: type[Slot], label: str, part: Any) -> Slot:
+    """Return a part that fulfils the contract of its slot.
+
+    Raises:
+        MLLMError: it does not; it is a part of another package.
+    """
+    if not isinstance(part, contract):
+        raise MLLMError(
+            f"The {label} is a {type(part).__name__}, and not an mllm.slots.{contract.__name__}: inherit from that "
+            "class, or give it the methods that are listed there."
+        )
+    return part
 
 
 def _annotations(cls: Any) -> dict[str, Any]:

@@ -3,47 +3,33 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
-    ValidationInfo,
     field_validator,
     model_serializer,
     model_validator,
 )
 
+from mllm.config.base import PartSpec as PartSpec
+from mllm.config.base import Spec as Spec
+from mllm.config.base import listed as listed
+from mllm.config.encoders import EncoderSpec as EncoderSpec
+from mllm.config.encoders import add_resize as add_resize
+from mllm.config.encoders import encoders_in as encoders_in
+
 PARTS = ("encoder", "lm", "connector", "adapters", "heads", "tokens", "decoder")
 FROZEN = ("encoder", "lm", "decoder")  # unless a stage's 'train' names them, or something inside them
-RESIZING = ("transformers", "timm", "open-clip")  # types of encoders that have 'resize'
 
 
 def part_of(path: str) -> str:
     """Return the part that a dotted path names, or names something inside of: ``lm`` for ``lm.model.layers.1``."""
     return path.partition(".")[0]
-
-
-class Spec(BaseModel):
-    """A mapping of the recipe whose keys are all known."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-
-class PartSpec(BaseModel):
-    """A part by its registry name; every other key is an argument of the part."""
-
-    model_config = ConfigDict(extra="allow")
-    type: str
-
-    def options(self) -> dict[str, Any]:
-        """Return the arguments of the part."""
-        return dict(self.__pydantic_extra__ or {})
 
 
 class VocabularySpec(Spec):
@@ -95,11 +81,6 @@ def _distinct(heads: list[HeadSpec]) -> list[HeadSpec]:
     return heads
 
 
-def listed(value: Any) -> Any:
-    """Return a list: one mapping is short for a list of one, None for an empty list."""
-    return [] if value is None else [value] if isinstance(value, Mapping) else value
-
-
 Heads = Annotated[list[HeadSpec], BeforeValidator(listed), AfterValidator(_distinct)]
 Adapters = Annotated[list[PartSpec], BeforeValidator(listed)]
 Names = Annotated[list[str], BeforeValidator(listed)]
@@ -108,60 +89,6 @@ Names = Annotated[list[str], BeforeValidator(listed)]
 def switch(value: Any) -> Any:
     """Return ``on`` or ``off`` for a boolean, as which YAML reads these words where they are not quoted."""
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
-
-
-class EncoderSpec(PartSpec):
-    """The frozen encoder: which model, and which of its outputs. Every other key is an argument of its type."""
-
-    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
-    type: str = "transformers"
-    fuse: Literal["width", "sequence"] | None = None  # how the encoders in 'of' are joined
-    of: Annotated[list[EncoderSpec] | None, BeforeValidator(lambda value: listed(value) or None)] = None
-    model: str | None = Field(default=None, min_length=1, validate_default=True)
-    layer: int | None = None  # index into the hidden states; null: the model's last output
-    select: Literal["patches", "pooled", "all"] = "patches"
-    resolution: int | None = Field(default=None, ge=1)  # pixels; null: the image processor's
-    resize: Literal["stretch", "crop", "pad"] | None = None  # how an image becomes a square; null: the model's own way
-    init: Literal["pretrained", "random"] = "pretrained"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fused(cls, values: Any) -> Any:
-        return {"type": "fuse", **values} if isinstance(values, dict) and values.get("fuse") else values
-
-    @field_validator("model")
-    @classmethod
-    def _some_model(cls, value: str | None, info: ValidationInfo) -> str | None:
-        if value is None and not info.data.get("of") and info.data.get("type") == "transformers":
-            raise ValueError("give an installed part, a folder or a hub id")
-        return value
-
-    @property
-    def label(self) -> str:
-        """Return its name in tables: its model, or those of the encoders inside it."""
-        return self.model or " + ".join(member.label for member in self.of or ()) or self.type
-
-    def options(self) -> dict[str, Any]:
-        """Return the arguments of the encoder that differ from their defaults, without those in ``of``."""
-        return self.model_dump(exclude={"type", "of"}, exclude_defaults=True)
-
-
-def encoders_in(parts: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield the mappings of the encoder of a recipe, of its stages, or of a saved model, and of those inside it."""
-    for stage in parts.get("stages") or ():
-        yield from encoders_in(stage)
-    waiting = [parts.get("encoder")]
-    while waiting:
-        if isinstance(encoder := waiting.pop(), dict):
-            yield encoder
-            waiting += encoder.get("of") or []
-
-
-def add_resize(parts: Mapping[str, Any]) -> None:
-    """Set ``resize`` of encoders that were saved before there was this key: their images were stretched."""
-    for encoder in encoders_in(parts):
-        if "resize" not in encoder and encoder.get("type", "transformers") in RESIZING:
-            encoder["resize"] = "stretch"
 
 
 class LMSpec(Spec):

@@ -43,7 +43,7 @@ class FeatureStore:
     Args:
         model: the model whose `features` are cached.
         limit: the most bytes that are cached; further features are computed each time. None: no limit.
-        chunk: the number of images per forward pass of the encoder.
+        chunk: the number of images, and of tiles, per forward pass of the encoder.
         folder: the folder of the shards on disk; None: memory only.
     """
 
@@ -57,7 +57,7 @@ class FeatureStore:
         self._threads = ThreadPoolExecutor(THREADS)
 
     def __call__(self, images: Sequence[Any]) -> Tensor:
-        """Return features ``(I, P, D_vis)`` of images in any accepted form, in order, on the model's device."""
+        """Return the features ``(U, P, D_vis)`` of images' tiles, in order, on the model's device."""
         sources = [source_of(image) for image in images]
         keys = [self._model.encoder.key(source) for source in sources]
         features = {key: row for key in keys if (row := self._find(key)) is not None}
@@ -65,11 +65,17 @@ class FeatureStore:
         names = list(missing)
         for start in range(0, len(names), self._chunk):
             chunk = names[start : start + self._chunk]
-            opened = [self.opened(missing[key]) for key in chunk]
-            for key, row in zip(chunk, self._model.features(opened), strict=True):
-                features[key] = row
-                self._cache(key, row)
-        return torch.stack([features[key].to(self._model.device) for key in keys])
+            tiles = [self._model.encoder.tiles(self.opened(missing[key])) for key in chunk]
+            rows = self._encoded([tile for of_image in tiles for tile in of_image]).split(list(map(len, tiles)))
+            for key, row in zip(chunk, rows, strict=True):
+                features[key] = row.flatten(0, 1)
+                self._cache(key, features[key])
+        whole = torch.cat([features[key].to(self._model.device) for key in keys])
+        return whole.unflatten(0, (-1, self._model.encoder.num_patches))
+
+    def _encoded(self, tiles: Sequence[Any]) -> Tensor:
+        parts = [tiles[start : start + self._chunk] for start in range(0, len(tiles), self._chunk)]
+        return torch.cat([self._model.features(part) for part in parts])
 
     def expect(self, images: Sequence[Any]) -> None:
         """Start opening images that will be requested, except those whose features are cached.
@@ -180,6 +186,8 @@ def _folder_of(model: Model, **identity: Any) -> Path:
         "dtypes": sorted({str(parameter.dtype) for parameter in encoder.parameters()}),
         "settings": encoder.settings(),
     }
+    if encoder.tiling is not None:
+        identity["tiles"] = repr(encoder.tiling)
     if model.spec.trains("encoder"):
         identity["trained"] = tensor_hash(encoder)
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()

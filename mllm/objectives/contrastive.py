@@ -52,8 +52,8 @@ class SentenceContrastive(ImageTextPairs):
     def __call__(self, inputs: Inputs) -> Tensor:
         """Return the sum over pairs."""
         captions = captions_of(inputs.rows)
-        assert inputs.visual is not None
-        images = normalize(inputs.visual.float().mean(1), dim=-1)  # (B, D_lm)
+        assert inputs.overview is not None
+        images = normalize(inputs.overview.float().mean(1), dim=-1)  # (B, D_lm)
         logits = images @ inputs.model.lm.sentences(captions).float().T / self.temperature
         same = torch.tensor([[one == other for other in captions] for one in captions], device=logits.device)
         targets = same / same.sum(1, keepdim=True)  # symmetric, so it serves both directions
@@ -79,8 +79,8 @@ class PatchContrastive(ImageTextPairs):
     def __call__(self, inputs: Inputs) -> Tensor:
         """Return the sum over pairs."""
         captions, lm = captions_of(inputs.rows), inputs.model.lm
-        assert inputs.visual is not None
-        images = normalize(inputs.visual.float().mean(1), dim=-1)  # (B, D_lm)
+        assert inputs.overview is not None
+        images = normalize(inputs.overview.float().mean(1), dim=-1)  # (B, D_lm)
         texts = torch.stack([_mean_direction(lm, caption) for caption in captions])  # (B, D_lm)
         return symmetric_infonce(images @ texts.T / self.temperature)
 

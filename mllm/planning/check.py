@@ -21,7 +21,7 @@ from mllm.config.recipe import Stage
 from mllm.data.sources import reader
 from mllm.errors import MLLMError
 from mllm.lms.decoding import check_batch
-from mllm.model import trained_module
+from mllm.parts import trained_module
 from mllm.planning.paper import assembled, noted
 from mllm.prompts.chat_template import uses_template
 from mllm.readout.tokens import image_tokens

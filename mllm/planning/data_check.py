@@ -172,7 +172,7 @@ def _measure(
     model: Model,
 ) -> None:
     """Note how long an item's examples are, and whether they have a target."""
-    encoded = [encode(pieces, lm=model.lm, num_visual=model.tokens_per_image) for pieces in examples]
+    encoded = [encode(pieces, lm=model.lm, num_visual=model.counts) for pieces in examples]
     report.lengths += [len(one.ids) for one in encoded]
     longest, limit = max(len(one.ids) for one in encoded), stage.data.max_length
     if model.lm.context is not None and longest >= model.lm.context:
@@ -188,7 +188,7 @@ def _measure(
 def _combined(source: Source, stage: Stage, model: Model) -> list[int]:
     """Return the lengths of as many examples as there are items, with the examples that precede them."""
     stream = Stream([source], stage.prompt, seed=0, lm=model.lm)
-    return [length_of(pieces, model.lm, model.tokens_per_image) for pieces in stream.take(len(source.items))]
+    return [length_of(pieces, model.lm, model.counts) for pieces in stream.take(len(source.items))]
 
 
 def _suite(name: str, data: str | Path | None, limit: int | None, track: Track) -> SourceReport:

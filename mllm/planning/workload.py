@@ -101,7 +101,7 @@ def _examples(stage: Stage, sources: Sequence[Source]) -> int:
 
 def _read(model: Model, stage: Stage, sources: Sequence[Source], processes: int, images: int | None) -> Workload:
     """Read the first batches as training will, and pick the largest and the median."""
-    options = {"lm": model.lm, "num_visual": model.tokens_per_image, "data": stage.data}
+    options = {"lm": model.lm, "num_visual": model.counts, "data": stage.data}
     stream = Stream(sources, stage.prompt, seed=stage.seed, **options)
     examples = _examples(stage, sources)
     number = max(1, min(examples, SAMPLE) // stage.batch_size)

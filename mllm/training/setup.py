@@ -21,7 +21,8 @@ from mllm.config.recipe import Stage
 from mllm.data.sources import Source, answers_of
 from mllm.devices import choose_device
 from mllm.errors import MLLMError
-from mllm.model import Model, trained_module
+from mllm.model import Model
+from mllm.parts import trained_module
 from mllm.prompts.batch import Batch
 from mllm.prompts.pieces import Piece
 from mllm.training.checkpoint import TrainingState, set_optimizer
