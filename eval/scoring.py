@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from mllm.build import with_runs
-from mllm.config.parts import PartSpec
+from mllm.config.base import PartSpec
 from mllm.data.items import Item
 from mllm.devices import choose_device
 from mllm.errors import MLLMError

@@ -13,9 +13,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, field_validator
 
+from mllm.config.base import PartSpec, Spec
 from mllm.config.data import DataSpec
 from mllm.config.messages import checked
-from mllm.config.parts import PartSpec, Spec
 from mllm.data.items import Item
 from mllm.data.sources import read
 from mllm.errors import MLLMError, near

@@ -11,8 +11,9 @@ import torch
 
 from mllm.assembly import Assembly
 from mllm.capabilities import ConditionHead
+from mllm.config.base import PartSpec
 from mllm.config.messages import checked
-from mllm.config.parts import AssemblySpec, ObjectiveSpec, PartSpec
+from mllm.config.parts import AssemblySpec, ObjectiveSpec
 from mllm.config.recipe import Stage
 from mllm.devices import DeviceName, DTypeName, cast, choose_device, dtype_of
 from mllm.encoders.base import on_meta

@@ -21,8 +21,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mllm.config.base import Spec
 from mllm.config.messages import checked
-from mllm.config.parts import FROZEN, AssemblySpec, Spec, add_resize
+from mllm.config.parts import FROZEN, AssemblySpec, add_resize
 from mllm.errors import MLLMError
 from mllm.hub import identity
 from mllm.model import Model

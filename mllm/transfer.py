@@ -9,7 +9,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mllm.config.parts import AssemblySpec, EncoderSpec, LMSpec, PartSpec
+from mllm.config.base import PartSpec
+from mllm.config.parts import AssemblySpec, EncoderSpec, LMSpec
 from mllm.config.recipe import Stage
 from mllm.errors import MLLMError, near
 from mllm.hub import loading as hub

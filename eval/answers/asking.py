@@ -20,7 +20,7 @@ from rich.progress import Progress
 from mllm.answering.decode import image_free_prompt
 from mllm.answering.view import Views
 from mllm.assembly import Assembly
-from mllm.config.parts import PromptSpec
+from mllm.config.prompt import PromptSpec
 from mllm.data.items import Item, before
 from mllm.errors import MLLMError
 from mllm.media.images import ImageSource

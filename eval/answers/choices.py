@@ -13,7 +13,7 @@ from mllm.eval.baselines import offered
 from mllm.answering.decode import check_candidates
 from mllm.answering.view import Views
 from mllm.assembly import Assembly
-from mllm.config.parts import PromptSpec
+from mllm.config.prompt import PromptSpec
 from mllm.data.items import Item, question_text
 from mllm.errors import MLLMError
 from mllm.media.images import ImageSource

@@ -14,7 +14,7 @@ from mllm.eval.nearest import NEAREST, nearest_answers
 from mllm.answering.decode import for_encoded, make_decoding
 from mllm.answering.view import Views
 from mllm.assembly import Assembly
-from mllm.config.parts import PromptSpec
+from mllm.config.prompt import PromptSpec
 from mllm.data.items import Item, question_text
 from mllm.media.images import ImageSource
 from mllm.prompts.pieces import Piece

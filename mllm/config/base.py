@@ -1,8 +1,7 @@
-"""Define what the keys of all parts share."""
+"""Define what all mappings of a recipe have in common."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -23,8 +22,3 @@ class PartSpec(BaseModel):
     def options(self) -> dict[str, Any]:
         """Return the arguments of the part."""
         return dict(self.__pydantic_extra__ or {})
-
-
-def listed(value: Any) -> Any:
-    """Return a list: one mapping is short for a list of one, None for an empty list."""
-    return [] if value is None else [value] if isinstance(value, Mapping) else value

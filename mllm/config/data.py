@@ -14,7 +14,8 @@ from pydantic import (
     model_validator,
 )
 
-from mllm.config.parts import Spec, listed
+from mllm.config.base import Spec
+from mllm.config.parts import listed
 
 
 class DataSpec(BaseModel):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -11,20 +11,19 @@ from pydantic import (
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
+    ValidationInfo,
     field_validator,
     model_serializer,
     model_validator,
 )
 
-from mllm.config.base import PartSpec as PartSpec
-from mllm.config.base import Spec as Spec
-from mllm.config.base import listed as listed
-from mllm.config.encoders import EncoderSpec as EncoderSpec
-from mllm.config.encoders import add_resize as add_resize
-from mllm.config.encoders import encoders_in as encoders_in
+from mllm.config.base import PartSpec, Spec
+from mllm.config.prompt import PromptSpec
+from mllm.config.tiles import TilesSpec
 
 PARTS = ("encoder", "lm", "connector", "adapters", "heads", "tokens", "decoder")
 FROZEN = ("encoder", "lm", "decoder")  # unless a stage's 'train' names them, or something inside them
+RESIZING = ("transformers", "timm", "open-clip")  # types of encoders that have 'resize'
 
 
 def part_of(path: str) -> str:
@@ -81,6 +80,11 @@ def _distinct(heads: list[HeadSpec]) -> list[HeadSpec]:
     return heads
 
 
+def listed(value: Any) -> Any:
+    """Return a list: one mapping is short for a list of one, None for an empty list."""
+    return [] if value is None else [value] if isinstance(value, Mapping) else value
+
+
 Heads = Annotated[list[HeadSpec], BeforeValidator(listed), AfterValidator(_distinct)]
 Adapters = Annotated[list[PartSpec], BeforeValidator(listed)]
 Names = Annotated[list[str], BeforeValidator(listed)]
@@ -89,6 +93,77 @@ Names = Annotated[list[str], BeforeValidator(listed)]
 def switch(value: Any) -> Any:
     """Return ``on`` or ``off`` for a boolean, as which YAML reads these words where they are not quoted."""
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
+class EncoderSpec(PartSpec):
+    """The frozen encoder: which model, and which of its outputs. Every other key is an argument of its type."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+    type: str = "transformers"
+    fuse: Literal["width", "sequence"] | None = None  # how the encoders in 'of' are joined
+    of: Annotated[list[EncoderSpec] | None, BeforeValidator(lambda value: listed(value) or None)] = None
+    model: str | None = Field(default=None, min_length=1, validate_default=True)
+    layer: int | None = None  # index into the hidden states; null: the model's last output
+    select: Literal["patches", "pooled", "all"] = "patches"
+    resolution: int | None = Field(default=None, ge=1)  # pixels; null: the image processor's
+    resize: Literal["stretch", "crop", "pad"] | None = None  # how an image becomes a square; null: the model's own way
+    init: Literal["pretrained", "random"] = "pretrained"
+    tiles: TilesSpec | None = Field(default=None, discriminator="kind")  # null: every image is encoded as a whole
+
+    @model_validator(mode="after")
+    def _tiles_fit(self) -> EncoderSpec:
+        if any(member.tiles is not None for member in self.of or ()):
+            raise ValueError("tiles: encoders in 'of' cannot cut images. Leave tiles out")
+        if self.tiles is not None and self.type not in RESIZING:
+            raise ValueError(f"tiles: expected an encoder of type {', '.join(RESIZING)}")
+        if self.tiles is not None and self.resize not in (None, "stretch"):
+            raise ValueError(f"tiles: they decide how an image becomes squares, and resize is {self.resize}")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out tiles that are not there: a run that was written before is resumed unchanged."""
+        values: dict[str, Any] = write(self)
+        return {key: value for key, value in values.items() if key != "tiles" or value is not None}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fused(cls, values: Any) -> Any:
+        return {"type": "fuse", **values} if isinstance(values, dict) and values.get("fuse") else values
+
+    @field_validator("model")
+    @classmethod
+    def _some_model(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is None and not info.data.get("of") and info.data.get("type") == "transformers":
+            raise ValueError("give an installed part, a folder or a hub id")
+        return value
+
+    @property
+    def label(self) -> str:
+        """Return its name in tables: its model, or those of the encoders inside it."""
+        return self.model or " + ".join(member.label for member in self.of or ()) or self.type
+
+    def options(self) -> dict[str, Any]:
+        """Return the arguments of the encoder that differ from their defaults, without those in ``of``."""
+        return self.model_dump(exclude={"type", "of", "tiles"}, exclude_defaults=True)
+
+
+def encoders_in(parts: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the mappings of the encoder of a recipe, of its stages, or of a saved model, and of those inside it."""
+    for stage in parts.get("stages") or ():
+        yield from encoders_in(stage)
+    waiting = [parts.get("encoder")]
+    while waiting:
+        if isinstance(encoder := waiting.pop(), dict):
+            yield encoder
+            waiting += encoder.get("of") or []
+
+
+def add_resize(parts: Mapping[str, Any]) -> None:
+    """Set ``resize`` of encoders that were saved before there was this key: their images were stretched."""
+    for encoder in encoders_in(parts):
+        if "resize" not in encoder and encoder.get("type", "transformers") in RESIZING:
+            encoder["resize"] = "stretch"
 
 
 class LMSpec(Spec):
@@ -102,93 +177,6 @@ class LMSpec(Spec):
 
 
 # Words of the prompt format: where a recipe gives them, conversations are in these words, too.
-OWN_WORDS = ("question", "template")
-# Arguments of transformers' apply_chat_template that are given where a conversation is written.
-RESERVED = {
-    "conversation",
-    "add_generation_prompt",
-    "continue_final_message",
-    "tokenize",
-    "padding",
-    "truncation",
-    "max_length",
-    "return_tensors",
-    "return_dict",
-    "return_assistant_tokens_mask",
-    "tokenizer_kwargs",
-}
-
-
-class ExampleSpec(Spec):
-    """A solved example: an image, or words in its place, and the answer that follows the prompt."""
-
-    image: str | None = None  # a file
-    words: str = ""
-    question: str | None = None  # null: the answer is a caption
-    answer: str
-
-    @model_validator(mode="after")
-    def _one_of_two(self) -> ExampleSpec:
-        if bool(self.image) == bool(self.words):
-            raise ValueError("an example has an image, or words in its place: give one of the two")
-        return self
-
-
-class PromptSpec(Spec):
-    """The words around images and questions."""
-
-    template: str = "{images}{prompt}"  # the order of the images and the words below; null: this one
-    caption: str = "A picture of"
-    question: str = "Question: {question} Answer:"
-    examples: list[ExampleSpec] = []  # solved ones before every prompt
-    # Conversations: in these words; in the language model's own chat template; or auto, in the template if there is one
-    # and neither 'question' nor 'template' is given.
-    chat: Literal["auto", "own", "plain"] = "auto"
-    chat_options: dict[str, Any] = {}  # of the chat template, such as enable_thinking: false
-
-    @model_validator(mode="before")
-    @classmethod
-    def _default_template(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("template", "") is None:
-            return {key: value for key, value in values.items() if key != "template"}
-        return values
-
-    @model_validator(mode="after")
-    def _fields(self) -> PromptSpec:
-        if not re.fullmatch(r"[^{}]*\{images\}[^{}]*\{prompt\}", self.template):
-            raise ValueError("the template holds {images} once, and ends with {prompt}")
-        if self.chat == "auto" and self.model_fields_set & set(OWN_WORDS):
-            self.chat = "plain"
-        return self
-
-    @model_serializer(mode="wrap")
-    def _as_given(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out words that were not given, by which 'auto' decides, and examples and options if there are none.
-
-        So a run that was written before these keys is resumed unchanged.
-        """
-        values: dict[str, Any] = write(self)
-        unset = {key for key in ("examples", "chat_options") if not values.get(key)}
-        unset |= set(OWN_WORDS) if self.chat == "auto" else set()
-        return {key: value for key, value in values.items() if key not in unset}
-
-    @field_validator("chat_options")
-    @classmethod
-    def _of_the_template(cls, value: dict[str, Any]) -> dict[str, Any]:
-        """Refuse arguments of ``apply_chat_template`` that are not the template's."""
-        if reserved := sorted(set(value) & RESERVED):
-            raise ValueError(f"{', '.join(reserved)}: expected options of the chat template, such as enable_thinking")
-        return value
-
-    @field_validator("question")
-    @classmethod
-    def _has_one_field(cls, value: str) -> str:
-        """Refuse other braces: they would fail, or be replaced, only when the first question is asked."""
-        if value.count("{question}") != 1 or set(value.replace("{question}", "")) & set("{}"):
-            raise ValueError("expected {question} once, and no other braces")
-        return value
-
-
 class InitSpec(Spec):
     """Trained parts taken from another run."""
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 
+from mllm.config.base import Spec
 from mllm.config.data import Data
 from mllm.config.parts import (
     FROZEN,
@@ -16,7 +17,6 @@ from mllm.config.parts import (
     InitSpec,
     ObjectiveSpec,
     Parts,
-    Spec,
     listed,
     part_of,
     switch,

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from mllm.config.parts import PromptSpec
+from mllm.config.prompt import PromptSpec
 from mllm.media.images import ImageSource
 from mllm.prompts.formatting import SEPARATOR, examples, query_text, solved
 from mllm.prompts.messages import rendered

@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 
 from mllm.config.data import Data
-from mllm.config.parts import PromptSpec
+from mllm.config.prompt import PromptSpec
 from mllm.data.items import Item, pieces_of
 from mllm.data.lazy import Lazy
 from mllm.data.sources import Source, check_combinable, check_learnable

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from mllm.config.encoders import AnyResolutionSpec, EncoderSpec, TilesSpec
+from mllm.config.parts import EncoderSpec
+from mllm.config.tiles import AnyResolutionSpec, TilesSpec
 from mllm.encoders.base import Shape, on_meta
 from mllm.errors import MLLMError
 from mllm.hub import published

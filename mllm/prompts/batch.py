@@ -73,9 +73,10 @@ def encode(pieces: Sequence[Piece], *, lm: Any, num_visual: Counts, start: bool 
     """
     pieces = joined(pieces)
     if any(isinstance(piece, Template) for piece in pieces):
-        ids, tokens = [], _together(pieces, lm)
+        ids, tokens, turn_end = [], _together(pieces, lm), lm.text.turn_end
     else:
-        ids, tokens = list(lm.bos) if start else [], _apart(pieces, lm)
+        ids, tokens, turn_end = list(lm.bos) if start else [], _apart(pieces, lm), None
+    end = lm.eos if turn_end is None else turn_end
     visual, labels = [False] * len(ids), [IGNORED] * len(ids)
     ended, sizes = _ended(pieces, tokens), iter(counted(images_of(pieces), num_visual))
     for position, token in enumerate(tokens):
@@ -83,12 +84,12 @@ def encode(pieces: Sequence[Piece], *, lm: Any, num_visual: Counts, start: bool 
         learned = token.id is not None and any(map(_is_learned, pieces[token.first : token.last + 1]))
         new_labels = list(new) if learned else [IGNORED] * len(new)
         if position - 1 in ended and new:
-            new_labels[0] = lm.eos
+            new_labels[0] = end
         ids += new
         labels += new_labels
         visual += [token.id is None] * len(new)
     if pieces and isinstance(pieces[-1], Target) and pieces[-1].ends:
-        ids, labels, visual = [*ids, lm.eos], [*labels, lm.eos], [*visual, False]
+        ids, labels, visual = [*ids, end], [*labels, end], [*visual, False]
     labels[:1] = [IGNORED] * len(labels[:1])  # nothing precedes the first token, so nothing can predict it
     return Encoded(ids, visual, labels)
 

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from mllm.config.parts import PromptSpec
+from mllm.config.prompt import PromptSpec
 from mllm.errors import MLLMError
 from mllm.prompts.pieces import Piece, Target, Template
 from mllm.prompts.places import Place, places

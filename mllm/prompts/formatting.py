@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mllm.config.parts import PromptSpec
+from mllm.config.prompt import PromptSpec
 from mllm.media.images import source_of
 from mllm.prompts.pieces import Piece, answer_text, arrange
 

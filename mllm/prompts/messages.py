@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from mllm.config.parts import PromptSpec
+from mllm.config.prompt import PromptSpec
 from mllm.errors import MLLMError
 from mllm.media.images import open_image, source_of
 from mllm.prompts.chat_template import templated, uses_template

@@ -20,7 +20,7 @@ import pytest
 
 from mllm.__main__ import main
 from mllm.config.data import DataSpec
-from mllm.config.parts import PromptSpec
+from mllm.config.prompt import PromptSpec
 from mllm.data.items import Item, pieces_of
 from mllm.data.readers.captions import caption_folder, coco_captions
 from mllm.data.readers.conversations import llava, messages

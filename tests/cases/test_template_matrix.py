@@ -38,7 +38,7 @@ class Form:
         tail: what is generated between an answer's text and the end.
         last_end: what ends the last turn, where it is not in the template's text.
         image: what the template writes for an image, or None where it takes texts only.
-        system: whether the form has a system turn; ``text``: not beside images.
+        system: whether a conversation that ends with an answer may have a system turn.
         options: of the template.
         thinks: whether ``<think>`` and ``</think>`` are tokens, which are not special.
     """
@@ -52,7 +52,7 @@ class Form:
     tail: str = ""
     last_end: str | None = None
     image: str | None = None
-    system: bool | str = True
+    system: bool = True
     options: tuple[tuple[str, Any], ...] = ()
     thinks: bool = False
 
@@ -70,10 +70,9 @@ FORMS = {
         "<|eot_id|>",
         (*LLAMA_3, "<|image|>"),
         image="<|image|>",
-        system="text",
         options=(("date_string", "1 Jan 2026"),),
     ),
-    "mistral-v0.3": Form("legacy", "<s>", "</s>", "</s>", ("[INST]", "[/INST]"), lead=" "),
+    "mistral-v0.3": Form("legacy", "<s>", "</s>", "</s>", ("[INST]", "[/INST]"), lead=" ", system=False),
     "vicuna": Form("legacy", "<s>", "</s>", "</s>", lead=" "),
     "qwen2.5": Form("bytes", None, "<|im_end|>", "<|im_end|>", ("<|endoftext|>", *CHATML)),
     "qwen2.5-base": Form("bytes", None, "<|endoftext|>", "<|im_end|>", CHATML),
@@ -225,6 +224,10 @@ def messages_of(name: str, messages: list[Any]) -> list[Any]:
 def test_a_training_example_has_the_ids_of_apply_chat_template(models_of, example_of, encoded, name, system):
     model, form = models_of[name], FORMS[name]
     chat = [SYSTEM, *CHAT] if system else CHAT
+    if system and not form.system:  # the template drops the system turn without a word
+        with pytest.raises(MLLMError, match=r"loses turn 1 \(system\)"):
+            example_of(model, chat)
+        return
     expected = stock(model, name, chat)
     if form.last_end is not None:  # nothing in the template's text ends the last turn, so the end is added
         expected.append(model.lm.tokenizer.convert_tokens_to_ids(form.last_end))
@@ -305,19 +308,13 @@ def test_an_answer_stops_at_the_end_of_turn(models_of, prompt_of, scripted, name
     with scripted(model, word, end, word) as script:
         (answer,) = model.generate([prompt_of(model, CHAT[:-1])], max_new_tokens=8)
     assert script.tokens == 2
-    assert answer == model.lm.tokenizer.decode([word])
+    assert str(answer) == model.lm.tokenizer.decode([word]).strip()
 
 
 @pytest.mark.parametrize("name", ["llama-2", "mistral-v0.3", "gemma-3"])
 def test_turns_that_a_form_refuses_are_one_message(models_of, prompt_of, name):
     with pytest.raises(MLLMError, match="take turns"):
         prompt_of(models_of[name], [CHAT[0], CHAT[2]])
-
-
-def test_a_system_turn_beside_an_image_is_refused_where_the_form_refuses_it(models_of, prompt_of):
-    content = [{"type": "image", "image": IMAGE}, {"type": "text", "text": "What is it?"}]
-    with pytest.raises(MLLMError, match="no system turn beside images"):
-        prompt_of(models_of["llama-3.2-vision"], [SYSTEM, {"role": "user", "content": content}])
 
 
 @every_form

@@ -11,7 +11,7 @@ import pytest
 
 from mllm.config import loading as recipe
 from mllm.config.data import Data, DataSpec
-from mllm.config.parts import PromptSpec
+from mllm.config.prompt import PromptSpec
 from mllm.data.items import Item, pieces_of
 from mllm.data.lazy import Lazy
 from mllm.data.sources import Source, fingerprint, read, read_all

@@ -8,7 +8,7 @@ import pytest
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from mllm.config.parts import PromptSpec
+from mllm.config.prompt import PromptSpec
 from mllm.errors import MLLMError
 from mllm.lms.tokenizer import TextTokenizer
 from mllm.prompts.batch import IGNORED, Encoded, encode

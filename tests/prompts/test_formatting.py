@@ -9,7 +9,7 @@ import pytest
 import mllm
 from mllm.answering.generate import answer_each
 from mllm.config.messages import checked
-from mllm.config.parts import PromptSpec
+from mllm.config.prompt import PromptSpec
 from mllm.data.items import Item, pieces_of
 from mllm.errors import MLLMError
 from mllm.media.images import source_of

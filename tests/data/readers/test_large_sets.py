@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from mllm.config.data import DataSpec
-from mllm.config.parts import PromptSpec
+from mllm.config.prompt import PromptSpec
 from mllm.data.items import pieces_of
 from mllm.data.readers import tars
 from mllm.data.readers.documents import mmc4, obelics

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from mllm.config.data import DataSpec
-from mllm.config.parts import PromptSpec
+from mllm.config.prompt import PromptSpec
 from mllm.data.items import Item, pieces_of, question_text
 from mllm.data.readers.captions import caption_folder, caption_lines, coco_captions
 from mllm.data.readers.tables import table

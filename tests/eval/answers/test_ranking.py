@@ -7,7 +7,7 @@ from importlib import import_module
 import pytest
 import torch
 
-from mllm.config.parts import PartSpec
+from mllm.config.base import PartSpec
 from mllm.data.items import Item
 from mllm.encoders.dual_encoder import DualEncoder
 from mllm.errors import MLLMError

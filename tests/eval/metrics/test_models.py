@@ -11,7 +11,7 @@ import torch
 from transformers import CLIPModel, CLIPProcessor
 
 import mllm
-from mllm.config.parts import PartSpec
+from mllm.config.base import PartSpec
 from mllm.data.items import Item
 from mllm.encoders.dual_encoder import DualEncoder
 from mllm.errors import MLLMError
