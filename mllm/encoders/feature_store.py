@@ -29,6 +29,7 @@ from mllm.hub.fingerprints import tensor_hash
 from mllm.hub.identity import weights_of
 from mllm.hub.verified import DamagedFile, read_verified, save_verified
 from mllm.media.images import ImageSource, source_of
+from mllm.media.tiles import whole_images
 from mllm.model import Model
 from mllm.system import cache_dir
 
@@ -72,6 +73,10 @@ class FeatureStore:
                 self._cache(key, features[key])
         whole = torch.cat([features[key].to(self._model.device) for key in keys])
         return whole.unflatten(0, (-1, self._model.encoder.num_patches))
+
+    def whole(self, images: Sequence[Any]) -> Tensor:
+        """Return features ``(I, P, D_vis)`` of whole images, without those of further tiles."""
+        return whole_images(self(images), self._model.layouts(images))
 
     def _encoded(self, tiles: Sequence[Any]) -> Tensor:
         parts = [tiles[start : start + self._chunk] for start in range(0, len(tiles), self._chunk)]

@@ -42,7 +42,8 @@ def size_of(image: Any) -> tuple[int, int]:
         return size
     if isinstance(loaded := getattr(image, "image", None), Image.Image):
         return loaded.size
-    return _opened_size(image) if isinstance(image, ImageSource) else open_image(image).size
+    source: Any = image
+    return _opened_size(source) if isinstance(image, ImageSource) else open_image(image).size
 
 
 def label_of(image: Any) -> str:

@@ -93,9 +93,10 @@ def _check_length(model: Assembly, stage: Stage) -> None:
     length = model.tokens_per_image + len(model.lm.tokenize(stage.prompt.question))
     wanted = stage.decoding.get("max_new_tokens", 20)
     length += wanted if isinstance(wanted, int) else 1
+    most = "" if isinstance(model.counts, int) else "up to "
     if model.lm.context is not None and length > model.lm.context:
         raise MLLMError(
-            f"One image ({model.tokens_per_image} tokens), the prompt and the answer take {length} tokens, and the "
+            f"One image ({most}{model.tokens_per_image} tokens), the prompt and the answer take {length} tokens, and the "
             f"language model was made for {model.lm.context}. Set connector.tokens lower, or take another one."
         )
 
