@@ -96,8 +96,8 @@ def _check_length(model: Assembly, stage: Stage) -> None:
     most = "" if isinstance(model.counts, int) else "up to "
     if model.lm.context is not None and length > model.lm.context:
         raise MLLMError(
-            f"One image ({most}{model.tokens_per_image} tokens), the prompt and the answer take {length} tokens, and the "
-            f"language model was made for {model.lm.context}. Set connector.tokens lower, or take another one."
+            f"One image ({most}{model.tokens_per_image} tokens), the prompt and the answer take {length} tokens, and "
+            f"the language model was made for {model.lm.context}. Set connector.tokens lower, or take another one."
         )
 
 
