@@ -35,8 +35,6 @@ def calibrate(model: Model, features: Tensor) -> None:
         model: with a connector and a language model.
         features: ``(U, P, D_vis)`` of the tiles of real images.
     """
-    if (newline := model.connector.newline) is not None:
-        newline.mul_(model.lm.embedding_scale() / newline.float().std().clamp(min=1e-12))
     last = model.connector.output()
     if last is None:
         return

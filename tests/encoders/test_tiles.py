@@ -325,10 +325,13 @@ data:
   val: {{format: table, path: {tmp_path}/train.json}}
 optim: {{schedule: constant, warmup: 0}}
 stages:
-  - {{name: align, train: {{connector: 0.01}}, steps: 6, batch_size: 4, validate_every: 3}}
+  - {FIRST}
 """
     (tmp_path / "recipe.yaml").write_text(text)
     return str(tmp_path / "recipe.yaml")
+
+
+FIRST = "{name: align, train: {connector: 0.01}, steps: 6, batch_size: 4, validate_every: 3}"
 
 
 def losses(run: Any) -> list[float]:
@@ -345,6 +348,21 @@ def test_training_learns_the_newline_and_a_saved_model_has_it(recipe: str, tmp_p
     torch.testing.assert_close(again.connector.newline, model.connector.newline, rtol=0, atol=0)
     assert losses(run)[-1] < losses(run)[0]
     assert str(again.generate([QUESTIONS[0]])[0]) == str(model.generate([QUESTIONS[0]])[0])
+
+
+def test_a_stage_may_begin_to_cut_images(recipe: str, clip: str, tmp_path: Path) -> None:
+    """As LLaVA-NeXT is trained: the connector of the stage before is trained further, and not scaled anew."""
+    Path(recipe).write_text(
+        Path(recipe).read_text().replace(", tiles: {kind: anyres}", ", resize: stretch")
+        + f"  - {{name: cut, train: {{connector: 1.0e-9}}, steps: 1, batch_size: 2, "
+        f"encoder: {{model: {clip}, tiles: {{kind: anyres}}}}}}\n"
+    )
+    run = mllm.train(recipe, out=tmp_path / "both")
+    first = mllm.train(recipe, [f"stages=[{FIRST}]"], out=tmp_path / "first")
+    both, one = mllm.load(run.path, device="cpu"), mllm.load(first.path, device="cpu")
+    assert both.encoder.tiling is not None and one.encoder.tiling is None and one.connector.newline is None
+    for name, tensor in one.trained_state().items():
+        torch.testing.assert_close(both.trained_state()[name], tensor, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
