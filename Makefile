@@ -20,7 +20,7 @@ RUN := $(firstword $(filter-out $(wildcard runs/demo*),runs/demo $(addprefix run
 STARTED := $(shell date +%s)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint parts test-extras test-gpu docs clean
+.PHONY: help demo test test-slow lint parts test-extras test-gpu fuzz-server docs clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -64,6 +64,9 @@ test-extras: .venv-extras/.installed ## run the tests that need torchvision, in 
 
 docs: .venv-docs/.installed ## build the documentation site into site/
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+
+fuzz-server: parts ## load a server with good and hostile clients (SEED=1 CLIENTS=64 SECONDS=180)
+	$(BIN)/python tests/fuzz/test_server_load.py --seed $(or $(SEED),1) --clients $(or $(CLIENTS),64) --seconds $(or $(SECONDS),180)
 
 # Without a network and without .venv: scripts/test-gpu says how.
 test-gpu: ## run the tests that need a CUDA device, with figures of speed and memory

@@ -19,7 +19,8 @@ from mllm.assembly import Assembly
 from mllm.build import assemble
 from mllm.errors import MLLMError
 from mllm.prompts.pieces import arrange
-from mllm.serve.batcher import Answer, Batcher
+from mllm.serve.batcher import Batcher
+from mllm.serve.rows import Answer
 
 QUESTION = "Question: is there a {} in the picture or is it not there? Answer:"  # some 14 tokens
 THINGS = (
@@ -121,7 +122,7 @@ def clients(*, count: int = 16, tokens: int = 32, repeats: int, progress: Callab
     encoder = {"model": "mllm/mobilenet-v2", "select": "pooled"}
     model = assemble(encoder, {"model": LM, "dtype": "float32"}, {"type": "linear", "tokens": 4})
     prompts = [arrange(model.spec.prompt.template, [image], QUESTION.format("cat")) for image in noise_images(count)]
-    batcher = Batcher(model, size=count, waiting=count)
+    batcher = Batcher(model, size=count)
 
     def ask(prompt: Sequence[Any]) -> None:
         done = threading.Event()

@@ -59,5 +59,5 @@ def _reply(judge: LanguageModel, text: str) -> str:
         ids = torch.tensor([judge.tokenize(text, control=True)], device=judge.model.device)
     else:
         ids = torch.tensor([[*judge.bos, *judge.tokenize(text)]], device=judge.model.device)
-    (answer,) = judge.generate(torch.ones_like(ids), [Decoding(max_new_tokens=64)], input_ids=ids)
+    (answer,) = judge.generate(torch.ones_like(ids), [Decoding(max_new_tokens=64, shorten=True)], input_ids=ids)
     return str(judge.decode(answer))

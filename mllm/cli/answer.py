@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -95,6 +96,10 @@ def serve(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens of an answer.")] = 512,
     max_images: Annotated[int, typer.Option(min=0, help="Maximum images of a request.")] = 8,
     max_body: Annotated[int, typer.Option(min=1, help="Maximum size of a request in MB.")] = 32,
+    max_bodies: Annotated[int, typer.Option(min=1, help="Maximum size of all requests being read in MB.")] = 256,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Maximum megapixels of the images of all requests.")] = 128,
+    max_text: Annotated[int, typer.Option(min=1, help="Maximum characters of the texts of a request.")] = 2**19,
+    deadline: Annotated[float, typer.Option(min=1, help="Seconds in which a request must be sent.")] = 30.0,
     allow_host: Annotated[list[str] | None, typer.Option(help="A host that images may be downloaded from.")] = None,
     allow_folder: Annotated[list[Path] | None, typer.Option(help="A folder that images may be read from.")] = None,
     index: Index = None,
@@ -107,31 +112,33 @@ def serve(
     from mllm.readout.tokens import can_draw
 
     try:
-        import uvicorn
-
         from mllm.serve.app import create_app
+        from mllm.serve.connection import bind
+        from mllm.serve.connection import run as run_server
         from mllm.serve.schema import Limits
     except ImportError as error:
         raise MLLMError(
             f"The server needs {error.name}, which is not installed: pip install 'mllm-assembly[serve]'."
         ) from None
-    if token == "":
-        raise MLLMError("--token is empty, so every request would be answered. Give a token, or leave it out.")
     limits = Limits(
         body=max_body * 2**20,
+        bodies=max_bodies * 2**20,
+        pixels=max_pixels * 10**6,
+        characters=max_text,
+        deadline=deadline,
         images=max_images,
         max_new_tokens=max_new_tokens,
         batch=batch,
         waiting=waiting,
         hosts=allow_host or (),
         folders=allow_folder or (),
-        token=token,
+        token=os.environ.get("MLLM_TOKEN") if token is None else token,  # an empty variable is no option
     )
     options = _image_options(run, index, image_logit_bias, eager)
-    model = load_run(run, device, dtype)
-    show = {"index": None, "image_logit_bias": 0.0, **options} if options or can_draw(model) else None
-    server = create_app(model, run.resolve().name, limits, show)
-    uvicorn.run(server, host=host, port=port, log_level="info", timeout_keep_alive=5)
+    with bind(host, port) as bound:  # before the model is loaded, which takes a while
+        model = load_run(run, device, dtype)
+        show = {"index": None, "image_logit_bias": 0.0, **options} if options or can_draw(model) else None
+        run_server(create_app(model, run.resolve().name, limits, show), limits, bound)
 
 
 def export(

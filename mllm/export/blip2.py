@@ -22,6 +22,7 @@ from mllm.export.stock import (
     build_stock,
     causal_lm,
     check_adapters,
+    check_prompt,
     check_vocabulary,
     each,
     finished,
@@ -41,16 +42,17 @@ def blip2(model: Model) -> StockModel:
     Raises:
         MLLMError: the model is not equivalent to that class; the message has all reasons.
     """
-    qformer, (vision, tower), *_ = each(
+    qformer, (vision, tower), *_, template = each(
         lambda: _qformer_config(model),
         lambda: _blip2_tower(model),
         lambda: check_adapters(model),
         lambda: check_vocabulary(model),
         lambda: causal_lm(model),
+        lambda: check_prompt(model),
     )
     lm, connector = merged_lm(model), model.connector
     image_id, tokenizer = with_image_token(model)
-    processor = make_processor(model, tokenizer, int(vision.patch_size), "full")
+    processor = make_processor(model, tokenizer, template, patch=int(vision.patch_size), strategy="full")
     text = text_config(model, lm)
     config = Blip2Config(
         vision_config=vision,

@@ -12,6 +12,7 @@ from mllm.export.files import needs_5
 from mllm.export.stock import IMAGE
 from mllm.hub.embedded_list import PARTS
 from mllm.model import Model
+from mllm.prompts.formatting import formatted
 from mllm.version import __version__
 
 CARD = """\
@@ -58,7 +59,7 @@ processor = AutoProcessor.from_pretrained(FOLDER, backend="pil")  # transformers
 model = AutoModelForImageTextToText.from_pretrained(FOLDER, dtype="auto")
 caption = {caption!r}
 question = {question!r}
-inputs = processor(images=[image], text=question.format(question="What is in the image?"), return_tensors="pt")
+inputs = processor(images=[image], text=question.replace("{{question}}", "What is in the image?"), return_tensors="pt")
 answer = model.generate(**inputs.to(model.dtype), max_new_tokens=20)[:, inputs["input_ids"].shape[1]:]
 print(processor.tokenizer.decode(answer[0], skip_special_tokens=True))
 ```
@@ -96,8 +97,8 @@ def card(model: Model, to: str, stock: Any, comparisons: Sequence[Comparison], *
     worst = max(comparisons, key=lambda one: one.difference)
     options = ", ".join(f"{key}: {value}" for key, value in spec.connector.options().items())
     prompts = {
-        "caption": spec.prompt.template.format(images=IMAGE, prompt=spec.prompt.caption),
-        "question": spec.prompt.template.format(images=IMAGE, prompt=spec.prompt.question),
+        "caption": "".join(formatted(spec.prompt, [IMAGE], spec.prompt.caption)),
+        "question": "".join(formatted(spec.prompt, [IMAGE], spec.prompt.question)),
     }
     equivalence = (EXACTLY if dtype == "float32" else ROUNDED).format(
         dtype=dtype,

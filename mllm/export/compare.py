@@ -13,6 +13,7 @@ from torch import Tensor
 from mllm.errors import MLLMError
 from mllm.export.probes import Probe, inputs_of
 from mllm.lms.decoding import Decoding
+from mllm.lms.generation import answer_ids
 from mllm.model import Model
 
 TOKENS = 12  # generated tokens per probe
@@ -80,7 +81,7 @@ def _references(model: Model, probes: Sequence[Probe], image: int) -> list[Refer
         encoded = model.encode(probe.pieces)
         ids = [image if visual else token for token, visual in zip(encoded.ids, encoded.visual, strict=True)]
         pixels = model.encoder.preprocess(probe.images)
-        results.append(Reference(ids, pixels, _logits(model, probe), _answer(answer, model)))
+        results.append(Reference(ids, pixels, _logits(model, probe), answer))
     return results
 
 
@@ -173,14 +174,8 @@ def _generated(model: Model, stock: Any, processor: Any, probes: Sequence[Probe]
     for group in [probes] if model.lm.whole_batches else [[probe] for probe in probes]:
         inputs = inputs_of(processor, group).to(stock.dtype)
         ids = stock.generate(**inputs, max_new_tokens=TOKENS)[:, inputs["input_ids"].shape[1] :]
-        rows += [_answer(row, model) for row in ids.tolist()]
+        rows += [answer_ids(model.lm.text, row) for row in ids.tolist()]
     return rows
-
-
-def _answer(ids: list[int], model: Model) -> list[int]:
-    """Return the tokens before the first that ends an answer."""
-    stops = model.lm.text.ends
-    return ids[: next((place for place, token in enumerate(ids) if token in stops), len(ids))]
 
 
 def _check_inputs(inputs: Any, reference: Reference) -> None:

@@ -69,7 +69,7 @@ def export(model: Model, folder: str | Path, *, to: str, dtype: str = "float32")
         with _on_cpu_in_float32(model):
             stock = _converted(model, to)
             gc.collect()  # the language model of which it was made, and which may hold merged weights
-            probes = make_probes(model, chats=stock.processor.chat_template is not None)
+            probes = make_probes(model)
             expected = references(model, probes, stock.model.config.image_token_id)
             allowed = exact
             if half:  # the class is compared before its weights are rounded, and once more from the folder

@@ -16,6 +16,7 @@ from mllm.export.stock import (
     build_stock,
     causal_lm,
     check_adapters,
+    check_prompt,
     check_vocabulary,
     each,
     finished,
@@ -34,16 +35,17 @@ def llava(model: Model) -> StockModel:
     Raises:
         MLLMError: the model is not equivalent to that class; the message has all reasons.
     """
-    (first, second, act), (tower, layer, strategy), *_ = each(
+    (first, second, act), (tower, layer, strategy), *_, template = each(
         lambda: _projector(model),
         lambda: _hidden_state(model),
         lambda: check_adapters(model),
         lambda: check_vocabulary(model),
         lambda: _check_output_layer(model),
+        lambda: check_prompt(model),
     )
     lm = merged_lm(model)
     image_id, tokenizer = with_image_token(model)
-    processor = make_processor(model, tokenizer, int(tower.config.patch_size), strategy)
+    processor = make_processor(model, tokenizer, template, patch=int(tower.config.patch_size), strategy=strategy)
     text = text_config(model, lm)
     config = LlavaConfig(
         vision_config=tower.config,

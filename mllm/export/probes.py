@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import TemplateError
 from PIL import Image
 
 from mllm.errors import MLLMError
 from mllm.export.stock import IMAGE
 from mllm.media.images import open_image
 from mllm.model import Model
+from mllm.prompts.formatting import formatted
 from mllm.prompts.messages import checked_messages, message, text_part, turns
-from mllm.prompts.pieces import Piece, arrange, images_of
+from mllm.prompts.pieces import Piece, images_of
 
 QUESTION = "What is in the picture?"
 
@@ -52,25 +52,20 @@ class Probe:
         return str(processor.apply_chat_template(self.messages, add_generation_prompt=True))
 
 
-def make_probes(model: Model, *, chats: bool) -> list[list[Probe]]:
-    """Return prompts in the recipe's words, and conversations that the model takes; they have several lengths.
-
-    Args:
-        model: the model.
-        chats: with conversations.
-    """
+def make_probes(model: Model) -> list[list[Probe]]:
+    """Return prompts in the recipe's words, and conversations that the model takes; they have several lengths."""
     first, second = NOISE, GRADIENT
     prompt = model.spec.prompt
     question = prompt.question.format(question=QUESTION)
     prompts = [
-        arrange(prompt.template, [first], prompt.caption),
-        arrange(prompt.template, [second], question),
-        arrange(prompt.template, [first, second], question),
+        formatted(prompt, [first], prompt.caption),
+        formatted(prompt, [second], question),
+        formatted(prompt, [first, second], question),
     ]
     texts = [
         Probe(pieces, "".join(piece if isinstance(piece, str) else IMAGE for piece in pieces)) for pieces in prompts
     ]
-    return [texts, _conversations(model)] if chats else [texts]
+    return [kind for kind in (texts, _conversations(model)) if kind]
 
 
 def inputs_of(processor: Any, probes: Sequence[Probe]) -> Any:
@@ -109,7 +104,7 @@ def _conversations(model: Model) -> list[Probe]:
     for messages in conversations:
         try:
             probes.append(Probe(turns(model, checked_messages(messages)), messages=messages))
-        except (MLLMError, TemplateError):  # a template without a system message, for example
+        except MLLMError:  # a template without a system message, for example
             continue
     return probes
 

@@ -73,6 +73,20 @@ def check_vocabulary(model: Model) -> None:
         )
 
 
+def check_prompt(model: Model) -> str:
+    """Return the chat template.
+
+    Raises:
+        MLLMError: no Jinja template formats conversations as this model does, or images stand before every prompt.
+    """
+    if any(example.image is not None for example in model.spec.prompt.examples):
+        raise MLLMError(
+            "The recipe's solved examples (prompt.examples) have images, and a processor of transformers has no images "
+            "of its own. Export a model whose examples have words in an image's place, or that has none."
+        )
+    return chat_template(model, IMAGE)
+
+
 def merged_lm(model: Model) -> Any:
     """Return the language model without adapters, which shares the weights that a LoRA does not change."""
     if not model.spec.adapters:
@@ -137,7 +151,7 @@ def with_image_token(model: Model) -> tuple[int, Any]:
     return int(tokenizer.convert_tokens_to_ids(IMAGE)), tokenizer
 
 
-def make_processor(model: Model, tokenizer: Any, patch: int, strategy: str) -> Any:
+def make_processor(model: Model, tokenizer: Any, template: str, *, patch: int, strategy: str) -> Any:
     """Return the processor: every ``<image>`` of a prompt becomes as many image tokens as an image has here.
 
     It is LLaVA's for every class: that of BLIP-2 has no chat template, and one image before everything else.
@@ -145,6 +159,7 @@ def make_processor(model: Model, tokenizer: Any, patch: int, strategy: str) -> A
     Args:
         model: the model.
         tokenizer: with the image token.
+        template: the chat template.
         patch: the side of the encoder's patches in pixels.
         strategy: LLaVA's ``vision_feature_select_strategy``.
     """
@@ -156,7 +171,7 @@ def make_processor(model: Model, tokenizer: Any, patch: int, strategy: str) -> A
         vision_feature_select_strategy=strategy,
         num_additional_image_tokens=model.connector.num_tokens - patches + (strategy == "default"),
         image_token=IMAGE,
-        chat_template=chat_template(model, IMAGE),
+        chat_template=template,
     )
 
 

@@ -154,10 +154,10 @@ def _generate_group(lm: LanguageModel, group: Group, decodings: Sequence[Decodin
             **{name: _for_beams(value, len(decodings), first.num_beams) for name, value in group.inputs.items()},
         )
     new = out[:, group.start :].tolist()
-    return [_answer(text, ids)[: decoding.max_new_tokens] for ids, decoding in zip(new, decodings, strict=True)]
+    return [answer_ids(text, ids)[: decoding.max_new_tokens] for ids, decoding in zip(new, decodings, strict=True)]
 
 
-def _answer(text: TextTokenizer, ids: list[int]) -> list[int]:
+def answer_ids(text: TextTokenizer, ids: list[int]) -> list[int]:
     """Return the ids of an answer, without its end and the padding after it."""
     ids = text.until_end(ids)
     while ids and ids[-1] == text.pad:

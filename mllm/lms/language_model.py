@@ -8,7 +8,6 @@ at the positions asked for.
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -23,6 +22,7 @@ from mllm.hub.identity import of_language_model
 from mllm.lms import generation
 from mllm.lms.cross_attention import EmbeddingsWithMemory
 from mllm.lms.decoding import Decoding
+from mllm.lms.prepared import frozen, quantization
 from mllm.lms.runners import probes
 from mllm.lms.runners.base import Runner
 from mllm.lms.runners.choose import choose_runner
@@ -67,16 +67,8 @@ class LanguageModel(nn.Module):
         options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
         if quantize is not None:
             # Without a map, transformers puts them on a GPU where there is one, whatever the rest of the model does.
-            options |= {"quantization_config": _quantization(quantize), "device_map": {"": device}}
-        self.model = hub.load_model(hub.language_class(folder), folder, init=init, seed=seed, **options)
-        self.model.requires_grad_(False).eval()
-        if (head := self.model.get_output_embeddings()) is not None:
-            head.register_forward_pre_hook(_make_contiguous)
-        for module in self.model.modules():
-            # bitsandbytes' fast 4-bit layout for CPUs, chosen at the first pass without a gradient, makes every later
-            # gradient wrong, and lets results depend on earlier passes.
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = False
+            options |= {"quantization_config": quantization(quantize), "device_map": {"": device}}
+        self.model = frozen(hub.load_model(hub.language_class(folder), folder, init=init, seed=seed, **options))
         self.text = TextTokenizer(tokenizer, self.model)
         self._folder, self._init = folder, init
         self._prefix_length = 0  # of adapters
@@ -283,16 +275,3 @@ class LanguageModel(nn.Module):
             MLLMError: rows that cannot be decoded together (`check_batch`), or an answer past the context (`fitted`).
         """
         return generation.generate(self, mask, decodings, cache=cache, streamer=streamer, **inputs)
-
-
-def _make_contiguous(_: nn.Module, args: Any) -> Any:
-    """Make the input of the output embeddings contiguous: with a slice torch copies the vocabulary for each row."""
-    return (args[0].contiguous(), *args[1:])
-
-
-def _quantization(kind: str) -> Any:
-    from transformers import BitsAndBytesConfig
-
-    # It appears in every pass of a float32 model: 8-bit layers cast their inputs.
-    warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
-    return BitsAndBytesConfig(load_in_8bit=kind == "8bit", load_in_4bit=kind == "4bit", bnb_4bit_quant_type="nf4")

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StopStringCriteria
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria
 from transformers.generation.logits_process import (
     EpsilonLogitsWarper,
     EtaLogitsWarper,
@@ -72,8 +72,7 @@ class RowLimits(StoppingCriteria):
     def __init__(self, decodings: Sequence[Decoding], *, start: int, tokenizer: Any) -> None:
         self._start, self._decodings = start, list(decodings)
         self._stops = [
-            StopStringCriteria(tokenizer, decoding.stop_strings) if decoding.stop_strings else None
-            for decoding in decodings
+            StopStrings(tokenizer, decoding.stop_strings) if decoding.stop_strings else None for decoding in decodings
         ]
 
     def __call__(self, input_ids: Tensor, scores: Any, **options: Any) -> Any:
@@ -86,7 +85,30 @@ class RowLimits(StoppingCriteria):
         full = decoding.max_new_tokens is not None and new.shape[1] >= decoding.max_new_tokens
         if full or (decoding.cancelled is not None and decoding.cancelled()):
             return new.new_ones(len(new), dtype=torch.bool)
-        return new.new_zeros(len(new), dtype=torch.bool) if stop is None else stop(new, None)
+        if stop is None:
+            return new.new_zeros(len(new), dtype=torch.bool)
+        return torch.tensor([stop.ends(ids) for ids in new.tolist()], device=new.device)
+
+
+class StopStrings:
+    """Recognises stop strings at the end of a text, control words included.
+
+    `StopStringCriteria` of `transformers` compares every stop string with every token of the vocabulary, at each of its
+    characters, which takes seconds to minutes for a long one.
+
+    Args:
+        tokenizer: of `transformers`.
+        stops: a text or several.
+    """
+
+    def __init__(self, tokenizer: Any, stops: str | Sequence[str]) -> None:
+        self._tokenizer, self._stops = tokenizer, [stops] if isinstance(stops, str) else list(stops)
+        self._tail = 4 * max(map(len, self._stops)) + 4  # tokens: a character has up to four, one for each byte
+
+    def ends(self, ids: Sequence[int]) -> bool:
+        """Whether a stop string is in the text of the last ids."""
+        text = self._tokenizer.decode(ids[-self._tail :], clean_up_tokenization_spaces=False)
+        return any(stop in text for stop in self._stops)
 
 
 def _warpers(decoding: Decoding) -> LogitsProcessorList:

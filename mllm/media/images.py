@@ -24,6 +24,7 @@ from mllm.system import is_hidden
 
 MAX_BYTES = 64 * 2**20
 MAX_PIXELS = 64_000_000  # checked in the header, before anything is decoded
+MAX_SIDE = 65_535  # of JPEG; memory is also needed for every row
 SUFFIXES = suffixes()  # of images in a folder
 
 
@@ -115,6 +116,15 @@ def open_image(image: Any) -> Image.Image:
     )
 
 
+def size_of(image: ImageBytes) -> tuple[int, int]:
+    """Return the width and height that a file declares, without decoding it.
+
+    Raises:
+        MLLMError: it is not an image, or is too large.
+    """
+    return _opened(image.data, image.label).size
+
+
 def source_of(image: Any) -> ImageSource:
     """Return an image of any accepted form as an `ImageSource`."""
     if isinstance(image, ImageSource):
@@ -203,10 +213,17 @@ def _read(path: Path) -> bytes:
 
 
 def _decode(data: bytes, label: str) -> Image.Image:
+    return _rgb(_opened(data, label), label)
+
+
+def _opened(data: bytes, label: str) -> Image.Image:
+    """Return an image that is not decoded yet, after a check of its size."""
     if len(data) > MAX_BYTES:
         raise MLLMError(f"{label}: {len(data)} bytes; at most {MAX_BYTES} are read. Make it smaller.")
     with _readable_errors(label):
-        return _rgb(Image.open(io.BytesIO(without_texts(data)), formats=formats_of(data, label)), label)
+        image = Image.open(io.BytesIO(without_texts(data)), formats=formats_of(data, label))
+    _check_size(image, label)
+    return image
 
 
 @contextlib.contextmanager
@@ -228,10 +245,16 @@ def _readable_errors(label: str) -> Iterator[None]:
 
 def _rgb(image: Image.Image, label: str) -> Image.Image:
     """Return an RGB image, after a check of its size."""
+    _check_size(image, label)
+    with _readable_errors(label):
+        return to_rgb(image)
+
+
+def _check_size(image: Image.Image, label: str) -> None:
     width, height = image.size
     if not width or not height:
         raise MLLMError(f"{label} has no pixels: its size is {width} x {height}. Give another image.")
     if width * height > MAX_PIXELS:
         raise MLLMError(f"{label}: {width} x {height} pixels; at most {MAX_PIXELS} are decoded. Make it smaller.")
-    with _readable_errors(label):
-        return to_rgb(image)
+    if max(width, height) > MAX_SIDE:
+        raise MLLMError(f"{label}: {width} x {height} pixels; a side has at most {MAX_SIDE}. Make it smaller.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 CHANNELS = (1, 3, 4)
+BLOCK = 2**18  # pixels that are scaled at a time
 FORMS = "uint8, or floats of 0 to 1 or of 0 to 255; (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), or channels first"
 
 
@@ -88,12 +90,26 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _eight_bits(image: Image.Image, transparent: Any) -> Image.Image:
     """Return greyscale of more than 8 bits in 8, with an alpha channel if one of its values is transparent."""
-    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-    white = 65535.0 if image.mode.startswith("I;16") else _white(float(values.max()), floats=image.mode == "F")
-    grey = Image.fromarray((values.clip(0, white) / white * 255).round().astype(np.uint8))
+    values = np.asarray(image)
+    highest = max(float(block.max()) for _, block in _blocks(values))
+    white = 65535.0 if image.mode.startswith("I;16") else _white(highest, floats=image.mode == "F")
+    grey, alpha = np.empty(values.shape, np.uint8), np.empty(values.shape, np.uint8)
+    for rows, block in _blocks(values):
+        grey[rows] = (block.clip(0, white) / white * 255).round()
+        if isinstance(transparent, int):
+            alpha[rows] = np.where(block == transparent, 0, 255)
+    eight_bits = Image.fromarray(grey)
     if isinstance(transparent, int):
-        grey.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
-    return grey
+        eight_bits.putalpha(Image.fromarray(alpha))
+    return eight_bits
+
+
+def _blocks(values: Array) -> Iterator[tuple[slice, Array]]:
+    """Yield a few rows at a time as finite floats, since those of a whole image would take much memory."""
+    rows = max(1, BLOCK // values.shape[1])
+    for start in range(0, len(values), rows):
+        block = slice(start, start + rows)
+        yield block, np.nan_to_num(values[block].astype(np.float64))
 
 
 def _white(highest: float, *, floats: bool) -> float:

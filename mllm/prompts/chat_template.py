@@ -6,6 +6,7 @@ thinking out. A second rendering, with unguessable marks inside every text, says
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -45,7 +46,7 @@ def templated(messages: Sequence[dict[str, Any]], prompt: PromptSpec, lm: Any, *
     Raises:
         MLLMError: the template refuses the conversation, or leaves a turn or an image out.
     """
-    renderer, text, parts = _rendered(messages, prompt, lm, generation=not learn)
+    renderer, text, parts = filled(messages, prompt, lm, generation=not learn)
     learned, without_end = _learned(renderer, text, parts, lm) if learn else ([], set())
     return _pieces(text, parts, learned, without_end)
 
@@ -73,21 +74,45 @@ def end_of_turn(prompt: PromptSpec, lm: Any) -> int | None:
     return None
 
 
-def _rendered(
+def filled(
     messages: Sequence[dict[str, Any]], prompt: PromptSpec, lm: Any, *, generation: bool
 ) -> tuple[Renderer, str, list[Place]]:
-    """Return a conversation, rendered in the first form that the template takes, and the places of its parts."""
+    """Return a conversation, rendered in the first form that the template takes, and the places of its parts.
+
+    Raises:
+        MLLMError: the template takes it in no form.
+    """
     has_image = any(part["type"] == "image" for message in messages for part in message["content"])
     forms: tuple[Form, ...] = ("either", "parts", "text") if has_image else ("text", "parts")
-    errors = []
+    errors: list[Unfit] = []
     for form in forms:
-        renderer = Renderer(messages, form, tokenizer=lm.tokenizer, options=prompt.chat_options, generation=generation)
+        if has_image and form == "text" and any(error.refusal for error in errors) and _takes_images(prompt, lm):
+            break  # in a text, the template would not know of the images for which it refuses the conversation
         try:
-            text = renderer.render()
-            return renderer, text, places(renderer, text)
+            return _in_form(form, messages, prompt, lm, generation=generation)
         except Unfit as error:
             errors.append(error)
     raise MLLMError(str(max(errors, key=lambda error: error.weight)))
+
+
+def _takes_images(prompt: PromptSpec, lm: Any) -> bool:
+    """Whether the template takes images as parts of a message."""
+    turn = {"role": "user", "content": [{"type": "image", "image": object()}, {"type": "text", "text": "What is it?"}]}
+    forms: tuple[Form, ...] = ("either", "parts")
+    for form in forms:
+        with contextlib.suppress(Unfit):
+            _in_form(form, [turn], prompt, lm, generation=True)
+            return True
+    return False
+
+
+def _in_form(
+    form: Form, messages: Sequence[dict[str, Any]], prompt: PromptSpec, lm: Any, *, generation: bool
+) -> tuple[Renderer, str, list[Place]]:
+    """Return a conversation, rendered in a form, and the places of its parts."""
+    renderer = Renderer(messages, form, tokenizer=lm.tokenizer, options=prompt.chat_options, generation=generation)
+    text = renderer.render()
+    return renderer, text, places(renderer, text)
 
 
 def _learned(renderer: Renderer, text: str, parts: Sequence[Place], lm: Any) -> tuple[list[Range], set[int]]:

@@ -16,6 +16,7 @@ from mllm.errors import MLLMError
 Form = Literal["either", "parts", "text"]
 Kind = Literal["start", "end", "image"]  # of a mark
 KINDS: tuple[Kind, ...] = ("start", "end", "image")
+REFUSAL = 2  # the weight of a template's own error
 PLAIN = "or write conversations in the recipe's own words: prompt.chat=plain."
 
 
@@ -30,6 +31,11 @@ class Unfit(MLLMError):
     def __init__(self, message: str, weight: int) -> None:
         super().__init__(message)
         self.weight = weight
+
+    @property
+    def refusal(self) -> bool:
+        """Whether the template itself refuses the conversation, in its own words."""
+        return self.weight == REFUSAL
 
 
 class Numbered(NamedTuple):
@@ -98,7 +104,7 @@ class Renderer:
             )
         except Exception as error:  # a template is a program: it may raise anything
             reason = f"The chat template refuses this conversation: {error}. Change its turns, {PLAIN}"
-            raise Unfit(reason, 2 if type(error) is TemplateError else 0) from error
+            raise Unfit(reason, REFUSAL if type(error) is TemplateError else 0) from error
         if self._printed in text:
             raise Unfit(f"The chat template takes texts, and prints a list of parts as it is. Change it, {PLAIN}", 0)
         return str(text)

@@ -37,14 +37,17 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {  # fields of OpenAI's schema that wo
     "verbosity": ("medium",),
     "web_search_options": (),
 }
+MAX_MARKS = 250_000  # brackets and commas of a body, which become objects of some 80 bytes each
 
 
-def read_completion(body: bytes) -> Completion:
+def read_completion(body: bytes | bytearray) -> Completion:
     """Return a request for a chat completion.
 
     Raises:
         Refused: it is not JSON, has text that is not Unicode, or a field that is unknown, not supported or invalid.
     """
+    if (marks := sum(map(body.count, (b"[", b"{", b",")))) > MAX_MARKS:
+        raise invalid_request(f"The body has {marks} brackets and commas; at most {MAX_MARKS} are read. Shorten it.")
     try:
         values = json.loads(body, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:

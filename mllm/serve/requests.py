@@ -1,40 +1,141 @@
-"""Read requests: check their token and size, open their images, and turn their messages into a prompt."""
+"""Turn the messages of a request into a prompt: read their images, check their length, and open the images."""
 
 from __future__ import annotations
 
-import secrets
+from collections.abc import Iterator
 from typing import Any
 
 from jinja2 import TemplateError
 
 from mllm.errors import MLLMError
-from mllm.media.images import open_image, source_of
+from mllm.media.data_urls import from_data_url, is_data_url
+from mllm.media.images import ImageBytes, open_image, size_of, source_of
 from mllm.model import Model
 from mllm.prompts.messages import checked_messages, turns
 from mllm.prompts.pieces import images_of
 from mllm.serve.remote import Remote
-from mllm.serve.schema import Limits, Refused, error_response
+from mllm.serve.schema import Limits
+
+MAX_PARTS = 4096  # messages and their parts
+TEXT_PER_TOKEN = 64  # characters; a text with more of them per token of the context is not tokenized
+SLICE = 2**15  # characters of a long text that are tokenized at a time
+SPARE = 64  # tokens by which a slice's number may differ from its number in the whole text
 
 
-def prompt_of(model: Model, messages: list[dict[str, Any]], remote: Remote, limits: Limits) -> list[Any]:
-    """Return a conversation as a prompt whose images are opened and whose length fits.
+def needs_remote(messages: list[dict[str, Any]]) -> bool:
+    """Whether an image is in a file or on a host."""
+    return any(not is_data_url(url) for url in map(_url, _parts(messages)) if url is not None)
+
+
+def with_images(model: Model, messages: list[dict[str, Any]], remote: Remote, limits: Limits) -> list[dict[str, Any]]:
+    """Return checked messages with the bytes of their images; local paths in them are never opened.
 
     Raises:
-        MLLMError: the conversation is not one that this model can answer.
+        MLLMError: the messages are not in OpenAI's schema, have too many images, or one that cannot be read.
     """
-    contents = [message.get("content") for message in messages]
-    parts = [part for content in contents if isinstance(content, list) for part in content]
+    parts = list(_parts(messages))
+    if len(messages) + len(parts) > MAX_PARTS:
+        raise MLLMError(f"The request has {len(messages)} messages with {len(parts)} parts; at most {MAX_PARTS}.")
     count = sum(isinstance(part, dict) and part.get("type") == "image_url" for part in parts)
     if count > limits.images:
         raise MLLMError(f"The request has {count} images; at most {limits.images} are allowed.")
     if count and (model.encoder is None or model.connector is None):
         raise MLLMError("This model has no encoder and connector, so it takes no images: send text alone.")
-    checked = checked_messages([_message(message, remote) for message in messages])
+    reader = _Reader(remote, limits.body)
+    checked = checked_messages([_message(message, reader) for message in messages])
     if checked[-1]["role"] != "user":
         raise MLLMError("The last message must be the user's, which is answered.")
-    pieces = _pieces(model, checked)
+    return checked
+
+
+def prompt_of(model: Model, messages: list[dict[str, Any]], limits: Limits) -> list[Any]:
+    """Return checked messages as a prompt whose length fits.
+
+    Raises:
+        MLLMError: the conversation is not one that this model can answer.
+    """
+    _check_texts(model.lm, [part["text"] for part in _parts(messages) if part["type"] == "text"], limits)
+    pieces = _pieces(model, messages)
     model.encode(pieces)
-    return [model.encoder.open(piece) if images_of([piece]) else piece for piece in pieces]
+    return pieces
+
+
+def pixels_of(prompt: list[Any]) -> int:
+    """Return the number of pixels of a prompt's images, as their files declare it.
+
+    Raises:
+        MLLMError: one is not an image, or too large.
+    """
+    sizes = [size_of(image) for image in images_of(prompt)]
+    return sum(width * height for width, height in sizes)
+
+
+def opened(model: Model, prompt: list[Any]) -> list[Any]:
+    """Return a prompt with its images opened."""
+    if model.encoder is None:
+        return prompt
+    return [model.encoder.open(source_of(open_image(one))) if images_of([one]) else one for one in prompt]
+
+
+class _Reader:
+    """Reads the images of one request.
+
+    Args:
+        remote: reads those that are not in the request.
+        limit: of the bytes of those.
+    """
+
+    def __init__(self, remote: Remote, limit: int) -> None:
+        self._remote, self._left = remote, limit
+
+    def read(self, url: str) -> ImageBytes:
+        """Return an image, not decoded."""
+        if is_data_url(url):
+            return ImageBytes(from_data_url(url, len(url)), "the data URL")
+        data = self._remote.read(url, self._left)
+        self._left -= len(data)
+        return ImageBytes(data, f"the image of {len(data)} bytes")
+
+
+def _parts(messages: list[dict[str, Any]]) -> Iterator[Any]:
+    """Yield the parts of all messages."""
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, list):
+            yield from content
+
+
+def _url(part: Any) -> str | None:
+    """Return the URL of a part that is an image."""
+    image = part.get("image_url") if isinstance(part, dict) and part.get("type") == "image_url" else None
+    url = image.get("url") if isinstance(image, dict) else image
+    return url if isinstance(url, str) else None
+
+
+def _check_texts(lm: Any, texts: list[str], limits: Limits) -> None:
+    """Refuse texts that are far too long without tokenizing all of them.
+
+    Raises:
+        MLLMError: they have too many characters, or their start has too many tokens already.
+    """
+    length, context = sum(map(len, texts)), lm.context
+    most = limits.characters if context is None else min(limits.characters, TEXT_PER_TOKEN * context)
+    if length > most:
+        raise MLLMError(
+            f"The messages have {length} characters; at most {most} are read"
+            f"{'' if context is None else f': the context is {context} tokens'}. Shorten them."
+        )
+    if context is None or length <= SLICE:
+        return
+    left = context
+    for text in texts:
+        for start in range(0, len(text), SLICE):
+            left -= max(0, len(lm.tokenize(text[start : start + SLICE])) - SPARE)
+            if left < 0:
+                raise MLLMError(
+                    f"The messages have {length} characters, which are more tokens than the language model's context "
+                    f"is long: the context is {context} tokens. Shorten them."
+                )
 
 
 def _pieces(model: Model, messages: list[dict[str, Any]]) -> list[Any]:
@@ -47,8 +148,8 @@ def _pieces(model: Model, messages: list[dict[str, Any]]) -> list[Any]:
         raise MLLMError(f"The model's chat template refuses the conversation: {reason}. Change its messages.") from None
 
 
-def _message(message: dict[str, Any], remote: Remote) -> dict[str, Any]:
-    """Return a message of OpenAI's schema with its images read; local paths in it are never opened."""
+def _message(message: dict[str, Any], reader: _Reader) -> dict[str, Any]:
+    """Return a message of OpenAI's schema with its images read."""
     role = "system" if message.get("role") == "developer" else message.get("role")
     for name in ("tool_calls", "function_call", "audio"):
         if message.get(name):
@@ -57,61 +158,17 @@ def _message(message: dict[str, Any], remote: Remote) -> dict[str, Any]:
     if content is None and role == "assistant":
         content = ""
     if isinstance(content, list):
-        content = [_part(part, remote) for part in content]
+        content = [_part(part, reader) for part in content]
     return {"role": role, "content": content}
 
 
-def _part(part: Any, remote: Remote) -> dict[str, Any]:
+def _part(part: Any, reader: _Reader) -> dict[str, Any]:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind in ("text", "refusal") and isinstance(part.get(kind), str):
         return {"type": "text", "text": part[kind]}
-    if kind == "image_url":
-        image = part.get("image_url")
-        url = image.get("url") if isinstance(image, dict) else image
-        if isinstance(url, str):
-            return {"type": "image", "image": source_of(open_image(remote.read(url)))}
+    if (url := _url(part)) is not None:
+        return {"type": "image", "image": reader.read(url)}
     raise MLLMError(
         f"A part of a message is a text or an image_url; got {str(part)[:80]!r}. Expected "
         "{'type': 'text', 'text': ...} or {'type': 'image_url', 'image_url': {'url': ...}}."
     )
-
-
-class Entrance:
-    """Refuses a request without the token, or with a body that is too long, before all of it is in memory."""
-
-    def __init__(self, app: Any, limits: Limits) -> None:
-        self._app, self._limit = app, limits.body
-        self._token = None if limits.token is None else limits.token.encode()
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Pass a request on, or refuse it."""
-        if scope["type"] != "http":
-            return await self._app(scope, receive, send)
-        headers = dict(scope["headers"])
-        if scope["path"].startswith("/v1/") and not self._may_enter(headers):
-            message = "A bearer token is needed: Authorization: Bearer TOKEN."
-            return await error_response(Refused(401, message, "invalid_api_key"))(scope, receive, send)
-        message = f"The request is longer than {self._limit} bytes. Make its images smaller."
-        too_long = error_response(Refused(413, message, "too_large"))
-        body, more = bytearray(), True
-        if int(headers.get(b"content-length", b"0")) > self._limit:
-            return await too_long(scope, receive, send)
-        while more and scope["method"] == "POST":
-            event = await receive()
-            if event["type"] == "http.disconnect":
-                return None
-            body += event.get("body", b"")
-            more = event.get("more_body", False)
-            if len(body) > self._limit:
-                return await too_long(scope, receive, send)
-        first = [{"type": "http.request", "body": bytes(body), "more_body": False}]
-
-        async def replay() -> Any:
-            return first.pop() if first else await receive()
-
-        return await self._app(scope, replay, send)
-
-    def _may_enter(self, headers: dict[bytes, bytes]) -> bool:
-        """Whether a request carries the token, if one is needed."""
-        scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
-        return self._token is None or (scheme.lower() == b"bearer" and secrets.compare_digest(token, self._token))

@@ -1,4 +1,4 @@
-"""Answer a request: submit its prompt to the batcher, and return the answer whole or as server-sent events.
+"""Return answers, whole or as server-sent events, as the batcher sends them.
 
 Also the responses to errors, and the chat page.
 """
@@ -8,21 +8,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from importlib.resources import files
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
-from mllm.errors import MLLMError
-from mllm.serve.batcher import Answer, Batcher, Full, Job
+from mllm.serve.batcher import Batcher
+from mllm.serve.metrics import Metrics
+from mllm.serve.rows import Answer, Job
 from mllm.serve.schema import (
     Completion,
-    Limits,
     Refused,
     error_body,
     error_response,
@@ -59,94 +57,93 @@ def chat_page() -> HTMLResponse:
     return HTMLResponse(text, headers={"Content-Security-Policy": policy})
 
 
-async def respond(
-    request: Request, completion: Completion, prompt: list[Any], batcher: Batcher, name: str, limits: Limits
-) -> Response:
+class Events:
+    """What the batcher sends to one request: pieces of text, then an `Answer` or an error.
+
+    Args:
+        batcher: decodes the request's job.
+        metrics: counts the answer.
+    """
+
+    def __init__(self, batcher: Batcher, metrics: Metrics) -> None:
+        self._batcher, self._metrics = batcher, metrics
+        self._queue: asyncio.Queue[Any] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+        self._job: Job | None = None
+
+    def send(self, event: Any) -> None:
+        """Take an event of another thread."""
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody waits for the event
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
+
+    def submit(self, job: Job) -> None:
+        """Queue the job, which sends its events here."""
+        self._job = job
+        self._batcher.submit(job)
+
+    def cancel(self) -> None:
+        """Cancel the job, if there is one."""
+        if self._job is not None:
+            self._batcher.cancel(self._job)
+
+    def failed(self) -> None:
+        """Count a failure of an answer whose status, 200, was sent already."""
+        self._metrics.add("errors_total")
+
+    async def next(self) -> str | Answer:
+        """Return the next piece of text, or the answer.
+
+        Raises:
+            Refused: the model failed.
+        """
+        event: str | Answer | Exception = await self._queue.get()
+        if isinstance(event, Exception):
+            raise refusal(event)
+        if isinstance(event, Answer):
+            self._metrics.add("prompt_tokens_total", event.prompt_tokens)
+            self._metrics.add("generated_tokens_total", event.completion_tokens)
+        return event
+
+
+async def respond(completion: Completion, events: Events, head: dict[str, Any]) -> Response:
     """Return the response to a completion request.
 
     Args:
-        request: the HTTP request.
-        completion: its body.
-        prompt: its conversation, as an interleaved prompt.
-        batcher: decodes it.
-        name: of the model.
-        limits: of requests.
+        completion: the request.
+        events: of its job.
+        head: the fields of every part of the response.
 
     Raises:
-        Refused: an invalid option, an answer that does not fit, too many requests that wait, or a client that
-            disconnected.
+        Refused: the model failed.
     """
-    events: asyncio.Queue[Any] = asyncio.Queue()
-    send = _sender(asyncio.get_running_loop(), events)
-    options = completion.decoding_options(limits.max_new_tokens)
-    try:
-        job = await run_in_threadpool(batcher.job, prompt, options, send, limits.max_new_tokens)
-        batcher.submit(job)
-    except Full as error:
-        raise Refused(429, str(error), "busy") from None
-    except MLLMError as error:
-        raise refusal(error) from None
-    head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": name}
     if completion.stream:
         usage = bool(completion.stream_options and completion.stream_options.include_usage)
-        return StreamingResponse(_stream(job, events, head, usage), media_type="text/event-stream")
-    answer = await _wait(request, job, events)
+        return StreamingResponse(_stream(events, head, usage), media_type="text/event-stream")
+    while not isinstance(answer := await events.next(), Answer):
+        pass
     message = {"role": "assistant", "content": answer.text, "refusal": None, **images_of_answer(answer)}
     choice = {"index": 0, "message": message, "finish_reason": answer.finish_reason, "logprobs": None}
     return JSONResponse({**head, "object": "chat.completion", "choices": [choice], "usage": usage_of(answer)})
 
 
-def _sender(loop: asyncio.AbstractEventLoop, events: asyncio.Queue[Any]) -> Callable[[Any], None]:
-    """Return a function that puts events of another thread into a queue of the event loop."""
-
-    def send(event: Any) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody waits for the event
-            loop.call_soon_threadsafe(events.put_nowait, event)
-
-    return send
-
-
-async def _wait(request: Request, job: Job, events: asyncio.Queue[Any]) -> Answer:
-    """Wait for a job's answer; a client that disconnects cancels the job."""
-    try:
-        while True:
-            try:
-                event = await asyncio.wait_for(events.get(), timeout=0.25)
-            except TimeoutError:
-                if await request.is_disconnected():
-                    raise Refused(499, "The client disconnected.", "gone") from None
-                continue
-            if isinstance(event, Answer):
-                return event
-            if isinstance(event, Exception):
-                raise refusal(event)
-    finally:
-        job.cancelled.set()
-
-
-async def _stream(job: Job, events: asyncio.Queue[Any], head: dict[str, Any], usage: bool) -> AsyncIterator[str]:
+async def _stream(events: Events, head: dict[str, Any], usage: bool) -> AsyncIterator[str]:
     """Yield an answer as server-sent events, as OpenAI sends them."""
 
     def chunk(delta: dict[str, Any], reason: str | None = None) -> str:
         choice = {"index": 0, "delta": delta, "finish_reason": reason}
         return server_sent_event({**head, "object": "chat.completion.chunk", "choices": [choice]})
 
+    yield chunk({"role": "assistant", "content": ""})
     try:
-        yield chunk({"role": "assistant", "content": ""})
-        while True:
-            event = await events.get()
-            if isinstance(event, Exception):
-                yield server_sent_event({"error": error_body(refusal(event))})
-                return
-            if isinstance(event, Answer):
-                if event.images:
-                    yield chunk(images_of_answer(event))
-                yield chunk({}, event.finish_reason)
-                if usage:
-                    body = {**head, "object": "chat.completion.chunk", "choices": [], "usage": usage_of(event)}
-                    yield server_sent_event(body)
-                yield "data: [DONE]\n\n"
-                return
+        while not isinstance(event := await events.next(), Answer):
             yield chunk({"content": event})
-    finally:
-        job.cancelled.set()
+    except Refused as error:
+        events.failed()
+        yield server_sent_event({"error": error_body(error)})
+        return
+    if event.images:
+        yield chunk(images_of_answer(event))
+    yield chunk({}, event.finish_reason)
+    if usage:
+        yield server_sent_event({**head, "object": "chat.completion.chunk", "choices": [], "usage": usage_of(event)})
+    yield "data: [DONE]\n\n"

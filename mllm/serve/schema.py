@@ -3,35 +3,73 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 
 from mllm.errors import MLLMError
+from mllm.media.images import MAX_PIXELS
 from mllm.outputs import data_url
-from mllm.serve.batcher import Answer
+from mllm.serve.rows import Answer
 
 COLD = 1e-5  # a lower temperature is greedy: dividing by it overflows
 MAX_STOPS = 16
+STORED = 4  # bytes of a pixel in memory, and of a character
+DECODING = 40  # bytes for a pixel while an image is decoded and resized: 25 at most were measured for decoding
+PARSING = 9  # bytes for a byte of a body while it is parsed: characters of four bytes, twice, and its structure
+TOKENIZING = 256  # bytes for a character while a text is tokenized
+BUFFERS = 2**18  # bytes of a connection
 StopString = Annotated[str, Field(max_length=256)]
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of requests and answers."""
+    """Limits of requests and answers, which bound the server's memory and time.
+
+    Raises:
+        MLLMError: an empty token, or limits that no request can keep.
+    """
 
     body: int = 32 * 2**20  # bytes of a request
+    bodies: int = 256 * 2**20  # bytes of all requests that are being read
     images: int = 8  # of a request
+    pixels: int = 2 * MAX_PIXELS  # of the images of all requests
+    characters: int = 2**19  # of the texts of a request
     max_new_tokens: int = 512  # of an answer
     batch: int = 16  # requests that are decoded together
-    waiting: int = 64  # requests in the queue
+    waiting: int = 64  # requests that wait beside them
+    connections: int = 500  # open at the same time
+    deadline: float = 30.0  # seconds for sending a request, and for each part of an answer
+    grace: int = 8  # seconds after SIGTERM in which answers are finished
     hosts: Collection[str] = ()  # that images may be downloaded from
     folders: Collection[Path] = ()  # that images may be read from
     token: str | None = None  # a bearer token that every request to /v1 must carry
+
+    def __post_init__(self) -> None:
+        """Check the token and the limits."""
+        if self.token is not None and not re.fullmatch(r"[!-~]+", self.token):
+            raise MLLMError(
+                "The token is empty, or has white space or other characters than ASCII, so no client could send it, "
+                "or every client could. Give another token, or none at all (also in MLLM_TOKEN)."
+            )
+        if self.bodies < 2 * self.body:
+            raise MLLMError(
+                f"All requests together may have {self.bodies} bytes, and one {self.body}: expected at least twice as "
+                "many. Raise the one, or lower the other."
+            )
+
+    @property
+    def memory(self) -> int:
+        """Return the bytes that requests need at most, next to the model and its activations."""
+        image = min(self.pixels, MAX_PIXELS)
+        texts = self.characters * (TOKENIZING + STORED * (self.batch + self.waiting))
+        connections = self.connections * BUFFERS
+        return self.bodies + PARSING * self.body + STORED * self.pixels + DECODING * image + texts + connections
 
 
 class StreamOptions(BaseModel):
@@ -57,7 +95,7 @@ class Completion(BaseModel):
     """A request, in OpenAI's schema: the fields that are done (`mllm.serve.fields` refuses or removes the others)."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-    messages: list[dict[str, Any]] = Field(min_length=1)
+    messages: Annotated[list[dict[str, Any]], FailFast()] = Field(min_length=1)
     model: str = ""
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -130,7 +168,7 @@ def usage_of(answer: Answer) -> dict[str, int]:
 
 def error_response(error: Refused) -> JSONResponse:
     """Return an error in OpenAI's schema."""
-    headers = {"Retry-After": "1"} if error.status == 429 else None
+    headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}.get(error.status)
     return JSONResponse({"error": error_body(error)}, error.status, headers=headers)
 
 

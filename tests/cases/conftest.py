@@ -16,13 +16,13 @@ from typing import Any
 
 import pytest
 import torch
-import uvicorn
 from transformers import AutoTokenizer
 
 import mllm
 from mllm.prompts.batch import Encoded, encode
 from mllm.prompts.messages import checked_messages, rendered, turns
 from mllm.serve.app import create_app
+from mllm.serve.connection import make_server
 from mllm.serve.schema import Limits
 from mllm.testing import LM_FAMILIES, tiny_lm
 
@@ -188,8 +188,8 @@ def serve() -> Iterator[Callable[[Any], Client]]:
 
 @contextlib.contextmanager
 def _served(model: Any) -> Iterator[Client]:
-    app = create_app(model, "tiny", Limits())
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", timeout_graceful_shutdown=5))
+    limits = Limits()
+    server = make_server(create_app(model, "tiny", limits), limits, port=0, log_level="critical")
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:

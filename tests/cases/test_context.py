@@ -113,7 +113,7 @@ def test_the_server_refuses_a_request_past_the_context_and_answers_the_next(mode
     assert set(choice["message"]["content"]) == {"a"}
 
 
-@pytest.mark.parametrize("temperature", [1e-40, -1.0, 1e300])
+@pytest.mark.parametrize("temperature", [-1.0, 1e300])  # near 0 it is greedy
 def test_the_server_refuses_a_value_that_cannot_be_right(model_of, serve, temperature):
     status, body = serve(model_of()).ask("hi", temperature=temperature)
     assert (status, "temperature" in body) == (400, True), body

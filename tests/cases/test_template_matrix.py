@@ -7,6 +7,8 @@ What is right is computed by ``apply_chat_template`` of `transformers`, and by t
 
 from __future__ import annotations
 
+import functools
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +16,12 @@ from typing import Any
 
 import pytest
 import transformers
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from jinja2 import TemplateError
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+import mllm
 from mllm.errors import MLLMError
+from mllm.export.export import export
 from mllm.testing import tiny_image
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -141,6 +146,7 @@ CHAT = [
     {"role": "assistant", "content": ANSWERS[1]},
 ]
 SYSTEM = {"role": "system", "content": "Be brief."}
+WITHOUT_START = ("phi-3", "zephyr")  # their templates write no BOS token
 every_form = pytest.mark.parametrize("name", FORMS)
 
 
@@ -325,6 +331,95 @@ def test_control_words_of_a_user_are_text(models_of, prompt_of, name):
         ids = model.encode(prompt_of(model, [{"role": "user", "content": f"What {word}is it?"}])).ids
         plain = model.encode(prompt_of(model, [{"role": "user", "content": "What is it?"}])).ids
         assert ids.count(control) == plain.count(control)
+
+
+def content_of(text: str, *, before: bool = True) -> list[dict[str, Any]]:
+    """Return a user's words, with an image before or after them."""
+    parts: list[dict[str, Any]] = [{"type": "image", "image": IMAGE}, {"type": "text", "text": text}]
+    return parts if before else parts[::-1]
+
+
+EXPORTED: dict[str, list[dict[str, Any]]] = {
+    "an image first": [{"role": "user", "content": content_of("What is it?")}],
+    "an image last": [{"role": "user", "content": content_of(" Look: ", before=False)}],
+    "texts around an image": [
+        {"role": "user", "content": [{"type": "text", "text": "This one"}, *content_of("or"), *content_of(" that?")]}
+    ],
+    "several turns": [
+        {"role": "user", "content": content_of("What is it?")},
+        CHAT[1],
+        {"role": "user", "content": content_of("And this?", before=False)},
+    ],
+    "a system turn": [SYSTEM, {"role": "user", "content": content_of("What is it?")}],
+    "texts": [SYSTEM, *CHAT[:-1]],
+    "texts in parts": [{"role": "user", "content": [{"type": "text", "text": text} for text in (" What", " is it? ")]}],
+}
+
+
+@pytest.fixture(scope="module")
+def export_of(
+    models_of: dict[str, Any], encoder: str, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, bool], tuple[Any, Any]]:
+    """Return a function of a form, and of whether its tokenizer puts BOS before every text, as published ones do.
+
+    It returns a model, and the processor of the folder that the model is exported to.
+    """
+
+    @functools.cache
+    def exported(name: str, starts: bool) -> tuple[Any, Any]:
+        folder = tmp_path_factory.mktemp("exported")
+        shutil.copytree(models_of[name].spec.lm.model, folder / "lm")
+        if starts:
+            tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder / "lm")
+            bos = FORMS[name].bos or "[gMASK] <sop>"
+            tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+                single=f"{bos} $A", special_tokens=[(word, tokenizer.get_vocab()[word]) for word in bos.split()]
+            )
+            tokenizer.save_pretrained(folder / "lm")
+        prompt = {"chat": "own", "chat_options": dict(FORMS[name].options)}
+        model = mllm.assemble({"model": encoder, "layer": -1}, str(folder / "lm"), "linear", prompt=prompt)
+        export(model, folder / "out", to="hf-llava")
+        return model, transformers.AutoProcessor.from_pretrained(folder / "out", backend="pil")
+
+    return exported
+
+
+def assert_exported_alike(model: Any, processor: Any, prompt: list[Any], messages: list[Any]) -> None:
+    """Assert that an exported processor gives the ids of the model's prompt, and image tokens where it has images."""
+    ids = processor.apply_chat_template(messages, tokenize=True, return_dict=True, add_generation_prompt=True)
+    encoded = model.encode(prompt)
+    image = processor.image_token_id
+    expected = [image if visual else id_ for id_, visual in zip(encoded.ids, encoded.visual, strict=True)]
+    assert ids["input_ids"][0] == expected
+    assert expected.count(image) == model.tokens_per_image * sum(
+        part["type"] == "image"
+        for message in messages
+        if isinstance(message["content"], list)
+        for part in message["content"]
+    )
+
+
+@every_form
+@pytest.mark.parametrize("conversation", EXPORTED)
+def test_an_exported_folder_has_the_ids_of_the_model(export_of, prompt_of, name, conversation):
+    model, processor = export_of(name, False)
+    messages = EXPORTED[conversation]
+    if name == "llama-3.2-vision" and conversation == "a system turn":
+        with pytest.raises(TemplateError, match="no system turn beside images"):
+            processor.apply_chat_template(messages, tokenize=True)
+        return
+    assert_exported_alike(model, processor, prompt_of(model, messages), messages)
+
+
+@pytest.mark.parametrize("conversation", ["an image first", "several turns", "texts"])
+@pytest.mark.parametrize("name", [name for name in FORMS if FORMS[name].bos or name == "glm-4"])
+def test_an_exported_folder_writes_one_start_token(export_of, prompt_of, name, conversation):
+    if name in WITHOUT_START:
+        with pytest.raises(MLLMError, match="does not begin with '<s>', which the tokenizer puts before every text"):
+            export_of(name, True)
+        return
+    model, processor = export_of(name, True)
+    assert_exported_alike(model, processor, prompt_of(model, EXPORTED[conversation]), EXPORTED[conversation])
 
 
 def test_the_forms_are_at_least_twelve():

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-import uvicorn
 import yaml
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -102,7 +101,7 @@ COMMANDS = {
     "caption": ("caption", "run", "a.png", *FEW),
     "ask": ("ask", "run", "a.png", "what?", *FEW),
     "chat": ("chat", "run", *FEW),
-    "serve": ("serve", "run"),
+    "serve": ("serve", "run", "--port", "0"),
     "eval": ("eval", "run", "--suite", "suite.yaml", "--data", ".", "--baselines", "none", "--out", "eval"),
     "index build": ("index", "build", "a.png", "photos.index", "--run", "run"),
     "index find": ("index", "find", "photos.index", "a cat", "--run", "run"),
@@ -118,7 +117,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", ["mllm", *arguments])
     monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
     monkeypatch.setattr("mllm.serve.app.create_app", answers_once)
-    monkeypatch.setattr(uvicorn, "run", lambda *_, **options: None)
+    monkeypatch.setattr("mllm.serve.connection.run", lambda *_: None)
     try:
         main()
     except SystemExit as end:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import transformers
-from transformers import AutoProcessor, AutoTokenizer
+from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
 import mllm
+from mllm.errors import MLLMError
 from mllm.export.chat import chat_template
 from mllm.export.export import export
 from mllm.prompts.messages import checked_messages, turns
@@ -26,7 +29,7 @@ LLAMA2 = (
     "{% else %}{% set system = '' %}{% set rest = messages %}{% endif %}\n"
     "{%- for message in rest %}\n"
     "    {%- if message.role == 'user' %}[INST] {% if loop.first and system %}<<SYS>>{{ system }}<</SYS>> {% endif %}"
-    "{{ message.content }} [/INST]{% else %} {{ message.content }} {% endif %}\n"
+    "{{ message.content | trim }} [/INST]{% else %} {{ message.content }} {% endif %}\n"
     "{%- endfor %}"
 )
 
@@ -60,6 +63,13 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
         assistant("no"),
         user(text("this"), image(B)),
     ],
+    "blank texts": [user(text(" "), image(A), text(" "), image(B), text(""), text(" what? ")), assistant(" ")],
+    "an image in every role": [
+        {"role": "system", "content": [text("Like this:"), image(A)]},
+        user(image(B), text("what?"), image(A), text(" Now.")),
+        {"role": "assistant", "content": [image(B), text("this"), text("or"), image(A)]},
+        user(text("why?")),
+    ],
     "a system message": [{"role": "system", "content": [text("Be brief. ")]}, user(image(B), text("a bird?"))],
 }
 PROMPTS: dict[str, dict[str, Any]] = {
@@ -69,6 +79,11 @@ PROMPTS: dict[str, dict[str, Any]] = {
         "template": "USER: {images} Ä\t'x' {prompt}",
         "question": 'Say "{question}"\nNow: 😀',
         "caption": "A photo\\of",
+    },
+    "plain after examples": {
+        "chat": "plain",
+        "template": "{images}$image {prompt}",
+        "examples": [{"words": "a dog", "question": "a 'bird'?", "answer": "{{ no }}"}, {"words": "x", "answer": "y"}],
     },
     "ChatML": {"chat": "own", "template_of_lm": CHATML},
     "Llama-2": {"chat": "own", "template_of_lm": LLAMA2},
@@ -154,16 +169,100 @@ def test_a_template_with_a_start_token_gives_one_however_it_is_used(start, tmp_p
     assert tokenizer(rendered).input_ids == wanted
 
 
-def test_a_template_that_writes_images_itself_writes_the_name_of_the_export(tmp_path):
-    lm = tiny_lm(tmp_path / "lm")
-    tokenizer = AutoTokenizer.from_pretrained(lm)
-    tokenizer.chat_template = (
-        "{% for message in messages %}{{ message.role }}:{% for part in message.content %}"
-        "{% if part.type == 'image' %}<|vision|>{% elif part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}\n"
-        "{% endfor %}"
+def test_a_start_token_stays_where_the_text_behind_it_is_tokenized_by_it(tmp_path):
+    """A tokenizer that puts a space before the first text alone: the processor then adds no start token."""
+    lm = LM_FAMILIES["llama"](tmp_path / "lm")
+    tokenizer: Any = AutoTokenizer.from_pretrained(lm)
+    spaces = pre_tokenizers.Metaspace(replacement="_", prepend_scheme="first")
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [spaces, tokenizer.backend_tokenizer.pre_tokenizer]
     )
+    tokenizer.chat_template = WITH_START
     tokenizer.save_pretrained(lm)
     encoder = {"model": tiny_encoder(tmp_path / "vit"), "layer": -1}
-    tokenizer.chat_template = chat_template(mllm.assemble(encoder, lm, "linear", prompt={"chat": "own"}), "<image>")
+    template = chat_template(mllm.assemble(encoder, lm, "linear", prompt={"chat": "own"}), "<image>")
+    messages = [{"role": "user", "content": "hello"}]
+    wanted = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+    tokenizer.chat_template = template
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert rendered.startswith(tokenizer.bos_token)
+    assert tokenizer(rendered, add_special_tokens=False).input_ids == wanted
+    assert tokenizer(rendered.removeprefix(tokenizer.bos_token)).input_ids != wanted
+
+
+def with_template(template: str, folder: Path, **prompt: Any) -> Any:
+    """Return a model with a chat template."""
+    lm = tiny_lm(folder / "lm")
+    tokenizer = AutoTokenizer.from_pretrained(lm)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(lm)
+    return mllm.assemble({"model": tiny_encoder(folder / "vit"), "layer": -1}, lm, "linear", prompt=prompt)
+
+
+PARTS = (
+    "{% for message in messages %}{{ message.role }}:{% for part in message.content %}"
+    "{% if part.type == 'image' %}IMAGE{% elif part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}\n"
+    "{% endfor %}"
+)
+
+
+def test_the_template_of_the_default_is_the_language_models(tmp_path):
+    tokenizer = with_template(CHATML, tmp_path).lm.tokenizer
+    wanted = tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False)
+    tokenizer.chat_template = chat_template(with_template(CHATML, tmp_path / "again"), "<image>")
+    assert tokenizer.apply_chat_template([user(text("hello"))], tokenize=False) == wanted
+
+
+def test_options_of_the_recipe_are_the_defaults_of_the_template(tmp_path):
+    reading = "{% macro shown() %}{{ mode ~ day ~ extra }}{% endmacro %}{{ shown() }}" + CHATML
+    options = {"mode": None, "day": 'it\'s "1"\n\\', "extra": {"a": [True, 1.5, None]}, "unread": False}
+    model = with_template(reading, tmp_path, chat="own", chat_options=options)
+    tokenizer, messages = model.lm.tokenizer, [{"role": "user", "content": "hello"}]
+    wanted = [
+        tokenizer.apply_chat_template(messages, tokenize=False, **values) for values in (options, {**options, "day": 2})
+    ]
+    tokenizer.chat_template = chat_template(model, "<image>")
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == wanted[0]
+    assert tokenizer.apply_chat_template(messages, tokenize=False, day=2) == wanted[1] != wanted[0]
+
+
+def test_images_that_the_template_writes_in_several_ways_are_refused(tmp_path):
+    numbered = PARTS.replace("{{ message.role }}:", "{% set turn = loop.index %}").replace("IMAGE", "<of {{ turn }}>")
+    model = with_template(numbered, tmp_path, chat="own")
+    with pytest.raises(MLLMError, match="writes images in several ways"):
+        export(model, tmp_path / "out", to="hf-llava")
+    assert not (tmp_path / "out").exists()
+
+
+def test_examples_with_images_are_refused(tmp_path):
+    A.save(tmp_path / "a.png")
+    examples = [{"image": str(tmp_path / "a.png"), "answer": "a house"}]
+    model = with_template(CHATML, tmp_path, chat="plain", examples=examples)
+    with pytest.raises(MLLMError, match=r"solved examples \(prompt.examples\) have images"):
+        export(model, tmp_path / "out", to="hf-llava")
+
+
+def test_a_template_that_writes_images_itself_writes_the_name_of_the_export(tmp_path):
+    model = with_template(PARTS.replace("IMAGE", "<|vision|>"), tmp_path, chat="own")
+    tokenizer = model.lm.tokenizer
+    tokenizer.chat_template = chat_template(model, "<image>")
     messages = CONVERSATIONS["images between texts"]
     assert tokenizer.apply_chat_template(messages, tokenize=False) == "user:first<image>second<image>which?"
+
+
+@pytest.mark.parametrize("first", ["<|vision|>", "<|vision_start|><|vision|><|vision_end|>"])
+def test_of_three_tokens_for_an_image_the_outer_ones_stay(first, tmp_path):
+    lm = tiny_lm(tmp_path / "lm")
+    tokenizer: Any = AutoTokenizer.from_pretrained(lm)
+    tokenizer.add_tokens([f"<|vision{word}|>" for word in ("_start", "", "_end")], special_tokens=True)
+    tokenizer.chat_template = PARTS.replace("IMAGE", first)
+    tokenizer.save_pretrained(lm)
+    language_model: Any = AutoModelForCausalLM.from_pretrained(lm)
+    language_model.resize_token_embeddings(len(tokenizer))
+    language_model.save_pretrained(lm)
+    encoder = {"model": tiny_encoder(tmp_path / "vit"), "layer": -1}
+    export(mllm.assemble(encoder, lm, "linear", prompt={"chat": "own"}), tmp_path / "out", to="hf-llava")
+    processor = AutoProcessor.from_pretrained(tmp_path / "out", backend="pil")
+    messages = CONVERSATIONS["images between texts"]
+    image_text = first.replace("<|vision|>", "<image>")
+    assert processor.apply_chat_template(messages) == f"user:first{image_text}second{image_text}which?"

@@ -59,7 +59,8 @@ def same_answers(model: Any, folder: Path, cls: Any, text: str = " what is it?")
     theirs = stock(**inputs).logits[..., : mine.shape[-1]]
     torch.testing.assert_close(theirs, mine, atol=1e-5 * float(mine.abs().max()), rtol=0)
     rows = stock.generate(**inputs, max_new_tokens=8, min_new_tokens=8)[:, batch.ids.shape[1] :]
-    decoding = Decoding(max_new_tokens=8, generation={"min_new_tokens": 8})
+    prompt = tuple(torch.where(batch.visual, -1, batch.ids)[0].tolist())
+    decoding = Decoding(max_new_tokens=8, generation={"min_new_tokens": 8}, prompt=prompt)
     assert rows.tolist() == model.lm.generate(batch.mask, [decoding] * 2, inputs_embeds=embeds)
 
 

@@ -35,6 +35,8 @@ LAYERS: dict[str, Any] = {
 NARROW = {**LAYERS, "head_dim": 8, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 OPT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 64, "word_embed_proj_dim": 32}
 
+CHAT = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}\n{% endfor %}<assistant>"
+
 
 def scaled(kind: str, **others: Any) -> dict[str, Any]:
     return {"rope_theta": 20_000.0, "rope_type": kind, "factor": 4.0, **others}
@@ -210,6 +212,7 @@ def test_no_file_names_a_folder_of_this_machine(tiny_clip, tiny_parts, tmp_path)
 
 
 @pytest.mark.extras
+@pytest.mark.timeout(1200)  # two other processes import transformers
 @pytest.mark.skipif(OTHER is None, reason="MLLM_OTHER_TRANSFORMERS names no Python with transformers 4.57")
 def test_both_lines_of_transformers_answer_alike(parts, tiny_clip, tmp_path):
     folders = []
@@ -221,8 +224,12 @@ def test_both_lines_of_transformers_answer_alike(parts, tiny_clip, tmp_path):
             model = mllm.assemble(encoder, family(tmp_path / to / "lm" / name), connector)
             folders.append(tmp_path / to / name)
             export(model, folders[-1], to=to)
-    for tower in ("siglip", "dinov2", "vit"):
-        model = mllm.assemble({"model": parts(tower), "layer": -2}, ROPES["llama3"](tmp_path / tower), "linear")
+    for tower, resize in (("siglip", "pad"), ("dinov2", "crop"), ("vit", "stretch"), ("clip", "crop")):
+        lm = ROPES["llama3"](tmp_path / tower)
+        tokenizer = AutoTokenizer.from_pretrained(lm)
+        tokenizer.chat_template = CHAT if tower == "siglip" else None
+        tokenizer.save_pretrained(lm)
+        model = mllm.assemble({"model": parts(tower), "layer": -2, "resize": resize}, lm, "linear")
         folders.append(tmp_path / f"out-{tower}")
         export(model, folders[-1], to="hf-llava")
 

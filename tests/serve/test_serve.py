@@ -25,7 +25,6 @@ from typing import Any
 
 import openai
 import pytest
-import uvicorn
 from fastapi import Request, Response
 
 import mllm
@@ -35,6 +34,7 @@ from mllm.outputs import data_url
 from mllm.prompts.messages import turns
 from mllm.scorers.index import ImageIndex
 from mllm.serve.app import create_app
+from mllm.serve.connection import make_server
 from mllm.serve.remote import Remote, public_address
 from mllm.serve.schema import Limits
 from mllm.testing import tiny_image
@@ -63,11 +63,11 @@ def model(tiny_parts):
 @contextlib.contextmanager
 def served(model: Any, page: Any = None, show: Any = None, **limits: Any) -> Iterator[int]:
     """Serve a model on a free port in a thread."""
-    app = create_app(model, "tiny", Limits(**limits), show)
+    own = Limits(**limits)
+    app = create_app(model, "tiny", own, show)
     if page:
         page(app)
-    config = uvicorn.Config(app, port=0, log_level="critical", timeout_graceful_shutdown=5)
-    server = uvicorn.Server(config)
+    server = make_server(app, own, port=0, log_level="critical")
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
