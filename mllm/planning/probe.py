@@ -46,8 +46,9 @@ def probe(recipe: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> tup
     model.train()
 
     def step() -> None:
-        tiles = 0 if features is None else model.tiles_of(rows.shown)
-        each = features.expand(tiles, *features.shape[1:]) if tiles else None
+        each = None
+        if features is not None and rows.images:
+            each = features.expand(model.tiles_of(rows.shown), *features.shape[1:])
         for micro in parts(model, objectives, (rows.pieces, each, batch)):
             with accelerator.autocast():
                 losses = objectives(model, micro)
