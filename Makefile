@@ -20,7 +20,7 @@ RUN := $(firstword $(filter-out $(wildcard runs/demo*),runs/demo $(addprefix run
 STARTED := $(shell date +%s)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint parts test-extras test-gpu fuzz-server docs clean
+.PHONY: help demo test test-slow lint parts test-extras test-gpu fuzz-server mutants docs clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -71,6 +71,10 @@ fuzz-server: parts ## load a server with good and hostile clients (SEED=1 CLIENT
 # Without a network and without .venv: scripts/test-gpu says how.
 test-gpu: ## run the tests that need a CUDA device, with figures of speed and memory
 	scripts/test-gpu
+
+# It takes hours: SAMPLE=60 for fewer.
+mutants: parts ## change the core in small ways, and count the changes that the tests notice
+	$(BIN)/python scripts/mutants $(if $(SAMPLE),--sample $(SAMPLE))
 
 clean: ## remove the environments and what tools left behind; runs/ stays
 	rm -rf .venv .venv-extras .venv-docs site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

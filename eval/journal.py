@@ -6,13 +6,17 @@ of another one is refused. A last line that was cut short is ignored, and its ba
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mllm.errors import MLLMError
+from mllm.system import parse_json, remove_partial, write
 
+ABANDONED = 3600  # seconds; what is written to a file for longer was left by a killed process
 NAME = "answers.{rank}.partial.jsonl"
 
 
@@ -35,7 +39,8 @@ class Journal:
         first = json.dumps(about, sort_keys=True)
         self._lines = [first]  # of this process's file
         for path in sorted(folder.glob(NAME.format(rank="*"))) if folder else []:
-            lines = path.read_text().split("\n")[:-1]  # the complete ones
+            with _explained(path):
+                lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]  # the complete ones
             self._read(path, lines, first)
             if path == self._path and lines:
                 self._lines = lines
@@ -48,19 +53,23 @@ class Journal:
         """Add a batch's answers: they are on disk when this returns."""
         if self._path is None:
             return
-        if not self._started:  # only now, because other processes may have been reading until here
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._path.write_text("".join(f"{line}\n" for line in self._lines))
-            self._started = True
-        with self._path.open("a") as file:
-            file.write(json.dumps([batch, answers]) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        with _explained(self._path):
+            if not self._started:  # only now, because other processes may have been reading until here
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                lines = "".join(f"{line}\n" for line in self._lines)
+                write(self._path, lambda file: file.write_text(lines, encoding="utf-8"))
+                self._started = True
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps([batch, answers]) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
 
     def close(self) -> None:
         """Remove the journal, all processes' files: the report has what they held."""
-        for path in self._path.parent.glob(NAME.format(rank="*")) if self._path else ():
-            path.unlink(missing_ok=True)
+        if self._path is not None:
+            remove_partial(self._path.parent, older_than=ABANDONED)
+            for path in self._path.parent.glob(NAME.format(rank="*")):
+                path.unlink(missing_ok=True)
 
     def _read(self, path: Path, lines: list[str], first: str) -> None:
         if lines and lines[0] != first:
@@ -70,7 +79,19 @@ class Journal:
             )
         for number, line in enumerate(lines[1:], start=2):
             try:
-                batch, answers = json.loads(line)
+                batch, answers = parse_json(line)
                 self._answers[batch] = list(answers)
             except (ValueError, TypeError):
                 raise MLLMError(f"{path}, line {number}, is damaged. Remove the file to start again.") from None
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Explain why a journal cannot be read or written, if it cannot."""
+    try:
+        yield
+    except OSError as error:
+        raise MLLMError(
+            f"{path} cannot be read or written: {error.strerror or error}. What is answered is kept: free some disk "
+            "space, and run the evaluation again."
+        ) from None

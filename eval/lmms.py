@@ -125,18 +125,21 @@ class Mllm(lmms):  # type: ignore[misc]
         self, batch: Sequence[_Group], sources: dict[str, ImageSource], settings: dict[str, Any]
     ) -> dict[int, str]:
         """Return the answers to a batch by the requests' indices: texts after images, and texts without any."""
-        prompt = self.model.spec.prompt
+        prompt, settings = self.model.spec.prompt, {"kind": "question", **settings}
         opened = [([sources[key] for key in keys], texts) for keys, texts in batch]
         with_images = [(formatted(prompt, images), texts) for images, texts in opened if images]
         answers: dict[int, str] = {}
         if with_images:
             views = self.model.see_each([prompt for prompt, _ in with_images])
-            continued = views.continue_with([list(texts.values()) for _, texts in with_images], **settings)
+            continued = views.continue_with(
+                [list(texts.values()) for _, texts in with_images], **{"kind": "question", **settings}
+            )
             for (_, texts), generated in zip(with_images, continued, strict=True):
                 answers |= dict(zip(texts, generated, strict=True))
         text_only = {index: text for images, texts in opened if not images for index, text in texts.items()}
         if text_only:
-            outputs = self.model.generate([formatted(prompt, [], text) for text in text_only.values()], **settings)
+            prompts = [formatted(prompt, [], text) for text in text_only.values()]
+            outputs = self.model.generate(prompts, **{"kind": "question", **settings})
             answers |= {index: str(output) for index, output in zip(text_only, outputs, strict=True)}
         return {index: _before(text, settings.get("stop_strings", ())) for index, text in answers.items()}
 

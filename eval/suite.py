@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, field_validator
 
 from mllm.config.base import PartSpec, Spec
 from mllm.config.data import DataSpec
+from mllm.config.loading import override
 from mllm.config.messages import checked
+from mllm.config.yaml_text import mapping_of, read_yaml, resolved
 from mllm.data.items import Item
 from mllm.data.sources import read
 from mllm.errors import MLLMError, near
@@ -81,12 +82,9 @@ def load_suite(name: str, overrides: Sequence[str] = ()) -> Suite:
         path = files("mllm.eval") / "suites" / f"{name}.yaml"
     else:
         raise MLLMError(f"No suite is called {name!r}. {near(name, names)}")
-    try:
-        config = OmegaConf.merge(OmegaConf.create(path.read_text()), OmegaConf.from_dotlist(list(overrides)))
-        content = OmegaConf.to_container(config, resolve=True)
-    except (OSError, OmegaConfBaseException, ValueError) as error:
-        raise MLLMError(f"The suite {name} cannot be read: {error}") from None
-    return checked(Suite, content, label=f"Suite {name}")
+    config = OmegaConf.create(mapping_of(read_yaml(Path(str(path))), f"The suite {name}"))
+    override(config, overrides, "the suite")
+    return checked(Suite, resolved(OmegaConf.to_container(config), f"Suite {name}"), label=f"Suite {name}")
 
 
 def suite_names() -> list[str]:

@@ -5,7 +5,6 @@ The table of recipes in the documentation is generated from these files; none of
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,10 @@ from omegaconf import OmegaConf
 
 from mllm.build import load
 from mllm.config import loading as recipes
+from mllm.config.suites import SuiteSpec
 from mllm.errors import MLLMError
 from mllm.evaluation import evaluate, metric
-from mllm.system import write
+from mllm.system import read_json, write
 from mllm.training.train import train
 
 SEEDS = (0, 1, 2)
@@ -40,21 +40,30 @@ def verify(name: str, *, out: str | Path, seeds: Sequence[int] = SEEDS, runs: st
     config = recipes.load(name)
     if not config.eval.suites:
         raise MLLMError(f"The recipe {name} names no suites to be evaluated by: give eval.suites.")
-    reports: dict[str, list[list[dict[str, Any]]]] = {suite: [] for suite in config.eval.suites}
+    suites = {suite.label: suite for suite in config.eval.suites}
+    reports: dict[str, list[list[dict[str, Any]]]] = {label: [] for label in suites}
     minutes = []
     for seed in seeds:
         folder = _run(name, seed, Path(runs) / f"{config.name}-{seed}")
-        minutes.append(json.loads((folder / "time.json").read_text())["minutes"])
+        minutes.append(_minutes(folder))
         model = load(folder)
-        for suite, rows in reports.items():
-            report_folder = folder / "eval" / Path(suite).stem
-            rows.append(evaluate(model, suite, limit=config.eval.limit, out=report_folder, run=config.name).rows)
+        for label, suite in suites.items():
+            report = evaluate(
+                model,
+                suite.suite,
+                suite.data,
+                limit=config.eval.limit,
+                out=folder / "eval" / suite.folder,
+                run=config.name,
+                overrides=suite.overrides,
+            )
+            reports[label].append(report.rows)
     content = {
         "recipe": config.name,
         "seeds": list(seeds),
         "minutes": round(max(minutes), 1),
-        "items": {suite: len(rows[0]) for suite, rows in reports.items()},
-        "scores": {suite: pooled(rows, headline(suite)) for suite, rows in reports.items()},
+        "items": {label: len(rows[0]) for label, rows in reports.items()},
+        "scores": {label: pooled(rows, headline(suites[label])) for label, rows in reports.items()},
         "command": f"mllm recipes verify {name}",
     }
     path = Path(out) / f"{config.name}.yaml"
@@ -102,9 +111,15 @@ def pooled(runs: Sequence[Sequence[dict[str, Any]]], name: str) -> dict[str, Any
     return result
 
 
-def headline(suite: str) -> str:
+def has_embedded_suites(name: str) -> bool:
+    """Whether a recipe names suites, and none of them needs a folder of files."""
+    suites = recipes.load(name).eval.suites
+    return bool(suites) and not any(load_suite(suite.suite, suite.overrides).folder for suite in suites)
+
+
+def headline(suite: SuiteSpec) -> str:
     """Return a suite's first metric, by which recipes are compared."""
-    return str(load_suite(suite).metrics[0])
+    return str(load_suite(suite.suite, suite.overrides).metrics[0])
 
 
 def _run(name: str, seed: int, folder: Path) -> Path:
@@ -116,3 +131,12 @@ def _run(name: str, seed: int, folder: Path) -> Path:
         raise MLLMError(f"{folder} is a run of another recipe or version. Move it away, or give another --runs folder.")
     train(name, {"seed": seed}, out=folder)
     return folder
+
+
+def _minutes(run: Path) -> float:
+    """Return how long a run was trained, since it was last started."""
+    file = run / "time.json"
+    try:
+        return float(read_json(file)["minutes"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise MLLMError(f"{file} cannot be read: {error}. Remove the run's folder to train it again.") from None

@@ -27,6 +27,15 @@ def main() -> None:
         if debug:
             raise
         sys.exit(f"mllm: {error}")
+    except BrokenPipeError:  # the reader of the output has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        if debug or error.errno is None:
+            raise
+        sys.exit(
+            f"mllm: {str(error.filename or 'a file')[:200]}: {error.strerror}. Check the path, and the disk's space."
+        )
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -49,6 +49,7 @@ class Assembly(Model):
                 fewer.
             decoding: fields of `transformers.GenerationConfig`, which override the recipe's (``max_new_tokens=20``),
                 and ``seed``: a temperature, top-p or seed turns sampling on; each prompt has its own random generator.
+                ``kind``: ``caption`` or ``question``, whose own options in the recipe then hold.
                 ``contrastive`` (`mllm.answering.contrastive.Contrastive`) and ``candidates`` (how many answers the
                 scorer chooses from) compare with the image; ``nearest_words`` (`mllm.answering.in_words`) replaces
                 visual tokens by their nearest vocabulary tokens.

@@ -13,7 +13,7 @@ from mllm.assembly import Assembly
 from mllm.capabilities import ConditionHead
 from mllm.config.base import PartSpec
 from mllm.config.messages import checked
-from mllm.config.parts import AssemblySpec, ObjectiveSpec
+from mllm.config.parts import AssemblySpec
 from mllm.config.recipe import Stage
 from mllm.devices import DeviceName, DTypeName, cast, choose_device, dtype_of
 from mllm.encoders.base import on_meta
@@ -28,9 +28,9 @@ from mllm.parts import trained_module
 from mllm.prompts.chat_template import end_of_turn
 from mllm.readout.tokens import every_token, heads_on_meta
 from mllm.registry import fulfilled, lookup, made
-from mllm.saving import find_folder, read_about, restore
+from mllm.saving import check_trust, find_folder, read_about, restore
 from mllm.scorers.own import own_scorer
-from mllm.slots import Connector, Head, ImageDecoder, Objective
+from mllm.slots import Connector, Head, ImageDecoder
 from mllm.system import return_memory
 
 Slot = TypeVar("Slot")
@@ -183,7 +183,7 @@ def build_lm(spec: AssemblySpec, *, device: torch.device | None = None) -> Any:
     """
     if spec.lm is None:
         return None
-    cls, options = lookup("lms", spec.lm.type), spec.lm.model_dump(exclude={"type"})
+    cls, options = lookup("lms", spec.lm.type), spec.lm.options()
     if device is not None and "device" in inspect.signature(cls).parameters:
         options["device"] = device
     return made(cls, f"language model {spec.lm.model}", **options, seed=spec.seed_of("lm"))
@@ -201,34 +201,34 @@ def build_connector(spec: AssemblySpec, *, encoder: Any, lm: Any) -> Connector:
     return connector
 
 
-def load(folder: str | Path, *, device: DeviceName | None = None, dtype: DTypeName | None = None) -> Assembly:
+def load(
+    folder: str | Path,
+    *,
+    device: DeviceName | None = None,
+    dtype: DTypeName | None = None,
+    trust_remote_code: Sequence[str] = (),
+) -> Assembly:
     """Load a run or a saved model.
 
     Args:
         folder: of the run or the saved model.
         device: where it computes (``cuda``, ``cuda:1``, ``mps``, ``cpu``); None: a GPU where there is one.
         dtype: of the frozen weights (``float32``, ``bfloat16``, ``float16``); None: as in training.
+        trust_remote_code: the parts (``encoder``, ``lm``) that may run code of their models' repositories. A folder may
+            come from somebody else, so what its recipe allowed is not enough.
 
     Raises:
-        MLLMError: there is no model, or one of another format; the frozen parts are not those that it was trained on;
-            or tensors are missing, unknown or damaged.
+        MLLMError: there is no model, or one of another format; a part needs code that is not allowed; the frozen parts
+            are not those that it was trained on; or tensors are missing, unknown or damaged.
     """
     path = find_folder(Path(folder))
     about = read_about(path)
+    check_trust(about.spec, path, trust_remote_code)
     model = build(about.spec, device=device, dtype=dtype)
     if not on_meta():
         restore(model, path)
     model.source, model.fingerprint = str(folder), about.fingerprint
     return model
-
-
-def objectives_of(specs: Sequence[ObjectiveSpec]) -> list[Objective]:
-    """Return the objectives of a stage.
-
-    Raises:
-        MLLMError: an unknown objective, or an option that it does not take.
-    """
-    return [made(lookup("objectives", spec.type), f"objective {spec.type}", **spec.options()) for spec in specs]
 
 
 def check_condition(spec: AssemblySpec) -> None:

@@ -28,6 +28,13 @@ def near(name: str, known: Iterable[str]) -> str:
     return f"Known: {', '.join(known) or 'none'}."
 
 
+def first_line(error: Exception) -> str:
+    """Return the first line of an exception's message, after its type where the message alone says little."""
+    lines = str(error).strip().splitlines() or ["no message"]
+    plain = isinstance(error, OSError | ImportError | RuntimeError) or len(lines[0]) > 60
+    return lines[0][:300] if plain else f"{type(error).__name__}: {lines[0]}."
+
+
 @functools.cache
 def warn_renamed(old: str, new: str) -> None:
     """Warn, once per process, that something is called by its former name."""

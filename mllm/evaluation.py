@@ -89,11 +89,21 @@ def verify(name: str, **options: Any) -> Path:
     return path
 
 
-def suite_items(suite: str, data: str | Path | None = None) -> list[Item]:
+def suite_items(suite: str, data: str | Path | None = None, overrides: Sequence[str] = ()) -> list[Item]:
     """Return the items of a suite; see `mllm.eval.suite.read_items`."""
     suites = _eval("suite")
-    items: list[Item] = suites.read_items(suites.load_suite(suite), data)
+    items: list[Item] = suites.read_items(suites.load_suite(suite, overrides), data)
     return items
+
+
+def check_suite(suite: str, overrides: Sequence[str] = ()) -> None:
+    """Read a suite's settings, not its data; see `mllm.eval.suite.load_suite`."""
+    _eval("suite").load_suite(suite, overrides)
+
+
+def has_embedded_suites(name: str) -> bool:
+    """Whether a recipe names suites whose data are all embedded; see `mllm.eval.verify.has_embedded_suites`."""
+    return bool(_eval("verify").has_embedded_suites(name))
 
 
 def results_table(names: Sequence[str], folder: str | Path | None = None) -> str:

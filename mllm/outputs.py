@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from mllm.errors import MLLMError
 from mllm.media.images import ImageFile, open_image
+from mllm.system import write
 
 
 class Text(str):
@@ -85,8 +87,13 @@ def data_url(part: ImagePart, side: int = 512) -> str:
 def _file(part: ImagePart, folder: Path) -> Path:
     if isinstance(part.image, ImageFile):
         return part.image.path
-    folder.mkdir(parents=True, exist_ok=True)
-    numbers = [int(path.stem) for path in folder.glob("*.png") if path.stem.isdecimal()]
-    file = folder / f"{max(numbers, default=0) + 1}.png"
-    open_image(part.image).save(file)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        numbers = [int(path.stem) for path in folder.glob("*.png") if path.stem.isdecimal()]
+        file = folder / f"{max(numbers, default=0) + 1}.png"
+        write(file, lambda partial: open_image(part.image).save(partial, "PNG"))
+    except OSError as error:
+        raise MLLMError(
+            f"The image cannot be saved in {str(folder)[:200]}: {error.strerror or error}. Give another folder."
+        ) from None
     return file

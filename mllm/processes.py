@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, distributed
 from torch.nn.functional import pad
+
+from mllm.errors import MLLMError
 
 
 def processes() -> PartialState:
@@ -20,8 +23,21 @@ def processes() -> PartialState:
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
+def in_main_process(action: Callable[[], None]) -> None:
+    """Do something in the main process, for which the others wait; what a user can correct is raised in all of them."""
+    problem: MLLMError | None = None
+    if processes().is_main_process:
+        try:
+            action()
+        except MLLMError as error:
+            problem = error
+    (message,) = broadcast_object_list([None if problem is None else str(problem)])
+    if message is not None:
+        raise problem or MLLMError(message)
+
+
 def gather_rows(local: Tensor) -> tuple[Tensor, int]:
-    """Return the rows ``(N, D)`` of all processes, of ``(n, D)`` each, and the index of this process's first row.
+    """Return the rows ``(N, ...)`` of all processes, of ``(n, ...)`` each, and the index of this process's first row.
 
     n may differ between processes. The gradient flows to every process's rows.
     """
@@ -30,7 +46,7 @@ def gather_rows(local: Tensor) -> tuple[Tensor, int]:
     distributed.all_gather(sizes, number)
     counts = [int(size) for size in sizes]
     longest = max(counts)
-    padded: Tensor = _Gather.apply(pad(local, (0, 0, 0, longest - len(local))))  # type: ignore[no-untyped-call]
+    padded: Tensor = _Gather.apply(pad(local, [0, 0] * (local.dim() - 1) + [0, longest - len(local)]))  # type: ignore[no-untyped-call]
     rows = torch.cat([part[:count] for part, count in zip(padded.split(longest), counts, strict=True)])
     return rows, sum(counts[: distributed.get_rank()])
 

@@ -9,18 +9,36 @@ from __future__ import annotations
 
 import inspect
 import math
+import operator
+import types
+import typing
 import warnings
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from numbers import Real
-from typing import Any, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar, get_type_hints
+
+from annotated_types import Ge, Gt, Le, Lt
 
 from mllm.builtin import BUILT_IN, RENAMED
-from mllm.errors import MLLMError, near
+from mllm.errors import MLLMError, first_line, near
 
 Slot = TypeVar("Slot")
-NUMBERS = (int, float, int | None, float | None)  # types of arguments
+
+# Types of a part's arguments, of which `made` checks the range.
+Count = Annotated[int, Ge(1)]
+Dropout = Annotated[float, Ge(0), Lt(1)]
+Positive = Annotated[float, Gt(0)]
+NonNegative = Annotated[float, Ge(0)]
+Share = Annotated[float, Ge(0), Le(1)]
+
+_COMPARISONS: dict[type, tuple[str, str]] = {
+    Ge: ("ge", "at least"),
+    Gt: ("gt", "more than"),
+    Le: ("le", "at most"),
+    Lt: ("lt", "less than"),
+}
 
 
 @cache
@@ -82,11 +100,12 @@ def lookup(group: str, name: str) -> Any:
 
 
 def made(cls: Any, label: str, *inside: Any, **options: Any) -> Any:
-    """Return an instance of a part's class; an argument that it does not take is the user's error.
+    """Return an instance of a part's class; what its constructor raises is the user's error.
 
     Raises:
-        MLLMError: an unknown argument (the near matches are listed), a missing one, or a text or the like where the
-            part's signature has a number.
+        MLLMError: an unknown argument (the near matches are listed), a missing one, a text or the like where the part's
+            signature has a number, a number out of its range (`Count`, `Dropout`, ...), or any other argument, or file
+            that an argument names, with which the part cannot be built.
     """
     signature = inspect.signature(cls)
     try:
@@ -96,13 +115,45 @@ def made(cls: Any, label: str, *inside: Any, **options: Any) -> Any:
         known = [name for name in signature.parameters if name not in (*options, "seed")]
         help_ = f" {near(unknown[0], known)}" if unknown and known else ""
         raise MLLMError(f"The {label} does not take these arguments: {error}.{help_}") from None
-    types = _annotations(cls)
+    hints = _annotations(cls)
     for name, value in options.items():
-        is_number = isinstance(value, Real) and math.isfinite(value)
-        is_absent = value is None and types.get(name) not in (int, float)
-        if types.get(name) in NUMBERS and not is_number and not is_absent:
-            raise MLLMError(f"The {label} has {name}={value!r}; expected a number.")
-    return cls(*inside, **options)
+        if (problem := _wrong_number(hints.get(name), value)) is not None:
+            raise MLLMError(f"The {label} has {name}={value!r}; expected {problem}.")
+    try:
+        return cls(*inside, **options)
+    except MLLMError:
+        raise
+    except Exception as error:  # of torch, peft, transformers: each checks its arguments in its own way
+        given = ", ".join(f"{name}={value!r}" for name, value in options.items() if isinstance(value, str | Real))
+        raise MLLMError(
+            f"The {label} cannot be built: {first_line(error)} Check its files and its arguments: {given}."
+        ) from error
+
+
+def _wrong_number(annotation: Any, value: Any) -> str | None:
+    """Return what is expected, if an argument that is a number by its annotation is none, or out of its range."""
+    kinds = _members(annotation)
+    numbers = [kind for kind in kinds if typing.get_origin(kind) is Annotated or kind in (int, float)]
+    if not numbers or len(numbers) < sum(kind is not type(None) for kind in kinds):
+        return None  # other types are possible, too
+    if value is None:
+        return None if type(None) in kinds else "a number"
+    if not isinstance(value, Real) or not math.isfinite(value):
+        return "a number"
+    whole = numbers[0] is int or typing.get_args(numbers[0])[:1] == (int,)
+    if whole and float(value) % 1:
+        return "a whole number"
+    limits = [limit for limit in getattr(numbers[0], "__metadata__", ()) if type(limit) in _COMPARISONS]
+    named = [(limit, *_COMPARISONS[type(limit)]) for limit in limits]
+    if all(getattr(operator, name)(value, getattr(limit, name)) for limit, name, _ in named):
+        return None
+    return "a number of " + " and ".join(f"{words} {getattr(limit, name)}" for limit, name, words in named)
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    """Return the types in a union; one type is a union of itself."""
+    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    return typing.get_args(annotation) if is_union else (annotation,)
 
 
 def fulfilled(contract: type[Slot], label: str, part: Any) -> Slot:
@@ -120,8 +171,8 @@ def fulfilled(contract: type[Slot], label: str, part: Any) -> Slot:
 
 
 def _annotations(cls: Any) -> dict[str, Any]:
-    """Return the types of a part's arguments, as far as they can be read."""
+    """Return the types of a part's arguments, with their ranges, as far as they can be read."""
     try:
-        return get_type_hints(vars(cls)["__init__"] if isinstance(cls, type) else cls)
+        return get_type_hints(vars(cls)["__init__"] if isinstance(cls, type) else cls, include_extras=True)
     except (KeyError, NameError, TypeError):
         return {}

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import Field
@@ -28,7 +29,7 @@ from mllm.errors import MLLMError
 from mllm.hub import identity
 from mllm.model import Model
 from mllm.prompts.chat_template import uses_template
-from mllm.system import write
+from mllm.system import read_json, write
 from mllm.version import __version__
 
 FORMAT = 1
@@ -117,6 +118,21 @@ def read_about(folder: Path) -> About:
     return about
 
 
+def check_trust(spec: AssemblySpec, path: Path, trusted: Sequence[str]) -> None:
+    """Check that parts of a saved model run code of their repositories only where the caller allows it.
+
+    Raises:
+        MLLMError: a part does that is not named.
+    """
+    for part, model in spec.remote_code().items():
+        name = part.partition(".")[0]
+        if name not in trusted:
+            raise MLLMError(
+                f"The {name} of {path} runs Python code from the repository of {model!r}. If you have read that code "
+                f"and trust it, allow it: --trust-remote-code {name}, or trust_remote_code=[{name!r}]."
+            )
+
+
 def _write_tensors(model: Model, folder: Path) -> tuple[str, str]:
     """Write the trained tensors to a file named by its content; return the name and the SHA-256 checksum."""
     unnamed = folder / UNNAMED
@@ -162,18 +178,18 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def find_folder(folder: Path) -> Path:
     """Return the folder that contains ``assembly.json``: this one, or ``model`` inside it."""
     for path in (folder, folder / "model"):
-        if (path / ASSEMBLY).is_file():
+        if os.path.isfile(path / ASSEMBLY):
             return path
     raise MLLMError(
-        f"There is no model in {folder}: expected {ASSEMBLY} there or in {folder / 'model'}. Give the folder of a run "
-        "or of a saved model."
+        f"There is no model in {str(folder)[:200]}: no {ASSEMBLY}, there or in its folder model. Give the folder "
+        "of a run or of a saved model."
     )
 
 
 def parse_about(path: Path) -> About:
     """Return the validated content of an ``assembly.json``; its tensors are not read."""
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
+        about = read_json(path)
     except (OSError, ValueError) as error:
         raise MLLMError(f"{path} cannot be read: {error}. Copy the folder again.") from None
     if isinstance(about, dict) and about.get("format") != FORMAT:

@@ -48,6 +48,7 @@ class Encoder(nn.Module):
     shape: tuple[int, ...] = ()
     cacheable = True
     tiling: Tiling | None = None
+    reads_images = True  # and neither videos, sounds nor stored features
 
     @property
     def fingerprint(self) -> str:

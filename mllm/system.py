@@ -1,4 +1,4 @@
-"""Write files whole or not at all, and keep freed memory in the process.
+"""Write files whole or not at all, read JSON that may be damaged, lock folders, and keep freed memory in the process.
 
 The C library returns large buffers to the kernel as soon as they are free, and every step of a model asks for the same
 ones again: on a CPU the page faults of this took most of a convolutional encoder's time (measured: 40 ms an image
@@ -7,13 +7,27 @@ against 12 ms, batches of 32, two cores). In one heap they leave gaps, so the la
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import json
 import os
+import platform
+import re
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from mllm.errors import MLLMError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+_PARTIAL = re.compile(r"\..+\.[a-z0-9_]{8}")  # the names of files that are being written
 
 
 def write(path: Path, action: Callable[[Path], Any]) -> None:
@@ -27,6 +41,96 @@ def write(path: Path, action: Callable[[Path], Any]) -> None:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def remove_partial(folder: Path, *, older_than: float = 0.0) -> None:
+    """Remove files that a killed process was writing to a folder.
+
+    Args:
+        folder: nothing else writes to it, or see the next argument.
+        older_than: seconds since they were last written; another process may be writing younger ones.
+    """
+    for path in folder.glob(".*"):
+        with contextlib.suppress(OSError):
+            if _PARTIAL.fullmatch(path.name) and path.is_file() and time.time() - path.stat().st_mtime >= older_than:
+                path.unlink()
+
+
+def read_json(path: Path) -> Any:
+    """Return the value of a JSON file.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file: reading a pipe might never end.
+        ValueError: it is not JSON.
+    """
+    if os.path.lexists(path) and not os.path.isfile(path):
+        raise OSError("it is no regular file")
+    return parse_json(path.read_text(encoding="utf-8"))
+
+
+def parse_json(text: str) -> Any:
+    """Return the value of a JSON text; whatever is wrong with the text raises a ``ValueError``."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+class Lock:
+    """A lock on a folder that ends with the process that has it, however that ends.
+
+    Args:
+        folder: the folder, in which the file ``.lock`` is created.
+    """
+
+    NAME = ".lock"
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / self.NAME
+        self._file: int | None = None
+
+    def acquire(self) -> None:
+        """Take the lock. On a file system without locks nothing happens.
+
+        Raises:
+            OSError: the folder cannot be written.
+            MLLMError: another process has it.
+        """
+        while True:
+            file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                if fcntl is not None:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = os.read(file, 100).decode(errors="replace").strip() or "another process"
+                os.close(file)
+                raise MLLMError(
+                    f"{self._path.parent} is in use by {holder}. Wait until it ends, or give another folder."
+                ) from None
+            except OSError:
+                pass
+            if _is_at(file, self._path):
+                break
+            os.close(file)  # it was released, and so removed, between opening and locking
+        self._file = file
+        os.truncate(file, 0)
+        os.write(file, f"process {os.getpid()} on {platform.node()}\n".encode())
+
+    def release(self) -> None:
+        """Release the lock, if it is held, and remove its file."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._path.unlink(missing_ok=True)
+            os.close(self._file)
+            self._file = None
+
+
+def _is_at(file: int, path: Path) -> bool:
+    """Whether an open file is the one that a path leads to."""
+    try:
+        return os.path.samestat(os.fstat(file), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 _LITTER = ("__MACOSX", "@eaDir")  # folders that macOS and Synology add

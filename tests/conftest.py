@@ -85,6 +85,17 @@ class Command:
             process.join()
         assert self._processes[0].exitcode == -signal.SIGKILL, "it ended before it was killed"
 
+    def stop(self, number: int, rank: int = 0) -> str:
+        """Send a signal to one of them, wait for all, and return their output; each ends with the signal's status."""
+        pid = self._processes[rank].pid
+        assert pid is not None
+        os.kill(pid, number)
+        for process in self._processes:
+            process.join()
+        written = self._output.read_text()
+        assert all(process.exitcode in (128 + number, 128 + signal.SIGTERM) for process in self._processes), written
+        return written
+
     def finish(self) -> str:
         """Wait for all of them, which have to succeed, and return their output."""
         for process in self._processes:

@@ -7,6 +7,7 @@ from mllm.adapters.connectors.reduce import Reduce
 from torch import Tensor, nn
 
 from mllm.errors import MLLMError
+from mllm.registry import Count, Dropout
 from mllm.slots import Connector
 
 
@@ -39,10 +40,10 @@ class Linear(Connector):
         lm_dim: int | None,
         num_patches: int,
         grid: tuple[int, int] | None,
-        tokens: int | None = None,
-        shuffle: int | None = None,
+        tokens: Count | None = None,
+        shuffle: Count | None = None,
         norm: bool = False,
-        dropout: float = 0.0,
+        dropout: Dropout = 0.0,
     ) -> None:
         super().__init__()
         if lm_dim is None:

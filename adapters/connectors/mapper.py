@@ -10,6 +10,7 @@ from mllm.adapters.connectors.reduce import projection
 from torch import Tensor, nn
 
 from mllm.errors import MLLMError
+from mllm.registry import Count, Dropout
 from mllm.slots import Connector
 
 
@@ -45,13 +46,13 @@ class Mapper(Connector):
         lm_dim: int | None,
         num_patches: int,
         grid: tuple[int, int] | None,
-        tokens: int = 32,
-        dim: int = 256,
-        layers: int = 4,
-        heads: int = 8,
-        ffn: int = 512,
-        expand: int = 1,
-        dropout: float = 0.0,
+        tokens: Count = 32,
+        dim: Count = 256,
+        layers: Count = 4,
+        heads: Count = 8,
+        ffn: Count = 512,
+        expand: Count = 1,
+        dropout: Dropout = 0.0,
         attention: Literal["joint", "cross"] = "joint",
         positions: bool = False,
         norm: bool = False,

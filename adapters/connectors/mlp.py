@@ -8,6 +8,7 @@ from mllm.adapters.connectors.reduce import Reduce
 from torch import Tensor, nn
 
 from mllm.errors import MLLMError
+from mllm.registry import Count
 from mllm.slots import Connector
 
 
@@ -42,10 +43,10 @@ class MLP(Connector):
         lm_dim: int | None,
         num_patches: int,
         grid: tuple[int, int] | None,
-        depth: int = 2,
-        hidden: int | None = None,
-        tokens: int | None = None,
-        shuffle: int | None = None,
+        depth: Count = 2,
+        hidden: Count | None = None,
+        tokens: Count | None = None,
+        shuffle: Count | None = None,
         norm: bool = False,
         input_norm: bool = False,
     ) -> None:

@@ -14,6 +14,7 @@ from transformers import AutoModel, Blip2QFormerConfig, Blip2QFormerModel
 
 from mllm.errors import MLLMError
 from mllm.hub import loading as hub
+from mllm.registry import Count, Dropout
 from mllm.slots import Connector
 
 
@@ -52,16 +53,16 @@ class QFormer(Connector):
         lm_dim: int | None,
         num_patches: int,
         grid: tuple[int, int] | None,
-        tokens: int = 32,
-        dim: int = 768,
-        layers: int = 12,
-        heads: int = 12,
-        ffn: int | None = None,
+        tokens: Count = 32,
+        dim: Count = 768,
+        layers: Count = 12,
+        heads: Count = 12,
+        ffn: Count | None = None,
         init: str | None = None,
         norm: bool = True,
         words: str | None = None,
         causal: bool = False,
-        dropout: float = 0.0,
+        dropout: Dropout = 0.0,
     ) -> None:
         super().__init__()
         config = Blip2QFormerConfig(

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
 from mllm.errors import MLLMError
+from mllm.registry import Count
 
 
 class Reduce(nn.Module):
@@ -35,8 +36,8 @@ class Reduce(nn.Module):
         vis_dim: int,
         num_patches: int,
         grid: tuple[int, int] | None,
-        tokens: int | None = None,
-        shuffle: int | None = None,
+        tokens: Count | None = None,
+        shuffle: Count | None = None,
     ) -> None:
         super().__init__()
         self.grid, self.shuffle, self.dim, self.num_tokens = grid, shuffle, vis_dim, num_patches

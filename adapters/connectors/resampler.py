@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers.models.idefics2.configuration_idefics2 import Idefics2PerceiverConfig
 from transformers.models.idefics2.modeling_idefics2 import Idefics2PerceiverResampler
 
+from mllm.registry import Count
 from mllm.slots import Connector
 
 
@@ -37,11 +38,11 @@ class Resampler(Connector):
         lm_dim: int | None,
         num_patches: int,
         grid: tuple[int, int] | None,
-        tokens: int = 64,
-        depth: int = 3,
-        heads: int = 16,
-        head_dim: int | None = None,
-        kv_heads: int | None = None,
+        tokens: Count = 64,
+        depth: Count = 3,
+        heads: Count = 16,
+        head_dim: Count | None = None,
+        kv_heads: Count | None = None,
     ) -> None:
         super().__init__()
         self.num_tokens = tokens

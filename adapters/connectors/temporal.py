@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mllm.errors import MLLMError
-from mllm.registry import lookup, made
+from mllm.registry import Count, lookup, made
 from mllm.slots import Connector
 
 
@@ -45,10 +45,10 @@ class Temporal(Connector):
         lm_dim: int | None,
         num_patches: int,
         grid: tuple[int, int] | None,
-        frames: int = 4,
-        layers: int = 1,
-        dim: int = 256,
-        heads: int = 8,
+        frames: Count = 4,
+        layers: Count = 1,
+        dim: Count = 256,
+        heads: Count = 8,
         then: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()

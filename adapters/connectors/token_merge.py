@@ -8,9 +8,11 @@ import torch
 from einops import rearrange
 from mllm.adapters.connectors.reduce import projection
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel
+from transformers import AutoModel, BertConfig, BertModel
 
 from mllm.errors import MLLMError
+from mllm.hub import loading as hub
+from mllm.registry import Count, Dropout
 from mllm.slots import Connector
 
 
@@ -26,8 +28,9 @@ class TokenMerge(Connector):
         layers: BERT blocks.
         dim: hidden size.
         heads: attention heads.
-        init: a folder or hub id of a BERT that initializes the blocks; None: random weights.
-        dropout: in the blocks.
+        init: a part, folder or hub id of a BERT that initializes the blocks; None: random weights.
+        positions: BERT's position embeddings, LayerNorm and dropout stand before the blocks.
+        dropout: in the blocks; with ``init``, it is the BERT's.
 
     Attributes:
         num_tokens: Q.
@@ -45,11 +48,12 @@ class TokenMerge(Connector):
         num_patches: int,
         grid: tuple[int, int] | None,
         merge: int = 19,
-        layers: int = 12,
-        dim: int = 768,
-        heads: int = 12,
+        layers: Count = 12,
+        dim: Count = 768,
+        heads: Count = 12,
         init: str | None = None,
-        dropout: float = 0.0,
+        positions: bool = False,
+        dropout: Dropout = 0.0,
     ) -> None:
         super().__init__()
         last = num_patches - (layers - 1) * merge  # tokens that reach the last layer
@@ -60,12 +64,16 @@ class TokenMerge(Connector):
             )
         self.num_tokens, self.merge, self.heads = num_patches - layers * merge, merge, heads
         self.enter = nn.Linear(vis_dim, dim)
-        self.blocks = _blocks(layers=layers, dim=dim, heads=heads, init=init, dropout=dropout)
+        bert = _random_bert(layers, dim, heads, dropout) if init is None else _pretrained_bert(init, layers, dim, heads)
+        self.place = _positions(bert, num_patches) if positions else None
+        self.blocks = bert.encoder.layer[:layers]
         self.project = projection(dim, lm_dim)
 
     def body(self, features: Tensor) -> Tensor:
         """Return the merged tokens ``(B, Q, dim)``."""
         tokens = self.enter(features)
+        if self.place is not None:
+            tokens = self.place(inputs_embeds=tokens)
         sizes = torch.ones_like(tokens[..., :1])  # patches in each token
         block: Any
         for block in self.blocks:
@@ -112,30 +120,53 @@ def _select(tokens: Tensor, indices: Tensor) -> Tensor:
     return tokens.gather(1, indices.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
 
 
-def _blocks(*, layers: int, dim: int, heads: int, init: str | None, dropout: float) -> nn.ModuleList:
-    if init is not None:
-        try:
-            bert = BertModel.from_pretrained(init, add_pooling_layer=False, num_hidden_layers=layers)
-        except (OSError, ValueError) as error:
-            raise MLLMError(
-                f"connector.init: {init!r} could not be loaded: {error}. Give the id or folder of a BERT."
-            ) from None
-        shape = (bert.config.hidden_size, bert.config.num_attention_heads)
-        if shape != (dim, heads):
-            raise MLLMError(
-                f"connector.init: {init!r} has hidden size {shape[0]} and {shape[1]} heads, and the connector {dim} "
-                f"and {heads}. Set connector.dim and connector.heads to the BERT's."
-            )
-    else:
-        config = BertConfig(
-            hidden_size=dim,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            intermediate_size=4 * dim,
-            vocab_size=1,  # the word embeddings are not used
-            hidden_dropout_prob=dropout,
-            attention_probs_dropout_prob=dropout,
+def _pretrained_bert(init: str, layers: int, dim: int, heads: int) -> Any:
+    """Return the BERT of ``connector.init``.
+
+    Raises:
+        MLLMError: it cannot be loaded, is no BERT, or is of another shape.
+    """
+    folder = hub.resolve(init, group="lms")
+    try:
+        kind = hub.load_config(folder).model_type
+        bert = hub.load_model(AutoModel, folder, add_pooling_layer=False) if kind == "bert" else None
+    except OSError as error:
+        raise MLLMError(
+            f"connector.init: {init!r} could not be loaded: {error}. Give the id or folder of a BERT."
+        ) from None
+    if bert is None:
+        raise MLLMError(f"connector.init is {init!r}, of type {kind}: expected a BERT. Give the id or folder of one.")
+    shape = (bert.config.hidden_size, bert.config.num_attention_heads)
+    if shape != (dim, heads) or len(bert.encoder.layer) < layers:
+        raise MLLMError(
+            f"connector.init: {init!r} has hidden size {shape[0]}, {shape[1]} heads and {len(bert.encoder.layer)} "
+            f"layers, and the connector {dim}, {heads} and {layers}. Set connector.dim, heads and layers to the BERT's."
         )
-        bert = BertModel(config, add_pooling_layer=False)
-    blocks: nn.ModuleList = bert.encoder.layer
-    return blocks
+    return bert
+
+
+def _random_bert(layers: int, dim: int, heads: int, dropout: float) -> Any:
+    config = BertConfig(
+        hidden_size=dim,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=4 * dim,
+        vocab_size=1,  # the word embeddings are not used
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+    )
+    return BertModel(config, add_pooling_layer=False)
+
+
+def _positions(bert: Any, num_patches: int) -> nn.Module:
+    """Return a BERT's embedding layer without its word embeddings: it adds positions, and normalizes.
+
+    Raises:
+        MLLMError: it has fewer positions than there are features.
+    """
+    most = bert.config.max_position_embeddings
+    if most < num_patches:
+        raise MLLMError(f"connector.positions: BERT has {most} positions, for {num_patches} features. Leave it out.")
+    embeddings: nn.Module = bert.embeddings
+    del embeddings.word_embeddings
+    return embeddings

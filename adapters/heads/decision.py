@@ -6,6 +6,7 @@ from mllm.adapters.heads.generation import needed
 from torch import Tensor, nn
 
 from mllm.capabilities import DECISIONS, ImageTokenHead
+from mllm.registry import Dropout
 
 
 class DecisionClassifier(ImageTokenHead):
@@ -22,7 +23,7 @@ class DecisionClassifier(ImageTokenHead):
     """
 
     def __init__(
-        self, *, lm_dim: int | None, vis_dim: int | None = None, token: str = "[IMG0]", dropout: float = 0.5
+        self, *, lm_dim: int | None, vis_dim: int | None = None, token: str = "[IMG0]", dropout: Dropout = 0.5
     ) -> None:
         super().__init__()
         self.tokens, self.labels = (token,), DECISIONS

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mllm.capabilities import ImageTokenHead
 from mllm.errors import MLLMError
+from mllm.registry import Count
 
 
 class Generation(ImageTokenHead):
@@ -39,12 +40,12 @@ class Generation(ImageTokenHead):
         *,
         lm_dim: int | None,
         vis_dim: int | None = None,
-        tokens: int = 8,
-        length: int = 77,
-        width: int = 768,
-        dim: int = 512,
-        layers: int = 4,
-        heads: int = 4,
+        tokens: Count = 8,
+        length: Count = 77,
+        width: Count = 768,
+        dim: Count = 512,
+        layers: Count = 4,
+        heads: Count = 4,
     ) -> None:
         super().__init__()
         self.tokens, self.condition = names(tokens), (length, width)
@@ -73,7 +74,9 @@ class Bridge(ImageTokenHead):
         condition: ``(r, W)``.
     """
 
-    def __init__(self, *, lm_dim: int | None, vis_dim: int | None = None, tokens: int = 77, width: int = 1024) -> None:
+    def __init__(
+        self, *, lm_dim: int | None, vis_dim: int | None = None, tokens: Count = 77, width: Count = 1024
+    ) -> None:
         super().__init__()
         self.tokens, self.condition = names(tokens), (tokens, width)
         self.map = nn.Linear(needed(lm_dim, "bridge"), width, bias=False)
@@ -100,7 +103,13 @@ class Affine(ImageTokenHead):
     """
 
     def __init__(
-        self, *, lm_dim: int | None, vis_dim: int | None = None, tokens: int = 1, length: int = 1, width: int = 384
+        self,
+        *,
+        lm_dim: int | None,
+        vis_dim: int | None = None,
+        tokens: Count = 1,
+        length: Count = 1,
+        width: Count = 384,
     ) -> None:
         super().__init__()
         self.tokens, self.condition = names(tokens), (length, width)
@@ -134,11 +143,11 @@ class Aligner(ImageTokenHead):
         *,
         lm_dim: int | None,
         vis_dim: int | None = None,
-        tokens: int = 8,
-        length: int = 77,
-        width: int = 768,
-        layers: int = 4,
-        heads: int = 4,
+        tokens: Count = 8,
+        length: Count = 77,
+        width: Count = 768,
+        layers: Count = 4,
+        heads: Count = 4,
     ) -> None:
         super().__init__()
         lm_dim = needed(lm_dim, "aligner")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from mllm.registry import Count, Positive
 from mllm.slots import Head
 
 
@@ -22,9 +23,9 @@ class ContrastMaps(Head):
     def __init__(
         self,
         *,
-        inside: int = 768,
-        dim: int = 256,
-        temperature: float = 0.07,
+        inside: Count = 768,
+        dim: Count = 256,
+        temperature: Positive = 0.07,
         vis_dim: int | None = None,
         lm_dim: int | None = None,
     ) -> None:
@@ -54,7 +55,7 @@ class MatchClassifier(Head):
         lm_dim: not used.
     """
 
-    def __init__(self, *, inside: int = 768, vis_dim: int | None = None, lm_dim: int | None = None) -> None:
+    def __init__(self, *, inside: Count = 768, vis_dim: int | None = None, lm_dim: int | None = None) -> None:
         super().__init__()
         self.judge = nn.Linear(inside, 2)
 

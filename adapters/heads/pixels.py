@@ -9,6 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mllm.errors import MLLMError
+from mllm.registry import Count, NonNegative, Positive
 from mllm.slots import Head
 
 
@@ -39,11 +40,11 @@ class Pixels(Head):
         *,
         lm_dim: int | None,
         vis_dim: int | None = None,
-        side: int = 64,
-        features: int = 2048,
-        rank: int = 384,
-        sharpness: float = 0.7,
-        noise: float = 0.2,
+        side: Count = 64,
+        features: Count = 2048,
+        rank: Count = 384,
+        sharpness: Positive = 0.7,
+        noise: NonNegative = 0.2,
     ) -> None:
         super().__init__()
         if lm_dim is None:

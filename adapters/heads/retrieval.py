@@ -10,6 +10,7 @@ from torch.nn.functional import normalize
 
 from mllm.capabilities import ImageTokenHead
 from mllm.errors import MLLMError
+from mllm.registry import Count
 
 
 class RetrievalMaps(ImageTokenHead):
@@ -28,7 +29,7 @@ class RetrievalMaps(ImageTokenHead):
         MLLMError: there is no language model, or no encoder.
     """
 
-    def __init__(self, *, lm_dim: int | None, vis_dim: int | None, dim: int = 256, token: str = "[RET]") -> None:
+    def __init__(self, *, lm_dim: int | None, vis_dim: int | None, dim: Count = 256, token: str = "[RET]") -> None:
         super().__init__()
         if lm_dim is None or vis_dim is None:
             raise MLLMError(

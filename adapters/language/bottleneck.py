@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mllm.errors import MLLMError
 from mllm.lms.adapting import Switchable, decoder_layers
+from mllm.registry import Count, NonNegative
 
 # The names that decoders give to the two sublayers. In OPT and BART the mlp is the modules from fc1 to fc2.
 NAMES = {
@@ -36,10 +37,10 @@ class Bottleneck(Switchable):
         model: Any,
         *,
         after: list[Literal["mlp", "attention"]] | None = None,
-        reduction: int = 4,
+        reduction: Count = 4,
         mode: Literal["serial", "parallel"] = "serial",
         scale: float = 1.0,
-        std: float = 1e-3,
+        std: NonNegative = 1e-3,
     ) -> None:
         super().__init__()
         if mode not in ("serial", "parallel"):

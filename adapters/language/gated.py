@@ -12,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from mllm.errors import MLLMError
 from mllm.lms.adapting import Switchable, decoder_layers
 from mllm.lms.cross_attention import CrossAttentionMemory, current_memory
+from mllm.registry import Count
 
 
 class Gated(Switchable):
@@ -32,7 +33,7 @@ class Gated(Switchable):
         MLLMError: an option below 1, an encoder-decoder model, or one whose layers are not found.
     """
 
-    def __init__(self, model: Any, *, every: int = 4, heads: int = 8, head_dim: int = 64, ff: int = 4) -> None:
+    def __init__(self, model: Any, *, every: Count = 4, heads: Count = 8, head_dim: Count = 64, ff: Count = 4) -> None:
         super().__init__()
         if min(every, heads, head_dim, ff) < 1:
             raise MLLMError(
@@ -85,7 +86,7 @@ class Block(nn.Module):
         ff: the feed-forward layer's width, as a multiple of ``dim``.
     """
 
-    def __init__(self, dim: int, visual_dim: int, *, heads: int, head_dim: int, ff: int) -> None:
+    def __init__(self, dim: int, visual_dim: int, *, heads: Count, head_dim: Count, ff: Count) -> None:
         super().__init__()
         inner = heads * head_dim
         self.heads = heads

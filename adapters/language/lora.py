@@ -12,6 +12,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from mllm.errors import MLLMError, near
+from mllm.registry import Count, Dropout
 
 PEFT_MODULES = ("lora_A", "lora_B", "lora_magnitude_vector", "lora_dropout")  # that peft adds to a linear layer
 
@@ -35,10 +36,10 @@ class LoRA(nn.Module):
         self,
         model: Any,
         *,
-        r: int = 16,
+        r: Count = 16,
         alpha: int = 16,
         targets: list[str] | str = "all-linear",
-        dropout: float = 0.0,
+        dropout: Dropout = 0.0,
         dora: bool = False,
     ) -> None:
         super().__init__()

@@ -10,6 +10,7 @@ from transformers import DynamicCache
 
 from mllm.errors import MLLMError
 from mllm.lms.adapting import Switchable
+from mllm.registry import Count, NonNegative
 
 
 class PrefixTuning(Switchable):
@@ -24,7 +25,7 @@ class PrefixTuning(Switchable):
         MLLMError: the model has no such cache.
     """
 
-    def __init__(self, model: Any, *, positions: int = 20, std: float = 0.02) -> None:
+    def __init__(self, model: Any, *, positions: Count = 20, std: NonNegative = 0.02) -> None:
         super().__init__()
         self._lm = (model,)  # in a tuple, it is no submodule
         self.keys, self.values = nn.ParameterList(), nn.ParameterList()

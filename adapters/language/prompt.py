@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mllm.lms.adapting import Switchable
+from mllm.registry import Count
 
 
 class PromptTuning(Switchable):
@@ -18,7 +19,7 @@ class PromptTuning(Switchable):
         positions: the prompt length.
     """
 
-    def __init__(self, model: Any, *, positions: int = 20) -> None:
+    def __init__(self, model: Any, *, positions: Count = 20) -> None:
         super().__init__()
         table = model.get_input_embeddings()
         ids = torch.randint(0, table.weight.shape[0], (positions,)).to(table.weight.device)

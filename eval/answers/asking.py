@@ -36,6 +36,7 @@ class Query:
     text: str
     choices: tuple[str, ...] = ()
     before: tuple[Piece, ...] = ()
+    kind: str = "question"  # by which options of the recipe's decoding it is answered: caption or question
 
 
 Queries = Callable[[Item, PromptSpec, tuple[Piece, ...]], list[Query]]

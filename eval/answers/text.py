@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import chain
 
 from mllm.eval.answers.asking import Asking, Group, Query, unanswerable
 from mllm.eval.answers.base import Context
@@ -14,6 +13,7 @@ from mllm.eval.nearest import NEAREST, nearest_answers
 from mllm.answering.decode import for_encoded, make_decoding
 from mllm.answering.view import Views
 from mllm.assembly import Assembly
+from mllm.config.parts import KINDS
 from mllm.config.prompt import PromptSpec
 from mllm.data.items import Item, question_text
 from mllm.media.images import ImageSource
@@ -31,7 +31,14 @@ class Generate:
         """Return the generated texts."""
 
         def generated(views: Views, batch: Sequence[Group]) -> list[str]:
-            return list(chain(*views.continue_with([list(texts) for _, texts in batch], **context.suite.decoding)))
+            groups = [queries for _, queries in batch]
+            replies: dict[tuple[int, str], str] = {}
+            for kind in dict.fromkeys(query.kind for queries in groups for query in queries.values()):
+                texts = [[text for text, query in queries.items() if query.kind == kind] for queries in groups]
+                answers = views.continue_with(texts, **{"kind": kind, **context.suite.decoding})
+                for number, (asked, answered) in enumerate(zip(texts, answers, strict=True)):
+                    replies |= {(number, text): answer for text, answer in zip(asked, answered, strict=True)}
+            return [replies[number, text] for number, queries in enumerate(groups) for text in queries]
 
         prompted = replace(context, baselines=[name for name in context.baselines if name != NEAREST])
         replies = Asking(prompted, _queries, generated, grouped=True).replies(model, items)
@@ -42,10 +49,10 @@ class Generate:
 
     def unanswerable(self, model: Assembly, items: Sequence[Item], context: Context) -> dict[int, str]:
         """Return the items whose prompt and answer do not fit into the language model's context."""
-        decoding = make_decoding(model, context.suite.decoding)
+        decodings = {kind: make_decoding(model, {"kind": kind, **context.suite.decoding}) for kind in KINDS}
 
         def check(prompt: list[Piece], query: Query) -> None:
-            encoded = model.encode(prompt)
+            encoded, decoding = model.encode(prompt), decodings[query.kind]
             if decoding.nearest_words is None:  # which makes another prompt
                 for_encoded(model, encoded, decoding)
 
@@ -57,4 +64,4 @@ class Generate:
 
 
 def _queries(item: Item, prompt: PromptSpec, examples: tuple[Piece, ...]) -> list[Query]:
-    return [Query(item.images, question_text(item, prompt), before=examples)]
+    return [Query(item.images, question_text(item, prompt), before=examples, kind=item.answer_kind)]

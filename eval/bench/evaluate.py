@@ -56,11 +56,11 @@ def alternative(ours: Assembly, stock: Any, folder: Path) -> Any:
 
     vision = stock.config.vision_config
     stock.save_pretrained(folder)
-    images = CLIPImageProcessorPil.from_pretrained(folder.parent / "encoder")
+    images = CLIPImageProcessorPil.from_pretrained(folder.parent / "encoder", trust_remote_code=False)
     ours.lm.tokenizer.save_pretrained(folder)
     for file in folder.glob("*token*.json"):  # the image token is one that no prompt has
         file.write_text(file.read_text().replace(IMAGE_TOKEN, "<image>"))
-    tokenizer = type(ours.lm.tokenizer).from_pretrained(folder)
+    tokenizer = type(ours.lm.tokenizer).from_pretrained(folder, trust_remote_code=False)
     LlavaProcessor(
         images,
         tokenizer,

@@ -135,7 +135,7 @@ def train(description: str, *, out: str) -> None:
 def collator_of(settings: dict[str, Any]) -> Collator:
     """Return the collator of a description's rows."""
     return Collator(
-        AutoImageProcessor.from_pretrained(settings["processor"]),
+        AutoImageProcessor.from_pretrained(settings["processor"], trust_remote_code=False),
         settings["options"],
         visual=settings["kind"] != "llava",
     )
@@ -143,15 +143,17 @@ def collator_of(settings: dict[str, Any]) -> Collator:
 
 def llava(folder: str) -> nn.Module:
     """Return `transformers`' LLaVA class, frozen except for its projector."""
-    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).requires_grad_(False)
+    model = LlavaForConditionalGeneration.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=False
+    ).requires_grad_(False)
     model.model.multi_modal_projector.requires_grad_(True)
     return model
 
 
 def joined(encoder: str, lm: str, cells: int, dim: int) -> Joined:
     """Return the hand-written module with a randomly initialized connector; ``dim`` is the encoder's width."""
-    language = AutoModelForCausalLM.from_pretrained(lm, dtype=torch.float32)
-    vision = AutoModel.from_pretrained(encoder, dtype=torch.float32)
+    language = AutoModelForCausalLM.from_pretrained(lm, dtype=torch.float32, trust_remote_code=False)
+    vision = AutoModel.from_pretrained(encoder, dtype=torch.float32, trust_remote_code=False)
     table: Any = language.get_input_embeddings()
     return Joined(getattr(vision, "vision_model", vision), language, cells=cells, dim=dim, lm_dim=table.weight.shape[1])
 

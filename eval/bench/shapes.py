@@ -66,17 +66,17 @@ def llava_class(ours: Assembly, folder: Path, lm: str) -> Any:
     """
     lm_folder = parts.locate(lm) if lm.startswith("mllm/") else lm
     config = LlavaConfig(
-        vision_config=AutoConfig.from_pretrained(folder),
-        text_config=AutoConfig.from_pretrained(lm_folder),
+        vision_config=AutoConfig.from_pretrained(folder, trust_remote_code=False),
+        text_config=AutoConfig.from_pretrained(lm_folder, trust_remote_code=False),
         image_token_index=image_token(ours),
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
         projector_hidden_act="gelu",
     )
     stock = LlavaForConditionalGeneration(config).eval()
-    tower = CLIPVisionModel.from_pretrained(folder)
+    tower = CLIPVisionModel.from_pretrained(folder, trust_remote_code=False)
     stock.model.vision_tower.load_state_dict(tower.state_dict())
-    language = AutoModelForCausalLM.from_pretrained(lm_folder, dtype=torch.float32)
+    language = AutoModelForCausalLM.from_pretrained(lm_folder, dtype=torch.float32, trust_remote_code=False)
     stock.model.language_model.load_state_dict(language.model.state_dict())
     stock.lm_head.load_state_dict(language.lm_head.state_dict())
     layers = [module for module in ours.connector.modules() if isinstance(module, torch.nn.Linear)]

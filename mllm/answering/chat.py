@@ -12,7 +12,7 @@ import functools
 import io
 import json
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
@@ -69,7 +69,7 @@ class Chat:
             MLLMError: the message is empty, an image cannot be read, or the conversation outgrows the context; the
                 conversation is then as it was.
         """
-        decode = functools.partial(self._answer, make_decoding(self._model, decoding), _decode_at_once)
+        decode = functools.partial(self._answer, self._decoding(text, decoding), _decode_at_once)
         return "".join(self._turn(text, images, decode)).rstrip()
 
     def stream(self, text: str, images: Sequence[Any] = (), **decoding: Any) -> Iterator[str]:
@@ -77,7 +77,7 @@ class Chat:
 
         With beams, ``candidates`` or ``nearest_words`` the answer comes in one piece.
         """
-        decode = functools.partial(self._answer, make_decoding(self._model, decoding), _decode_streamed)
+        decode = functools.partial(self._answer, self._decoding(text, decoding), _decode_streamed)
         return self._turn(text, images, decode)
 
     def show(self, text: str, images: Sequence[Any] = (), **options: Any) -> Output:
@@ -95,7 +95,7 @@ class Chat:
         shown = {name: options.pop(name) for name in ("index", "images", "image_logit_bias") if name in options}
 
         def answer(messages: Messages) -> Iterator[str]:
-            outputs.extend(generate(self._model, [turns(self._model, messages)], options, **shown))
+            outputs.extend(generate(self._model, [turns(self._model, messages)], _with_kind(text, options), **shown))
             yield str(outputs[0])
 
         "".join(self._turn(text, images, answer))
@@ -112,10 +112,23 @@ class Chat:
         self.messages = [*self._start, *self.messages[first + 2 * turns :]]
 
     def save(self, path: str | Path) -> Path:
-        """Write the conversation as JSON: images by path where they are files, else as data URLs."""
+        """Write the conversation as JSON: images by path where they are files, else as data URLs.
+
+        Raises:
+            MLLMError: the file cannot be written; the conversation continues.
+        """
         messages = [{**m, "content": [_saved(part) for part in m["content"]]} for m in self.messages]
-        write(Path(path), lambda file: file.write_text(json.dumps(messages, indent=2, ensure_ascii=False) + "\n"))
+        text = json.dumps(messages, indent=2, ensure_ascii=False) + "\n"
+        try:
+            write(Path(path), lambda file: file.write_text(text, encoding="utf-8", errors="replace"))
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise MLLMError(f"{str(path)[:200]} cannot be written: {reason}. Give another file.") from None
         return Path(path)
+
+    def _decoding(self, text: str, options: Mapping[str, Any]) -> Decoding:
+        """Return what the answer to a message is decoded with."""
+        return make_decoding(self._model, _with_kind(text, options))
 
     def _turn(self, text: str, images: Sequence[Any], answer: Callable[[Messages], Iterator[str]]) -> Iterator[str]:
         """Yield the answer to a new message, then add both to the conversation."""
@@ -206,6 +219,11 @@ class Chat:
 
     def _forget(self) -> None:
         self._cache, self._mask, self._cached = None, [], []
+
+
+def _with_kind(text: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a message's decoding options: an image without a text is captioned."""
+    return {"kind": "question" if text.strip() else "caption", **options}
 
 
 def _content(encoded: Encoded, images: Sequence[Any], counts: Sequence[int]) -> list[int | str]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+from mllm.config.parts import KINDS
 from mllm.errors import MLLMError, renamed_options
 from mllm.lms.decoding import Decoding, check_batch
 from mllm.lms.generation import fitted, room
@@ -22,14 +23,27 @@ FORMER = {"words": "nearest_words"}
 def make_decoding(model: Model, options: Mapping[str, Any]) -> Decoding:
     """Return the decoding that the recipe's ``decoding`` describes with these options over it.
 
+    Args:
+        model: the model.
+        options: by name. ``kind``: ``caption`` or ``question``, whose own options in the recipe are over the others.
+
     The recipe's ``max_new_tokens`` is a default: where the context ends before, the answer is as long as fits.
 
     Raises:
         MLLMError: an option that is unknown (the near matches are listed) or not supported, or an invalid value.
     """
-    over = renamed_options(options, FORMER)
-    merged = {**renamed_options(model.spec.decoding, FORMER), **over}
+    kind = options.get("kind")
+    if kind not in (None, *KINDS):
+        raise MLLMError(f"The decoding option 'kind' is {kind!r}; expected {' or '.join(KINDS)}.")
+    over = _of_kind({name: value for name, value in options.items() if name != "kind"}, kind)
+    merged = {**_of_kind(model.spec.decoding, kind), **over}
     return Decoding.of(merged, table("decoding"), shorten=over.get("max_new_tokens") is None)
+
+
+def _of_kind(options: Mapping[str, Any], kind: str | None) -> dict[str, Any]:
+    """Return the options of one kind of answer: its own over those of all kinds."""
+    shared = {name: value for name, value in options.items() if name not in KINDS}
+    return {**renamed_options(shared, FORMER), **renamed_options(options.get(kind or "", {}), FORMER)}
 
 
 def for_prompts(

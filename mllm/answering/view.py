@@ -59,7 +59,7 @@ class Views(Sequence["View"]):
 
     def ask(self, questions: Sequence[Sequence[str]], **decoding: Any) -> list[list[str]]:
         """Answer each view's questions, all in one batch, formatted by the recipe's ``prompt.question``."""
-        question_prompt = self.model.spec.prompt.question
+        question_prompt, decoding = self.model.spec.prompt.question, {"kind": "question", **decoding}
         texts = [[question_prompt.format(question=question) for question in of_view] for of_view in questions]
         return self.continue_with(texts, **decoding)
 
@@ -168,11 +168,12 @@ class View:
 
     def ask(self, question: str, **decoding: Any) -> str:
         """Answer a question about the prompt, formatted by the recipe's ``prompt.question``."""
-        return self.continue_with(self.views.model.spec.prompt.question.format(question=question), **decoding)
+        text = self.views.model.spec.prompt.question.format(question=question)
+        return self.continue_with(text, **{"kind": "question", **decoding})
 
     def caption(self, **decoding: Any) -> str:
         """Describe the images, after the recipe's ``prompt.caption``."""
-        return self.continue_with(self.views.model.spec.prompt.caption, **decoding)
+        return self.continue_with(self.views.model.spec.prompt.caption, **{"kind": "caption", **decoding})
 
     def continue_with(self, text: str = "", **decoding: Any) -> str:
         """Answer after the prompt and ``text``; equal to `Assembly.generate` on the whole prompt."""

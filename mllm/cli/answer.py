@@ -13,7 +13,19 @@ if TYPE_CHECKING:
     from mllm.assembly import Assembly
 
 from mllm.cli.loading import load_run
-from mllm.cli.options import DeviceName, DTypeName, Eager, ImageLogitBias, Index, Lines, RunPath, Shown, Tokens, Words
+from mllm.cli.options import (
+    DeviceName,
+    DTypeName,
+    Eager,
+    ImageLogitBias,
+    Index,
+    Lines,
+    RunPath,
+    Shown,
+    Tokens,
+    Trusted,
+    Words,
+)
 from mllm.errors import MLLMError, warn_renamed
 
 if TYPE_CHECKING:  # imported by the commands that need it
@@ -32,11 +44,13 @@ def caption(
     show: Shown = Path("shown"),
     device: DeviceName = None,
     dtype: DTypeName = None,
+    trust_remote_code: Trusted = None,
 ) -> None:
     """Caption images."""
     options = _image_options(run, index, image_logit_bias, eager)
-    model = load_run(run, device, dtype)
-    _print_answers(model, images, model.spec.prompt.caption, jsonl, words, show, **options, **_decoding(max_new_tokens))
+    model = load_run(run, device, dtype, trust_remote_code)
+    options |= {"kind": "caption", **_decoding(max_new_tokens)}
+    _print_answers(model, images, model.spec.prompt.caption, jsonl, words, show, **options)
 
 
 def ask(
@@ -52,12 +66,14 @@ def ask(
     show: Shown = Path("shown"),
     device: DeviceName = None,
     dtype: DTypeName = None,
+    trust_remote_code: Trusted = None,
 ) -> None:
     """Ask a question about one image or several."""
     options = _image_options(run, index, image_logit_bias, eager)
-    model = load_run(run, device, dtype)
+    model = load_run(run, device, dtype, trust_remote_code)
     text = model.spec.prompt.question.format(question=question)
-    _print_answers(model, [image], text, jsonl, words, show, **options, **_decoding(max_new_tokens))
+    options |= {"kind": "question", **_decoding(max_new_tokens)}
+    _print_answers(model, [image], text, jsonl, words, show, **options)
 
 
 def chat(
@@ -72,6 +88,7 @@ def chat(
     show: Shown = Path("shown"),
     device: DeviceName = None,
     dtype: DTypeName = None,
+    trust_remote_code: Trusted = None,
 ) -> None:
     """Chat about images; /help lists the commands of the chat."""
     from mllm.cli.terminal import converse, read_history
@@ -79,7 +96,7 @@ def chat(
 
     messages = read_history(history) if history else []
     options = _image_options(run, index, image_logit_bias, eager)
-    model = load_run(run, device, dtype)
+    model = load_run(run, device, dtype, trust_remote_code)
     with_images = {"folder": show, **options} if options or can_draw(model) else None
     converse(model.chat(system, messages), images or [], with_images, **_decoding(max_new_tokens))
 
@@ -107,6 +124,7 @@ def serve(
     eager: Eager = None,
     device: DeviceName = None,
     dtype: DTypeName = None,
+    trust_remote_code: Trusted = None,
 ) -> None:
     """Serve a model over HTTP: OpenAI's chat completions API, and a chat page at /."""
     from mllm.readout.tokens import can_draw
@@ -136,7 +154,7 @@ def serve(
     )
     options = _image_options(run, index, image_logit_bias, eager)
     with bind(host, port) as bound:  # before the model is loaded, which takes a while
-        model = load_run(run, device, dtype)
+        model = load_run(run, device, dtype, trust_remote_code)
         show = {"index": None, "image_logit_bias": 0.0, **options} if options or can_draw(model) else None
         run_server(create_app(model, run.resolve().name, limits, show), limits, bound)
 
@@ -146,12 +164,15 @@ def export(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The new folder.")],
     to: Annotated[str, typer.Option(help="The format: hf-llava or hf-blip2.")],
     dtype: Annotated[str, typer.Option(help="Of the weights: float32, bfloat16 or float16.")] = "float32",
+    trust_remote_code: Trusted = None,
 ) -> None:
     """Export a model as an equivalent transformers class, and compare the two."""
     from mllm.build import load
     from mllm.export.export import export as export_model
 
-    comparisons = export_model(load(run, device="cpu"), folder, to=to, dtype=dtype)
+    comparisons = export_model(
+        load(run, device="cpu", trust_remote_code=trust_remote_code or ()), folder, to=to, dtype=dtype
+    )
     largest = max(comparison.difference for comparison in comparisons)
     equal = sum(comparison.tokens == comparison.stock for comparison in comparisons)
     typer.echo(

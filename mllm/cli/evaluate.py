@@ -8,16 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mllm.cli.loading import load_run
-from mllm.cli.options import DataFolder, DeviceName, DTypeName, RunPath, SuiteName, SuiteOverrides
+from mllm.cli.options import DataFolder, DeviceName, DTypeName, RunPath, SuiteName, SuiteOverrides, Trusted
 from mllm.errors import MLLMError
 
 if TYPE_CHECKING:
+    from mllm.config.suites import SuiteSpec
     from mllm.evaluation import Report
 
 
 def evaluate(
     run: RunPath,
-    suite: SuiteName,
+    suite: Annotated[
+        str | None, typer.Option(help="A suite's name, or the path of its YAML file; the recipe's suites by default.")
+    ] = None,
     overrides: SuiteOverrides = None,
     data: DataFolder = None,
     limit: Annotated[int | None, typer.Option(min=1, help="The first items only.")] = None,
@@ -28,23 +31,44 @@ def evaluate(
     ] = None,
     device: DeviceName = None,
     dtype: DTypeName = None,
+    trust_remote_code: Trusted = None,
 ) -> None:
     """Run a suite on a model and its baselines; an evaluation that was killed continues."""
+    from mllm.config.suites import SuiteSpec
     from mllm.evaluation import evaluate as run_suite
 
-    report = run_suite(
-        load_run(run, device, dtype),
-        suite,
-        data,
-        limit=limit,
-        out=out or run / "eval" / Path(suite).stem,
-        run=str(run),
-        baselines=[] if baselines == "none" else baselines and baselines.split(","),
-        overrides=overrides or [],
-    )
-    if report.page:  # only in the main process
-        _print_table(report)
-        typer.echo(f"Report: {report.page}")
+    suites = [SuiteSpec(suite=suite)] if suite else _suites_of(run)
+    model = load_run(run, device, dtype, trust_remote_code)
+    for each in suites:
+        folder = run / "eval" / each.folder if out is None else out if suite else out / each.folder
+        report = run_suite(
+            model,
+            each.suite,
+            data or each.data,
+            limit=limit,
+            out=folder,
+            run=str(run),
+            baselines=[] if baselines == "none" else baselines and baselines.split(","),
+            overrides=[*each.overrides, *(overrides or [])],
+        )
+        if report.page:  # only in the main process
+            _print_table(report)
+            typer.echo(f"Report: {report.page}")
+
+
+def _suites_of(run: Path) -> list[SuiteSpec]:
+    """Return the suites that a run's recipe names.
+
+    Raises:
+        MLLMError: it names none, or this is no run.
+    """
+    from mllm.config import loading
+
+    recipe = run / "recipe.yaml"
+    suites = loading.load(str(recipe)).eval.suites if recipe.is_file() else []
+    if not suites:
+        raise MLLMError(f"The recipe of {run} names no suites (eval.suites). Name one: --suite coco-karpathy.")
+    return suites
 
 
 def score(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ if TYPE_CHECKING:
     from mllm.assembly import Assembly
 
 
-def load_run(run: Path, device: str | None, dtype: str | None) -> Assembly:
+def load_run(run: Path, device: str | None, dtype: str | None, trusted: Sequence[str] | None = None) -> Assembly:
     """Return a run's model; whatever else the command loads is on the same device.
 
     Raises:
@@ -19,4 +20,4 @@ def load_run(run: Path, device: str | None, dtype: str | None) -> Assembly:
     from mllm.devices import use_device
 
     use_device(device)
-    return load(run, dtype=dtype)
+    return load(run, dtype=dtype, trust_remote_code=trusted or ())

@@ -68,3 +68,11 @@ DTypeName = Annotated[
     str | None,
     typer.Option("--dtype", help="Of the frozen weights: float32, bfloat16 or float16; as in training by default."),
 ]
+
+
+Trusted = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--trust-remote-code", help="A part (encoder or lm) that may run Python code from its model's repository."
+    ),
+]

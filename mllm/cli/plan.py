@@ -28,6 +28,9 @@ def run(
     for name, kind in (("device", Device), ("sharding", Sharding)):
         if options[name] not in get_args(kind):
             raise MLLMError(f"--{name} {options[name]}: {near(options[name], get_args(kind))}")
+    for name in ("flops", "utilisation"):
+        if (value := options[name]) is not None and not 0 < value < float("inf"):
+            raise MLLMError(f"--{name} {value}: expected a number above 0. Leave it out for a plan without times.")
     limit = bytes_of(memory) if memory else None
     if probe:
         from mllm.planning.probe import probe as timed

@@ -32,13 +32,14 @@ def recipes(context: typer.Context) -> None:
 def show_recipe(name: Annotated[str, typer.Argument(metavar="NAME")]) -> None:
     """Print a recipe's YAML."""
     from mllm.config import loading as recipe
+    from mllm.config.yaml_text import read_text
 
-    typer.echo(recipe.find(name).read_text(), nl=False)
+    typer.echo(read_text(recipe.find(name)), nl=False)
 
 
 def verify_recipe(
     names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...")] = None,
-    every: Annotated[bool, typer.Option("--all", help="Verify every recipe that has suites.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Verify every recipe whose suites are embedded.")] = False,
     seeds: Annotated[int, typer.Option(help="Runs per recipe, with the seeds 0, 1, ...", min=1)] = 3,
     out: Annotated[Path, typer.Option(help="The folder of the results and of their table, index.md.")] = Path(
         "runs/verify/results"
@@ -51,11 +52,11 @@ def verify_recipe(
     """Train recipes with several seeds, and compare the results with their baselines."""
     from mllm.config import loading as recipe
     from mllm.devices import use_device
-    from mllm.evaluation import results_table, verify
+    from mllm.evaluation import has_embedded_suites, results_table, verify
 
     use_device(device)
     if every:
-        names = [name for name in recipe.names() if recipe.load(name).eval.suites]
+        names = [name for name in recipe.names() if has_embedded_suites(name)]
     if not names:
         raise MLLMError("There is no recipe to verify: expected names or --all. Name a recipe, or pass --all.")
     for name in names:

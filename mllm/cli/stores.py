@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mllm.cli.loading import load_run
-from mllm.cli.options import DeviceName, DTypeName, Overrides, RecipeName, RunOption
+from mllm.cli.options import DeviceName, DTypeName, Overrides, RecipeName, RunOption, Trusted
 from mllm.errors import MLLMError
 
 
@@ -18,13 +18,14 @@ def build_index(
     run: RunOption,
     device: DeviceName = None,
     dtype: DTypeName = None,
+    trust_remote_code: Trusted = None,
 ) -> None:
     """Build an index of images for the model's retrieval head."""
     from mllm.media.images import find_images
     from mllm.scorers.index import ImageIndex
 
     paths = find_images(images)
-    ImageIndex.build(load_run(run, device, dtype), paths).save(out)
+    ImageIndex.build(load_run(run, device, dtype, trust_remote_code), paths).save(out)
     typer.echo(f"{out}: {len(paths)} images.")
 
 
@@ -37,12 +38,13 @@ def find_images(
     count: Annotated[int, typer.Option(min=1, help="How many images, the closest first.")] = 5,
     device: DeviceName = None,
     dtype: DTypeName = None,
+    trust_remote_code: Trusted = None,
 ) -> None:
     """Find images of an index by a text."""
     from mllm.scorers.index import opened
 
     loaded = opened(index, run)  # another model's index is refused before the model is loaded
-    for image in load_run(run, device, dtype).retrieve([[text]], loaded, count)[0]:
+    for image in load_run(run, device, dtype, trust_remote_code).retrieve([[text]], loaded, count)[0]:
         typer.echo(f"{image.score:.3f}  {image.source}")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +14,7 @@ from rich.console import Console
 from mllm.answering.chat import Chat
 from mllm.errors import MLLMError, near
 from mllm.outputs import with_files
+from mllm.system import read_json
 
 HELP = {
     "/image PATH": "add an image to the next message",
@@ -63,7 +64,7 @@ def read_history(path: Path) -> list[dict[str, Any]]:
         MLLMError: the file cannot be read, or is not a list of messages.
     """
     try:
-        messages = json.loads(path.read_text(encoding="utf-8"))
+        messages = read_json(path)
     except (OSError, ValueError) as error:
         raise MLLMError(
             f"The conversation {path} cannot be read: {error}. Give a file that /save has written."
@@ -104,8 +105,8 @@ def _command(console: Console, chat: Chat, pending: list[Path], line: str) -> No
         raise MLLMError(f"{name} needs a path: {name} PATH.")
     if name == "/image":
         path = Path(argument.strip()).expanduser()
-        if not path.is_file():
-            raise MLLMError(f"There is no image file {str(path)!r}. Check the path.")
+        if not os.path.isfile(path):
+            raise MLLMError(f"There is no image file {str(path)[:200]!r}. Check the path.")
         pending.append(path)
         console.print(f"{path.name}: added to your next message.", style="dim", markup=False)
     elif name == "/save":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -44,9 +44,15 @@ def train(
     device: DeviceName = None,
 ) -> None:
     """Train a recipe."""
+    from mllm.training.signals import Interrupted
     from mllm.training.train import train as run_training
 
-    run = run_training(recipe, overrides or [], out=out, resume=resume, accept_changes=accept_changes, device=device)
+    options: dict[str, Any] = {"out": out, "resume": resume, "accept_changes": accept_changes, "device": device}
+    try:
+        run = run_training(recipe, overrides or [], **options)
+    except Interrupted as error:
+        typer.echo(f"mllm: {error}", err=True)
+        raise typer.Exit(error.status) from None
     typer.echo(f"Trained: {run.path} (losses in {run.path / 'loss.png'})")
 
 

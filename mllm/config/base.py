@@ -16,7 +16,7 @@ class Spec(BaseModel):
 class PartSpec(BaseModel):
     """A part by its registry name; every other key is an argument of the part."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
     type: str
 
     def options(self) -> dict[str, Any]:

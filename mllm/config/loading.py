@@ -6,20 +6,22 @@ pydantic checks. A part is given flat keyword arguments, never the recipe.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from mllm.config.messages import checked
 from mllm.config.parts import add_resize, encoders_in
 from mllm.config.recipe import Recipe, Settings
+from mllm.config.yaml_text import parse_yaml, read_yaml, resolved
 from mllm.errors import MLLMError, near
+
+LONGEST_CHAIN = 32  # files, each of which extends the next
 
 
 def find(name: str) -> Path:
@@ -29,12 +31,12 @@ def find(name: str) -> Path:
         MLLMError: no such recipe; the near matches are listed.
     """
     if name.endswith((".yaml", ".yml")) or "/" in name:
-        if not Path(name).is_file():
-            raise MLLMError(f"There is no recipe file {name!r}. Give the path of a YAML file, or a name.")
+        if not os.path.isfile(name):
+            raise MLLMError(f"There is no recipe file {name[:200]!r}. Give the path of a YAML file, or a name.")
         return Path(name)
     path = Path(str(files("mllm.recipes"))) / f"{name}.yaml"
-    if not path.is_file():
-        raise MLLMError(f"No recipe is called {name!r}. {near(name, names())}")
+    if not os.path.isfile(path):
+        raise MLLMError(f"No recipe is called {name[:200]!r}. {near(name[:200], names())}")
     return path
 
 
@@ -54,13 +56,9 @@ def load(name: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> Recipe
     Raises:
         MLLMError: no such file, not YAML, an unknown key or a wrong type (all of them are listed).
     """
-    config = _read(find(name), above=())
-    for key, value in _pairs(overrides):
-        _override(config, key, value)
-    try:
-        return check(OmegaConf.to_container(config, resolve=True), label=name)
-    except OmegaConfBaseException as error:
-        raise MLLMError(f"Recipe {name}: {_first_line(error)}. Text with ${{...}} in it names another key.") from None
+    config = OmegaConf.create(_read(find(name)))
+    override(config, overrides, "the recipe")
+    return check(resolved(OmegaConf.to_container(config), f"Recipe {name}"), label=name)
 
 
 def check(values: Any, label: str) -> Recipe:
@@ -95,8 +93,12 @@ def continued(recipe: Recipe, path: Path) -> Recipe:
 
     In a run that was started before there was ``encoder.resize``, images stay stretched unless the recipe has the key.
     """
-    before = (yaml.safe_load(path.read_text()) if path.is_file() else None) or {}
-    if all("resize" in encoder for encoder in encoders_in(before)):
+    before = read_yaml(path) if os.path.lexists(path) else {}
+    try:
+        complete = all("resize" in encoder for encoder in encoders_in(before))
+    except (AttributeError, TypeError):  # it is no mapping, or one of its values is none
+        raise MLLMError(f"{path} is no recipe: it was changed since the run was started. Restore it.") from None
+    if complete:
         return recipe
     values = recipe.model_dump(mode="json", by_alias=True)
     for encoder in encoders_in(values):
@@ -106,29 +108,58 @@ def continued(recipe: Recipe, path: Path) -> Recipe:
     return check(values, label=recipe.name)
 
 
-def _read(path: Path, above: tuple[Path, ...]) -> DictConfig:
-    """Read one file and the one it extends; ``above`` are the files that extend it."""
-    path = path.resolve()
-    if path in above:
-        raise MLLMError(f"{path}: 'extends' goes in a circle: {' -> '.join(p.stem for p in (*above, path))}.")
-    try:
-        config = OmegaConf.load(path)
-    except (YAMLError, OmegaConfBaseException) as error:
-        raise MLLMError(f"{path} is not a YAML file: {error}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise MLLMError(f"{path} cannot be read: {error}") from None
-    if not isinstance(config, DictConfig):
-        raise MLLMError(f"{path} holds no mapping. A recipe has keys such as 'encoder', 'lm' and 'stages'.")
-    base = config.get("extends")
+def _read(path: Path) -> dict[str, Any]:
+    """Return the plain content of a file, merged with those that it extends."""
+    chain: list[Path] = []
+    contents: list[dict[str, Any]] = []
+    following: Path | None = path
+    while following is not None:
+        path = following.resolve()
+        if path in chain:
+            raise MLLMError(f"{path}: 'extends' goes in a circle: {' -> '.join(p.stem for p in (*chain, path))}.")
+        if len(chain) == LONGEST_CHAIN:
+            raise MLLMError(
+                f"{chain[0]}: 'extends' names more than {LONGEST_CHAIN} files in a row. Merge some of them."
+            )
+        content = _content(path)
+        chain.append(path)
+        contents.append(content)
+        following = _extended(path, content.get("extends"))
+    whole = contents.pop()
+    while contents:
+        whole = _merged(whole, contents.pop())
+    return whole
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """Return the mapping of one file; the message on a file that is no recipe does not quote it."""
+    content = read_yaml(path)
+    if not isinstance(content, dict) or (content and not content.keys() & {*Recipe.model_fields, "extends"}):
+        raise MLLMError(f"{path} is no recipe. A recipe has keys such as 'encoder', 'lm' and 'stages'.")
+    return content
+
+
+def _extended(path: Path, base: Any) -> Path | None:
+    """Return the file that a file extends: a sibling, a path or a recipe's name."""
     if base is None:
-        return config
+        return None
     if not isinstance(base, str):
         raise MLLMError(f"{path}: extends: {base!r}: expected the name of one recipe, or the path of a YAML file.")
     sibling = path.parent / base
-    below = _read(sibling if sibling.is_file() else find(base), (*above, path))
-    merged = OmegaConf.create(_merged(OmegaConf.to_container(below), OmegaConf.to_container(config)))
-    assert isinstance(merged, DictConfig)
-    return merged
+    return sibling if os.path.isfile(sibling) else find(base)
+
+
+def override(config: DictConfig, overrides: Mapping[str, Any] | Sequence[str], label: str) -> None:
+    """Set keys of a configuration, by dotted paths.
+
+    Raises:
+        MLLMError: an override is not of the form ``key=value``, or leads to no key; ``label`` names what it is for.
+    """
+    for key, value in _pairs(overrides):
+        try:
+            OmegaConf.update(config, key, value, merge=False)
+        except (OmegaConfBaseException, LookupError, AssertionError, TypeError, ValueError, RecursionError) as error:
+            raise MLLMError(f"The override {key}={value} does not fit {label}: {_first_line(error)}.") from None
 
 
 def _pairs(overrides: Mapping[str, Any] | Sequence[str]) -> list[tuple[str, Any]]:
@@ -146,18 +177,9 @@ def _pairs(overrides: Mapping[str, Any] | Sequence[str]) -> list[tuple[str, Any]
 def _parsed(text: str) -> Any:
     """Return an override's value read as YAML; if it is no YAML (``Question: {question}``), it is text."""
     try:
-        parsed = OmegaConf.to_container(OmegaConf.create(f"value: {text}"))
-    except (YAMLError, OmegaConfBaseException):
+        return parse_yaml(f"value: {text}", "it")["value"]
+    except (MLLMError, KeyError, TypeError):
         return text
-    assert isinstance(parsed, dict)
-    return parsed["value"]
-
-
-def _override(config: DictConfig, key: str, value: Any) -> None:
-    try:
-        OmegaConf.update(config, key, value, merge=False)
-    except (OmegaConfBaseException, IndexError, AssertionError, TypeError, ValueError) as error:
-        raise MLLMError(f"The override {key}={value} does not fit the recipe: {_first_line(error)}.") from None
 
 
 def _first_line(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
@@ -24,6 +25,9 @@ from mllm.config.tiles import TilesSpec
 PARTS = ("encoder", "lm", "connector", "adapters", "heads", "tokens", "decoder")
 FROZEN = ("encoder", "lm", "decoder")  # unless a stage's 'train' names them, or something inside them
 RESIZING = ("transformers", "timm", "open-clip")  # types of encoders that have 'resize'
+
+
+KINDS = ("caption", "question")  # of answers, for which 'decoding' may have options of their own
 
 
 def part_of(path: str) -> str:
@@ -88,6 +92,18 @@ def listed(value: Any) -> Any:
 Heads = Annotated[list[HeadSpec], BeforeValidator(listed), AfterValidator(_distinct)]
 Adapters = Annotated[list[PartSpec], BeforeValidator(listed)]
 Names = Annotated[list[str], BeforeValidator(listed)]
+LONGEST_NAME = 200  # bytes; file systems have 255, and some names are extended
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what every random generator takes
+
+
+def _single(name: str) -> str:
+    """Refuse a name that would not be one file or folder inside another."""
+    if name in (".", "..") or re.search(r"[/\\\x00-\x1f\x7f]", name) or not 0 < len(name.encode()) <= LONGEST_NAME:
+        raise ValueError(f"files are called by it: no slash, no control character, at most {LONGEST_NAME} bytes")
+    return name
+
+
+Name = Annotated[str, AfterValidator(_single)]
 
 
 def switch(value: Any) -> Any:
@@ -108,6 +124,7 @@ class EncoderSpec(PartSpec):
     resolution: int | None = Field(default=None, ge=1)  # pixels; null: the image processor's
     resize: Literal["stretch", "crop", "pad"] | None = None  # how an image becomes a square; null: the model's own way
     init: Literal["pretrained", "random"] = "pretrained"
+    trust_remote_code: bool = False  # run Python code from the model's repository
     tiles: TilesSpec | None = Field(default=None, discriminator="kind")  # null: every image is encoded as a whole
 
     @model_validator(mode="after")
@@ -174,6 +191,11 @@ class LMSpec(Spec):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantize: Literal["8bit", "4bit"] | None = None
     init: Literal["pretrained", "random"] = "pretrained"
+    trust_remote_code: bool = False  # run Python code from the model's repository
+
+    def options(self) -> dict[str, Any]:
+        """Return the arguments of the language model; permission to run its code only where it is given."""
+        return self.model_dump(exclude={"type", *(() if self.trust_remote_code else ("trust_remote_code",))})
 
 
 # Words of the prompt format: where a recipe gives them, conversations are in these words, too.
@@ -201,7 +223,7 @@ class FitSpec(Spec):
 class ObjectiveSpec(PartSpec):
     """A loss by its registry name, and its weight in the stage's sum."""
 
-    weight: float = 1.0
+    weight: float = Field(default=1.0, ge=0)
 
 
 class Parts(Spec):
@@ -216,15 +238,42 @@ class Parts(Spec):
     decoder: PartSpec | None = None
     scorer: PartSpec | None = None
     prompt: PromptSpec = PromptSpec()
-    decoding: dict[str, Any] = {"max_new_tokens": 20}
-    seed: int = 0
+    decoding: dict[str, Any] = {"max_new_tokens": 20}  # of all answers; in it, caption: {...} and question: {...}
+    seed: Seed = 0
+
+    def remote_code(self) -> dict[str, str]:
+        """Return the parts that may run code of their repositories: path -> model."""
+        named: list[tuple[str, Any]] = [("encoder", self.encoder), ("lm", self.lm)]
+        allowed = {}
+        while named:
+            path, spec = named.pop(0)
+            members = getattr(spec, "of", None) or ()
+            named += [(f"{path}.of.{number}", member) for number, member in enumerate(members)]
+            if spec is not None and spec.trust_remote_code:
+                allowed[path] = str(spec.model)
+        return allowed
+
+    @field_validator("decoding")
+    @classmethod
+    def _by_kind(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for kind in KINDS:
+            if not isinstance(value.get(kind, {}), dict):
+                raise ValueError(f"{kind}: {value[kind]!r}: expected options, such as max_new_tokens: 30")
+        return value
+
+    @property
+    def longest_answer(self) -> int:
+        """Return the largest ``max_new_tokens`` of any kind of answer; 1 where it is what fits into the context."""
+        options = [self.decoding, *({**self.decoding, **self.decoding.get(kind, {})} for kind in KINDS)]
+        lengths = [each.get("max_new_tokens", 20) for each in options]
+        return max(length if isinstance(length, int) else 1 for length in lengths)
 
 
 class AssemblySpec(Parts):
     """What a model is built from: the part of a recipe that is saved with the trained tensors."""
 
     trained: list[str] = []  # paths of the modules that have been trained inside parts that are frozen otherwise
-    seeds: dict[str, int] = {}  # of frozen parts whose random weights an earlier stage drew with another seed
+    seeds: dict[str, Seed] = {}  # of frozen parts whose random weights an earlier stage drew with another seed
 
     def trains(self, part: str) -> bool:
         """Whether a part that is frozen otherwise has been trained, or something inside it."""

@@ -47,6 +47,10 @@ class PromptSpec(Spec):
     template: str = "{images}{prompt}"  # the order of the images and the words below; null: this one
     caption: str = "A picture of"
     question: str = "Question: {question} Answer:"
+    # A user's turn, such as "USER: {images}\n{question} ASSISTANT:", instead of template and question; in a turn
+    # without images what is between the two is left out.
+    turn: str = ""
+    system: str = ""  # before every prompt, as it is, and before conversations without a system message
     examples: list[ExampleSpec] = []  # solved ones before every prompt
     # Conversations: in these words; in the language model's own chat template; or auto, in the template if there is one
     # and neither 'question' nor 'template' is given.
@@ -62,11 +66,31 @@ class PromptSpec(Spec):
 
     @model_validator(mode="after")
     def _fields(self) -> PromptSpec:
+        self._take_turn()
         if not re.fullmatch(r"[^{}]*\{images\}[^{}]*\{prompt\}", self.template):
             raise ValueError("the template holds {images} once, and ends with {prompt}")
         if self.chat == "auto" and self.model_fields_set & set(OWN_WORDS):
             self.chat = "plain"
         return self
+
+    def _take_turn(self) -> None:
+        """Set ``template`` and ``question`` to what ``turn`` says."""
+        if not self.turn:
+            return
+        slots = re.fullmatch(r"([^{}]*)\{images\}([^{}]*)\{question\}([^{}]*)", self.turn)
+        if slots is None:
+            raise ValueError("turn: expected {images} and then {question}, each once, and no other braces")
+        opening, between, closing = slots.groups()
+        words = {"template": f"{opening}{{images}}{between}{{prompt}}", "question": f"{{question}}{closing}"}
+        for key, value in words.items():
+            if key in self.model_fields_set and getattr(self, key) != value:
+                raise ValueError(f"turn and {key} are two ways to say one thing: leave out one of them")
+            setattr(self, key, value)
+
+    @property
+    def opening(self) -> str:
+        """Return the words before the user's question in a turn without images."""
+        return self.turn.partition("{images}")[0]
 
     @model_serializer(mode="wrap")
     def _as_given(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -75,7 +99,7 @@ class PromptSpec(Spec):
         So a run that was written before these keys is resumed unchanged.
         """
         values: dict[str, Any] = write(self)
-        unset = {key for key in ("examples", "chat_options") if not values.get(key)}
+        unset = {key for key in ("examples", "chat_options", "turn", "system") if not values.get(key)}
         unset |= set(OWN_WORDS) if self.chat == "auto" else set()
         return {key: value for key, value in values.items() if key not in unset}
 

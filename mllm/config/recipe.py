@@ -15,36 +15,49 @@ from mllm.config.parts import (
     AssemblySpec,
     FitSpec,
     InitSpec,
+    Name,
     ObjectiveSpec,
     Parts,
     listed,
     part_of,
     switch,
 )
+from mllm.config.suites import EvalSpec
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Rate = Annotated[float, Field(ge=0)]
 
 
 class OptimSpec(Spec):
     """The optimizer and its schedule."""
 
     name: Literal["adamw"] = "adamw"
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    clip: float | None = 1.0
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup: int = 100  # steps
+    weight_decay: float = Field(default=0.0, ge=0)  # of matrices; vectors (biases, norms) are not decayed
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    clip: float | None = Field(default=1.0, gt=0)
+    schedule: Literal["cosine", "linear", "constant", "step"] = "cosine"
+    warmup: int = Field(default=100, ge=0)  # steps
+    warmup_start: float = Field(default=0.0, ge=0)  # the learning rate that warmup begins with
+    floor: float = Field(default=0.0, ge=0)  # the lowest learning rate that the schedule ends at
+    horizon: int | None = Field(default=None, ge=1)  # the step at which the schedule ends; null: the stage's last
+    milestones: list[Annotated[int, Field(ge=1)]] = []  # steps after which schedule: step multiplies by factor
+    factor: float = Field(default=0.1, gt=0, le=1)
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     accumulate: int = Field(default=1, ge=1)
     checkpointing: bool = False  # recompute the language model's activations in the backward pass
     compile: bool = False  # torch.compile
 
-
-class EvalSpec(Spec):
-    """Suites that a recipe is evaluated on (`mllm recipes verify`), and what is evaluated while training."""
-
-    suites: list[str] = []
-    limit: int | None = Field(default=None, ge=1)  # items of a suite; null: all
-    every: int | None = Field(default=None, ge=1)  # steps, after which the suites run and the items below are answered
-    show: int = Field(default=4, ge=0)  # validation items whose answers are logged each time
+    @model_validator(mode="after")
+    def _fits_the_schedule(self) -> OptimSpec:
+        if (self.schedule == "step") != bool(self.milestones):
+            raise ValueError("schedule: step and milestones belong together: give both, or neither")
+        if self.milestones != sorted(set(self.milestones)):
+            raise ValueError(f"milestones: {self.milestones}: expected steps in ascending order, each once")
+        if self.schedule == "constant" and (self.floor or self.horizon):
+            raise ValueError("floor and horizon are of a schedule that falls: leave them out, or give another schedule")
+        if self.schedule == "step" and self.horizon:
+            raise ValueError("schedule: step ends at its last milestone: leave out horizon")
+        return self
 
 
 class Settings(Parts):
@@ -63,9 +76,9 @@ class Settings(Parts):
 class Stage(Settings):
     """One stage: the recipe's settings, overridden by the stage's, and what is fitted or trained."""
 
-    name: str
+    name: Name
     fit: FitSpec | None = None
-    train: dict[str, float] = {}  # part, or dotted path inside one -> learning rate
+    train: dict[str, Rate] = {}  # part, or dotted path inside one -> learning rate
     objectives: list[ObjectiveSpec] = [ObjectiveSpec(type="caption")]
     steps: int | None = Field(default=None, ge=1)
     batch_size: int = Field(default=32, ge=1)
@@ -89,6 +102,10 @@ class Stage(Settings):
             raise ValueError("a stage has either 'fit' or 'train': give one of the two")
         if self.train and self.steps is None:
             raise ValueError("a stage that trains needs 'steps'")
+        if self.train and self.data.augment and self.cache == "on":
+            raise ValueError(
+                "data.augment changes images in every step, so features are not cached: leave out cache: on"
+            )
         if (self.keep == "best" or self.patience) and not (self.validate_every and self.data.val):
             raise ValueError("keep: best and patience go by the validation loss: give validate_every and data.val")
         return self
@@ -99,6 +116,12 @@ class Stage(Settings):
         parts = {key: getattr(self, key) for key in Parts.model_fields}
         spec = AssemblySpec(**parts, trained=[path for path in self.train if part_of(path) in FROZEN])
         return spec if self._before is None else spec.following(self._before)
+
+    @property
+    def feature_cache(self) -> str:
+        """Return ``cache``; ``off`` where the features of an image change from step to step."""
+        changing = self.trains("encoder") or (self.train and self.data.augment is not None)
+        return "off" if changing else self.cache
 
     def trains(self, part: str) -> bool:
         """Whether the stage trains a part by gradient, or something inside it."""
@@ -114,7 +137,7 @@ class Stage(Settings):
 class Recipe(Settings):
     """A whole recipe, checked; ``stages`` are resolved: each has every setting."""
 
-    name: str
+    name: Name
     about: str = ""  # one line, shown by `mllm recipes`
     paper: str = ""  # arXiv:NUMBER
     stages: list[Stage] = []

@@ -8,7 +8,7 @@ from typing import Any
 
 from mllm.config.prompt import PromptSpec
 from mllm.media.images import ImageSource
-from mllm.prompts.formatting import SEPARATOR, examples, query_text, solved
+from mllm.prompts.formatting import SEPARATOR, preamble, query_text, solved
 from mllm.prompts.messages import rendered
 from mllm.prompts.pieces import Piece, Target, answer_text, arrange
 
@@ -27,6 +27,11 @@ class Item:
     messages: tuple[dict[str, Any], ...] = ()  # a conversation to train on, instead of a question and answers
     document: tuple[str | ImageSource, ...] = ()  # interleaved texts and images of a page, to train on
 
+    @property
+    def answer_kind(self) -> str:
+        """Return ``caption`` or ``question``: by which options of the recipe's ``decoding`` it is answered."""
+        return "caption" if self.question is None else "question"
+
 
 def question_text(item: Item, prompt: PromptSpec) -> str:
     """Return the text of an item's prompt: the caption prompt, or its question in the question prompt.
@@ -36,7 +41,9 @@ def question_text(item: Item, prompt: PromptSpec) -> str:
     return query_text(prompt, item.question)
 
 
-def pieces_of(item: Item, prompt: PromptSpec, answer: str | None = None, lm: Any = None) -> list[Piece]:
+def pieces_of(
+    item: Item, prompt: PromptSpec, answer: str | None = None, lm: Any = None, given: str = ""
+) -> list[Piece]:
     """Return an item as an interleaved prompt, or as a training example with targets.
 
     It is a training example if ``answer`` is given, or if the item is a conversation or a document. The item's shots
@@ -47,18 +54,20 @@ def pieces_of(item: Item, prompt: PromptSpec, answer: str | None = None, lm: Any
         prompt: the prompt format.
         answer: the target.
         lm: the language model, needed for conversations in its chat template.
+        given: words of the answer that belong to the prompt, before the target.
     """
     if item.messages:
         return rendered(item.messages, prompt, lm, learn=True)
     if item.document:
         return _document_pieces(item.document)
     target = [] if answer is None else [Target(answer_text(answer))]
-    return [*before(item, prompt), *arrange(prompt.template, item.images, question_text(item, prompt)), *target]
+    text = question_text(item, prompt) + (answer_text(given) if given else "")
+    return [*before(item, prompt), *arrange(prompt.template, item.images, text), *target]
 
 
 def before(item: Item, prompt: PromptSpec, separator: str = SEPARATOR) -> tuple[Piece, ...]:
-    """Return the pieces before an item: the recipe's examples, and its shots, each with its most frequent answer."""
-    pieces = examples(prompt)
+    """Return the pieces before an item: the recipe's preamble, and its shots, each with its most frequent answer."""
+    pieces = preamble(prompt)
     for shot in item.shots:
         given = [answer for answer in shot.answers if answer.strip()] or shot.answers
         answer = Counter(given).most_common(1)[0][0]

@@ -16,12 +16,13 @@ from PIL import Image
 
 from mllm.config.data import Data
 from mllm.config.prompt import PromptSpec
+from mllm.data.augmentation import augmented
 from mllm.data.items import Item, pieces_of
 from mllm.data.lazy import Lazy
 from mllm.data.sources import Source, check_combinable, check_learnable
 from mllm.errors import MLLMError
 from mllm.prompts.formatting import SEPARATOR
-from mllm.prompts.length import length_of, shortened
+from mllm.prompts.length import length_of, shortened, with_short_answers
 from mllm.prompts.pieces import Counts, Piece
 
 MIXED_SHARDS = 4  # shards whose items are shuffled together, so that each is read almost sequentially
@@ -47,7 +48,7 @@ class Stream:
         lm: the language model; needed for its chat template, and if ``data`` limits or groups by length.
         num_visual: the visual tokens of an image (`mllm.prompts.pieces.Counts`); needed if ``data`` limits or groups by
             length.
-        data: ``max_length``, ``truncate`` and ``group_by_length``.
+        data: ``max_length``, ``truncate``, ``answer_length``, ``group_by_length`` and ``augment``.
 
     Raises:
         MLLMError: ``data`` limits or groups by length, and there is no language model.
@@ -65,10 +66,10 @@ class Stream:
     ) -> None:
         self._prompt, self._seed, self._lm, self._num_visual = prompt, seed, lm, num_visual
         self._data = data or Data()
-        if lm is None and (self._data.max_length or self._data.group_by_length):
+        if lm is None and (self._data.max_length or self._data.answer_length or self._data.group_by_length):
             raise MLLMError(
-                "data.max_length and group_by_length count tokens, but this stage has no language model. "
-                "Leave them out."
+                "data.max_length, answer_length and group_by_length count tokens, but this stage has no language "
+                "model. Leave them out."
             )
         self._positions = _positions(sources, seed)
         self._ready: list[_Position] = []  # sampled together and sorted by length, not returned yet
@@ -121,6 +122,10 @@ class Stream:
     def _example(self, position: _Position) -> list[Piece]:
         try:
             pieces = self._read(position)
+            if self._data.answer_length is not None:
+                pieces = with_short_answers(pieces, self._data.answer_length, self._lm)
+            if self._data.augment is not None:
+                pieces = augmented(pieces, self._data.augment, f"{self._seed}/image/{position.number}")
             limit, cut = self._data.max_length, self._data.truncate == "text"
             return pieces if limit is None else shortened(pieces, limit, self._lm, self._num_visual, cut=cut)
         except MLLMError as error:
@@ -130,6 +135,7 @@ class Stream:
         """Return an example at full length; one of several answers is sampled each time."""
         generator = random.Random(f"{self._seed}/{position.number}")
         spec, items = position.source.spec, position.source.items
+        prompt = spec.prompt_over(self._prompt)
         item = items[position.index]
         check_combinable(item, spec)
         parts = [item]
@@ -144,8 +150,11 @@ class Stream:
             check_combinable(part, spec)
             answers = [answer for answer in part.answers if answer.strip()]  # some annotators may have left it empty
             answer = generator.choice(answers) if answers else None
-            prompt = self._prompt.model_copy(update={"examples": []}) if pieces else self._prompt  # once, at the start
-            pieces += [*([SEPARATOR] if pieces else []), *pieces_of(part, prompt, answer, self._lm)]
+            given = ""
+            if spec.caption_split and answer and part.question is None:
+                given, answer = split_at_random(answer, generator)
+            pieces += [*([SEPARATOR] if pieces else []), *pieces_of(part, prompt, answer, self._lm, given)]
+            prompt = prompt.model_copy(update={"examples": [], "system": ""})  # once, at the start
         return pieces
 
 
@@ -162,6 +171,13 @@ class Unreadable:
     def key(self) -> str:
         """Raise an `MLLMError` with the reason."""
         raise MLLMError(self.reason)
+
+
+def split_at_random(caption: str, generator: random.Random) -> tuple[str, str]:
+    """Return a caption's first words, of which there may be none, and the others, of which there is one at least."""
+    words = caption.split()
+    number = generator.randrange(len(words))
+    return " ".join(words[:number]), " ".join(words[number:])
 
 
 def _positions(sources: Sequence[Source], seed: int) -> Iterator[_Position]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
-import json
+import os
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -18,11 +18,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mllm.errors import MLLMError
+from mllm.errors import MLLMError, first_line
 from mllm.hub.fingerprints import file_hash
 from mllm.hub.identity import BOOKKEEPING, fingerprint_of
 from mllm.hub.published import configuration
 from mllm.media.images import open_image
+from mllm.registry import Count, NonNegative
+from mllm.system import read_json
 
 IMAGE_SIDE = ("unet", "transformer", "vae", "safety_checker", "feature_extractor")  # modules that encode no text
 
@@ -50,9 +52,9 @@ class DiffusionPipeline(nn.Module):
         self,
         *,
         model: str,
-        steps: int = 50,
-        guidance: float = 7.5,
-        side: int | None = None,
+        steps: Count = 50,
+        guidance: NonNegative = 7.5,
+        side: Count | None = None,
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     ) -> None:
         super().__init__()
@@ -71,7 +73,7 @@ class DiffusionPipeline(nn.Module):
             MLLMError: a file is missing, or the U-Net does not read the output of the one text encoder alone.
         """
         published = configuration(model)
-        if published is not None and not Path(model).is_dir():
+        if published is not None and not os.path.isdir(model):
             length, width = published["condition"]
             return length, width
         text, tokenizer = _json(model, "text_encoder/config.json"), _json(model, "tokenizer/tokenizer_config.json")
@@ -203,11 +205,11 @@ class DiffusionPipeline(nn.Module):
         diffusers.utils.logging.disable_progress_bar()
         try:
             pipeline = diffusers.DiffusionPipeline.from_pretrained(
-                _folder(self._model), dtype=self._dtype, use_safetensors=True, **components
+                _folder(self._model), dtype=self._dtype, use_safetensors=True, trust_remote_code=False, **components
             )
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+        except Exception as error:  # each component raises types of its own
             raise MLLMError(
-                f"The pipeline {self._model} could not be loaded: {error}. Check that the folder is complete."
+                f"The pipeline {self._model} could not be loaded: {first_line(error)} Is the folder complete?"
             ) from None
         if "prompt_embeds" not in inspect.signature(type(pipeline).__call__).parameters:
             raise MLLMError(
@@ -222,7 +224,7 @@ class DiffusionPipeline(nn.Module):
 
 def _folder(model: str) -> Path:
     """Return a pipeline's folder: the given one, or the download of a hub id."""
-    if Path(model).is_dir():
+    if os.path.isdir(model):
         return Path(model)
     from huggingface_hub import snapshot_download
 
@@ -239,7 +241,7 @@ def _folder(model: str) -> Path:
 def _content(file: Path) -> Any:
     """Return a configuration without bookkeeping; of a file that is none, its hash."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
     except ValueError:
         return file_hash(file)
     if not isinstance(content, dict):
@@ -250,7 +252,9 @@ def _content(file: Path) -> Any:
 def _json(model: str, file: str) -> dict[str, Any]:
     path = _folder(model) / file
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
+        content = read_json(path) if os.path.lexists(path) else {}
+    except (OSError, ValueError) as error:
         raise MLLMError(f"{path} cannot be read: {error}. Copy the folder again.") from None
+    if not isinstance(content, dict):
+        raise MLLMError(f"{path} cannot be read: it is no JSON object. Copy the folder again.")
     return content

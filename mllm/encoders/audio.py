@@ -30,12 +30,14 @@ class AudioModel(PretrainedEncoder):
         seconds: the length that sounds are padded to, and their maximum; None: the model's (Whisper: 30), else 10.
         init: ``random`` uses the architecture with randomly initialized weights (a control).
         seed: the seed of the random weights.
+        trust_remote_code: run Python code from the model's repository.
 
     Raises:
         MLLMError: the model cannot be loaded, has no such layer, or does not accept sounds of that length.
     """
 
     grid = None
+    reads_images = False
 
     def __init__(
         self,
@@ -46,13 +48,15 @@ class AudioModel(PretrainedEncoder):
         seconds: float | None = None,
         init: Literal["pretrained", "random"] = "pretrained",
         seed: int = 0,
+        trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
         self.layer, self.select = layer, select
         folder = hub.resolve(model, group="encoders")
-        self._load = partial(hub.load_model, AutoModel, folder, init=init, seed=seed)
+        code: Any = {"trust_remote_code": trust_remote_code}
+        self._load = partial(hub.load_model, AutoModel, folder, init=init, seed=seed, **code)
         self.model = _tower(self._load()).requires_grad_(False).eval()
-        self.processor = hub.load_processor(AutoFeatureExtractor, folder)
+        self.processor = hub.load_processor(AutoFeatureExtractor, folder, **code)
         self.rate = int(self.processor.sampling_rate)
         default_seconds: Any = getattr(self.processor, "chunk_length", 10)
         self.seconds = float(default_seconds if seconds is None else seconds)

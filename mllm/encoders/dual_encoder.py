@@ -25,6 +25,7 @@ class JointSpace(Encoder):
     Args:
         model: an installed part, a Hub id or a folder.
         seed: unused.
+        trust_remote_code: run Python code from the model's repository.
 
     Raises:
         MLLMError: the model has no image or no text tower.
@@ -33,10 +34,10 @@ class JointSpace(Encoder):
     grid = None
     num_patches = 1
 
-    def __init__(self, *, model: str, seed: int = 0) -> None:
+    def __init__(self, *, model: str, seed: int = 0, trust_remote_code: bool = False) -> None:
         super().__init__()
         self._folder = hub.resolve(model, group="scorers")
-        self.pair = DualEncoder(model=model)
+        self.pair = DualEncoder(model=model, trust_remote_code=trust_remote_code)
         if self.pair.ready:
             blank = self.preprocess([Image.new("RGB", (64, 64))])
         else:  # only the configuration is available
@@ -77,16 +78,18 @@ class DualEncoder(nn.Module):
 
     Args:
         model: a Hub id or a folder.
+        trust_remote_code: run Python code from the model's repository.
 
     Raises:
         MLLMError: the model has no image or no text tower.
     """
 
-    def __init__(self, *, model: str) -> None:
+    def __init__(self, *, model: str, trust_remote_code: bool = False) -> None:
         super().__init__()
         folder = hub.resolve(model, group="scorers")
-        self._processor = hub.load_processor(AutoProcessor, folder)
-        self.model = hub.load_model(AutoModel, folder).requires_grad_(False).eval()
+        self._processor = hub.load_processor(AutoProcessor, folder, trust_remote_code=trust_remote_code)
+        self.model = hub.load_model(AutoModel, folder, trust_remote_code=trust_remote_code)
+        self.model.requires_grad_(False).eval()
         if not hasattr(self.model, "get_image_features") or not hasattr(self.model, "get_text_features"):
             raise MLLMError(f"The scorer {model} has no image and text towers: give a dual encoder such as CLIP.")
 

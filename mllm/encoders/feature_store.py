@@ -31,10 +31,11 @@ from mllm.hub.verified import DamagedFile, read_verified, save_verified
 from mllm.media.images import ImageSource, source_of
 from mllm.media.tiles import whole_images
 from mllm.model import Model
-from mllm.system import cache_dir
+from mllm.system import cache_dir, remove_partial
 
 FORMAT = 2  # of the shards and of their folder's key
 LIMIT = 4 * 2**30  # bytes
+ABANDONED = 24 * 3600  # seconds; what is written to a file for longer was left by a killed process
 THREADS = min(8, os.cpu_count() or 1)  # that open images in the background
 
 
@@ -139,11 +140,19 @@ class FeatureStore:
         """Read a shard from disk; a damaged one is discarded, with a warning, and its features are computed again."""
         try:
             rows, _ = read_verified(path)
+            if not all(map(self._fits, rows.values())):
+                raise DamagedFile("its features are of another shape")
         except (DamagedFile, OSError) as error:
             self._stored = {key: shard for key, shard in self._stored.items() if shard != path}
             _discard(path, error)
             return
         self._cached = {**rows, **self._cached}
+
+    def _fits(self, row: Tensor) -> bool:
+        """Whether a tensor has the shape of an image's features: ``(P, D_vis)``, or those of several tiles."""
+        encoder = self._model.encoder
+        tiles, rest = divmod(row.shape[0] if row.dim() == 2 else 0, encoder.num_patches)
+        return row.shape[-1:] == (encoder.dim,) and rest == 0 and (tiles == 1 if encoder.tiling is None else tiles > 0)
 
     def _cache(self, key: str, row: Tensor) -> None:
         size = row.numel() * row.element_size()
@@ -202,6 +211,7 @@ def _folder_of(model: Model, **identity: Any) -> Path:
 def _index(folder: Path) -> dict[str, Path]:
     """Return the shard of every key on disk; a damaged one is discarded, so its features are computed again."""
     shards: dict[str, Path] = {}
+    remove_partial(folder, older_than=ABANDONED)
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt") as shard:

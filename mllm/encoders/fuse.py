@@ -51,6 +51,7 @@ class Fuse(Encoder):
         self.dim, self.num_patches = (sum(widths), patches[0]) if fuse == "width" else (widths[0], sum(patches))
         self.grid = grids.pop() if fuse == "width" and len(grids) == 1 else None
         self.cacheable = any(member.cacheable for member in self.of)
+        self.reads_images = all(member.reads_images for member in self.of)
 
     @property
     def fingerprint(self) -> str:

@@ -6,6 +6,7 @@ The same readers give the images, but only an image's file name (or content hash
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -36,6 +37,7 @@ class StoredFeatures(Encoder):
     """
 
     cacheable = False
+    reads_images = False
 
     def __init__(
         self,
@@ -116,8 +118,8 @@ class StoredFeatures(Encoder):
 
 
 def _files(path: Path) -> list[Path]:
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    if not files or not all(file.is_file() for file in files):
+    files = sorted(path.glob("*.safetensors")) if os.path.isdir(path) else [path]
+    if not files or not all(os.path.isfile(file) for file in files):
         raise MLLMError(
             f"encoder.path is {str(path)!r}: no such file, or a folder without *.safetensors files. Give the path of a "
             "safetensors file, or of a folder of them."

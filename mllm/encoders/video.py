@@ -35,6 +35,7 @@ class Video(Encoder):
     """
 
     of: Any
+    reads_images = False
 
     def __init__(
         self,

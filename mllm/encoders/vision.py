@@ -40,6 +40,7 @@ class VisionModel(PretrainedEncoder):
         resize: how an image becomes a square (`mllm.encoders.preprocess.square`); None: as the image processor does.
         init: ``random`` uses the architecture with randomly initialized weights (a control).
         seed: the seed of the random weights.
+        trust_remote_code: run Python code from the model's repository.
 
     Raises:
         MLLMError: the model cannot be loaded, has no such layer, or does not accept images of that size.
@@ -55,13 +56,15 @@ class VisionModel(PretrainedEncoder):
         resize: Resize | None = None,
         init: Literal["pretrained", "random"] = "pretrained",
         seed: int = 0,
+        trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
         self.layer, self.select = layer, select
         folder = hub.resolve(model, group="encoders")
-        self._load = partial(hub.load_model, AutoModel, folder, init=init, seed=seed)
+        code: Any = {"trust_remote_code": trust_remote_code}
+        self._load = partial(hub.load_model, AutoModel, folder, init=init, seed=seed, **code)
         self.model = self._load().get_encoder(modality="image").requires_grad_(False).eval()
-        self.processor = hub.load_processor(AutoImageProcessor, folder)
+        self.processor = hub.load_processor(AutoImageProcessor, folder, **code)
         self.resample = getattr(self.processor, "resample", None)
         native = _side(self.processor, self.model.config)
         self.size = resolution or native

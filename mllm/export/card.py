@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +29,7 @@ pipeline_tag: image-text-to-text
 | encoder | {encoder} | {encoder_licence} |
 | language model | {lm} | {lm_licence} |
 | connector | {connector} | yours: it was trained in this run |
-{adapters}
+{adapters}{remote}
 ## Equivalence
 
 This folder (`mllm export RUN --to {to} --dtype {dtype}`) was loaded with transformers alone and compared with the
@@ -121,6 +122,7 @@ def card(model: Model, to: str, stock: Any, comparisons: Sequence[Comparison], *
         lm_licence=_licence(spec.lm.model),
         connector=spec.connector.type + (f" ({options})" if options else ""),
         adapters="| adapters | LoRA, merged into the weights | yours |\n" if spec.adapters else "",
+        remote=_remote(spec.remote_code()),
         merged=MERGED if spec.adapters else "",
         count=len(comparisons),
         equivalence=equivalence,
@@ -132,9 +134,17 @@ def card(model: Model, to: str, stock: Any, comparisons: Sequence[Comparison], *
     )
 
 
+def _remote(allowed: dict[str, str]) -> str:
+    """Return the sentence on the parts that ran code of their repositories; this folder needs none."""
+    if not allowed:
+        return ""
+    names = ", ".join(f"{path} ({_display_name(model)})" for path, model in allowed.items())
+    return f"\nTrained with `trust_remote_code` for {names}: code of those repositories was run.\n"
+
+
 def _display_name(model: str) -> str:
     """Return a hub id or part's name; of a folder, the last component of its path."""
-    return Path(model).name if Path(model).is_dir() else model
+    return Path(model).name if os.path.isdir(model) else model
 
 
 def _licence(model: str) -> str:

@@ -13,13 +13,14 @@ from mllm.config.prompt import PromptSpec
 from mllm.errors import MLLMError
 from mllm.model import Model
 from mllm.prompts.chat_template import filled, uses_template
-from mllm.prompts.formatting import examples
+from mllm.prompts.formatting import preamble
 from mllm.prompts.messages import message, text_part
 from mllm.prompts.rendering import Form
 
 # Conversations in the words of the recipe, as `mllm.prompts.messages` formats them. A turn is its leading images, which
 # are counted, and what follows them.
 PLAIN = """\
+{{- "" if messages and messages[0].role == "system" else $system -}}
 {{- $examples -}}
 {%- for message in messages -%}
 {%- set turn = namespace(leading=0, rest="", after_text=false) -%}
@@ -43,7 +44,7 @@ PLAIN = """\
 {{ images + rest + "\\n" }}
 {%- else -%}
 {%- set words = $before + (rest if $image in rest else rest | trim) + $after if rest else $caption -%}
-{{ ($lead + images + $between if images else "") + words }}
+{{ ($lead + images + $between if images else $opening) + words }}
 {%- endif -%}
 {%- endfor -%}
 """
@@ -71,6 +72,13 @@ FORM_MESSAGES = """\
 {%- set messages = given.messages %}
 """
 
+# Before that, where the recipe has a system prompt.
+ADD_SYSTEM = """\
+{%- if not messages or messages[0].role != "system" -%}
+{%- set messages = [{"role": "system", "content": [{"type": "text", "text": $system}]}] + messages -%}
+{%- endif -%}
+"""
+
 # Around a template that writes a start token or images itself: the tokenizer adds the one, the others have a new name.
 START_RENDERING = "{%- set rendered %}\n"
 END_RENDERING = "{{ '' }}{% endset -%}\n{{ rendered$changes }}"
@@ -91,11 +99,12 @@ def chat_template(model: Model, image: str) -> str:
 
 
 def _plain(prompt: PromptSpec, image: str) -> str:
-    """Return the template of conversations in the recipe's words, after its solved examples."""
+    """Return the template of conversations in the recipe's words, after its system prompt and its solved examples."""
     lead, _, rest = prompt.template.partition("{images}")
     before, _, after = prompt.question.partition("{question}")
     texts = {"before": before, "after": after, "caption": prompt.caption, "lead": lead}
-    solved = "".join(piece for piece in examples(prompt) if isinstance(piece, str))
+    solved = "".join(piece for piece in preamble(prompt) if isinstance(piece, str)).removeprefix(prompt.system)
+    texts |= {"system": prompt.system, "opening": prompt.opening}
     return _with_values(PLAIN, **texts, between=rest.removesuffix("{prompt}"), image=image, examples=solved)
 
 
@@ -113,7 +122,8 @@ def _extended(model: Model, image: str) -> str:
     template = lm.tokenizer.get_chat_template().removesuffix("\n")  # Jinja drops it, too, at the end of a template
     if changes:
         template = START_RENDERING + template + END_RENDERING.replace("$changes", changes)
-    return _options(prompt) + forms + template
+    added = _with_values(ADD_SYSTEM, system=prompt.system.strip()) if prompt.system else ""
+    return _options(prompt) + added + forms + template
 
 
 def _sample(prompt: PromptSpec, lm: Any, *images: dict[str, Any]) -> tuple[Form, str, set[str]]:

@@ -78,8 +78,10 @@ def export(model: Model, folder: str | Path, *, to: str, dtype: str = "float32")
             write_files(stock, temporary, getattr(torch, dtype))
             del stock
             gc.collect()
-        loaded = AutoModelForImageTextToText.from_pretrained(temporary, dtype=getattr(torch, dtype)).eval()
-        processor = AutoProcessor.from_pretrained(temporary, backend="pil")
+        loaded = AutoModelForImageTextToText.from_pretrained(
+            temporary, dtype=getattr(torch, dtype), trust_remote_code=False
+        ).eval()
+        processor = AutoProcessor.from_pretrained(temporary, backend="pil", trust_remote_code=False)
         comparisons = compare_all(model, loaded, processor, probes, expected)
         (check_rounded if half else check)(comparisons, allowed)
         write_json(temporary / "probes" / "probes.json", [asdict(comparison) for comparison in comparisons])

@@ -96,7 +96,7 @@ def _hidden_state(model: Model) -> tuple[Any, int, str]:
     features = model.encoder(pixels)
     try:
         with init_empty_weights():
-            blank = AutoModel.from_config(tower.config)
+            blank = AutoModel.from_config(tower.config, trust_remote_code=False)
         assert type(blank) is type(tower)
         assign(blank, tower.state_dict())
         states = blank.eval()(pixels, output_hidden_states=True).hidden_states or ()
@@ -129,6 +129,6 @@ def _check_output_layer(model: Model) -> None:
     if not hasattr(body, "embed_tokens"):
         raise MLLMError(f"{type(body).__name__} has no embed_tokens, which this class needs for the embeddings.")
     with torch.device("meta"):
-        built = type(AutoModel.from_config(lm.config))
+        built = type(AutoModel.from_config(lm.config, trust_remote_code=False))
     if built is not type(body):
         raise MLLMError(f"This class would build another body than {type(body).__name__}: use another language model.")

@@ -10,6 +10,7 @@ from mllm.fits.base import Material, Ridge
 from mllm.model import Model
 from mllm.prompts.pieces import answer_text
 from mllm.readout.states import read_texts
+from mllm.registry import Count, NonNegative
 from mllm.slots import ImageDecoder, LanguageModel
 
 
@@ -18,7 +19,7 @@ class AffineFit(Ridge):
 
     needs = (LanguageModel, ImageDecoder)
 
-    def __init__(self, *, part: str, strength: float = 0.01, chunk: int = 256) -> None:
+    def __init__(self, *, part: str, strength: NonNegative = 0.01, chunk: Count = 256) -> None:
         super().__init__(part=part, strength=strength, chunk=chunk)
 
     def rows(self, model: Model, data: Material) -> Iterator[tuple[Tensor, Tensor]]:

@@ -20,6 +20,7 @@ from mllm.errors import MLLMError
 from mllm.fits.regression import NormalEquations, set_linear
 from mllm.model import Model
 from mllm.prompts.pieces import Piece
+from mllm.registry import Count, NonNegative
 
 HELD_OUT = 0.1  # the share of each chunk's rows that a fit is measured on
 
@@ -93,7 +94,7 @@ class ClosedForm:
     measure = "explained"  # the log key of the returned measure, which is taken on rows held out of a first solution
     needs: Sequence[type] = ()  # contracts of `mllm.slots` that the model must have a part for
 
-    def __init__(self, *, part: str, strength: float = 0.01, chunk: int = 64) -> None:
+    def __init__(self, *, part: str, strength: NonNegative = 0.01, chunk: Count = 64) -> None:
         self.path, self.strength, self.chunk = part, strength, chunk
 
     def part(self, model: Model) -> Any:

@@ -25,6 +25,7 @@ from mllm.lms.vocabulary import lexicon
 from mllm.lms.words import ordered_words
 from mllm.model import Model
 from mllm.prompts.pieces import answer_text
+from mllm.registry import Count, NonNegative
 
 SOLVERS = ("ridge", "least-squares", "procrustes")
 
@@ -55,8 +56,8 @@ class ConnectorFit(ClosedForm):
         part: str = "connector",
         solver: str = "ridge",
         targets: str = "caption-words",
-        strength: float = 0.01,
-        chunk: int = 64,
+        strength: NonNegative = 0.01,
+        chunk: Count = 64,
     ) -> None:
         super().__init__(part=part, strength=strength, chunk=chunk)
         if solver not in SOLVERS:

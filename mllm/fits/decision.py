@@ -16,6 +16,7 @@ from mllm.fits.base import Material, Ridge
 from mllm.model import Model
 from mllm.prompts.pieces import images_of
 from mllm.readout.decision import labeled_prompt, states_at
+from mllm.registry import Count, NonNegative
 from mllm.slots import LanguageModel
 
 
@@ -24,7 +25,7 @@ class DecisionFit(Ridge):
 
     needs = (LanguageModel, DecisionHead)
 
-    def __init__(self, *, part: str, strength: float = 0.01, chunk: int = 32) -> None:
+    def __init__(self, *, part: str, strength: NonNegative = 0.01, chunk: Count = 32) -> None:
         super().__init__(part=part, strength=strength, chunk=chunk)
 
     def project(self, model: Model) -> nn.Linear:

@@ -15,6 +15,7 @@ from mllm.data.items import Item
 from mllm.errors import MLLMError
 from mllm.fits.base import Material, Ridge
 from mllm.model import Model
+from mllm.registry import Count, NonNegative
 
 ITERATIONS = 2  # power iterations of the randomized SVD
 
@@ -27,7 +28,7 @@ class PixelsFit(Ridge):
 
     needs = (SentenceModel,)
 
-    def __init__(self, *, part: str, strength: float = 0.01, chunk: int = 256) -> None:
+    def __init__(self, *, part: str, strength: NonNegative = 0.01, chunk: Count = 256) -> None:
         super().__init__(part=part, strength=strength, chunk=chunk)
 
     def rows(self, model: Model, data: Material) -> Iterator[tuple[Tensor, Tensor]]:

@@ -19,6 +19,7 @@ from mllm.model import Model
 from mllm.prompts.pieces import answer_text
 from mllm.readout.states import read_texts
 from mllm.readout.tokens import image_tokens
+from mllm.registry import Count, NonNegative
 from mllm.slots import Encoder, LanguageModel
 
 
@@ -40,7 +41,9 @@ class RetrievalFit(ClosedForm):
     measure = "correlation"
     needs = (LanguageModel, Encoder, RetrievalHead)
 
-    def __init__(self, *, part: str, solver: Literal["correlation"], strength: float = 0.01, chunk: int = 64) -> None:
+    def __init__(
+        self, *, part: str, solver: Literal["correlation"], strength: NonNegative = 0.01, chunk: Count = 64
+    ) -> None:
         super().__init__(part=part, strength=strength, chunk=chunk)
         if solver != "correlation":
             raise MLLMError(f"stages.fit of heads.retrieval has solver {solver!r}: expected correlation. Set that.")

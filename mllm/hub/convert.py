@@ -83,8 +83,10 @@ def smollm2(source: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     file = "model.gguf"
-    dequantized = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file)
+    dequantized = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=file, dtype=torch.float32, trust_remote_code=False
+    )
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file, trust_remote_code=False)
     # The file specifies the pre-tokenizer "smollm" (each digit is a token), which transformers ignores.
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
         [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]

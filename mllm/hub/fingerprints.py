@@ -73,7 +73,7 @@ def hash_of_tensors(tensors: Mapping[str, Tensor], text: str = "") -> str:
 
 
 def _weight_files(folder: str) -> list[Path]:
-    if not Path(folder).is_dir():
+    if not os.path.isdir(folder):
         from huggingface_hub import snapshot_download
 
         with explain_errors(folder):

@@ -70,7 +70,7 @@ def differing(one: str, other: str) -> dict[str, tuple[str, str]]:
     return {name: (first[name], second[name]) for name in first if first[name] != second.get(name, first[name])}
 
 
-def of_language_model(weights: str, folder: str, tokenizer: Any) -> str:
+def of_language_model(weights: str, folder: str, tokenizer: Any, *, trust_remote_code: bool = False) -> str:
     """Return the fingerprint of a language model, or of a text encoder.
 
     Args:
@@ -78,10 +78,11 @@ def of_language_model(weights: str, folder: str, tokenizer: Any) -> str:
         folder: the folder or Hub id that it was loaded from. Its configuration is read there: that of the loaded model
             depends on options, such as quantization.
         tokenizer: of `transformers`, or None.
+        trust_remote_code: run code of the model's repository, to read its configuration.
     """
     return fingerprint_of(
         weights,
-        configuration=configuration(load_config(folder)),
+        configuration=configuration(load_config(folder, trust_remote_code=trust_remote_code)),
         tokenizer=tokenization(tokenizer),
         chat_template=getattr(tokenizer, "chat_template", None),
     )

@@ -1,18 +1,21 @@
-"""Load pretrained models, configurations and processors: from an installed part, a Hub id or a folder."""
+"""Load pretrained models, configurations and processors: from an installed part, a Hub id or a folder.
+
+Notable: code of a model's repository is run only where ``trust_remote_code`` is given for that part. Where the argument
+is left out, `transformers` asks on stdin.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, ViTImageProcessorPil
 
-from mllm.errors import MLLMError
+from mllm.errors import MLLMError, first_line
 from mllm.hub import embedded as parts
 from mllm.hub.embedded_list import PARTS
 from mllm.hub.published import configuration
@@ -28,7 +31,8 @@ def resolve(model: str, group: str) -> str:
     Raises:
         MLLMError: an embedded part that is unknown, not installed or of another group, or a missing folder.
     """
-    if Path(model).is_dir():
+    if os.path.isdir(model):
+        _refuse_pipes(model)
         return model
     if model.startswith("mllm/"):
         part = PARTS.get(model)
@@ -39,12 +43,28 @@ def resolve(model: str, group: str) -> str:
         return str(parts.locate(model))
     if model.startswith((".", "/", "~")):
         raise MLLMError(
-            f"There is no folder {model!r}. Give a folder with a config.json, a Hub id or an installed part."
+            f"There is no folder {model[:200]!r}. Give a folder with a config.json, a Hub id or an installed part."
         )
     return model
 
 
-def load_model(auto: Any, folder: str, *, init: str = "pretrained", seed: int = 0, **options: Any) -> Any:
+def _refuse_pipes(folder: str) -> None:
+    """Refuse a folder with a pipe or a device in it, which would be read without an end."""
+    with explain_errors(folder):
+        others = [entry.name for entry in os.scandir(folder) if not (entry.is_file() or entry.is_dir())]
+    if any(os.path.exists(os.path.join(folder, name)) for name in others):  # else they are links to nothing
+        raise MLLMError(f"{folder!r} has {others[0]!r}, which is no regular file. Remove it, or copy the folder again.")
+
+
+def load_model(
+    auto: Any,
+    folder: str,
+    *,
+    init: str = "pretrained",
+    seed: int = 0,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> Any:
     """Load a model with an Auto class; ``init="random"`` initializes the weights randomly from its configuration.
 
     On the meta device, too, only the configuration is read.
@@ -54,6 +74,7 @@ def load_model(auto: Any, folder: str, *, init: str = "pretrained", seed: int = 
         folder: a folder or a Hub id.
         init: ``pretrained`` or ``random``.
         seed: the seed of random weights.
+        trust_remote_code: run code of the model's repository.
         options: passed on to the Auto class.
 
     Raises:
@@ -61,16 +82,18 @@ def load_model(auto: Any, folder: str, *, init: str = "pretrained", seed: int = 
     """
     with explain_errors(folder):
         if init == "random" or torch.get_default_device().type == "meta":
-            config = load_config(folder)
+            config = load_config(folder, trust_remote_code=trust_remote_code)
             if options.get("dtype") == "auto":  # from_config takes only a dtype; its default is the configuration's
                 del options["dtype"]
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                model = auto.from_config(config, **options)
+                model = auto.from_config(config, trust_remote_code=trust_remote_code, **options)
             return (
                 model.to("meta") if torch.get_default_device().type == "meta" else model
             )  # some tensors are created on the CPU
-        model, loading_info = auto.from_pretrained(folder, output_loading_info=True, **options)
+        model, loading_info = auto.from_pretrained(
+            folder, output_loading_info=True, trust_remote_code=trust_remote_code, **options
+        )
     _refuse_missing(model, folder, sorted(loading_info["missing_keys"]))
     return model
 
@@ -91,24 +114,25 @@ def _refuse_missing(model: Any, folder: str, missing: list[str]) -> None:
         )
 
 
-def load_config(folder: str) -> Any:
+def load_config(folder: str, *, trust_remote_code: bool = False) -> Any:
     """Load a model's configuration; for a published model that is not in the local cache, the one in this package."""
     bundled = configuration(folder)
     if bundled is None:
-        return AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except OSError:
         return AutoConfig.for_model(**bundled)
 
 
-def language_class(folder: str) -> Any:
+def language_class(folder: str, *, trust_remote_code: bool = False) -> Any:
     """Return the Auto class of a language model: encoder-decoder or decoder-only."""
     with explain_errors(folder):
-        return AutoModelForSeq2SeqLM if load_config(folder).is_encoder_decoder else AutoModelForCausalLM
+        config = load_config(folder, trust_remote_code=trust_remote_code)
+        return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
-def load_processor(auto: Any, folder: str) -> Any:
+def load_processor(auto: Any, folder: str, *, trust_remote_code: bool = False) -> Any:
     """Load an image processor, a tokenizer or another processor with an Auto class.
 
     Image processors use the PIL backend, so that pixels are equal with and without torchvision.
@@ -120,9 +144,9 @@ def load_processor(auto: Any, folder: str) -> Any:
         return None
     with explain_errors(folder):
         if auto.__name__ != "AutoImageProcessor":
-            return auto.from_pretrained(folder)
+            return auto.from_pretrained(folder, trust_remote_code=trust_remote_code)
         try:
-            processor = auto.from_pretrained(folder, backend="pil")
+            processor = auto.from_pretrained(folder, backend="pil", trust_remote_code=trust_remote_code)
         except ImportError:  # its class supports torchvision only
             return _plain_processor(folder)
         return processor if processor.backend == "pil" else _plain_processor(folder)
@@ -149,15 +173,22 @@ def _plain_processor(folder: str) -> Any:
 
 @contextlib.contextmanager
 def explain_errors(folder: str) -> Iterator[None]:
-    """Turn the exceptions that `transformers` raises for a missing or unsuitable model into an `MLLMError`."""
+    """Turn the exceptions that a missing, damaged or unsuitable model raises into an `MLLMError`.
+
+    All of them: `transformers`, `tokenizers`, pickle and the checks of configurations raise types of their own.
+    """
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         yield
     except MLLMError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise MLLMError(
+                f"{folder[:200]!r} has Python code of its own, which is not run. If you have read that code and trust "
+                "it, set trust_remote_code: true for this part (encoder or lm); otherwise choose another model."
+            ) from error
         raise MLLMError(
-            f"{folder!r} could not be loaded: {first} Give an installed part (`mllm parts list`), a folder with "
-            "config.json and weights, or a Hub id that is reachable or already in the local cache."
+            f"{folder[:200]!r} could not be loaded: {first_line(error)} Give an installed part (`mllm parts list`), a "
+            "folder with config.json and weights, or a Hub id that is reachable or already in the local cache."
         ) from error

@@ -32,6 +32,9 @@ def build_adapters(spec: AssemblySpec, *, lm: Any) -> list[nn.Module]:
     """Insert new adapters into a language model; their random weights depend on the specification's seed alone."""
     if spec.adapters and lm is None:
         raise MLLMError("adapters: adapters need a language model, and there is none. Give lm.")
+    for index, part in enumerate(spec.adapters):
+        if part in spec.adapters[:index]:
+            raise MLLMError(f"adapters: {part.type} is given twice with the same options. Remove one.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
         adapters = [

@@ -41,6 +41,7 @@ class LanguageModel(nn.Module):
         quantize: ``8bit`` (LLM.int8, arXiv:2208.07339) or ``4bit`` (NF4, arXiv:2305.14314), by bitsandbytes.
         init: ``random`` keeps the architecture and initializes the weights at random (a control).
         seed: of the random weights.
+        trust_remote_code: run Python code from the model's repository.
         device: on which quantized weights are built; others are loaded on the CPU.
 
     Attributes:
@@ -59,18 +60,22 @@ class LanguageModel(nn.Module):
         quantize: Literal["8bit", "4bit"] | None = None,
         init: Literal["pretrained", "random"] = "pretrained",
         seed: int = 0,
+        trust_remote_code: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
         folder = hub.resolve(model, group="lms")
-        tokenizer = hub.load_processor(AutoTokenizer, folder)
+        code: Any = {"trust_remote_code": trust_remote_code}
+        tokenizer = hub.load_processor(AutoTokenizer, folder, **code)
         options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
         if quantize is not None:
             # Without a map, transformers puts them on a GPU where there is one, whatever the rest of the model does.
             options |= {"quantization_config": quantization(quantize), "device_map": {"": device}}
-        self.model = frozen(hub.load_model(hub.language_class(folder), folder, init=init, seed=seed, **options))
+        self.model = frozen(
+            hub.load_model(hub.language_class(folder, **code), folder, init=init, seed=seed, **code, **options)
+        )
         self.text = TextTokenizer(tokenizer, self.model)
-        self._folder, self._init = folder, init
+        self._folder, self._init, self._code = folder, init, code
         self._prefix_length = 0  # of adapters
         self.runner: Runner = choose_runner(self.model, self.text.end_of_text)
         if init == "random" and self.model.device.type != "meta":
@@ -80,7 +85,7 @@ class LanguageModel(nn.Module):
     def fingerprint(self) -> str:
         """Return the fingerprint of weights, configuration, tokenizer and chat template."""
         weights = fingerprint(self._folder) if self._init == "pretrained" else tensor_hash(self.model)
-        return of_language_model(weights, self._folder, self.tokenizer)
+        return of_language_model(weights, self._folder, self.tokenizer, **self._code)
 
     @property
     def dim(self) -> int:
@@ -168,9 +173,7 @@ class LanguageModel(nn.Module):
     def logits(
         self, embeds: Tensor | EmbeddingsWithMemory, mask: Tensor, keep: Tensor | None = None, cache: Any = None
     ) -> Tensor:
-        """Return logits ``(B, K, V)`` at the positions ``keep (K,)`` of embeddings ``(B, T, D_lm)``.
-
-        An encoder-decoder model has only those of an answer's first token, ``(B, 1, V)``.
+        """Return logits ``(B, K, V)`` at positions ``keep (K,)``; an encoder-decoder model's of the first token only.
 
         Args:
             embeds: the sequence; with a cache, what follows the cached part.
@@ -186,8 +189,7 @@ class LanguageModel(nn.Module):
         Args:
             embeds: ``(B, T, D_lm)``.
             mask: ``(B, T)``, 1 where there is a token; or ``(B, T, T)``, see `mllm.prompts.batch.Batch`.
-            labels: ``(B, T)``, the ids; `mllm.prompts.batch.IGNORED` where there is no target. An encoder-decoder
-                model's encoder reads everything before an answer, and its decoder generates the answer.
+            labels: ``(B, T)``, the ids; `mllm.prompts.batch.IGNORED` where there is no target.
         """
         return self.runner.losses(embeds, mask, labels)
 
@@ -210,10 +212,8 @@ class LanguageModel(nn.Module):
             embeds: ``(B, T, D_lm)``.
             mask: ``(B, T)``, 1 where there is a token.
             keep: positions, all of them after the frozen prefix.
-            frozen_prefix: how many of the first positions need no gradient: where nothing in the language model
-                trains, no activations are stored for them, which saves most of a step.
-            num_logits: at how many of the positions, from the first, logits are needed; None: all. The others' may be
-                left out.
+            frozen_prefix: how many of the first positions need no gradient: no activations are stored for them.
+            num_logits: at how many of the positions, from the first, logits are needed; None: all.
 
         Raises:
             MLLMError: an encoder-decoder model, which has no hidden states of a sequence.

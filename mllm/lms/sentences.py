@@ -27,6 +27,7 @@ class SentenceEncoder(nn.Module):
         quantize: not possible here.
         init: ``random`` keeps the architecture and initializes the weights at random (a control).
         seed: of the random weights.
+        trust_remote_code: run Python code from the model's repository.
 
     Attributes:
         speaks: False: it generates no text.
@@ -46,14 +47,16 @@ class SentenceEncoder(nn.Module):
         quantize: Literal["8bit", "4bit"] | None = None,
         init: Literal["pretrained", "random"] = "pretrained",
         seed: int = 0,
+        trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
         if quantize is not None:
             raise MLLMError(f"lm.quantize is {quantize!r}: a sentence encoder cannot be quantised. Leave it out.")
         self._folder, self._init = hub.resolve(model, group="lms"), init
-        self.tokenizer = hub.load_processor(AutoTokenizer, self._folder)
+        self._code = code = {"trust_remote_code": trust_remote_code}
+        self.tokenizer = hub.load_processor(AutoTokenizer, self._folder, **code)
         options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
-        self.model = hub.load_model(AutoModel, self._folder, init=init, seed=seed, **options)
+        self.model = hub.load_model(AutoModel, self._folder, init=init, seed=seed, **code, **options)
         if self.model.config.is_encoder_decoder:
             raise MLLMError(f"{model} has an encoder and a decoder; expected a text encoder such as mllm/minilm.")
         self.model.requires_grad_(False).eval()
@@ -64,7 +67,7 @@ class SentenceEncoder(nn.Module):
     def fingerprint(self) -> str:
         """Return the fingerprint of weights, configuration and tokenizer."""
         weights = fingerprint(self._folder) if self._init == "pretrained" else tensor_hash(self.model)
-        return of_language_model(weights, self._folder, self.tokenizer)
+        return of_language_model(weights, self._folder, self.tokenizer, **self._code)
 
     @property
     def dim(self) -> int:

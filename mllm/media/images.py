@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -143,10 +144,10 @@ def find_images(names: Sequence[str | Path]) -> list[Path]:
     files: list[Path] = []
     for name in names:
         path = Path(name).expanduser()
-        if path.is_dir():
+        if os.path.isdir(path):
             visible = (file for file in path.iterdir() if not is_hidden(Path(file.name)))
             matches = sorted(file for file in visible if file.suffix.lower() in SUFFIXES)
-        elif not path.exists() and any(mark in str(name) for mark in "*?["):
+        elif not os.path.lexists(path) and any(mark in str(name) for mark in "*?["):
             matches = [Path(match) for match in sorted(glob(str(path), recursive=True))]
         else:
             matches = [path]  # whether it is an image is checked when it is opened
@@ -193,7 +194,7 @@ def stream_of(piece: Any, limit: int, kind: str) -> tuple[BinaryIO, str]:
 
 def _open_file(path: Path, limit: int | None, kind: str) -> io.BufferedReader:
     try:
-        if not path.is_file():  # a folder, a device that never ends, a URL
+        if not os.path.isfile(path):  # a folder, a device that never ends, a URL
             raise MLLMError(
                 f"There is no {kind} file {str(path)!r}. Give the path of a local file; nothing is downloaded."
             )

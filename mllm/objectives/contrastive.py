@@ -1,4 +1,4 @@
-"""Contrast images with captions: InfoNCE over a batch."""
+"""Contrast images with captions: InfoNCE over a batch, whose pairs on all processes are negatives of each other."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from accelerate.utils import gather_object
+from torch import Tensor, distributed
 from torch.nn.functional import cross_entropy, normalize
 
 from mllm.capabilities import SentenceModel
 from mllm.errors import MLLMError
+from mllm.processes import gather_rows
 from mllm.prompts.batch import Batch
 from mllm.prompts.pieces import Piece, Target, images_of
+from mllm.registry import Positive
 from mllm.slots import Connector, Inputs, LanguageModel
 
 
@@ -41,7 +44,7 @@ class SentenceContrastive(ImageTextPairs):
 
     needs = (SentenceModel, Connector)
 
-    def __init__(self, *, temperature: float = 0.05) -> None:
+    def __init__(self, *, temperature: Positive = 0.05) -> None:
         if temperature <= 0:
             raise MLLMError(
                 f"The objective contrastive has temperature {temperature}: expected a number above 0. Its default is "
@@ -54,10 +57,13 @@ class SentenceContrastive(ImageTextPairs):
         captions = captions_of(inputs.rows)
         assert inputs.overview is not None
         images = normalize(inputs.overview.float().mean(1), dim=-1)  # (B, D_lm)
-        logits = images @ inputs.model.lm.sentences(captions).float().T / self.temperature
-        same = torch.tensor([[one == other for other in captions] for one in captions], device=logits.device)
-        targets = same / same.sum(1, keepdim=True)  # symmetric, so it serves both directions
-        losses = [cross_entropy(each, targets, reduction="sum") for each in (logits, logits.T)]
+        texts = inputs.model.lm.sentences(captions).float()
+        (every_image, every_text), _ = of_all_processes(inputs, images, texts)
+        every_caption = gather_object(captions) if shares_batch(inputs) else captions
+        same = torch.tensor([[one == other for other in every_caption] for one in captions], device=images.device)
+        targets = same / same.sum(1, keepdim=True)  # of both directions
+        to_texts, to_images = (images @ every_text.T, texts @ every_image.T)
+        losses = [cross_entropy(each / self.temperature, targets, reduction="sum") for each in (to_texts, to_images)]
         return (losses[0] + losses[1]) / 2
 
 
@@ -73,7 +79,7 @@ class PatchContrastive(ImageTextPairs):
 
     needs = (LanguageModel, Connector)
 
-    def __init__(self, *, temperature: float = 0.07) -> None:
+    def __init__(self, *, temperature: Positive = 0.07) -> None:
         self.temperature = temperature
 
     def __call__(self, inputs: Inputs) -> Tensor:
@@ -82,7 +88,23 @@ class PatchContrastive(ImageTextPairs):
         assert inputs.overview is not None
         images = normalize(inputs.overview.float().mean(1), dim=-1)  # (B, D_lm)
         texts = torch.stack([_mean_direction(lm, caption) for caption in captions])  # (B, D_lm)
-        return symmetric_infonce(images @ texts.T / self.temperature)
+        (every_image, every_text), start = of_all_processes(inputs, images, texts)
+        return symmetric_infonce(
+            images @ every_text.T / self.temperature, texts @ every_image.T / self.temperature, start
+        )
+
+
+def shares_batch(inputs: Inputs) -> bool:
+    """Whether other processes have other pairs of the batch: in training by several processes."""
+    return bool(inputs.model.training and distributed.is_available() and distributed.is_initialized())
+
+
+def of_all_processes(inputs: Inputs, *rows: Tensor) -> tuple[list[Tensor], int]:
+    """Return the rows ``(N, ...)`` of the whole batch, of ``(n, ...)`` here, and the index of the first row here."""
+    if not shares_batch(inputs):
+        return list(rows), 0
+    gathered = [gather_rows(each) for each in rows]
+    return [each for each, _ in gathered], gathered[0][1]
 
 
 def captions_of(rows: Sequence[Sequence[Piece]]) -> list[str]:
@@ -103,10 +125,19 @@ def captions_of(rows: Sequence[Sequence[Piece]]) -> list[str]:
     return captions
 
 
-def symmetric_infonce(logits: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Return the summed InfoNCE of logits ``(B, B)``, the mean of both directions."""
-    diagonal = torch.arange(len(logits), device=logits.device)
-    losses = [cross_entropy(each, diagonal, reduction="sum", label_smoothing=smoothing) for each in (logits, logits.T)]
+def symmetric_infonce(to_texts: Tensor, to_images: Tensor, start: int = 0, smoothing: float = 0.0) -> Tensor:
+    """Return the summed InfoNCE of the pairs on this process, the mean of both directions.
+
+    Args:
+        to_texts: logits ``(n, N)`` of this process's images and the texts of all processes.
+        to_images: logits ``(n, N)`` of this process's texts and the images of all processes.
+        start: the index of this process's first pair.
+        smoothing: label smoothing.
+    """
+    targets = torch.arange(start, start + len(to_texts), device=to_texts.device)
+    losses = [
+        cross_entropy(each, targets, reduction="sum", label_smoothing=smoothing) for each in (to_texts, to_images)
+    ]
     return (losses[0] + losses[1]) / 2
 
 

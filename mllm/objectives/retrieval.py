@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from mllm.capabilities import ImageTokenHead, RetrievalHead
 from mllm.errors import MLLMError
-from mllm.processes import gather_rows
+from mllm.objectives.contrastive import of_all_processes, symmetric_infonce
 from mllm.prompts.batch import Batch
 from mllm.prompts.pieces import Piece
 from mllm.readout.states import captions, read_captions
@@ -42,15 +42,9 @@ class RetrievalContrast:
         rows, indices = map(list, zip(*pairs, strict=True))
         texts = head.of_states(captions_read.states[rows, captions_read.tokens.index(head.tokens[0])])  # (N, D)
         images = head.of_features(inputs.features[indices])  # (N, D)
-        every_text, every_image, start = texts, images, 0
-        if inputs.model.training and distributed.is_initialized():
-            every_text, start = gather_rows(texts)
-            every_image, start = gather_rows(images)
-        targets = torch.arange(start, start + len(texts), device=texts.device)
+        (every_image, every_text), start = of_all_processes(inputs, images, texts)
         scale = cast(Any, head).scale.exp()
-        to_images = cross_entropy(scale * texts @ every_image.T, targets, reduction="sum")
-        to_texts = cross_entropy(scale * images @ every_text.T, targets, reduction="sum")
-        return (to_images + to_texts) / 2
+        return symmetric_infonce(scale * images @ every_text.T, scale * texts @ every_image.T, start)
 
 
 class TokenPrediction:

@@ -20,6 +20,7 @@ from mllm.prompts.batch import IGNORED, Batch, Encoded, collate
 from mllm.prompts.pieces import Control, Piece, Target, answer_text
 from mllm.readout.states import captions
 from mllm.readout.tokens import image_tokens
+from mllm.registry import Count
 from mllm.slots import Inputs, LanguageModel
 
 T = TypeVar("T")
@@ -45,7 +46,7 @@ class TokenSuppression:
     needs = (LanguageModel, ImageTokenHead)
     per_example = False
 
-    def __init__(self, *, texts: int = 32, length: int = 24, together: int = 4) -> None:
+    def __init__(self, *, texts: Count = 32, length: Count = 24, together: Count = 4) -> None:
         if min(texts, length, together) < 1:
             raise MLLMError(
                 f"token-suppression: texts {texts}, length {length}, together {together}: expected 1 or more of each. "

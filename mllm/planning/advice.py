@@ -56,7 +56,7 @@ def fitting(stage: Stage, number: int, setting: Setting, limit: int) -> list[str
 
 def _changes(stage: Stage) -> list[dict[str, Any]]:
     """Return what may be changed beside the batch, in order."""
-    changes: list[dict[str, Any]] = [{"cache": "off"}] if stage.cache != "off" else []
+    changes: list[dict[str, Any]] = [{"cache": "off"}] if stage.feature_cache != "off" else []
     if stage.lm is None:
         return changes
     changes += [{"lm.dtype": "bfloat16"}] if stage.lm.dtype != "bfloat16" else []

@@ -12,19 +12,22 @@ from typing import Any
 
 from mllm.answering.decode import make_decoding
 from mllm.assembly import Assembly
-from mllm.build import fit_of, objectives_of
+from mllm.build import fit_of
 from mllm.capabilities import SEVERAL, ImageTokenHead, missing
 from mllm.config import loading
 from mllm.config.data import DataSpec
-from mllm.config.parts import PARTS
+from mllm.config.parts import KINDS, PARTS
 from mllm.config.recipe import Stage
 from mllm.data.sources import reader
 from mllm.errors import MLLMError
+from mllm.evaluation import check_suite
 from mllm.lms.decoding import check_batch
+from mllm.objectives.build import objectives_of
 from mllm.parts import trained_module
 from mllm.planning.paper import assembled, noted
 from mllm.prompts.chat_template import uses_template
 from mllm.readout.tokens import image_tokens
+from mllm.training.batches import check_augmentation
 from mllm.transfer import check_source
 
 
@@ -36,6 +39,9 @@ def problems(recipe: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> 
         config = loading.load(recipe, overrides)
         for stage in config.stages:
             wrong += [problem for problem in _of_stage(stage, built) if problem not in wrong]
+        for suite in config.eval.suites:
+            with noted(wrong):
+                check_suite(suite.suite, suite.overrides)
         if not config.stages:
             wrong.append(f"{config.name} has no stages: there is nothing to train.")
     return wrong
@@ -74,10 +80,13 @@ def _of_model(model: Assembly, stage: Stage) -> list[str]:
         if stage.init.source is not None:
             check_source(model, stage)
     with noted(wrong):
+        check_augmentation(stage, model)
+    with noted(wrong):
         if model.has(ImageTokenHead):
             image_tokens(model)
     with noted(wrong):
-        check_batch([make_decoding(model, {})])
+        for kind in (None, *KINDS):
+            check_batch([make_decoding(model, {"kind": kind})])
     if model.generates_text and model.connector is not None and model.lm.tokenizer is not None:  # text has a length
         with noted(wrong):
             _ = model.lm.eos
@@ -91,8 +100,7 @@ def _of_model(model: Assembly, stage: Stage) -> list[str]:
 def _check_length(model: Assembly, stage: Stage) -> None:
     """Check that an image, the prompt and the answer fit into the language model's context."""
     length = model.tokens_per_image + len(model.lm.tokenize(stage.prompt.question))
-    wanted = stage.decoding.get("max_new_tokens", 20)
-    length += wanted if isinstance(wanted, int) else 1
+    length += stage.longest_answer
     most = "" if isinstance(model.counts, int) else "up to "
     if model.lm.context is not None and length > model.lm.context:
         raise MLLMError(

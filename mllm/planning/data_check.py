@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from mllm.config import loading
+from mllm.config.data import DataSpec
 from mllm.config.recipe import Stage
+from mllm.config.suites import SuiteSpec
 from mllm.data.files import some
 from mllm.data.items import Item, pieces_of
 from mllm.data.reading import Report
@@ -23,7 +25,7 @@ from mllm.media.images import ImageSource
 from mllm.model import Model
 from mllm.planning.paper import meta_model
 from mllm.prompts.batch import IGNORED, encode
-from mllm.prompts.length import length_of
+from mllm.prompts.length import length_of, with_short_answers
 from mllm.prompts.pieces import Piece, text_of, without_images
 
 PLACEHOLDER = "<image>"  # other frameworks' marker of an image; here it would be read as text
@@ -89,11 +91,12 @@ def inspect(
         for role, specs in (("train", stage.data.train), ("val", stage.data.val)):
             for number, spec in enumerate(specs, start=1):
                 seed = stage.seed if role == "train" else 0
-                key = f"{role} {spec!r} {seed} {stage.prompt!r} {stage.data.max_length}"  # stages often share data
+                limits = f"{stage.data.max_length} {stage.data.answer_length}"
+                key = f"{role} {spec!r} {seed} {stage.prompt!r} {limits}"  # stages often share data
                 if key not in reports:
                     report = SourceReport(f"{stage.name}: {role} {number}, {spec.format}", role)
                     reports[key] = _source(report, read_source(spec, seed=seed, skip=1.0), stage, model, track)
-    suites = [_suite(name, data, config.eval.limit, track) for name in config.eval.suites]
+    suites = [_suite(suite, suite.data or data, config.eval.limit, track) for suite in config.eval.suites]
     return list(reports.values()), _leaks([*reports.values(), *suites])
 
 
@@ -112,7 +115,7 @@ def _source(report: SourceReport, source: Source, stage: Stage, model: Model, tr
         ids[item.id] += 1
         report.answers += len(item.answers)
         wrong["images cannot be read"] += _open(item, opened)
-        examples = _examples(item, stage, model)
+        examples = _examples(item, source.spec, stage, model)
         if not examples:
             wrong["items have no answer, so there is nothing to learn from them"].append(item.id)
             continue
@@ -152,12 +155,15 @@ def _open(item: Item, opened: dict[ImageSource, str]) -> list[str]:
     return errors
 
 
-def _examples(item: Item, stage: Stage, model: Model) -> list[list[Piece]]:
-    """Return all examples that may be made of an item: one for each answer."""
+def _examples(item: Item, spec: DataSpec, stage: Stage, model: Model) -> list[list[Piece]]:
+    """Return all examples that may be made of an item of a source: one for each answer."""
+    prompt, limit = spec.prompt_over(stage.prompt), stage.data.answer_length
     answers = [answer for answer in item.answers if answer.strip()]
     if not answers and (item.messages or item.document):
-        return [pieces_of(item, stage.prompt, lm=model.lm)]
-    return [pieces_of(item, stage.prompt, answer, model.lm) for answer in answers]
+        examples = [pieces_of(item, prompt, lm=model.lm)]
+    else:
+        examples = [pieces_of(item, prompt, answer, model.lm) for answer in answers]
+    return examples if limit is None else [with_short_answers(pieces, limit, model.lm) for pieces in examples]
 
 
 def _texts(pieces: Sequence[Piece]) -> list[str]:
@@ -201,12 +207,12 @@ def _combined(source: Source, stage: Stage, model: Model) -> list[int]:
     return lengths
 
 
-def _suite(name: str, data: str | Path | None, limit: int | None, track: Track) -> SourceReport:
-    items = suite_items(name, data)[:limit]
+def _suite(suite: SuiteSpec, data: str | Path | None, limit: int | None, track: Track) -> SourceReport:
+    items = suite_items(suite.suite, data, suite.overrides)[:limit]
     opened: dict[ImageSource, str] = {}
     for item in track(items):
         _open(item, opened)
-    return SourceReport(f"suite {name}", "suite", len(items), hashes={key for key in opened.values() if key})
+    return SourceReport(f"suite {suite.label}", "suite", len(items), hashes={key for key in opened.values() if key})
 
 
 def _leaks(reports: Sequence[SourceReport]) -> list[str]:

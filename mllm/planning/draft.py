@@ -149,7 +149,7 @@ class Draft:
         if lm is None or self.model.connector is None:
             return 0
         text = 16 if lm.tokenizer is None else len(lm.tokenize(self.stage.prompt.question))
-        length = self.model.tokens_per_image + text + int(self.stage.decoding.get("max_new_tokens", 20) or 1)
+        length = self.model.tokens_per_image + text + self.stage.longest_answer
         self.model.eval()
         embeds = self.paper.empty(1, length, lm.dim, dtype=next(lm.parameters()).dtype)
         with torch.no_grad():

@@ -175,8 +175,8 @@ def _memory(draft: Draft, load: Workload, step: Cost, cache: Cache, setting: Set
         layers = frozen_layers(draft.model)
         activations += 2 * max(layers, default=0)  # one at a time is gathered, and then assembled
         weights -= sum(layers) - -(-sum(layers) // setting.processes)
-    kept = 0 if draft.stage.cache == "off" or draft.model.encoder_trains else cache.bytes
-    features = min(kept, LIMIT) if draft.stage.cache == "auto" else kept
+    kept = 0 if draft.stage.feature_cache == "off" else cache.bytes
+    features = min(kept, LIMIT) if draft.stage.feature_cache == "auto" else kept
     encoding = 0 if draft.model.encoder_trains else draft.encode(draft.model.tiles_of(load.largest.shown)).peak
     phases = {
         "a step": gradients + activations,
@@ -199,7 +199,7 @@ def _flops(draft: Draft, load: Workload, step: int, setting: Setting) -> Flops:
     times = stage.optim.accumulate * setting.processes
     connector = draft.connector(load.typical).flops if draft.trained else 0
     encoder = draft.image.flops
-    images = 0 if trains else load.reads if stage.cache == "off" else load.images
+    images = 0 if trains else load.reads if stage.feature_cache == "off" else load.images
     total = encoder * images + step * times * (stage.steps or 0)
     return Flops(encoder, connector * times, (step - connector) * times, total)
 

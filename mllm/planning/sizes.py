@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +91,6 @@ def _bytes(model: Model, stage: Stage, name: str, parameters: Sequence[nn.Parame
 def _stored(spec: EncoderSpec | LMSpec | None, group: str) -> int:
     """Return the bytes of a model's files, where these are in a folder on this machine and are loaded."""
     name = None if spec is None or spec.init == "random" else spec.model
-    if name is None or not (name.startswith("mllm/") or Path(name).is_dir()):
+    if name is None or not (name.startswith("mllm/") or os.path.isdir(name)):
         return 0
     return sum(path.stat().st_size for path in Path(hub.resolve(name, group=group)).glob("*.safetensors"))

@@ -19,13 +19,13 @@ def query_text(prompt: PromptSpec, question: str | None) -> str:
 
 
 def formatted(prompt: PromptSpec, images: Sequence[Piece], text: str = "") -> list[Piece]:
-    """Return a prompt: the recipe's examples, then images and a text in the order of its template."""
-    return [*examples(prompt), *arrange(prompt.template, images, text)]
+    """Return a prompt: the recipe's system prompt and examples, then images and a text in the order of its template."""
+    return [*preamble(prompt), *arrange(prompt.template, images, text)]
 
 
-def examples(prompt: PromptSpec) -> list[Piece]:
-    """Return the recipe's solved examples as the pieces before a prompt; words stand in an image's place."""
-    pieces: list[Piece] = []
+def preamble(prompt: PromptSpec) -> list[Piece]:
+    """Return the recipe's system prompt and its solved examples, as pieces; words stand in an image's place."""
+    pieces: list[Piece] = [prompt.system] if prompt.system else []
     for example in prompt.examples:
         shown = answer_text(example.words) if example.image is None else source_of(example.image)
         pieces += solved(prompt, [shown], example.question, example.answer)

@@ -71,6 +71,24 @@ def _is_end(pieces: Sequence[Piece]) -> bool:
     return isinstance(last, Target) or (isinstance(last, Template) and last.learned and isinstance(before, Target))
 
 
+def with_short_answers(pieces: Sequence[Piece], limit: int, lm: Any) -> list[Piece]:
+    """Return an example whose targets have at most ``limit`` tokens each; a truncated one has no end token."""
+    return [_short(piece, limit, lm) if isinstance(piece, Target) else piece for piece in pieces]
+
+
+def _short(target: Target, limit: int, lm: Any) -> Target:
+    text = target.text
+    if len(lm.tokenize(text)) <= limit:
+        return target
+    size = bisect.bisect_right(range(1, len(text)), limit, key=lambda size: len(lm.tokenize(text[:size])))
+    return Target(text[: _word_end(text, size)] or text[:size], ends=False)
+
+
+def _word_end(text: str, size: int) -> int:
+    """Return where the last whole word of the first ``size`` characters ends; ``size`` if there is none."""
+    return max((index for index in range(1, size + 1) if text[index].isspace()), default=size)
+
+
 def _head(before: list[Piece], last: str | Target, limit: int, lm: Any, num_visual: Counts) -> list[Piece]:
     """Return as much of the last text as fits after the pieces before it: a piece, or none."""
     text = last if isinstance(last, str) else last.text
@@ -79,5 +97,5 @@ def _head(before: list[Piece], last: str | Target, limit: int, lm: Any, num_visu
         return text[:size] if isinstance(last, str) else Target(text[:size], ends=False)
 
     size = bisect.bisect_right(range(1, len(text)), limit, key=lambda n: length_of([*before, piece(n)], lm, num_visual))
-    end = max((index for index in range(1, size + 1) if text[index].isspace()), default=size)
+    end = _word_end(text, size)
     return [piece(end)] if end else []

@@ -10,7 +10,7 @@ from mllm.config.prompt import PromptSpec
 from mllm.errors import MLLMError
 from mllm.media.images import open_image, source_of
 from mllm.prompts.chat_template import templated, uses_template
-from mllm.prompts.formatting import examples
+from mllm.prompts.formatting import preamble
 from mllm.prompts.pieces import Piece, Target, arrange, is_image, joined
 
 ROLES = ("system", "user", "assistant")
@@ -43,9 +43,11 @@ def rendered(messages: Sequence[dict[str, Any]], prompt: PromptSpec, lm: Any, *,
     if learn:
         last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=-1)
         messages = messages[: last + 1]
+    begins = bool(messages) and messages[0]["role"] == "system"
     if uses_template(prompt, lm):
-        return templated(messages, prompt, lm, learn=learn)
-    pieces = _plain(messages, prompt, learn)
+        own = [] if begins or not prompt.system else [message("system", [text_part(prompt.system.strip())])]
+        return templated([*own, *messages], prompt, lm, learn=learn)
+    pieces = _plain(messages, prompt.model_copy(update={"system": ""}) if begins else prompt, learn)
     while learn and pieces and not isinstance(pieces[-1], Target):
         pieces.pop()
     return pieces
@@ -98,8 +100,8 @@ def _part(part: Any) -> dict[str, Any]:
 
 
 def _plain(messages: Sequence[dict[str, Any]], prompt: PromptSpec, learn: bool) -> list[Piece]:
-    """Format every turn with the recipe's prompt format, behind its examples; images stay among the words."""
-    pieces = examples(prompt)
+    """Format every turn with the recipe's prompt format, after its preamble; images stay among the words."""
+    pieces = preamble(prompt)
     for message in messages:
         parts = _words(message)
         if message["role"] == "assistant":
@@ -109,7 +111,7 @@ def _plain(messages: Sequence[dict[str, Any]], prompt: PromptSpec, learn: bool) 
         else:
             leading = list(itertools.takewhile(is_image, parts))
             words = _question(parts[len(leading) :], prompt)
-            pieces += arrange(prompt.template, leading, words.pop(0)) if leading else []
+            pieces += arrange(prompt.template, leading, words.pop(0)) if leading else [prompt.opening]
             pieces += words
     return pieces
 

@@ -73,7 +73,7 @@ class Batcher:
             MLLMError: an invalid value, options that do not fit together, or an answer that does not fit into the
                 context.
         """
-        decoding = make_decoding(self._model, options)
+        decoding = make_decoding(self._model, {"kind": "question", **options})
         check_batch([decoding])
         if decoding.nearest_words is None:  # which makes another prompt
             (decoding,) = for_prompts(self._model, [prompt], [decoding])

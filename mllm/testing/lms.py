@@ -52,7 +52,7 @@ class LMFamily:
         auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = auto.from_config(config)
+            model = auto.from_config(config, trust_remote_code=False)
             spread(model)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -141,6 +141,18 @@ def inputs(model: Model, rows: Rows, store: FeatureStore, *, pack: int | None = 
     return rows, store(images), batch
 
 
+def check_augmentation(stage: Stage, model: Model) -> None:
+    """Check that ``data.augment`` has images to change.
+
+    Raises:
+        MLLMError: the encoder reads something else.
+    """
+    if stage.data.augment is not None and not (model.encoder is not None and model.encoder.reads_images):
+        raise MLLMError(
+            "data.augment changes images, and this stage has no encoder that reads images. Leave out data.augment."
+        )
+
+
 def check_packing(stage: Stage, model: Model, objectives: Objectives) -> None:
     """Check that examples may share a row, where ``data.pack`` asks for it.
 

@@ -7,21 +7,28 @@ the SHA-256 of all this. The position in the data follows from the step: the str
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from pydantic import Field
 from safetensors import SafetensorError
 from torch import Tensor
 
+from mllm.config.base import Spec
+from mllm.config.messages import checked
 from mllm.encoders.feature_store import FeatureStore
-from mllm.errors import MLLMError
+from mllm.errors import MLLMError, first_line
 from mllm.hub.verified import DamagedFile, read_verified, save_verified
 from mllm.model import Model
 from mllm.processes import processes
+from mllm.system import parse_json
 
 NAME = "checkpoint.safetensors"
 GROUPS = ("model", "best", "optimizer", "random")  # of tensors: in the file a name starts with its group's
@@ -29,6 +36,19 @@ SCALARS = ("stage", "step", "schedule", "rates", "frozen", "best_loss", "waited"
 RENAMED = {"best_loss": "best"}  # as the header calls them
 
 Tensors = dict[str, Tensor]
+
+
+class Header(Spec):
+    """The header of a checkpoint."""
+
+    stage: int = Field(ge=0)
+    step: int = Field(ge=0)
+    schedule: dict[str, Any]
+    rates: list[float]
+    frozen: dict[str, Any]
+    best: float | None
+    waited: int = Field(ge=0)
+    fingerprints: dict[str, str] = Field({})
 
 
 @dataclass
@@ -85,12 +105,14 @@ class TrainingState:
             MLLMError: the file cannot be read, or its content is not what was written.
         """
         path = folder / NAME
-        if not path.is_file():
+        if not os.path.lexists(path):
             return None
+        if not os.path.isfile(path):
+            raise MLLMError(f"{path} is no regular file. Remove it to start the run from its beginning.")
         try:
             tensors, written = read_verified(path, checksum_required=False)
-            header = {"fingerprints": {}, **json.loads(written)}
-            state = cls(**{name: header[RENAMED.get(name, name)] for name in SCALARS})
+            header = checked(Header, parse_json(written), label="its header")
+            state = cls(**{name: getattr(header, RENAMED.get(name, name)) for name in SCALARS})
             for key, tensor in tensors.items():
                 group, _, name = key.partition(".")
                 state._group(group)[name] = tensor
@@ -103,6 +125,19 @@ class TrainingState:
 
     def _group(self, group: str) -> Tensors:
         return {"model": self.model, "best": self.best, "optimizer": self.optimizer, "random": self.random}[group]
+
+
+@contextlib.contextmanager
+def explain_misfit() -> Iterator[None]:
+    """Turn what torch raises for tensors and states that do not fit into an `MLLMError`."""
+    try:
+        yield
+    except MLLMError:
+        raise
+    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
+        raise MLLMError(
+            f"The checkpoint does not fit the run: {first_line(error)} Remove {NAME} to start from the beginning."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -167,11 +202,24 @@ def optimizer_state(optimizer: Any) -> Tensors:
 
 
 def set_optimizer(optimizer: Any, tensors: Tensors, rates: list[float]) -> None:
-    """Set the optimizer's tensors and learning rates to those of a checkpoint."""
+    """Set the optimizer's tensors and learning rates to those of a checkpoint.
+
+    Raises:
+        MLLMError: the checkpoint is of an earlier version, whose optimizer had other groups of parameters.
+    """
+    if len(rates) != len(optimizer.param_groups):
+        raise MLLMError(
+            f"The checkpoint's optimizer has {len(rates)} groups of parameters, and this version makes "
+            f"{len(optimizer.param_groups)} (vectors are not decayed). Start the run from its beginning."
+        )
     state: dict[int, Tensors] = {}
     for name, tensor in tensors.items():
         index, _, key = name.partition(".")
         state.setdefault(int(index), {})[key] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    for parameter, entry in optimizer.state.items():
+        for key, value in entry.items():
+            if value.ndim and value.shape != parameter.shape:
+                raise ValueError(f"the optimizer's {key} is {tuple(value.shape)}, of a tensor {tuple(parameter.shape)}")
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate

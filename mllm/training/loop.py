@@ -21,6 +21,7 @@ from mllm.training.batches import Batches, parts
 from mllm.training.checkpoint import Checkpoints
 from mllm.training.monitor import Monitor
 from mllm.training.setup import Engine, Micro, Objectives, Rows, recompute
+from mllm.training.signals import Signals
 from mllm.training.validation import Validation
 
 
@@ -36,6 +37,7 @@ class Loop:
         validation: the held-out examples.
         monitor: the log.
         checkpoints: the training state, and where it is written.
+        signals: that stop training after a step.
     """
 
     stage: Stage
@@ -45,29 +47,41 @@ class Loop:
     validation: Validation
     monitor: Monitor
     checkpoints: Checkpoints
+    signals: Signals
 
     def __call__(self) -> None:
-        """Train to the last step, or until the validation loss has not fallen for ``patience`` validations."""
+        """Train to the last step, or until the validation loss has not fallen for ``patience`` validations.
+
+        Raises:
+            Interrupted: a signal came; the checkpoint of the last step is written.
+        """
         assert self.stage.steps is not None
         done, total = self.checkpoints.state.step, self.stage.steps
         started = time.monotonic()
-        with progress() as bar:
+        with self.signals.deferred(), progress() as bar:
             task = bar.add_task(self.stage.name, total=total, completed=done, note="")
             for step, batches in self.batches.steps(done, total):
-                losses = self.step(batches)
+                losses, interrupted = self.step(batches)
                 self._log(step, losses, bar, task, started)
                 stop = self._validate(step, bar)
                 if self.monitor.due(step):
                     self.monitor.evaluate(step, bar.console.print)
                 if stop:
                     break
-                if step % self.stage.checkpoint_every == 0 and step < total:
+                if (interrupted or step % self.stage.checkpoint_every == 0) and step < total:
                     self.checkpoints.write(step, self.engine.model, self.engine.optimizer, self.engine.schedule)
+                    if interrupted:
+                        where = f"after step {step} of {total} of stage {self.stage.name}; the checkpoint is written"
+                        raise self.signals.interrupted(self.checkpoints.folder, where)
         self.validation.restore_best()
         self.engine.close()
 
-    def step(self, batches: Sequence[Rows]) -> list[float]:
-        """Do one optimizer step over accumulated batches; return each objective's mean loss."""
+    def step(self, batches: Sequence[Rows]) -> tuple[list[float], bool]:
+        """Do one optimizer step over accumulated batches.
+
+        Returns:
+            Each objective's mean loss, and whether a process has received a signal to stop.
+        """
         engine = self.engine
         engine.model.train()
         if self.stage.optim.checkpointing:
@@ -81,11 +95,13 @@ class Loop:
             last = index == len(micros) - 1
             with contextlib.nullcontext() if last else engine.accelerator.no_sync(engine.wrapped):
                 with engine.accelerator.autocast():
-                    losses = self.objectives(engine.wrapped, micro)
-                engine.accelerator.backward((losses * share * losses.new_tensor(self.objectives.weights)).sum())
-                totals += losses.detach() * share
+                    sums = self.objectives(engine.wrapped, micro)
+                engine.accelerator.backward((sums * share * sums.new_tensor(self.objectives.weights)).sum())
+                totals += sums.detach() * share
         engine.update()
-        return [float(value) for value in engine.accelerator.reduce(totals, "mean")]
+        signal = totals.new_tensor([self.signals.received])  # all processes stop after the same step
+        *losses, received = engine.accelerator.reduce(torch.cat([totals, signal]), "mean").tolist()
+        return losses, received > 0
 
     def _share(self, micros: Sequence[Micro]) -> torch.Tensor:
         """Return the weight of each objective's sums ``(n,)``: one over its targets, as gradients are averaged."""

@@ -10,7 +10,8 @@ import torch
 from accelerate import Accelerator
 
 from mllm.assembly import Assembly
-from mllm.config.recipe import EvalSpec, Stage
+from mllm.config.recipe import Stage
+from mllm.config.suites import EvalSpec
 from mllm.data.items import Item, question_text
 from mllm.data.sources import read_all
 from mllm.evaluation import evaluate
@@ -71,7 +72,7 @@ def answers(model: Assembly, items: Sequence[Item]) -> list[tuple[Item, str]]:
     asked = [item for item in items if not item.messages]
     prompt = model.spec.prompt
     prompts = [formatted(prompt, item.images, question_text(item, prompt)) for item in asked]
-    outputs = model.generate(prompts) if prompts else []
+    outputs = [model.generate([one], kind=item.answer_kind)[0] for item, one in zip(asked, prompts, strict=True)]
     return [(item, str(output)) for item, output in zip(asked, outputs, strict=True)]
 
 
@@ -79,7 +80,7 @@ def scores(model: Assembly, spec: EvalSpec, folder: Path) -> dict[str, float]:
     """Return ``suite/metric`` -> value of each suite's metrics, on its first items; the reports go to a folder."""
     values: dict[str, float] = {}
     for suite in spec.suites:
-        name = Path(suite).stem  # a suite's name, or the path of its YAML file
-        report = evaluate(model, suite, limit=spec.limit, out=folder / name, baselines=[])
+        name, options = suite.folder, {"overrides": suite.overrides, "baselines": []}
+        report = evaluate(model, suite.suite, suite.data, limit=spec.limit, out=folder / name, **options)
         values |= {f"{name}/{entry['name']}": entry["value"] for entry in report.summary["metrics"]}
     return values

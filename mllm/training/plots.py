@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
+import os
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mllm.errors import MLLMError
+from mllm.system import parse_json
 
 BLUE, ORANGE, GREY = "#2b6c8f", "#c8702a", "#8a8f96"
 
@@ -50,17 +51,17 @@ def loss_plot(log: Path, out: Path, notes: Sequence[str] = ()) -> None:
 
 def read_log(log: Path) -> dict[str, Curve]:
     """Return stage -> its curve, in the order the stages ran. Errors are those of ``loss_plot``."""
-    if not log.is_file():
+    if not os.path.isfile(log):
         raise MLLMError(f"No training log at {log}. Expected a file of JSON lines: give the log that training wrote.")
     curves: dict[str, Curve] = {}
-    for number, line in enumerate(log.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(log.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             for key, name in (("loss", "train"), ("val_loss", "validation")):
                 if key in row:
                     curve = curves.setdefault(row["stage"], Curve())
                     getattr(curve, name)[int(row["step"])] = float(row[key])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise MLLMError(
                 f"Line {number} of {log} is {line[:80]!r}. Expected one JSON object with a stage, a step and a loss: "
                 "remove the line, or train again."

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -16,73 +17,109 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mllm.config.loading import continued, dump, load
 from mllm.config.recipe import Recipe
+from mllm.config.yaml_text import mapping_of, parse_yaml, read_text
 from mllm.errors import MLLMError
-from mllm.processes import processes
-from mllm.system import write
+from mllm.processes import in_main_process, processes
+from mllm.system import Lock, parse_json, read_json, remove_partial, write
 from mllm.training.plots import loss_plot
+from mllm.training.signals import Signals
 
+COMPLETE = "model/assembly.json"  # it is written last
 PACKAGES = ("mllm-assembly", "torch", "transformers", "accelerate", "peft")
 
 
 class Run:
-    """One training run's folder; of several processes the main one writes it."""
+    """One training run's folder; of several processes the main one writes it, and locks it until `close`.
+
+    Attributes:
+        signals: that stop training.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path, self.writes = path, processes().is_main_process
+        self.signals = Signals()
+        self._lock = Lock(path)
 
     @classmethod
-    def create(cls, path: Path, recipe: str) -> Run:
-        """Create the folder of a new run with the resolved recipe (YAML text) and the environment.
+    def create(cls, path: Path, recipe: Recipe) -> Run:
+        """Create the folder of a new run with the resolved recipe and the environment.
 
         Raises:
-            MLLMError: the folder is not empty (nothing is overwritten), or cannot be created.
+            MLLMError: the folder is not empty (nothing is overwritten), in use by another process, or cannot be
+                created.
         """
         run = cls(path)
-        if not run.writes:
-            return run
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            if any(path.iterdir()):
-                raise MLLMError(f"{path} is not empty. Give another folder with --out, or remove this one.")
-            write(path / "recipe.yaml", lambda file: file.write_text(recipe))
-            about = {**environment(), "processes": str(processes().num_processes)}
-            write(path / "environment.json", lambda file: file.write_text(json.dumps(about, indent=2) + "\n"))
-        except OSError as error:
-            raise MLLMError(f"The run folder {path} cannot be written: {error.strerror or error}.") from None
+        in_main_process(lambda: run._begin(recipe))
         return run
 
     @classmethod
-    def reopen(cls, path: Path, recipe: str, *, accept: bool) -> Run:
+    def reopen(cls, path: Path, recipe: Recipe, *, accept: bool) -> Run:
         """Return a run that was interrupted, to continue it.
 
         Args:
             path: its folder.
-            recipe: the resolved recipe (YAML text) to continue with.
+            recipe: the recipe to continue with.
             accept: continue although the recipe changed since; the new one is recorded.
 
         Raises:
-            MLLMError: there is no run, it is complete, or the recipe changed: every change is listed.
+            MLLMError: there is no run, it is complete or in use by another process, or the recipe changed: every change
+                is listed.
         """
-        written = path / "recipe.yaml"
-        if not written.is_file():
-            raise MLLMError(f"There is no run in {path}: expected recipe.yaml there.")
-        if (path / "model" / "assembly.json").is_file():
-            raise MLLMError(f"The run {path} is complete: there is nothing to resume. `mllm eval {path}` evaluates it.")
-        differing = changes(yaml.safe_load(_today(written)), yaml.safe_load(recipe))
-        if differing and not accept:
-            listed = "".join(f"\n  {change}" for change in differing)
-            raise MLLMError(f"The recipe changed since {path} was started; --accept-changes continues with it:{listed}")
         run = cls(path)
-        if accept and run.writes:
-            (path / "data.json").unlink(missing_ok=True)  # the data may have changed as well
-        processes().wait_for_everyone()  # all have read it
-        if run.writes:
-            write(written, lambda file: file.write_text(recipe))
+        in_main_process(lambda: run._continue(dump(recipe), accept=accept))
         return run
+
+    def close(self) -> None:
+        """Let another process continue the run."""
+        self._lock.release()
+
+    def _begin(self, recipe: Recipe) -> None:
+        with self._locked():
+            if any(entry.name != Lock.NAME for entry in self.path.iterdir()):
+                raise MLLMError(f"{self.path} is not empty. Give another folder with --out, or remove this one.")
+            write(self.path / "recipe.yaml", lambda file: file.write_text(dump(recipe)))
+            about = {**environment(), "processes": str(processes().num_processes)}
+            if allowed := {path: model for stage in recipe.stages for path, model in stage.remote_code().items()}:
+                about["remote_code"] = ", ".join(f"{path}: {model}" for path, model in allowed.items())
+            write(self.path / "environment.json", lambda file: file.write_text(json.dumps(about, indent=2) + "\n"))
+
+    def _continue(self, recipe: str, *, accept: bool) -> None:
+        written = self.path / "recipe.yaml"
+        if not os.path.isfile(written):
+            raise MLLMError(f"There is no run in {str(self.path)[:200]}: expected recipe.yaml there.")
+        with self._locked():
+            if (self.path / COMPLETE).is_file():
+                raise MLLMError(f"The run {self.path} is complete. `mllm eval {self.path}` evaluates it.")
+            before = mapping_of(parse_yaml(_today(written), str(written)), str(written))
+            differing = changes(before, mapping_of(parse_yaml(recipe, "the recipe"), "the recipe"))
+            if differing and not accept:
+                listed = "".join(f"\n  {change}" for change in differing)
+                raise MLLMError(
+                    f"The recipe changed since {self.path} was started; --accept-changes continues with it:{listed}"
+                )
+            if accept:
+                (self.path / "data.json").unlink(missing_ok=True)  # the data may have changed as well
+            write(written, lambda file: file.write_text(recipe))
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Lock the folder, and remove what a killed process left in it; after an error it is not locked."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
+            for folder in (self.path, self.path / "model"):
+                remove_partial(folder)
+            yield
+        except OSError as error:
+            self._lock.release()
+            raise MLLMError(
+                f"The run folder {str(self.path)[:200]} cannot be written: {error.strerror or error}."
+            ) from None
+        except BaseException:
+            self._lock.release()
+            raise
 
     def rewind(self, done: Sequence[str], stage: str, step: int) -> None:
         """Remove from the log the rows after a checkpoint: those steps are done, and logged, again.
@@ -91,17 +128,27 @@ class Run:
             done: the stages before the checkpoint's, whose rows are kept.
             stage: the checkpoint's.
             step: the checkpoint's.
+
+        Raises:
+            MLLMError: a line is damaged that is not the last.
         """
         path = self.path / "log.jsonl"
         if not self.writes or not path.is_file():
             return
         kept = []
-        for line in path.read_text().splitlines():
-            with contextlib.suppress(ValueError):  # a line cut short by a kill
-                row = json.loads(line)
+        with self._written(path.name):
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = parse_json(line)
                 before = "skipped" in row or 0 < row.get("step", 0) <= step
                 if row["stage"] in done or (row["stage"] == stage and before):
                     kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                if number < len(lines):  # a kill cuts the last line only
+                    raise MLLMError(
+                        f"{path}, line {number}, is damaged: {error}. Remove the line, or restore the file."
+                    ) from None
         with self._written(path.name):
             write(path, lambda file: file.write_text("".join(kept)))
 
@@ -126,7 +173,14 @@ class Run:
             MLLMError: the stage is ``resumed``, and its data are not those that it was started with.
         """
         path = self.path / "data.json"
-        known = json.loads(path.read_text()) if path.is_file() else {}
+        try:
+            known = mapping_of(read_json(path), str(path)) if os.path.lexists(path) else {}
+        except (OSError, ValueError) as error:
+            raise MLLMError(
+                f"{path} cannot be read: {error}. Remove it, if the data are those that the run was started with."
+            ) from None
+        if resumed and known and stage not in known:
+            raise MLLMError(f"{path} has nothing on stage {stage}. Restore it, or remove it to skip this comparison.")
         if resumed and known.get(stage, sources) != sources:
             raise MLLMError(
                 f"The data of stage {stage} changed since {self.path} was started. Restore the data, or continue with "
@@ -181,13 +235,13 @@ def _today(written: Path) -> str:
     """Return a run's recipe with the keys that came to recipes since it was written, at their defaults."""
     with contextlib.suppress(MLLMError):
         return dump(continued(load(str(written)), written))
-    return written.read_text()
+    return read_text(written)
 
 
 def free_folder(name: str) -> Path:
     """Return ``runs/NAME``, or the first of ``runs/NAME-2``, ``-3``, ... that is not taken."""
     paths = (Path("runs") / (name if number == 1 else f"{name}-{number}") for number in range(1, 10_000))
-    return next(path for path in paths if not path.exists())
+    return next(path for path in paths if not os.path.lexists(path))
 
 
 def environment() -> dict[str, str]:

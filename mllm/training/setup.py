@@ -13,19 +13,19 @@ from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import Tensor, nn
-from transformers import get_scheduler
 
-from mllm.build import objectives_of
 from mllm.capabilities import ReadsData
 from mllm.config.recipe import Stage
 from mllm.data.sources import Source, answers_of
 from mllm.devices import choose_device
 from mllm.errors import MLLMError
 from mllm.model import Model
+from mllm.objectives.build import objectives_of
 from mllm.parts import trained_module
 from mllm.prompts.batch import Batch
 from mllm.prompts.pieces import Piece
-from mllm.training.checkpoint import TrainingState, set_optimizer
+from mllm.training.checkpoint import TrainingState, explain_misfit, set_optimizer
+from mllm.training.schedule import schedule_for
 from mllm.training.sharding import asked, keep_apart
 
 Groups = list[dict[str, Any]]  # of parameters, each with its learning rate
@@ -180,7 +180,18 @@ def parameter_groups(model: Model, stage: Stage) -> Groups:
 def optimizer_for(model: Model, stage: Stage, groups: Groups) -> torch.optim.Optimizer:
     """Return the optimizer, having turned on what saves memory or time in the language model."""
     set_up(model, stage)
-    return torch.optim.AdamW(groups, weight_decay=stage.optim.weight_decay, betas=stage.optim.betas)
+    decay = stage.optim.weight_decay
+    return torch.optim.AdamW(matrices_apart(groups) if decay else groups, weight_decay=decay, betas=stage.optim.betas)
+
+
+def matrices_apart(groups: Groups) -> Groups:
+    """Return groups whose vectors and numbers (biases, weights of norms, temperatures) have no weight decay."""
+    divided = []
+    for group in groups:
+        for decayed, options in ((True, {}), (False, {"weight_decay": 0.0})):
+            if parameters := [parameter for parameter in group["params"] if (parameter.dim() > 1) == decayed]:
+                divided.append({**group, "params": parameters, **options})
+    return divided
 
 
 def engine_for(accelerator: Accelerator, model: Model, stage: Stage, groups: Groups, state: TrainingState) -> Engine:
@@ -189,10 +200,11 @@ def engine_for(accelerator: Accelerator, model: Model, stage: Stage, groups: Gro
     unprepared = optimizer_for(model, stage, groups)
     keep_apart(model)
     wrapped, optimizer = accelerator.prepare(model, unprepared)
-    schedule = get_scheduler(schedule_name(stage), optimizer, stage.optim.warmup, stage.steps)
+    schedule = schedule_for(optimizer, stage.optim, stage.steps)
     if state.step:
-        set_optimizer(optimizer, state.optimizer, state.rates)
-        schedule.load_state_dict(state.schedule)
+        with explain_misfit():
+            set_optimizer(optimizer, state.optimizer, state.rates)
+            schedule.load_state_dict(state.schedule)
     return Engine(accelerator, model, wrapped, stage, optimizer, schedule)
 
 
@@ -223,8 +235,3 @@ def precision(stage: Stage) -> str:
     if stage.optim.precision == "auto":
         return "bf16" if choose_device().type == "cuda" and torch.cuda.is_bf16_supported() else "no"
     return names[stage.optim.precision]
-
-
-def schedule_name(stage: Stage) -> str:
-    """Return the name that transformers gives the stage's schedule."""
-    return "constant_with_warmup" if stage.optim.schedule == "constant" else stage.optim.schedule

@@ -24,7 +24,7 @@ from mllm.media.images import open_image
 from mllm.processes import progress
 from mllm.saving import fingerprints_of
 from mllm.system import return_memory
-from mllm.training.batches import Batches, check_packing, training_sources
+from mllm.training.batches import Batches, check_augmentation, check_packing, training_sources
 from mllm.training.calibration import calibrate_new
 from mllm.training.checkpoint import Checkpoints, TrainingState
 from mllm.training.loop import Loop
@@ -93,7 +93,7 @@ def run_stage(run: Run, model: Assembly, stage: Stage, state: TrainingState) -> 
     """Fit or train one stage, and record that what it does not train hashes the same afterwards."""
     return_memory()  # of loading and of the stage before
     state.fingerprints = fingerprints_of(model)
-    store = open_store(model, "off" if stage.trains("encoder") else stage.cache)
+    store = open_store(model, stage.feature_cache)
     trained = [stage.fit.part] if stage.fit else list(stage.train)
     before = _hashes(model, trained)
     if stage.fit:
@@ -127,12 +127,15 @@ def prepare(run: Run, model: Assembly, stage: Stage, store: FeatureStore, state:
     objectives = Objectives(stage)
     objectives.read_data(model, sources)
     check_packing(stage, model, objectives)
+    check_augmentation(stage, model)
     run.note_data(stage.name, fingerprint(sources), resumed=state.step > 0)
     validation = Validation(model, stage, validation_rows(stage, model), store, objectives, state)
     monitor = Monitor(run, model, stage, accelerator, shown_items(stage))
     calibrate_new(model, stage, batches, store)
     engine = engine_for(accelerator, model, stage, groups, state)
-    return Loop(stage, engine, objectives, batches, validation, monitor, Checkpoints(run.path, state, store))
+    return Loop(
+        stage, engine, objectives, batches, validation, monitor, Checkpoints(run.path, state, store), run.signals
+    )
 
 
 def _hashes(model: Assembly, trained: Sequence[str]) -> dict[str, str]:

@@ -6,8 +6,9 @@ hashed before and after.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from mllm.errors import MLLMError
 from mllm.processes import processes
 from mllm.saving import check_fingerprints, fingerprints_of, save
 from mllm.training.checkpoint import NAME as CHECKPOINT
-from mllm.training.checkpoint import TrainingState, random_states, set_random_states
+from mllm.training.checkpoint import TrainingState, explain_misfit, random_states, set_random_states
 from mllm.training.run import Run, free_folder
 from mllm.training.sharding import loading_device
+from mllm.training.signals import Interrupted
 from mllm.training.stages import begin_stage, run_stage
 
 
@@ -50,6 +52,7 @@ def train(
 
     Raises:
         MLLMError: a recipe, part or data set that is wrong; nothing is trained then. Or a run that cannot be resumed.
+        Interrupted: a signal stopped it.
     """
     started = time.monotonic()
     config = loading.load(recipe, overrides)
@@ -59,14 +62,33 @@ def train(
     processes()  # first: they agree on a folder before anything is trained
     use_device(device)
     set_seed(config.seed)
+    model = None
     if resume:
-        run = Run.reopen(Path(resume), loading.dump(config), accept=accept_changes)
-        model, state = _restored(run, config)
+        run = Run.reopen(Path(resume), config, accept=accept_changes)
     else:
         model = build(config.stages[0].assembly, device=loading_device())  # first: what does not fit leaves no folder
-        state = TrainingState()
-        run = Run.create(_folder(out, config.name), loading.dump(config))
-    try:
+        run = Run.create(_folder(out, config.name), config)
+    with contextlib.closing(run), run.signals:
+        try:
+            _train(run, config, model, started)
+        except Interrupted:
+            raise
+        except KeyboardInterrupt:
+            raise run.signals.interrupted(run.path, "between two checkpoints") from None
+    return run
+
+
+def _train(run: Run, config: Recipe, model: Assembly | None, started: float) -> None:
+    """Run the stages, and save the result.
+
+    Args:
+        run: the run.
+        config: its recipe.
+        model: of the first stage; None: continue from the run's last checkpoint.
+        started: the time when the run was last started.
+    """
+    model, state = _restored(run, config) if model is None else (model, TrainingState())
+    with _plotted(run):
         for number, stage in enumerate(config.stages[state.stage :], start=state.stage):
             if not state.step:
                 model = begin_stage(run, model, stage, config.seed)
@@ -79,15 +101,26 @@ def train(
                 fingerprints=state.fingerprints,
             )
             state.write(run.path)
-    finally:
-        run.plot()
+            if run.signals.received_anywhere() and number + 1 < len(config.stages):
+                raise run.signals.interrupted(run.path, f"after stage {stage.name}; the checkpoint is written")
     run.record("frozen.json", state.frozen)
-    run.record("time.json", {"minutes": (time.monotonic() - started) / 60})  # since it was last started
+    run.record("time.json", {"minutes": (time.monotonic() - started) / 60})
     if run.writes:
         save(model, run.path / "model")
         (run.path / CHECKPOINT).unlink(missing_ok=True)
     processes().wait_for_everyone()
-    return run
+
+
+@contextlib.contextmanager
+def _plotted(run: Run) -> Iterator[None]:
+    """Draw the losses at the end; after an error, one of the drawing does not hide it."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(Exception):
+            run.plot()
+        raise
+    run.plot()
 
 
 def _folder(out: str | Path | None, name: str) -> Path:
@@ -101,6 +134,10 @@ def _restored(run: Run, config: Recipe) -> tuple[Assembly, TrainingState]:
     names = [stage.name for stage in config.stages]
     run.rewind(names[: state.stage], names[state.stage] if state.stage < len(names) else "", state.step)
     number = state.stage if state.step or not state.stage else state.stage - 1  # a stage's end has that stage's model
+    if number >= len(names):
+        raise MLLMError(
+            f"The checkpoint of {run.path} is of stage {number + 1}, and the recipe has {len(names)} stages."
+        )
     model = build(config.stages[number].assembly, device=loading_device())
     if state.random:  # there is a checkpoint
         if state.model.keys() != model.trained_state().keys():
@@ -108,7 +145,8 @@ def _restored(run: Run, config: Recipe) -> tuple[Assembly, TrainingState]:
         if state.fingerprints:  # an earlier version wrote none
             here = fingerprints_of(model)
             check_fingerprints(run.path, state.fingerprints, here, instead="start a new run with this one")
-        model.load_state_dict(state.model, strict=False)
+        with explain_misfit():
+            model.load_state_dict(state.model, strict=False)
+            set_random_states(state.random)
         model.calibrated = any(stage.sets("connector") for stage in config.stages[: number + 1])
-        set_random_states(state.random)
     return model, state

@@ -198,7 +198,7 @@ def test_extends_that_leads_nowhere(tmp_path: Path) -> None:
 
 
 def test_unknown_keys_name_the_near_match_once(file: Path) -> None:
-    assert problems(file, "optim.warmpu=3") == ["optim.warmpu: unknown key. Did you mean 'warmup'?"]
+    assert problems(file, "optim.warmpu=3") == ["optim.warmpu: unknown key. Did you mean 'warmup' or 'warmup_start'?"]
     (line,) = problems(file, "conector.type=linear")
     assert line.startswith("conector: unknown key. Did you mean 'connector'")
     (line,) = problems(file, "stages.1.stps=3")
@@ -272,9 +272,9 @@ def test_overrides_that_fit_nowhere(file: Path) -> None:
         (b"", "name: missing"),
         (b"encoder: [", "not a YAML file"),
         (b"name: a\nname: b\n", "not a YAML file"),
-        (b"- a list\n", "holds no mapping"),
-        (b"just words", "just words: unknown key"),
-        (b"\xff\xfe\x00", "cannot be read|not a YAML file"),
+        (b"- a list\n", "is no recipe"),
+        (b"just words", "is no recipe"),
+        (b"\xff\xfe\x00", "not UTF-8"),
     ],
 )
 def test_files_that_are_no_recipes(tmp_path: Path, content: bytes, message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -215,3 +216,52 @@ def test_a_fingerprint_depends_on_content_and_not_on_paths(tmp_path: Path) -> No
     first = fingerprint_of("a", 0, "x")
     assert first == fingerprint_of("b", 0, "x") and first[0]["items"] == 1
     assert first != fingerprint_of("c", 1, "x") and first != fingerprint_of("d", 0, "y")
+
+
+def test_a_source_has_words_of_its_own(tiny_model: Callable[..., Any]):
+    first, second = sources(prompt={"caption": "", "template": "{images} is {prompt}"})
+    shown = stream(tiny_model(), [first, second]).take(40)
+    texts = {tuple(piece for piece in pieces if isinstance(piece, str)) for pieces in shown}
+    assert texts == {(" is ",), ("A picture of",)}
+
+
+def test_words_that_are_no_prompt_format_are_refused_when_the_recipe_is_read() -> None:
+    with pytest.raises(MLLMError, match=r"(?s)data.*words"):
+        recipe.load("mapl", {"data.train.prompt": {"words": ""}})
+    with pytest.raises(MLLMError, match="question"):
+        recipe.load("mapl", {"data.train.prompt": {"question": "no field"}})
+
+
+def test_a_caption_is_split_at_a_random_word(tiny_model: Callable[..., Any]):
+    item = Item("a", (ImageFile(Path("a.png")),), ("one two three four",))
+    spec = DataSpec(format="x", caption_split="random", prompt={"caption": ""})
+    rows = Stream([Source(spec, [item])], PromptSpec(), seed=0).take(200)
+    splits = Counter(("".join(p for p in row if isinstance(p, str)), row[-1]) for row in rows)
+    words = ["one", "two", "three", "four"]
+    wanted = {
+        ("".join(f" {word}" for word in words[:place]), Target(" " + " ".join(words[place:]))) for place in range(4)
+    }
+    assert splits.keys() == wanted and min(splits.values()) > 25
+    question = Item("q", item.images, ("one two",), question="which?")
+    assert all(
+        row[-1] == Target(" one two") for row in Stream([Source(spec, [question])], PromptSpec(), seed=0).take(9)
+    )
+
+
+@pytest.mark.parametrize("limit", [1, 3, 8, 100])
+def test_an_answer_has_a_limit_of_its_own(tiny_model: Callable[..., Any], limit: int):
+    model, caption = tiny_model(), "a long caption of some words"
+    mixture = [Source(DataSpec(format="x"), [Item("a", (ImageFile(Path("a.png")),), (caption,))])]
+    (pieces,) = stream(model, mixture, answer_length=limit).take(1)
+    target, words = pieces[-1], caption.split()
+    heads = [" " + " ".join(words[:number]) for number in range(1, 7)]
+    whole = [head for head in heads if len(model.lm.tokenize(head)) <= limit]
+    assert target.text == whole[-1] if whole else heads[0].startswith(target.text)
+    assert 0 < len(model.lm.tokenize(target.text)) <= limit
+    assert target.ends == (target.text == f" {caption}")
+    assert "".join(piece for piece in pieces if isinstance(piece, str)) == "A picture of"
+
+
+def test_a_limit_of_answers_needs_a_language_model() -> None:
+    with pytest.raises(MLLMError, match="answer_length"):
+        Stream(sources(), PromptSpec(), seed=0, data=Data(answer_length=4))

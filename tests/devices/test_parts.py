@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import mllm
-from mllm.build import objectives_of
 from mllm.config.parts import ObjectiveSpec
 from mllm.data.items import Item
 from mllm.fits.affine import AffineFit
@@ -21,6 +20,7 @@ from mllm.fits.retrieval import RetrievalFit
 from mllm.media.images import source_of
 from mllm.media.sounds import Sound
 from mllm.media.videos import Clip
+from mllm.objectives.build import objectives_of
 from mllm.outputs import ImagePart
 from mllm.prompts.pieces import Target
 from mllm.scorers.index import ImageIndex

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import yaml
 
 import mllm
 from mllm.config import loading
+from mllm.errors import MLLMError
 from mllm.testing import LM_FAMILIES, tiny_image
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -19,6 +21,14 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "blip2-t5": ("t5", {"type": "qformer", "tokens": 4, "dim": 16, "layers": 2, "heads": 2}),
     "simvlg": ("opt", {"type": "token-merge", "merge": 4, "layers": 1, "heads": 2}),
 }
+
+
+def of_kind(decoding: dict[str, Any], kind: str) -> dict[str, Any]:
+    """Return a recipe's options of one kind of answer: those of all kinds, and its own over them."""
+    shared = {name: value for name, value in decoding.items() if name not in ("caption", "question")}
+    return {**shared, **decoding.get(kind, {})}
+
+
 DATA: dict[str, tuple[list[dict[str, str]], str]] = {
     "captions": ([{"image": f"{i}.png", "caption": "a cat"} for i in range(5)], "caption/rouge-l"),
     "questions": (
@@ -32,7 +42,7 @@ DATA: dict[str, tuple[list[dict[str, str]], str]] = {
 def model(request: Any, tiny_parts: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Any:
     family, connector = KINDS[request.param]
     recipe = loading.load(request.param).stages[-1]
-    assert recipe.decoding["num_beams"] == 5
+    assert of_kind(recipe.decoding, "caption")["num_beams"] == of_kind(recipe.decoding, "question")["num_beams"] == 5
     options: dict[str, Any] = {"decoding": recipe.decoding, "prompt": recipe.prompt.model_dump()}
     return mllm.assemble(tiny_parts[0], LM_FAMILIES[family](tmp_path_factory.mktemp(family)), connector, **options)
 
@@ -64,7 +74,8 @@ def test_an_evaluation_decodes_with_the_recipes_beams(model, tmp_path, kind):
     }  # fmt: skip
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
     report = mllm.evaluate(model, str(tmp_path / "suite.yaml"), tmp_path)
-    prompt, decoding = model.spec.prompt, {**model.spec.decoding, "max_new_tokens": 9}
+    prompt = model.spec.prompt
+    decoding = {**of_kind(model.spec.decoding, kind.removesuffix("s")), "max_new_tokens": 9}
     texts = [
         prompt.question.format(question=row["question"]) if kind == "questions" else prompt.caption for row in rows
     ]
@@ -73,3 +84,58 @@ def test_an_evaluation_decodes_with_the_recipes_beams(model, tmp_path, kind):
         for row, text in zip(rows, texts, strict=True)
     ]
     assert [row["prediction"] for row in report.rows] == expected
+
+
+@pytest.fixture
+def by_kind(tiny_parts: tuple[str, str]) -> Any:
+    """A model whose captions have eight tokens at least, and whose answers to questions three at most."""
+    decoding = {
+        "num_beams": 2,
+        "caption": {"min_new_tokens": 8, "max_new_tokens": 12},
+        "question": {"max_new_tokens": 3, "length_penalty": -1.0},
+    }
+    return mllm.assemble(tiny_parts[0], tiny_parts[1], {"type": "linear", "tokens": 4}, decoding=decoding)
+
+
+def test_a_suite_of_captions_and_questions_decodes_each_as_its_kind(by_kind: Any, tmp_path: Path) -> None:
+    tiny_image(0).save(tmp_path / "0.png")
+    rows = [{"image": "0.png", "question": "why?", "answer": "x"}, {"image": "0.png", "caption": "a cat"}]
+    (tmp_path / "rows.json").write_text(json.dumps([*rows, {**rows[0], "question": "what?"}]))
+    suite = {
+        "name": "rows", "about": "A table.", "data": {"format": "table"}, "folder": {"path": "rows.json"},
+        "metrics": ["vqa/exact-match"],
+    }  # fmt: skip
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
+    report = mllm.evaluate(by_kind, str(tmp_path / "suite.yaml"), tmp_path, baselines=[])
+    prompt, image = by_kind.spec.prompt, tmp_path / "0.png"
+    why, what = (prompt.question.format(question=text) for text in ("why?", "what?"))
+    caption, question = (of_kind(by_kind.spec.decoding, kind) for kind in ("caption", "question"))
+    expected = [
+        stock(by_kind, [image, why], **question),
+        stock(by_kind, [image, prompt.caption], **caption),
+        stock(by_kind, [image, what], **question),
+    ]
+    assert [row["prediction"] for row in report.rows] == expected
+
+
+def test_every_way_of_asking_decodes_as_the_kind_of_what_is_asked(by_kind: Any, tmp_path: Path) -> None:
+    tiny_image(0).save(tmp_path / "0.png")
+    image, prompt, decoding = tmp_path / "0.png", by_kind.spec.prompt, by_kind.spec.decoding
+    caption = stock(by_kind, [image, prompt.caption], **of_kind(decoding, "caption"))
+    asked = [image, prompt.question.format(question="why?")]
+    answer = stock(by_kind, asked, **of_kind(decoding, "question"))
+    view = by_kind.see([image])
+    assert (view.caption(), view.ask("why?")) == (caption, answer)
+    assert [str(by_kind.generate([asked], kind="question")[0]), view.views.ask([["why?"]])[0][0]] == [answer] * 2
+    assert str(by_kind.chat().show("why?", [image])) == answer
+    assert str(by_kind.chat().show("", [image])) == caption
+    assert view.ask("why?", max_new_tokens=1) == stock(
+        by_kind, asked, num_beams=2, length_penalty=-1.0, max_new_tokens=1
+    )
+    with pytest.raises(MLLMError, match="kind"):
+        by_kind.generate([asked], kind="answer")
+
+
+def test_options_of_a_kind_that_are_no_options_are_refused_when_the_recipe_is_read() -> None:
+    with pytest.raises(MLLMError, match=r"decoding.*caption"):
+        loading.load("mapl", {"decoding.caption": 4})

@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from mllm.cli.app import app
+from mllm.config import loading
 from mllm.errors import MLLMError
 from mllm.evaluation import metric
+from mllm.planning.check import problems
 from mllm.testing import tiny_image
 
 verify: Any = import_module("mllm.eval.verify")
@@ -113,3 +117,49 @@ def test_verify_trains_evaluates_and_writes_what_the_table_shows(recipe_file: st
     trained = (Path("runs") / "small-0" / "model" / "assembly.json").stat().st_mtime_ns
     verify.verify(recipe_file, out="results", seeds=(0,), runs="runs")
     assert (Path("runs") / "small-0" / "model" / "assembly.json").stat().st_mtime_ns == trained, "trained again"
+
+
+def test_a_recipes_suites_have_data_and_overrides_of_their_own(recipe_file: str, tmp_path: Path) -> None:
+    suites = """[{suite: three.yaml, shots.count: 1, shots: {select: fixed, data: {format: table, path: train.csv}}},
+      {suite: files.yaml, data: elsewhere, decoding: {max_new_tokens: 2}}, three.yaml]"""
+    Path(recipe_file).write_text(Path(recipe_file).read_text().replace("[three.yaml]", suites))
+    (tmp_path / "elsewhere").mkdir()
+    for name in "ab":
+        tiny_image(ord(name)).save(tmp_path / "elsewhere" / f"{name}.png")
+    rows = [{"image": f"{name}.png", "caption": f"noise {name}"} for name in "ab"]
+    (tmp_path / "elsewhere" / "rows.json").write_text(json.dumps(rows))
+    suite = {"name": "files", "about": "two images", "data": {"format": "table"}, "folder": {"path": "rows.json"}}
+    (tmp_path / "files.yaml").write_text(json.dumps(suite | {"metrics": ["caption/rouge-l"]}))
+    config = loading.load(recipe_file)
+    (tmp_path / "again.yaml").write_text(loading.dump(config))
+    assert loading.dump(loading.load(str(tmp_path / "again.yaml"))) == loading.dump(config)
+    assert problems(recipe_file) == []
+    verify.verify(recipe_file, out="results", seeds=(0,), runs="runs")
+    content = results.results("small", "results")
+    assert content is not None
+    labels = list(content["scores"])
+    assert list(content["items"].values()) == [3, 2, 3] and labels[2] == "three.yaml"
+    assert 'shots.select="fixed"' in labels[0] and "decoding.max_new_tokens=2" in labels[1]
+    (folder,) = Path("runs/small-0/eval").glob("three-shots*")
+    one_shot = json.loads((folder / "summary.json").read_text())
+    assert one_shot["settings"]["shots"] == "1, fixed"
+    answered = CliRunner().invoke(app, ["eval", "runs/small-0", "--baselines", "none", "--out", "reports"])
+    assert answered.exit_code == 0, answered.output
+    assert len(list(Path("reports").glob("*/summary.json"))) == 3
+
+
+def test_suites_that_are_wrong_are_named_before_anything_is_trained(recipe_file: str) -> None:
+    def named(suites: str) -> str:
+        return "\n".join(problems(recipe_file, [f"eval.suites={suites}"]))
+
+    assert "No suite is called 'vqa2'" in named("[vqa2]")
+    assert "shot" in named("[{suite: vqav2, shot.count: 4}]")
+    assert "vqav2" in named("[vqav2, vqav2]")
+
+
+def test_only_recipes_whose_suites_are_embedded_are_verified_all_together(recipe_file: str) -> None:
+    assert verify.has_embedded_suites("limber-cpu") and verify.has_embedded_suites(recipe_file)
+    assert not verify.has_embedded_suites("emoji-scorer")
+    text = Path(recipe_file).read_text()
+    Path(recipe_file).write_text(text.replace("[three.yaml]", "[three.yaml, {suite: vqav2, shots.count: 4}]"))
+    assert not verify.has_embedded_suites(recipe_file)

@@ -85,7 +85,9 @@ PROMPTS: dict[str, dict[str, Any]] = {
         "template": "{images}$image {prompt}",
         "examples": [{"words": "a dog", "question": "a 'bird'?", "answer": "{{ no }}"}, {"words": "x", "answer": "y"}],
     },
+    "turns": {"turn": "USER: {images}\n{question} ASSISTANT:", "system": "A chat. "},
     "ChatML": {"chat": "own", "template_of_lm": CHATML},
+    "ChatML with a system prompt": {"chat": "own", "system": "Be kind.", "template_of_lm": CHATML},
     "Llama-2": {"chat": "own", "template_of_lm": LLAMA2},
 }
 
@@ -100,7 +102,7 @@ def exported(request, to, tmp_path_factory):
     """Return a model and its folder."""
     folder = tmp_path_factory.mktemp("exported")
     prompt = dict(PROMPTS[request.param])
-    lm = tiny_lm(folder / "lm")
+    lm = tiny_lm(folder / "lm", context=512)
     tokenizer = AutoTokenizer.from_pretrained(lm)
     tokenizer.chat_template = prompt.pop("template_of_lm", None)
     tokenizer.padding_side = "right"

@@ -106,7 +106,7 @@ def test_contrast_is_blip2s_infonce(reader: Any, inputs: Inputs) -> None:
 @torch.no_grad()
 def test_matching_is_blip2s_head_on_true_and_sampled_pairs(reader: Any, inputs: Inputs, monkeypatch: Any) -> None:
     others = iter([torch.tensor([1, 2, 0]), torch.tensor([2, 0, 1])])
-    monkeypatch.setattr("mllm.objectives.qformer.sample_negatives", lambda logits: next(others))
+    monkeypatch.setattr("mllm.objectives.qformer.sample_negatives", lambda logits, start: next(others))
     loss = ImageTextMatching()(inputs)
     reference, (ids, mask) = blip2(reader), reader.connector.words.tokenize(TEXTS)
     assert inputs.features is not None

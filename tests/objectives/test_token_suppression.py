@@ -10,9 +10,9 @@ import torch
 
 import mllm
 from mllm import registry
-from mllm.build import objectives_of
 from mllm.config.loading import check, load
 from mllm.errors import MLLMError
+from mllm.objectives.build import objectives_of
 from mllm.objectives.retrieval import TokenPrediction
 from mllm.objectives.token_suppression import TokenSuppression, generated_texts
 from mllm.prompts.batch import IGNORED, Encoded

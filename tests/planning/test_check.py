@@ -22,12 +22,16 @@ from mllm.slots import Connector
 from mllm.testing import tiny_image, tiny_lm
 
 
+class Loaded(BaseException):
+    """A weight was loaded; nothing turns it into a message."""
+
+
 @pytest.fixture(autouse=True)
 def _no_weights(monkeypatch: pytest.MonkeyPatch, tiny_parts: tuple[str, str]) -> None:
     """From here on nothing may open a weight file."""
 
     def loaded(*_: Any, **__: Any) -> None:
-        raise AssertionError("a weight was loaded")
+        raise Loaded
 
     monkeypatch.setattr(torch, "load", loaded)
     monkeypatch.setattr(safetensors.torch, "load_file", loaded)
@@ -56,7 +60,7 @@ stages:
 def test_the_guard_against_loading_works(tiny_parts: tuple[str, str]) -> None:
     import mllm
 
-    with pytest.raises(AssertionError, match="a weight was loaded"):
+    with pytest.raises(Loaded):
         mllm.assemble(*tiny_parts)
 
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mllm.build import build, objectives_of
+from mllm.build import build
 from mllm.cli.plan import run
 from mllm.config import loading as recipe
 from mllm.errors import MLLMError
+from mllm.objectives.build import objectives_of
 from mllm.planning.advice import bytes_of, fitting
 from mllm.planning.draft import Draft
 from mllm.planning.plan import Setting, plan, plan_stage

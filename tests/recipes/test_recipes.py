@@ -35,10 +35,12 @@ SMALLER: dict[str, dict[str, Any]] = {
     "simvlg-cpu": {"connector": MERGE},
     "simvlg-video": {"connector": {"type": "temporal", "frames": 2, "dim": 16, "heads": 2, "then": MERGE}},
     "emoji-decoder": {"heads.0.side": 16, "heads.0.features": 64},
-    "llava": {"adapters": LORA},
+    "llava": {"stages.1.adapters": LORA},
+    "blip2-caption": {"init.from": None},
+    "blip2-retrieval": {"init.from": None},
     "llava-cpu": {"adapters": LORA},
     "cg-vlm-cpu": {"adapters": LORA},
-    "yi-vl": {"prompt.chat": "plain"},  # the tiny language model has no chat template
+    "yi-vl": {"prompt.system": ""},  # longer than the tiny language model's context
 }
 
 
@@ -79,7 +81,7 @@ def tiny(name: str, places: dict[str, str]) -> dict[str, Any]:
     if config.encoder and video:
         encoder = {"type": "video", "frames": 2, "pool": config.encoder.options()["pool"], "of": encoder}
     captions = {"format": "table", "path": f"{folder}/{'videos' if video else 'captions'}.json", "images": folder}
-    found: dict[str, Any] = {"encoder": encoder, "data.train": captions, "optim.schedule": "constant"}
+    found: dict[str, Any] = {"encoder": encoder, "data.train": captions}
     if config.lm:
         found |= {"lm.model": places["lm"]}
     if config.data.val:
@@ -99,7 +101,7 @@ def tiny(name: str, places: dict[str, str]) -> dict[str, Any]:
             talks = {"path": f"{folder}/talks.json", "format": "llava", "images": folder, "task": "conversations"}
             said = stage.data.train[0].format in ("llava", "messages")
             found[f"{at}.data.train"] = talks if said else captions
-            if stage.fit and stage.fit.part == "heads.decision":
+            if "heads.decision" in (*stage.train, stage.fit and stage.fit.part):
                 found[f"{at}.data.train"] = {**captions, "path": f"{folder}/labels.json"}
         if "encoder" in _own(name, index):
             found |= {"encoder.resolution": 32, f"{at}.encoder.resolution": 16}

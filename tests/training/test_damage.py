@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import mllm
 from mllm.encoders.feature_store import FeatureStore, features_folder, open_store
 from mllm.errors import MLLMError
+from mllm.hub.verified import save_verified
 from mllm.planning.check import problems
 from mllm.testing import tiny_encoder, tiny_image, tiny_lm
 from mllm.training.checkpoint import NAME, Checkpoints, TrainingState
@@ -80,6 +81,17 @@ def test_a_shard_with_a_flipped_bit_is_computed_again(tiny_model, tmp_path):
     assert torch.equal(FeatureStore(model, folder=tmp_path)(images), expected)  # without a warning
     save_file({name: row + 1 for name, row in load_file(shard).items()}, shard)  # without a checksum
     with pytest.warns(UserWarning, match="contains no checksum"):
+        assert torch.equal(FeatureStore(model, folder=tmp_path)(images), expected)
+
+
+def test_a_shard_of_another_shape_is_computed_again(tiny_model, tmp_path):
+    model, images = tiny_model(), [tiny_image(seed) for seed in range(2)]
+    store = FeatureStore(model, folder=tmp_path)
+    expected = store(images)
+    store.flush()
+    (shard,) = tmp_path.iterdir()
+    save_verified(shard, {name: row[:1].clone() for name, row in load_file(shard).items()})
+    with pytest.warns(UserWarning, match="another shape"):
         assert torch.equal(FeatureStore(model, folder=tmp_path)(images), expected)
 
 

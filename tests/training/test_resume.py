@@ -49,8 +49,8 @@ stages:
   - {{name: fit, fit: {{}}}}
   - {{name: one, train: {{connector: 0.01}}, steps: 7, batch_size: 3, checkpoint_every: 2}}
   - {{name: two, train: {{connector: 0.01, adapters: 0.003}}, steps: 60, batch_size: 3, checkpoint_every: 5, seed: 5,
-     validate_every: 20, optim: {{accumulate: 2}},
-     data: {{group_by_length: 4, pack: 120, max_length: 100, skip: 1, train: [
+     validate_every: 20, optim: {{accumulate: 2, weight_decay: 0.1, floor: 1.0e-4, warmup_start: 1.0e-5, horizon: 80}},
+     data: {{group_by_length: 4, pack: 120, max_length: 100, skip: 1, augment: {{crop: [0.5, 1], flip: 0.5}}, train: [
        {{format: table, path: {folder}/train.json, concatenate: 0.5}},
        {{format: webdataset, path: {folder}, weight: 2}}]}}}}
 """)

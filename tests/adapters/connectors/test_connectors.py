@@ -215,8 +215,28 @@ def test_token_merge_starts_from_a_bert(tmp_path):
     state = BertModel.from_pretrained(folder).state_dict()
     own = made("token-merge", init=folder).blocks[1].state_dict()
     assert torch.equal(own["attention.self.key.weight"], state["encoder.layer.1.attention.self.key.weight"])
-    with pytest.raises(MLLMError, match="could not be loaded"):
+    for name, init in (
+        ("hidden size 32", bert(tmp_path / "wide", hidden_size=32)),
+        ("1 layers", bert(tmp_path / "short", num_hidden_layers=1)),
+    ):
+        with pytest.raises(MLLMError, match=name):
+            made("token-merge", init=init)
+    with pytest.raises(MLLMError, match="nothing"):
         made("token-merge", init=str(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_without_merging_and_with_positions_it_is_the_bert_it_starts_from(tmp_path, layers):
+    folder = bert(tmp_path / "bert")
+    connector, features = (
+        made("token-merge", init=folder, positions=True, merge=0, layers=layers).eval(),
+        torch.randn(2, 16, 8),
+    )
+    reference = BertModel.from_pretrained(folder, num_hidden_layers=layers).eval()
+    expected = reference(inputs_embeds=connector.enter(features)).last_hidden_state
+    torch.testing.assert_close(connector.body(features), expected)
+    with pytest.raises(MLLMError, match="BERT has 12 positions, for 16 features"):
+        made("token-merge", init=bert(tmp_path / "near", max_position_embeddings=12), positions=True)
 
 
 def test_merging_joins_the_most_similar_pair_and_keeps_the_mean():

@@ -157,7 +157,7 @@ def test_what_does_not_fit_is_refused_before_anything_loads(tiny_model, tiny_dec
     with pytest.raises(MLLMError, match=r"reads '\[RET\]', and an image's tokens are \['\[IMG0\]', '\[IMG1\]', '\["):
         model = tiny_model(**parts(tiny_decoder, MAPPER, {"type": "retrieval"}) | {"tokens": [*NAMES, "[RET]"]})
         Distillation()(inputs_of(model))
-    with pytest.raises(MLLMError, match="has tokens: 0"):
+    with pytest.raises(MLLMError, match="has tokens=0; expected a number of at least 1"):
         tiny_model(**parts(tiny_decoder, {**MAPPER, "tokens": 0}))
     monkeypatch.setattr("mllm.build.build_encoder", lambda _: pytest.fail("an encoder was built"))
     with pytest.raises(MLLMError, match="makes conditions of 77 x 32, and the image decoder takes 1 x 32"):
