@@ -30,7 +30,7 @@ def mean_features(items: Sequence[Item], model: Assembly) -> Tensor:
     """Return the mean features ``(N, D_vis)`` of each item's last image, of length 1."""
     numbers: dict[ImageSource, int] = {}
     rows = [numbers.setdefault(item.images[-1], len(numbers)) for item in items]
-    distinct, features = list(numbers), open_store(model, "auto")
+    distinct, features = list(numbers), open_store(model, "auto").whole
     means = [
         features(distinct[start : start + _BATCH]).float().mean(dim=1) for start in range(0, len(distinct), _BATCH)
     ]

@@ -13,22 +13,24 @@ from mllm.assembly import Assembly
 from mllm.capabilities import ConditionHead
 from mllm.config.base import PartSpec
 from mllm.config.messages import checked
-from mllm.config.parts import AssemblySpec, EncoderSpec
+from mllm.config.parts import AssemblySpec
 from mllm.config.recipe import Stage
 from mllm.devices import DeviceName, DTypeName, cast, choose_device, dtype_of
-from mllm.encoders.base import Shape, on_meta
+from mllm.encoders.base import on_meta
+from mllm.encoders.specified import encoder_of as encoder_of
+from mllm.encoders.specified import newline_for
 from mllm.errors import MLLMError
 from mllm.fits.base import ClosedForm
-from mllm.hub import published
 from mllm.lms.insert import build_adapters, build_tokens
 from mllm.lms.words import bind
-from mllm.model import Model, trained_module
+from mllm.model import Model
+from mllm.parts import trained_module
 from mllm.prompts.chat_template import end_of_turn
 from mllm.readout.tokens import every_token, heads_on_meta
-from mllm.registry import lookup, made
+from mllm.registry import fulfilled, lookup, made
 from mllm.saving import check_trust, find_folder, read_about, restore
 from mllm.scorers.own import own_scorer
-from mllm.slots import Connector, Encoder, Head, ImageDecoder
+from mllm.slots import Connector, Head, ImageDecoder
 from mllm.system import return_memory
 
 Slot = TypeVar("Slot")
@@ -157,16 +159,7 @@ def _build_seeded(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed_of(group.removeprefix("image_")))
         cls, label = lookup(f"{group}s", part.type), f"{group.replace('_', ' ')} {part.type}"
-        return _fulfilled(contract, label, made(cls, label, **options, **with_runs(cls, part.options(), device)))
-
-
-def _fulfilled(contract: type[Slot], label: str, part: Any) -> Slot:
-    if not isinstance(part, contract):
-        raise MLLMError(
-            f"The {label} is a {type(part).__name__}, and not an mllm.slots.{contract.__name__}: inherit from that "
-            "class, or give it the methods that are listed there."
-        )
-    return part
+        return fulfilled(contract, label, made(cls, label, **options, **with_runs(cls, part.options(), device)))
 
 
 def with_runs(cls: Any, options: dict[str, Any], device: torch.device | None) -> dict[str, Any]:
@@ -202,6 +195,7 @@ def build_connector(spec: AssemblySpec, *, encoder: Any, lm: Any) -> Connector:
     lm_dim = None if lm is None else lm.dim
     widths = {"vis_dim": encoder.dim, "lm_dim": lm_dim, "num_patches": encoder.num_patches, "grid": encoder.grid}
     connector = _build_seeded(spec, Connector, "connector", spec.connector, **widths)
+    connector.newline = newline_for(encoder, connector, lm_dim, seed=spec.seed_of("connector"))
     if spec.connector.vocabulary is not None:
         bind(connector, lm, **spec.connector.vocabulary.model_dump())
     return connector
@@ -235,24 +229,6 @@ def load(
         restore(model, path)
     model.source, model.fingerprint = str(folder), about.fingerprint
     return model
-
-
-def encoder_of(spec: EncoderSpec, *, seed: int) -> Encoder:
-    """Return the encoder of an `mllm.config.parts.EncoderSpec`; the encoders in its ``of`` are built first.
-
-    Raises:
-        MLLMError: an unknown type or argument, or a model that cannot be loaded.
-    """
-    config = (published.configuration(spec.model) if spec.model else None) or {}
-    if on_meta() and config.pop("model_type", None) == "shape":
-        return Shape(**config)
-    options = spec.options()
-    if spec.of is not None:
-        options["of"] = [encoder_of(member, seed=seed) for member in spec.of]
-    else:
-        options["seed"] = seed
-    label = f"encoder {spec.model or spec.type}"
-    return _fulfilled(Encoder, label, made(lookup("encoders", spec.type), label, **options))
 
 
 def check_condition(spec: AssemblySpec) -> None:

@@ -1,31 +1,30 @@
 """Join encoder, connector and language model, and run a batch through them.
 
-Shapes: B batch, T text tokens, I images, P patches, Q visual tokens, D_vis, D_lm, V vocabulary.
+Shapes: B batch, T text tokens, I images, U tiles of them (`mllm.slots`), P patches, Q visual tokens, D_vis, D_lm, V.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from mllm.capabilities import CrossAttention, missing
+from mllm.capabilities import CrossAttention
 from mllm.config.parts import FROZEN, AssemblySpec
-from mllm.errors import MLLMError, near
-from mllm.hub.fingerprints import tensor_hash
+from mllm.errors import MLLMError
 from mllm.lms.cross_attention import embed_with_memory
+from mllm.media.tiles import Layout
+from mllm.parts import Parts
 from mllm.prompts.batch import Batch, Encoded, collate, encode
-from mllm.prompts.pieces import Piece, images_of
+from mllm.prompts.length import too_long
+from mllm.prompts.pieces import Counts, Piece, images_of
 from mllm.slots import ImageDecoder, Inputs, LanguageModel, Objective
 
-Kind = TypeVar("Kind")
 
-
-class Model(nn.Module):
+class Model(Parts):
     """A multimodal language model joined from parts. A part that is absent is None.
 
     Args:
@@ -39,14 +38,6 @@ class Model(nn.Module):
         spec: the specification that the parts were built from, saved with the trained tensors.
         open_scorer: loads the model's scorer when it is first needed.
     """
-
-    # Parts are found by their contracts (mllm.slots), not by their classes, so their static type is Any.
-    encoder: Any
-    connector: Any
-    lm: Any
-    tokens: Any
-    decoder: Any
-    spec: Any  # an AssemblySpec; its parts may be None
 
     def __init__(
         self,
@@ -95,41 +86,6 @@ class Model(nn.Module):
         self.adapters.train(mode)  # peft's modules are inside the language model
         return self
 
-    def slot(self, name: str) -> nn.Module | None:
-        """Return the part in a slot (``encoder``, ``connector``, ``lm``, ``decoder``), or None where it is absent."""
-        return self._modules.get(name)
-
-    def parts(self) -> Iterator[tuple[str, nn.Module]]:
-        """Yield every part with its path: ``encoder``, ``adapters.0``, ``heads.NAME``, ..."""
-        for name in ("encoder", "connector", "lm", "decoder"):
-            if (part := self.slot(name)) is not None:
-                yield name, part
-        yield from ((f"adapters.{number}", adapter) for number, adapter in enumerate(self.adapters))
-        yield from ((f"heads.{name}", head) for name, head in self.heads.items())
-
-    def find_all(self, kind: type[Kind]) -> dict[str, Kind]:
-        """Return the parts that are of a kind (`mllm.slots`), by their paths."""
-        return {path: part for path, part in self.parts() if isinstance(part, kind)}
-
-    def has(self, *kinds: type) -> bool:
-        """Whether the model has a part of each kind (`mllm.slots`)."""
-        return all(self.find_all(kind) for kind in kinds)
-
-    def find(self, kind: type[Kind]) -> Kind:
-        """Return the one part that is of a kind (`mllm.slots`).
-
-        Raises:
-            MLLMError: there is none, or there are several, which the message names.
-        """
-        candidates = self.find_all(kind)
-        if not candidates:
-            raise MLLMError(f"This model lacks a part: it needs {missing(kind)}.")
-        if len(candidates) > 1:
-            raise MLLMError(
-                f"The model has several parts of the kind {kind.__name__}: {', '.join(candidates)}. Keep one of them."
-            )
-        return next(iter(candidates.values()))
-
     @property
     def generates_text(self) -> bool:
         """Whether the language model generates text; a sentence encoder in its slot does not."""
@@ -145,32 +101,31 @@ class Model(nn.Module):
         """Whether parameters inside the language model train, so that gradients flow through all of its inputs."""
         return any(p.requires_grad for part in (self.lm, self.adapters) for p in part.parameters())
 
-    @contextlib.contextmanager
-    def adapters_off(self) -> Iterator[None]:
-        """Turn adapters and new tokens off: on text alone the outputs are then those of the bare language model."""
-        with contextlib.ExitStack() as stack:
-            for adapter in (*self.adapters, *([self.tokens] if self.tokens is not None else [])):
-                stack.enter_context(cast(Any, adapter).off())
-            yield
-
-    def frozen_hash(self, part: str, without: Sequence[str] = ()) -> str:
-        """Return a hash of all tensors of a part, without those of adapters inside it.
-
-        Args:
-            part: its slot.
-            without: dotted paths of modules that train, whose tensors are excluded too.
-        """
-        adapted = {id(parameter) for parameter in self.adapters.parameters()}
-        module = self.get_submodule(part)
-        excluded = {name for name, p in module.named_parameters(remove_duplicate=False) if id(p) in adapted}
-        excluded |= {name for name in module.state_dict() if _under(f"{part}.{name}", without)}
-        return tensor_hash(module, without=excluded)
-
     def features(self, images: Sequence[Any]) -> Tensor:
-        """Return the encoder's features ``(I, P, D_vis)`` of images in any accepted form."""
+        """Return the encoder's features ``(I, P, D_vis)`` of images in any accepted form, each as a whole."""
         pixels = self.encoder.preprocess([self.encoder.open(image) for image in images])
         with torch.no_grad():
             return self.encoder(pixels.to(self.device))
+
+    def layouts(self, images: Sequence[Any]) -> list[Layout] | None:
+        """Return how images are cut into tiles; None: they are not."""
+        return None if self.encoder is None else self.encoder.layouts(images)
+
+    def tiles_of(self, images: Sequence[Any]) -> int:
+        """Return the number of tiles of images together."""
+        layouts = self.layouts(images)
+        return len(images) if layouts is None else sum(layout.tiles for layout in layouts)
+
+    def in_order(self, tokens: Tensor, layouts: Sequence[Layout] | None) -> Tensor:
+        """Return images' visual tokens as `embed` takes them, of those of their tiles ``(U, Q, D_lm)``."""
+        return tokens if layouts is None else self.connector.in_order(tokens, layouts)
+
+    def see_images(self, images: Sequence[Any]) -> Tensor | None:
+        """Return images' visual tokens as `embed` takes them; None: there are no images."""
+        if not images:
+            return None
+        features = self.features([tile for image in images for tile in self.encoder.tiles(image)])
+        return self.in_order(self.connector(features), self.layouts(images))
 
     def forward(
         self,
@@ -183,7 +138,7 @@ class Model(nn.Module):
 
         Args:
             rows: training examples, as interleaved prompts.
-            features: ``(I, P, D_vis)`` of their images in order, or None; while the encoder trains, its inputs instead.
+            features: ``(U, P, D_vis)`` of their tiles in order, or None; while the encoder trains, its inputs instead.
             batch: the rows as ids.
             objectives: see `mllm.slots.Objective`.
         """
@@ -199,14 +154,30 @@ class Model(nn.Module):
 
     @property
     def tokens_per_image(self) -> int:
-        """Return the tokens of the sequence per image."""
+        """Return the tokens of the sequence per image; where `encoder.tiles` cuts images, the most of any image."""
         if self.connector is None:
             return 0
-        adapter = self.cross_attention
-        return int(self.connector.num_tokens if adapter is None else adapter.tokens_per_image)
+        if (adapter := self.cross_attention) is not None:
+            return adapter.tokens_per_image
+        tiling = getattr(self.encoder, "tiling", None)
+        return max(map(self.connector.tokens_of, [None] if tiling is None else tiling.fullest))
+
+    @property
+    def counts(self) -> Counts:
+        """Return the tokens of the sequence of an image: a number, or a function of the image."""
+        tiling = getattr(self.encoder, "tiling", None)
+        if tiling is None or self.connector is None:
+            return self.tokens_per_image
+        return lambda image: self.connector.tokens_of(tiling.of(image))
+
+    @property
+    def tiles_per_image(self) -> int:
+        """Return the tiles of an image; where `encoder.tiles` cuts images, the most of any image."""
+        tiling = getattr(self.encoder, "tiling", None)
+        return 1 if tiling is None else max(layout.tiles for layout in tiling.fullest)
 
     def embed(self, visual: Tensor | None, batch: Batch) -> Any:
-        """Return embeddings ``(B, T, D_lm)`` of the text, with visual tokens ``(I, Q, D_lm)`` at the image positions.
+        """Return embeddings ``(B, T, D_lm)`` of the text, with visual tokens of `see_images` at the image positions.
 
         With cross-attention it is a `mllm.lms.cross_attention.EmbeddingsWithMemory`.
         """
@@ -232,13 +203,9 @@ class Model(nn.Module):
                 "This model cannot answer: it has no language model that generates text. Train a recipe with one "
                 "(lm.type=transformers), or use this one as a scorer: scorer={'type': 'aligned', 'model': RUN}."
             )
-        encoded = encode(pieces, lm=self.lm, num_visual=self.tokens_per_image, start=start)
-        limit = self.lm.context
-        if limit is not None and len(encoded.ids) >= limit:
-            raise MLLMError(
-                f"The prompt has {len(encoded.ids)} tokens ({len(images_of(pieces))} images of "
-                f"{self.tokens_per_image} tokens each), and the language model's context is {limit} tokens. Shorten it."
-            )
+        encoded = encode(pieces, lm=self.lm, num_visual=self.counts, start=start)
+        if self.lm.context is not None and len(encoded.ids) >= self.lm.context:
+            raise too_long(pieces, len(encoded.ids), self.lm.context, self.counts)
         return encoded
 
     def prepare(self, prompts: Sequence[Sequence[Piece]]) -> tuple[Any, Batch]:
@@ -249,45 +216,10 @@ class Model(nn.Module):
     def embedded(self, prompts: Sequence[Sequence[Piece]], encoded: Sequence[Encoded]) -> tuple[Any, Batch]:
         """Return embeddings (see `embed`) and the padded batch of prompts that are already encoded."""
         batch = collate(encoded, self.lm.pad).to(self.device)
-        images = [image for pieces in prompts for image in images_of(pieces)]
-        visual = self.connector(self.features(images)) if images else None
+        visual = self.see_images([image for pieces in prompts for image in images_of(pieces)])
         return self.embed(visual, batch), batch
 
     @functools.cached_property
     def scorer(self) -> Any:
         """Return the scorer, which is loaded when it is first needed; it is neither trained nor saved."""
         return self.open_scorer(self)
-
-    def trained_state(self) -> dict[str, Tensor]:
-        """Return copies on the CPU of all trained tensors, by dotted name."""
-        return {name: tensor.detach().cpu() for name, tensor in self.trained_tensors().items()}
-
-    def trained_tensors(self) -> dict[str, Tensor]:
-        """Return all trained tensors by dotted name, on their device or the meta device."""
-        adapted = {id(tensor) for tensor in self.adapters.state_dict(keep_vars=True).values()}
-        return {
-            name: tensor
-            for name, tensor in self.state_dict(keep_vars=True).items()
-            if name.split(".")[0] not in FROZEN or (_under(name, self.spec.trained) and id(tensor) not in adapted)
-        }
-
-
-def _under(name: str, paths: Sequence[str]) -> bool:
-    """Whether a tensor's dotted name is inside one of the modules at these paths."""
-    return any(f"{name}.".startswith(f"{path}.") for path in paths)
-
-
-def trained_module(model: Model, path: str) -> nn.Module:
-    """Return the module that a stage's ``train`` names by a dotted path.
-
-    Raises:
-        MLLMError: there is no such module.
-    """
-    try:
-        module = model.get_submodule(path) if path else None
-    except AttributeError:
-        module = None
-    if module is None:
-        known = [name for name, _ in model.named_modules() if name]
-        raise MLLMError(f"A stage's 'train' names {path!r}, which is not a part of the model. {near(path, known)}")
-    return module

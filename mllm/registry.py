@@ -17,12 +17,14 @@ from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from numbers import Real
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Lt
 
 from mllm.builtin import BUILT_IN, RENAMED
 from mllm.errors import MLLMError, first_line, near
+
+Slot = TypeVar("Slot")
 
 # Types of a part's arguments, of which `made` checks the range.
 Count = Annotated[int, Ge(1)]
@@ -152,6 +154,20 @@ def _members(annotation: Any) -> tuple[Any, ...]:
     """Return the types in a union; one type is a union of itself."""
     is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
     return typing.get_args(annotation) if is_union else (annotation,)
+
+
+def fulfilled(contract: type[Slot], label: str, part: Any) -> Slot:
+    """Return a part that fulfils the contract of its slot.
+
+    Raises:
+        MLLMError: it does not; it is a part of another package.
+    """
+    if not isinstance(part, contract):
+        raise MLLMError(
+            f"The {label} is a {type(part).__name__}, and not an mllm.slots.{contract.__name__}: inherit from that "
+            "class, or give it the methods that are listed there."
+        )
+    return part
 
 
 def _annotations(cls: Any) -> dict[str, Any]:

@@ -4,20 +4,22 @@ A part is found by its exact name (`mllm.registry`). A slot is a class to inheri
 and a protocol where it asks for methods alone; what a part can do in addition is a type of `mllm.capabilities`.
 The first line of each says how a recipe names one; it stands in the message where a model lacks it.
 
-Shapes: B batch, T text tokens, I images, P patches, Q visual tokens of an image, D_vis and D_lm the widths of features
-and embeddings, V vocabulary, r tokens that a head reads, L x W a condition of an image decoder, N texts or examples.
+Shapes: B batch, T text tokens, I images, U tiles of them (each image is one, unless `encoder.tiles` cuts it), P patches
+and Q visual tokens of a tile, D_vis and D_lm the widths of features and embeddings, V vocabulary, r tokens that a head
+reads, L x W a condition of an image decoder, N texts, examples or visual tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from mllm.inputs import Inputs as Inputs
 from mllm.media.images import ImageSource, open_image
+from mllm.media.tiles import Layout, Tiling, in_order
 from mllm.prompts.batch import Batch
 from mllm.prompts.pieces import Piece
 
@@ -36,6 +38,7 @@ class Encoder(nn.Module):
         num_patches: P.
         shape: of one image as `preprocess` returns it.
         cacheable: whether features cost enough to be kept in the feature cache.
+        tiling: how images are cut into tiles, each of which is encoded by itself; None: they are not.
         fingerprint: identifies its weights, and whatever else changes with the model (`mllm.hub.identity`).
     """
 
@@ -44,6 +47,7 @@ class Encoder(nn.Module):
     num_patches: int
     shape: tuple[int, ...] = ()
     cacheable = True
+    tiling: Tiling | None = None
     reads_images = True  # and neither videos, sounds nor stored features
 
     @property
@@ -62,6 +66,15 @@ class Encoder(nn.Module):
     def key(self, source: ImageSource) -> str:
         """Return the key that a source's features are cached under: equal keys, equal features."""
         return source.key()
+
+    def tiles(self, piece: Any) -> list[Any]:
+        """Return an image's tiles as `preprocess` takes them: by default the opened image."""
+        opened = self.open(piece)
+        return [opened] if self.tiling is None else self.tiling.cut(opened)
+
+    def layouts(self, pieces: Sequence[Any]) -> list[Layout] | None:
+        """Return how images are cut, of which only the headers are read; None: they are not."""
+        return None if self.tiling is None else [self.tiling.of(piece) for piece in pieces]
 
     def preprocess(self, items: Sequence[Any]) -> Tensor:
         """Return pixels ``(B, 3, H, W)`` of opened images, or another input of `forward`."""
@@ -86,12 +99,17 @@ class Connector(nn.Module):
 
     Attributes:
         num_tokens: Q.
+        token_grid: rows and columns of the Q tokens, where each token is a place of the image; None: they are not.
+        newline: the token ``(D_lm,)`` that ends a row of an image's tiles (`mllm.media.tiles`), where there are rows.
     """
 
     num_tokens: int
+    token_grid: tuple[int, int] | None = None
+    newline: nn.Parameter | None
 
     def __init__(self) -> None:
         super().__init__()
+        self.register_parameter("newline", None)
         self.register_forward_pre_hook(_cast_features)
 
     def cast(self, features: Tensor) -> Tensor:
@@ -99,9 +117,13 @@ class Connector(nn.Module):
         weights = (parameter.dtype for parameter in self.parameters() if parameter.is_floating_point())
         return features.to(next(weights, features.dtype))
 
-    def tokens_of(self, piece: Any) -> int:
-        """Return how many visual tokens an image of a prompt takes: Q, since prompts count the same for every image."""
-        return self.num_tokens
+    def tokens_of(self, layout: Layout | None) -> int:
+        """Return how many visual tokens an image takes, by its tiles; None: it is not cut, and takes Q."""
+        return self.num_tokens if layout is None else layout.count(self.num_tokens, self.token_grid)
+
+    def in_order(self, tokens: Tensor, layouts: Sequence[Layout] | None) -> Tensor:
+        """Return images' visual tokens ``(N, D_lm)`` of those of their tiles ``(U, Q, D_lm)``; None: as they are."""
+        return tokens if layouts is None else in_order(tokens, layouts, self.token_grid, self.newline)
 
     def linear(self) -> nn.Linear | None:
         """Return the linear map that ends the connector, applied to ``body(features)``; None: it has none.
@@ -213,37 +235,6 @@ class Scorer(Protocol):
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Return vectors ``(N, D)`` of length 1."""
-
-
-class Inputs:
-    """A batch as objectives see it.
-
-    Args:
-        model: the model that trains.
-        rows: the training examples, as interleaved prompts.
-        features: ``(I, P, D_vis)`` of their images in reading order, or None where there are none.
-        batch: the rows as ids, padded; None where the model has no language model.
-    """
-
-    def __init__(self, model: Model, rows: Sequence[Sequence[Piece]], features: Tensor | None, batch: Batch | None):
-        self.model, self.rows, self.features, self.batch = model, rows, features, batch
-        self.shared: dict[str, Any] = {}  # what one objective computed and another needs too
-
-    @cached_property
-    def visual(self) -> Tensor | None:
-        """The connector's visual tokens ``(I, Q, D_lm)``, computed once for all objectives."""
-        if self.features is None:
-            return None
-        vocabulary = getattr(self.model.connector, "vocabulary", None)
-        return self.model.connector(self.features) if vocabulary is None else vocabulary(self.before_words)
-
-    @cached_property
-    def before_words(self) -> Tensor | None:
-        """The visual tokens ``(I, Q, D_lm)`` before the connector's vocabulary, if it has one, replaces them."""
-        connector = self.model.connector
-        if self.features is None or getattr(connector, "vocabulary", None) is None:
-            return self.visual
-        return connector.forward(self.features)
 
 
 class Objective(Protocol):

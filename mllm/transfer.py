@@ -52,8 +52,12 @@ def transfer(model: Model, source: Path, paths: Sequence[str] = ()) -> None:
 
 
 def complete(targets: Iterable[str], names: Container[str]) -> bool:
-    """Whether names of tensors include all of the connector's; its vocabulary has none that set the output's scale."""
-    own = (name for name in targets if name.startswith("connector.") and not name.startswith("connector.vocabulary."))
+    """Whether names of tensors include all of the connector's that set its output's scale.
+
+    Those of its vocabulary do not, nor does the newline token of tiles.
+    """
+    other = ("connector.vocabulary.", "connector.newline")
+    own = (name for name in targets if name.startswith("connector.") and not name.startswith(other))
     return all(name in names for name in own)
 
 

@@ -18,8 +18,9 @@ errors version
 system processes devices builtin registry testing
 config media hub
 prompts outputs
+inputs
 slots capabilities lms
-encoders model
+encoders model parts
 readout adapters
 objectives data saving evaluation
 fits scorers decoders export transfer

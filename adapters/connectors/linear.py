@@ -53,6 +53,7 @@ class Linear(Connector):
         self.body = Reduce(vis_dim=vis_dim, num_patches=num_patches, grid=grid, tokens=tokens, shuffle=shuffle)
         self.expand = (tokens or 1) if num_patches == 1 else 1  # tokens per feature vector
         self.num_tokens = self.expand * self.body.num_tokens
+        self.token_grid = self.body.token_grid if self.expand == 1 else None
         self.project = nn.Linear(self.body.dim, self.expand * lm_dim)
         self.norm = nn.LayerNorm(lm_dim) if norm else nn.Identity()
         self.dropout = nn.Dropout(dropout)

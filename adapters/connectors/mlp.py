@@ -25,6 +25,7 @@ class MLP(Connector):
         tokens: a square number: the grid is average-pooled to that many cells first.
         shuffle: s x s neighboring patches are concatenated first (pixel shuffle).
         norm: add a LayerNorm after every linear layer (Yi-VL).
+        input_norm: add a LayerNorm before the first linear layer (InternVL).
 
     Attributes:
         num_tokens: Q.
@@ -47,6 +48,7 @@ class MLP(Connector):
         tokens: Count | None = None,
         shuffle: Count | None = None,
         norm: bool = False,
+        input_norm: bool = False,
     ) -> None:
         super().__init__()
         if lm_dim is None:
@@ -55,10 +57,10 @@ class MLP(Connector):
             )
         reduce = Reduce(vis_dim=vis_dim, num_patches=num_patches, grid=grid, tokens=tokens, shuffle=shuffle)
         widths = [reduce.dim, *[hidden or lm_dim] * (depth - 1)]
-        layers: list[nn.Module] = [reduce]
+        layers: list[nn.Module] = [reduce, *([nn.LayerNorm(reduce.dim)] if input_norm else [])]
         for before, after in pairwise(widths):
             layers += [nn.Linear(before, after), *([nn.LayerNorm(after)] if norm else []), nn.GELU()]
-        self.num_tokens = reduce.num_tokens
+        self.num_tokens, self.token_grid = reduce.num_tokens, reduce.token_grid
         self.body = nn.Sequential(*layers)
         self.project = nn.Linear(widths[-1], lm_dim)
         self.norm = nn.LayerNorm(lm_dim) if norm else nn.Identity()

@@ -24,6 +24,7 @@ class Reduce(nn.Module):
     Attributes:
         dim: the output width.
         num_tokens: Q.
+        token_grid: rows and columns of the Q vectors, or None.
 
     Raises:
         MLLMError: the patches form no grid, or one that cannot be reduced to so many tokens.
@@ -46,6 +47,7 @@ class Reduce(nn.Module):
         self.cells = _cells(tokens or self.num_tokens, self.num_tokens, self.grid)
         if self.cells is not None:
             self.num_tokens = self.cells[0] * self.cells[1]
+        self.token_grid = self.cells or self.grid
 
     def forward(self, features: Tensor) -> Tensor:
         """Return features ``(B, Q, dim)``."""

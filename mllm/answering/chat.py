@@ -13,6 +13,7 @@ import io
 import json
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,7 +31,7 @@ from mllm.outputs import Output
 from mllm.prompts.batch import Encoded, collate
 from mllm.prompts.chat_template import uses_template
 from mllm.prompts.messages import checked_messages, message, text_part, turns
-from mllm.prompts.pieces import images_of
+from mllm.prompts.pieces import counted, images_of
 from mllm.system import write
 
 Messages = Sequence[dict[str, Any]]
@@ -159,14 +160,15 @@ class Chat:
             decoding = for_encoded(model, encoded, decoding)
         except MLLMError as error:
             raise MLLMError(f"{error} Drop the oldest turns (chat.drop(2)), or start over (chat.reset()).") from None
-        known = self._mask_changes(encoded, images)
+        content = _content(encoded, images, counted(images, model.counts))
+        known = self._mask_changes(content)
         if self._cache is None or any(encoded.visual[known:]):  # images come in as embeddings, not as ids
-            self._prefill(encoded, images)
+            self._prefill(encoded, content, images)
             known = len(self._cached)
         length = len(self._mask) + len(encoded.ids) - known + (decoding.max_new_tokens or 0)
         if 0 in self._mask and (model.lm.exceeds_window(length) or exceeds(model.lm, length)):  # masked ones count
             self._forget()
-            self._prefill(encoded, images)
+            self._prefill(encoded, content, images)
             known = len(self._cached)
         rest = encoded.ids[known:]
         mask = torch.tensor([self._mask + [1] * len(rest)], device=model.device)
@@ -179,9 +181,8 @@ class Chat:
         answer = yield from decode(model, run)
         self._keep(cache, [*rest, *answer])
 
-    def _mask_changes(self, encoded: Encoded, images: Sequence[Any]) -> int:
+    def _mask_changes(self, wanted: list[int | str]) -> int:
         """Mask what the cache holds and the conversation no longer has; return how much of it the cache holds."""
-        wanted = _content(encoded, images)
         different = (i for i, (a, b) in enumerate(zip(self._cached, wanted, strict=False)) if a != b)
         same = next(different, len(self._cached))
         same = min(same, len(wanted) - 1)  # one token is needed to start from
@@ -195,21 +196,21 @@ class Chat:
         return same
 
     @torch.no_grad()
-    def _prefill(self, encoded: Encoded, images: Sequence[Any]) -> None:
+    def _prefill(self, encoded: Encoded, content: list[int | str], images: Sequence[Any]) -> None:
         """Extend the cache to all of the conversation but its last token."""
         model, known, end = self._model, len(self._cached), len(encoded.ids) - 1
         part = Encoded(encoded.ids[known:end], encoded.visual[known:end], encoded.labels[known:end])
-        before = sum(encoded.visual[:known]) // model.tokens_per_image
-        new = images[before:]
+        ends = accumulate(counted(images, model.counts))
+        new = [image for image, end in zip(images, ends, strict=True) if end > sum(encoded.visual[:known])]
         batch = collate([part], model.lm.pad).to(model.device)
-        embeds = model.embed(model.connector(model.features(new)) if new else None, batch)
+        embeds = model.embed(model.see_images(new), batch)
         if self._cache is None:
             self._cache, _ = model.lm.prefill(embeds, batch.mask)
         else:
             mask = torch.tensor([self._mask + [1] * (end - known)], device=model.device)
             model.lm.logits(embeds, mask, keep=torch.tensor([0], device=model.device), cache=self._cache)
         self._mask += [1] * (end - known)
-        self._cached = _content(encoded, images)[:end]
+        self._cached = content[:end]
 
     def _keep(self, cache: Any, ids: list[int]) -> None:
         """Keep the cache that decoding leaves: of the conversation, and of the answer but for its last token."""
@@ -225,10 +226,10 @@ def _with_kind(text: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return {"kind": "question" if text.strip() else "caption", **options}
 
 
-def _content(encoded: Encoded, images: Sequence[Any]) -> list[int | str]:
-    """Return a prompt's ids, with its images' hashes in place of visual tokens."""
-    count = sum(encoded.visual) // max(len(images), 1)
-    keys = iter([key for image in images for key in [source_of(image).key()] * count])
+def _content(encoded: Encoded, images: Sequence[Any], counts: Sequence[int]) -> list[int | str]:
+    """Return a prompt's ids, with its images' hashes in place of visual tokens, as many as each image takes."""
+    sources = map(source_of, images)
+    keys = iter([key for source, count in zip(sources, counts, strict=True) for key in [source.key()] * count])
     return [next(keys) if visual else token for token, visual in zip(encoded.ids, encoded.visual, strict=True)]
 
 

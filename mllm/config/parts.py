@@ -20,6 +20,7 @@ from pydantic import (
 
 from mllm.config.base import PartSpec, Spec
 from mllm.config.prompt import PromptSpec
+from mllm.config.tiles import TilesSpec
 
 PARTS = ("encoder", "lm", "connector", "adapters", "heads", "tokens", "decoder")
 FROZEN = ("encoder", "lm", "decoder")  # unless a stage's 'train' names them, or something inside them
@@ -124,6 +125,23 @@ class EncoderSpec(PartSpec):
     resize: Literal["stretch", "crop", "pad"] | None = None  # how an image becomes a square; null: the model's own way
     init: Literal["pretrained", "random"] = "pretrained"
     trust_remote_code: bool = False  # run Python code from the model's repository
+    tiles: TilesSpec | None = Field(default=None, discriminator="kind")  # null: every image is encoded as a whole
+
+    @model_validator(mode="after")
+    def _tiles_fit(self) -> EncoderSpec:
+        if any(member.tiles is not None for member in self.of or ()):
+            raise ValueError("tiles: encoders in 'of' cannot cut images. Leave tiles out")
+        if self.tiles is not None and self.type not in RESIZING:
+            raise ValueError(f"tiles: expected an encoder of type {', '.join(RESIZING)}")
+        if self.tiles is not None and self.resize not in (None, "stretch"):
+            raise ValueError(f"tiles: they decide how an image becomes squares, and resize is {self.resize}")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out tiles that are not there: a run that was written before is resumed unchanged."""
+        values: dict[str, Any] = write(self)
+        return {key: value for key, value in values.items() if key != "tiles" or value is not None}
 
     @model_validator(mode="before")
     @classmethod
@@ -144,7 +162,7 @@ class EncoderSpec(PartSpec):
 
     def options(self) -> dict[str, Any]:
         """Return the arguments of the encoder that differ from their defaults, without those in ``of``."""
-        return self.model_dump(exclude={"type", "of"}, exclude_defaults=True)
+        return self.model_dump(exclude={"type", "of", "tiles"}, exclude_defaults=True)
 
 
 def encoders_in(parts: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

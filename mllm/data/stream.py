@@ -23,7 +23,7 @@ from mllm.data.sources import Source, check_combinable, check_learnable
 from mllm.errors import MLLMError
 from mllm.prompts.formatting import SEPARATOR
 from mllm.prompts.length import length_of, shortened, with_short_answers
-from mllm.prompts.pieces import Piece
+from mllm.prompts.pieces import Counts, Piece
 
 MIXED_SHARDS = 4  # shards whose items are shuffled together, so that each is read almost sequentially
 _SPARE = 20  # additional candidates for shots, since some may show the item's image
@@ -46,7 +46,8 @@ class Stream:
         prompt: the prompt format.
         seed: determines the stream.
         lm: the language model; needed for its chat template, and if ``data`` limits or groups by length.
-        num_visual: Q, the number of visual tokens per image; needed if ``data`` limits or groups by length.
+        num_visual: the visual tokens of an image (`mllm.prompts.pieces.Counts`); needed if ``data`` limits or groups by
+            length.
         data: ``max_length``, ``truncate``, ``answer_length``, ``group_by_length`` and ``augment``.
 
     Raises:
@@ -60,7 +61,7 @@ class Stream:
         *,
         seed: int,
         lm: Any = None,
-        num_visual: int = 0,
+        num_visual: Counts = 0,
         data: Data | None = None,
     ) -> None:
         self._prompt, self._seed, self._lm, self._num_visual = prompt, seed, lm, num_visual
@@ -106,12 +107,17 @@ class Stream:
         """Sample several batches and return them grouped by length, in a random order of batches."""
         sampled = list(itertools.islice(self._positions, size * together))
         first = sampled[0].number
-        sampled.sort(
-            key=lambda position: (length_of(self._example(position), self._lm, self._num_visual), position.number)
-        )
+        sampled.sort(key=lambda position: (self._length(position), position.number))
         batches = [sampled[start : start + size] for start in range(0, len(sampled), size)]
         random.Random(f"{self._seed}/group/{first}").shuffle(batches)
         return [position for batch in batches for position in batch]
+
+    def _length(self, position: _Position) -> int:
+        """Return an example's length; 0 if it cannot be read, and is left out."""
+        try:
+            return length_of(self._example(position), self._lm, self._num_visual)
+        except MLLMError:
+            return 0
 
     def _example(self, position: _Position) -> list[Piece]:
         try:

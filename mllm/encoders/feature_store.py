@@ -29,6 +29,7 @@ from mllm.hub.fingerprints import tensor_hash
 from mllm.hub.identity import weights_of
 from mllm.hub.verified import DamagedFile, read_verified, save_verified
 from mllm.media.images import ImageSource, source_of
+from mllm.media.tiles import whole_images
 from mllm.model import Model
 from mllm.system import cache_dir, remove_partial
 
@@ -44,7 +45,7 @@ class FeatureStore:
     Args:
         model: the model whose `features` are cached.
         limit: the most bytes that are cached; further features are computed each time. None: no limit.
-        chunk: the number of images per forward pass of the encoder.
+        chunk: the number of images, and of tiles, per forward pass of the encoder.
         folder: the folder of the shards on disk; None: memory only.
     """
 
@@ -58,7 +59,7 @@ class FeatureStore:
         self._threads = ThreadPoolExecutor(THREADS)
 
     def __call__(self, images: Sequence[Any]) -> Tensor:
-        """Return features ``(I, P, D_vis)`` of images in any accepted form, in order, on the model's device."""
+        """Return the features ``(U, P, D_vis)`` of images' tiles, in order, on the model's device."""
         sources = [source_of(image) for image in images]
         keys = [self._model.encoder.key(source) for source in sources]
         features = {key: row for key in keys if (row := self._find(key)) is not None}
@@ -66,11 +67,21 @@ class FeatureStore:
         names = list(missing)
         for start in range(0, len(names), self._chunk):
             chunk = names[start : start + self._chunk]
-            opened = [self.opened(missing[key]) for key in chunk]
-            for key, row in zip(chunk, self._model.features(opened), strict=True):
-                features[key] = row
-                self._cache(key, row)
-        return torch.stack([features[key].to(self._model.device) for key in keys])
+            tiles = [self._model.encoder.tiles(self.opened(missing[key])) for key in chunk]
+            rows = self._encoded([tile for of_image in tiles for tile in of_image]).split(list(map(len, tiles)))
+            for key, row in zip(chunk, rows, strict=True):
+                features[key] = row.flatten(0, 1)
+                self._cache(key, features[key])
+        whole = torch.cat([features[key].to(self._model.device) for key in keys])
+        return whole.unflatten(0, (-1, self._model.encoder.num_patches))
+
+    def whole(self, images: Sequence[Any]) -> Tensor:
+        """Return features ``(I, P, D_vis)`` of whole images, without those of further tiles."""
+        return whole_images(self(images), self._model.layouts(images))
+
+    def _encoded(self, tiles: Sequence[Any]) -> Tensor:
+        parts = [tiles[start : start + self._chunk] for start in range(0, len(tiles), self._chunk)]
+        return torch.cat([self._model.features(part) for part in parts])
 
     def expect(self, images: Sequence[Any]) -> None:
         """Start opening images that will be requested, except those whose features are cached.
@@ -129,14 +140,19 @@ class FeatureStore:
         """Read a shard from disk; a damaged one is discarded, with a warning, and its features are computed again."""
         try:
             rows, _ = read_verified(path)
-            shape = (self._model.encoder.num_patches, self._model.encoder.dim)
-            if any(tuple(row.shape) != shape for row in rows.values()):
+            if not all(map(self._fits, rows.values())):
                 raise DamagedFile("its features are of another shape")
         except (DamagedFile, OSError) as error:
             self._stored = {key: shard for key, shard in self._stored.items() if shard != path}
             _discard(path, error)
             return
         self._cached = {**rows, **self._cached}
+
+    def _fits(self, row: Tensor) -> bool:
+        """Whether a tensor has the shape of an image's features: ``(P, D_vis)``, or those of several tiles."""
+        encoder = self._model.encoder
+        tiles, rest = divmod(row.shape[0] if row.dim() == 2 else 0, encoder.num_patches)
+        return row.shape[-1:] == (encoder.dim,) and rest == 0 and (tiles == 1 if encoder.tiling is None else tiles > 0)
 
     def _cache(self, key: str, row: Tensor) -> None:
         size = row.numel() * row.element_size()
@@ -184,6 +200,8 @@ def _folder_of(model: Model, **identity: Any) -> Path:
         "dtypes": sorted({str(parameter.dtype) for parameter in encoder.parameters()}),
         "settings": encoder.settings(),
     }
+    if encoder.tiling is not None:
+        identity["tiles"] = repr(encoder.tiling)
     if model.spec.trains("encoder"):
         identity["trained"] = tensor_hash(encoder)
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()

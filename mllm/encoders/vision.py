@@ -65,6 +65,7 @@ class VisionModel(PretrainedEncoder):
         self._load = partial(hub.load_model, AutoModel, folder, init=init, seed=seed, **code)
         self.model = self._load().get_encoder(modality="image").requires_grad_(False).eval()
         self.processor = hub.load_processor(AutoImageProcessor, folder, **code)
+        self.resample = getattr(self.processor, "resample", None)
         native = _side(self.processor, self.model.config)
         self.size = resolution or native
         _check_divides(self.size, native, self.model.config)
@@ -132,9 +133,8 @@ class VisionModel(PretrainedEncoder):
         """Make images square, with the processor's resampling filter; the processor does the rest."""
         if resize == "own":
             return self.processor(images=[bounded(image) for image in images], return_tensors="pt", **self.own_sizes)
-        sample = getattr(self.processor, "resample", None)
         mean = np.broadcast_to(getattr(self.processor, "image_mean", None) or 0.0, 3).tolist()
-        squares = [square(image, self.size, resize, sample, mean) for image in images]
+        squares = [square(image, self.size, resize, self.resample, mean) for image in images]
         options = {name: False for name in ("do_resize", "do_center_crop", "do_pad") if hasattr(self.processor, name)}
         if hasattr(self.processor, "max_num_patches"):  # it splits images into patches itself
             options["max_num_patches"] = (self.size // self.processor.patch_size) ** 2

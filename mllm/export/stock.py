@@ -106,6 +106,8 @@ def whole_tower(model: Model) -> Any:
     encoder = model.spec.encoder
     if encoder.type != "transformers":
         raise MLLMError(f"The encoder is of type {encoder.type!r}; this class takes one of transformers.")
+    if encoder.tiles is not None:
+        raise MLLMError("The encoder cuts images into tiles (encoder.tiles); this class encodes each as a whole.")
     return model.encoder.whole().float()
 
 

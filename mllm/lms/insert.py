@@ -62,6 +62,11 @@ def _check_adapters(spec: AssemblySpec, adapters: Sequence[nn.Module]) -> None:
             f"adapters: {prefixes[0]} puts positions before the sequence, for which {crossing[0]} has no image to "
             "attend to. Remove one."
         )
+    if crossing and spec.encoder is not None and spec.encoder.tiles is not None:
+        raise MLLMError(
+            f"adapters: {crossing[0]} attends to as many visual tokens for every image, and encoder.tiles cuts images "
+            "into tiles whose number varies. Remove one of them."
+        )
     if crossing and spec.connector is None:
         raise MLLMError(
             f"adapters: {crossing[0]} attends to a connector's visual tokens, and there is none: give a connector."

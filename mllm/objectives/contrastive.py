@@ -55,8 +55,8 @@ class SentenceContrastive(ImageTextPairs):
     def __call__(self, inputs: Inputs) -> Tensor:
         """Return the sum over pairs."""
         captions = captions_of(inputs.rows)
-        assert inputs.visual is not None
-        images = normalize(inputs.visual.float().mean(1), dim=-1)  # (B, D_lm)
+        assert inputs.overview is not None
+        images = normalize(inputs.overview.float().mean(1), dim=-1)  # (B, D_lm)
         texts = inputs.model.lm.sentences(captions).float()
         (every_image, every_text), _ = of_all_processes(inputs, images, texts)
         every_caption = gather_object(captions) if shares_batch(inputs) else captions
@@ -85,8 +85,8 @@ class PatchContrastive(ImageTextPairs):
     def __call__(self, inputs: Inputs) -> Tensor:
         """Return the sum over pairs."""
         captions, lm = captions_of(inputs.rows), inputs.model.lm
-        assert inputs.visual is not None
-        images = normalize(inputs.visual.float().mean(1), dim=-1)  # (B, D_lm)
+        assert inputs.overview is not None
+        images = normalize(inputs.overview.float().mean(1), dim=-1)  # (B, D_lm)
         texts = torch.stack([_mean_direction(lm, caption) for caption in captions])  # (B, D_lm)
         (every_image, every_text), start = of_all_processes(inputs, images, texts)
         return symmetric_infonce(

@@ -22,8 +22,8 @@ from mllm.data.sources import reader
 from mllm.errors import MLLMError
 from mllm.evaluation import check_suite
 from mllm.lms.decoding import check_batch
-from mllm.model import trained_module
 from mllm.objectives.build import objectives_of
+from mllm.parts import trained_module
 from mllm.planning.paper import assembled, noted
 from mllm.prompts.chat_template import uses_template
 from mllm.readout.tokens import image_tokens
@@ -101,10 +101,11 @@ def _check_length(model: Assembly, stage: Stage) -> None:
     """Check that an image, the prompt and the answer fit into the language model's context."""
     length = model.tokens_per_image + len(model.lm.tokenize(stage.prompt.question))
     length += stage.longest_answer
+    most = "" if isinstance(model.counts, int) else "up to "
     if model.lm.context is not None and length > model.lm.context:
         raise MLLMError(
-            f"One image ({model.tokens_per_image} tokens), the prompt and the answer take {length} tokens, and the "
-            f"language model was made for {model.lm.context}. Set connector.tokens lower, or take another one."
+            f"One image ({most}{model.tokens_per_image} tokens), the prompt and the answer take {length} tokens, and "
+            f"the language model was made for {model.lm.context}. Set connector.tokens lower, or take another one."
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -178,7 +179,12 @@ def _measure(
     model: Model,
 ) -> None:
     """Note how long an item's examples are, and whether they have a target."""
-    encoded = [encode(pieces, lm=model.lm, num_visual=model.tokens_per_image) for pieces in examples]
+    try:
+        encoded = [encode(pieces, lm=model.lm, num_visual=model.counts) for pieces in examples]
+    except MLLMError as error:  # of an image whose tiles cannot be counted
+        if str(error) not in wrong["images cannot be read"]:
+            wrong["images cannot be cut into tiles"].append(str(error))
+        return
     report.lengths += [len(one.ids) for one in encoded]
     longest, limit = max(len(one.ids) for one in encoded), stage.data.max_length
     if model.lm.context is not None and longest >= model.lm.context:
@@ -194,7 +200,11 @@ def _measure(
 def _combined(source: Source, stage: Stage, model: Model) -> list[int]:
     """Return the lengths of as many examples as there are items, with the examples that precede them."""
     stream = Stream([source], stage.prompt, seed=0, lm=model.lm)
-    return [length_of(pieces, model.lm, model.tokens_per_image) for pieces in stream.take(len(source.items))]
+    lengths = []
+    for pieces in stream.take(len(source.items)):
+        with contextlib.suppress(MLLMError):  # of an image that was noted
+            lengths.append(length_of(pieces, model.lm, model.counts))
+    return lengths
 
 
 def _suite(suite: SuiteSpec, data: str | Path | None, limit: int | None, track: Track) -> SourceReport:

@@ -131,16 +131,17 @@ class Draft:
     @cached_property
     def image(self) -> Cost:
         """The cost of encoding one image."""
-        return self.encode(1)
+        return self.encode(self.model.tiles_per_image)
 
-    def encode(self, images: int) -> Cost:
-        """Return the cost of encoding images with the frozen encoder, in chunks as the feature store does."""
-        if not self.encoder_known or not images:
+    def encode(self, tiles: int) -> Cost:
+        """Return the cost of encoding images' tiles with the frozen encoder, in chunks as the feature store does."""
+        if not self.encoder_known or not tiles:
             return Cost()
         chunk = inspect.signature(FeatureStore).parameters["chunk"].default
-        pixels = self.paper.empty(min(chunk, images), *self.model.encoder.shape)
+        pixels = self.paper.empty(min(chunk, tiles), *self.model.encoder.shape)
         with torch.no_grad():
-            return cost(lambda: self.model.encoder(pixels))
+            one = cost(lambda: self.model.encoder(pixels))
+        return one if tiles <= chunk else Cost(one.peak, one.flops * tiles // chunk)
 
     def kv_bytes(self) -> int:
         """Return the bytes of the KV cache of one prompt: an image, the question, and the longest answer."""
@@ -156,14 +157,14 @@ class Draft:
         return cache_bytes(states)
 
     def _features(self, rows: Rows) -> Tensor | None:
-        """Return features ``(I, P, D_vis)``, or pixels where the encoder trains."""
+        """Return features ``(U, P, D_vis)``, or pixels where the encoder trains."""
         encoder = self.model.encoder
         if encoder is None or not rows.images:
             return None
         if self.model.encoder_trains:
-            return self.paper.empty(rows.images, *encoder.shape)
+            return self.paper.empty(self.model.tiles_of(rows.shown), *encoder.shape)
         dtype = next((p.dtype for p in encoder.parameters()), torch.float32)
-        return self.paper.empty(rows.images, encoder.num_patches, encoder.dim, dtype=dtype)
+        return self.paper.empty(self.model.tiles_of(rows.shown), encoder.num_patches, encoder.dim, dtype=dtype)
 
     def _autocast(self) -> Any:
         word = precision(self.stage)

@@ -50,7 +50,7 @@ def _examples(stage: Stage, model: Model, count: int) -> list[list[Piece]]:
         stage.prompt,
         seed=stage.seed,
         lm=model.lm,
-        num_visual=model.tokens_per_image,
+        num_visual=model.counts,
         data=stage.data,
     )
     return stream.take(count)

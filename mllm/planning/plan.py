@@ -95,7 +95,7 @@ class StagePlan:
     images: int
     rows: int  # of a batch on one process
     length: int  # of its longest row, in tokens
-    tokens_per_image: int
+    tokens_per_image: int  # the most of any image
     kv_bytes: int  # of the KV cache of one prompt with its answer
     parts: list[PartSize]
     memory: Memory
@@ -177,7 +177,7 @@ def _memory(draft: Draft, load: Workload, step: Cost, cache: Cache, setting: Set
         weights -= sum(layers) - -(-sum(layers) // setting.processes)
     kept = 0 if draft.stage.feature_cache == "off" else cache.bytes
     features = min(kept, LIMIT) if draft.stage.feature_cache == "auto" else kept
-    encoding = 0 if draft.model.encoder_trains else draft.encode(load.largest.images).peak
+    encoding = 0 if draft.model.encoder_trains else draft.encode(draft.model.tiles_of(load.largest.shown)).peak
     phases = {
         "a step": gradients + activations,
         "the encoder": encoding,
@@ -218,7 +218,7 @@ def _cache(draft: Draft, load: Workload, flops: Flops) -> Cache:
         return Cache(0, 0.0, 0.0, False, "there is no encoder")
     if draft.model.encoder_trains:
         return Cache(0, 0.0, 0.0, False, "the encoder trains, so its features change")
-    size = feature_bytes(draft.model.encoder) * load.images
+    size = feature_bytes(draft.model.encoder) * draft.model.tiles_per_image * load.images
     storage = f"{size / 1e9:,.1f} GB"
     if not draft.encoder_known:
         return Cache(size, 0.0, 0.0, False, f"only the shape of the encoder is known; the features take {storage}")

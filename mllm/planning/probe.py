@@ -46,7 +46,9 @@ def probe(recipe: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> tup
     model.train()
 
     def step() -> None:
-        each = None if features is None or not rows.images else features.expand(rows.images, *features.shape[1:])
+        each = None
+        if features is not None and rows.images:
+            each = features.expand(model.tiles_of(rows.shown), *features.shape[1:])
         for micro in parts(model, objectives, (rows.pieces, each, batch)):
             with accelerator.autocast():
                 losses = objectives(model, micro)
@@ -58,7 +60,7 @@ def probe(recipe: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> tup
     if pixels is None or model.encoder_trains or not draft.image.flops:
         return rate, None
     with torch.no_grad():
-        return rate, draft.image.flops * IMAGES / _seconds(lambda: model.encoder(pixels))
+        return rate, draft.image.flops / model.tiles_per_image * IMAGES / _seconds(lambda: model.encoder(pixels))
 
 
 def _seconds(compute: Callable[[], Any]) -> float:

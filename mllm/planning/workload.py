@@ -31,6 +31,11 @@ class Rows:
     images: int
 
     @property
+    def shown(self) -> list[Piece]:
+        """Return the images."""
+        return [image for row in self.pieces for image in images_of(row)]
+
+    @property
     def length(self) -> int:
         """Return T, the tokens of the longest row."""
         return 0 if self.batch is None else int(self.batch.ids.shape[1])
@@ -78,9 +83,11 @@ def workload(model: Model, stage: Stage, *, processes: int, images: int | None, 
     examples = _examples(stage, sources)
     # One row is shorter, as in most batches: attention without any padding takes another code path.
     rows = [_made(model, length - (row == 1)) for row in range(-(-stage.batch_size // processes))]
-    one = Rows([_PIECES] * len(rows), collate(rows, 0) if model.lm is not None else None, len(rows))
+    one = Rows([_pieces(model)] * len(rows), collate(rows, 0) if model.lm is not None else None, len(rows))
     val = [_made(model, length) for _ in range(VALIDATION)]
-    validation = Rows([_PIECES] * VALIDATION, collate(val, 0), VALIDATION) if stage.data.val and model.lm else None
+    validation = (
+        Rows([_pieces(model)] * VALIDATION, collate(val, 0), VALIDATION) if stage.data.val and model.lm else None
+    )
     different = min(images or (_images(sources) if sources else examples), examples)
     assumed = f"{length} tokens of text an example" + ("" if sources or images else ", every image read once")
     return Workload(one, one, validation, examples, examples, different, f"{assumed}{f' ({why})' if why else ''}")
@@ -101,7 +108,7 @@ def _examples(stage: Stage, sources: Sequence[Source]) -> int:
 
 def _read(model: Model, stage: Stage, sources: Sequence[Source], processes: int, images: int | None) -> Workload:
     """Read the first batches as training will, and pick the largest and the median."""
-    options = {"lm": model.lm, "num_visual": model.tokens_per_image, "data": stage.data}
+    options = {"lm": model.lm, "num_visual": model.counts, "data": stage.data}
     stream = Stream(sources, stage.prompt, seed=stage.seed, **options)
     examples = _examples(stage, sources)
     number = max(1, min(examples, SAMPLE) // stage.batch_size)
@@ -133,7 +140,19 @@ def _rows(model: Model, pieces: list[list[Piece]], pack: int | None = None) -> R
     return Rows([row for row, _ in fitting], collate(encoded, model.lm.pad, pack=pack) if encoded else None, images)
 
 
-_PIECES: list[Piece] = [object(), "An image", Target(" of something.")]
+@dataclass(frozen=True)
+class _Unread:
+    """An image of which only the size is assumed."""
+
+    size: tuple[int, int]
+
+
+def _pieces(model: Model) -> list[Piece]:
+    """Return an example with the image that takes the most tokens."""
+    tiling = getattr(model.encoder, "tiling", None)
+    layouts = [] if tiling is None else tiling.fullest
+    sizes = [max(layouts, key=model.connector.tokens_of).size] if layouts and model.connector else [(1, 1)]
+    return [_Unread(sizes[0]), "An image", Target(" of something.")]
 
 
 def _made(model: Model, text: int) -> Encoded:

@@ -11,7 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mllm.prompts.pieces import Control, Part, Piece, Target, Template, Token, is_image, joined, text_of
+from mllm.prompts.pieces import (
+    Control,
+    Counts,
+    Part,
+    Piece,
+    Target,
+    Template,
+    Token,
+    counted,
+    images_of,
+    is_image,
+    joined,
+    text_of,
+)
 
 IGNORED = -100  # a label that is no target
 
@@ -44,7 +57,7 @@ class Batch:
         return Batch(*(tensor.to(device) for tensor in (self.ids, self.visual, self.mask, self.labels)))
 
 
-def encode(pieces: Sequence[Piece], *, lm: Any, num_visual: int, start: bool = True) -> Encoded:
+def encode(pieces: Sequence[Piece], *, lm: Any, num_visual: Counts, start: bool = True) -> Encoded:
     """Return the ids of an interleaved prompt.
 
     Adjacent texts are tokenized together, so a prompt without images has exactly the ids of the bare language model,
@@ -55,7 +68,7 @@ def encode(pieces: Sequence[Piece], *, lm: Any, num_visual: int, start: bool = T
     Args:
         pieces: the prompt.
         lm: the language model.
-        num_visual: Q, the visual tokens of one image.
+        num_visual: the visual tokens of an image: a number, or a function of the image.
         start: begin with the tokens that every sequence starts with; a chat template writes them itself.
     """
     pieces = joined(pieces)
@@ -65,9 +78,9 @@ def encode(pieces: Sequence[Piece], *, lm: Any, num_visual: int, start: bool = T
         ids, tokens, turn_end = list(lm.bos) if start else [], _apart(pieces, lm), None
     end = lm.eos if turn_end is None else turn_end
     visual, labels = [False] * len(ids), [IGNORED] * len(ids)
-    ended = _ended(pieces, tokens)
+    ended, sizes = _ended(pieces, tokens), iter(counted(images_of(pieces), num_visual))
     for position, token in enumerate(tokens):
-        new = [lm.pad] * num_visual if token.id is None else [token.id]
+        new = [lm.pad] * next(sizes) if token.id is None else [token.id]
         learned = token.id is not None and any(map(_is_learned, pieces[token.first : token.last + 1]))
         new_labels = list(new) if learned else [IGNORED] * len(new)
         if position - 1 in ended and new:

@@ -7,23 +7,41 @@ from collections.abc import Sequence
 from typing import Any
 
 from mllm.errors import MLLMError
+from mllm.media.sizes import label_of
 from mllm.prompts.batch import IGNORED, encode
-from mllm.prompts.pieces import Piece, Target, Template
+from mllm.prompts.pieces import Counts, Piece, Target, Template, counted, images_of
+
+MOST = 4  # images that an error names
 
 
-def length_of(pieces: Sequence[Piece], lm: Any, num_visual: int) -> int:
+def length_of(pieces: Sequence[Piece], lm: Any, num_visual: Counts) -> int:
     """Return the sequence length of an example, its visual tokens included."""
     return len(encode(pieces, lm=lm, num_visual=num_visual).ids)
 
 
-def shortened(pieces: list[Piece], limit: int, lm: Any, num_visual: int, *, cut: bool) -> list[Piece]:
+def too_long(pieces: Sequence[Piece], length: int, context: int, num_visual: Counts) -> MLLMError:
+    """Return the error of a prompt that has more tokens than the language model's context."""
+    images = images_of(pieces)
+    counts = counted(images, num_visual)
+    shown = f"{len(images)} images of {num_visual} tokens each"
+    if not isinstance(num_visual, int):
+        named = [f"{label_of(image)}: {count} tokens" for image, count in zip(images, counts, strict=True)]
+        shown = "; ".join(named[:MOST]) + (f"; {len(named) - MOST} more images" if len(named) > MOST else "")
+        shown = shown or "no image"
+    return MLLMError(
+        f"The prompt has {length} tokens ({shown}), and the language model's context is {context} tokens. Shorten it"
+        + ("." if isinstance(num_visual, int) else ", or let encoder.tiles make fewer tiles.")
+    )
+
+
+def shortened(pieces: list[Piece], limit: int, lm: Any, num_visual: Counts, *, cut: bool) -> list[Piece]:
     """Return an example of at most ``limit`` tokens.
 
     Args:
         pieces: the example.
         limit: of the sequence length.
         lm: the language model.
-        num_visual: Q, the visual tokens of an image.
+        num_visual: the visual tokens of an image: a number, or a function of the image.
         cut: truncate text at the end, between words, and where that is not enough remove whole images. A truncated
             target has no end token.
 
@@ -71,7 +89,7 @@ def _word_end(text: str, size: int) -> int:
     return max((index for index in range(1, size + 1) if text[index].isspace()), default=size)
 
 
-def _head(before: list[Piece], last: str | Target, limit: int, lm: Any, num_visual: int) -> list[Piece]:
+def _head(before: list[Piece], last: str | Target, limit: int, lm: Any, num_visual: Counts) -> list[Piece]:
     """Return as much of the last text as fits after the pieces before it: a piece, or none."""
     text = last if isinstance(last, str) else last.text
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -40,6 +40,11 @@ class Template(Control):
 
 
 Piece = Any  # a str, a Target, a Control, or an image (a PIL image, an array, a path object, bytes, an ImageSource)
+
+
+# The visual tokens of an image in the sequence: as many for every image, or a function of the image. A number is known
+# without a look at the image.
+Counts = int | Callable[[Any], int]
 
 
 class Part(NamedTuple):
@@ -91,6 +96,11 @@ def answer_text(answer: str) -> str:
 def images_of(pieces: Sequence[Piece]) -> list[Any]:
     """Return the images of a prompt, in order."""
     return [piece for piece in pieces if is_image(piece)]
+
+
+def counted(images: Sequence[Any], counts: Counts) -> list[int]:
+    """Return how many visual tokens each image takes."""
+    return [counts if isinstance(counts, int) else counts(image) for image in images]
 
 
 def trailing_text(pieces: Sequence[Piece]) -> str:

@@ -41,7 +41,7 @@ class MatchingScorer(nn.Module):
             )
         self._connector: Any = self.model.connector
         self._contrast = model.find(ContrastHead)
-        self._features = FeatureStore(self.model)
+        self._features = FeatureStore(self.model).whole
 
     def image_text(self, images: Sequence[Any], texts: Sequence[str]) -> Tensor:
         """Return the similarities ``(I, N)`` of images and texts: the maximum over the image's queries."""

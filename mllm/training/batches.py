@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,7 +94,7 @@ class Batches:
             self._prompt,
             seed=self._stage.seed,
             lm=self._model.lm if self._model.generates_text else None,
-            num_visual=self._model.tokens_per_image,
+            num_visual=self._model.counts,
             data=self._stage.data,
         )
 
@@ -127,7 +128,7 @@ class Batches:
 
 
 def inputs(model: Model, rows: Rows, store: FeatureStore, *, pack: int | None = None) -> Micro:
-    """Return examples with their features ``(I, P, D_vis)``, or pixels while the encoder trains, and their ids.
+    """Return examples, features ``(U, P, D_vis)`` of their tiles (while the encoder trains, pixels), and their ids.
 
     ``pack``: the length of a row that several examples share.
     """
@@ -138,7 +139,8 @@ def inputs(model: Model, rows: Rows, store: FeatureStore, *, pack: int | None = 
     if not images or model.encoder is None:
         return rows, None, batch
     if model.encoder_trains:
-        return rows, model.encoder.preprocess([store.opened(image) for image in images]).to(model.device), batch
+        tiles = [tile for image in images for tile in model.encoder.tiles(store.opened(image))]
+        return rows, model.encoder.preprocess(tiles).to(model.device), batch
     return rows, store(images), batch
 
 
@@ -184,7 +186,8 @@ def parts(model: Model, objectives: Objectives, micro: Micro) -> Sequence[Micro]
         return [micro]
     if divided(model.lm):
         return [micro]
-    return split(rows, features, batch, size=rows_at_once(len(batch.ids), batch.ids.shape[1], model.lm.model.dtype))
+    size = rows_at_once(len(batch.ids), batch.ids.shape[1], model.lm.model.dtype)
+    return split(rows, features, batch, size=size, tiles=model.tiles_of)
 
 
 def rows_at_once(rows: int, length: int, dtype: torch.dtype) -> int:
@@ -196,16 +199,19 @@ def rows_at_once(rows: int, length: int, dtype: torch.dtype) -> int:
     return math.ceil(rows / math.ceil(rows / most))
 
 
-def split(rows: Rows, features: Tensor | None, batch: Batch, *, size: int) -> list[Part]:
+def split(
+    rows: Rows, features: Tensor | None, batch: Batch, *, size: int, tiles: Callable[[Sequence[Any]], int] = len
+) -> list[Part]:
     """Return a batch in parts of ``size`` rows; the last one has the rest.
 
     Args:
         rows: the examples.
-        features: ``(I, ...)`` of their images in reading order, or None where there are none.
+        features: ``(U, ...)`` of their tiles in reading order, or None where there are none.
         batch: their ids ``(B, T)``.
         size: rows of a part.
+        tiles: the number of tiles of images.
     """
-    counts = [len(images_of(pieces)) for pieces in rows]
+    counts = [tiles(images_of(pieces)) for pieces in rows]
     result: list[Part] = []
     for start in range(0, len(rows), size):
         end = start + size

@@ -33,7 +33,7 @@ def calibrate(model: Model, features: Tensor) -> None:
 
     Args:
         model: with a connector and a language model.
-        features: ``(I, P, D_vis)`` of real images.
+        features: ``(U, P, D_vis)`` of the tiles of real images.
     """
     last = model.connector.output()
     if last is None:

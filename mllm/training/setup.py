@@ -19,8 +19,9 @@ from mllm.config.recipe import Stage
 from mllm.data.sources import Source, answers_of
 from mllm.devices import choose_device
 from mllm.errors import MLLMError
-from mllm.model import Model, trained_module
+from mllm.model import Model
 from mllm.objectives.build import objectives_of
+from mllm.parts import trained_module
 from mllm.prompts.batch import Batch
 from mllm.prompts.pieces import Piece
 from mllm.training.checkpoint import TrainingState, explain_misfit, set_optimizer

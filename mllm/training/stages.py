@@ -168,7 +168,7 @@ def _material(run: Run, model: Assembly, stage: Stage, store: FeatureStore) -> M
     opened = model.encoder.open if model.encoder is not None else open_image
     return Material(
         items,
-        features=store,
+        features=store.whole,
         examples=lambda: Stream(sources, stage.prompt, seed=stage.seed, lm=model.lm).take(len(items)),  # each once
         readable=lambda part: skipped.readable(part, lambda item: opened(item.images[0])),
         seed=stage.seed,

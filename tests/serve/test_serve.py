@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import concurrent.futures
 import contextlib
+import functools
 import http.client
 import http.server
 import io
@@ -526,3 +527,17 @@ def chromium(tmp_path):
             process.wait()
 
     return opened
+
+
+def test_images_of_different_sizes_in_one_batch_are_answered_as_one_by_one_and_counted(tiny_parts):
+    encoder = {"model": tiny_parts[0], "tiles": {"kind": "dynamic", "most": 4}}
+    model = mllm.assemble(encoder, tiny_parts[1], {"type": "linear", "tokens": 4})
+    asks = [user("what is it?", tiny_image(seed, size)) for seed, size in enumerate([(32, 32), (64, 33), (40, 90)])]
+    with served(model) as port, client(port) as api, concurrent.futures.ThreadPoolExecutor() as pool:
+        send = functools.partial(api.chat.completions.create, model="tiny", max_tokens=8)
+        answers = list(pool.map(lambda ask: send(messages=[ask]), asks))
+    assert [answer.choices[0].message.content for answer in answers] == [
+        expected(model, ask, max_new_tokens=8) for ask in asks
+    ]
+    first, *others = (answer.usage.prompt_tokens for answer in answers)
+    assert [count - first for count in others] == [2 * 4, 2 * 4]  # 2 x 1 or 1 x 2 tiles and a thumbnail, and not 1 tile

@@ -1,0 +1,75 @@
+"""Build the encoder that a recipe specifies, and how it cuts images into tiles."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from mllm.config.parts import EncoderSpec
+from mllm.config.tiles import AnyResolutionSpec, TilesSpec
+from mllm.encoders.base import Shape, on_meta
+from mllm.errors import MLLMError
+from mllm.hub import published
+from mllm.media.tiles import AnyResolution, DynamicResolution, Tiling
+from mllm.registry import fulfilled, lookup, made
+from mllm.slots import Connector, Encoder
+
+
+def encoder_of(spec: EncoderSpec, *, seed: int) -> Encoder:
+    """Return the encoder of an `mllm.config.parts.EncoderSpec`; the encoders in its ``of`` are built first.
+
+    Raises:
+        MLLMError: an unknown type or argument, or a model that cannot be loaded.
+    """
+    if spec.tiles is not None:
+        whole = encoder_of(spec.model_copy(update={"tiles": None, "resize": "stretch"}), seed=seed)
+        whole.tiling = _tiling(spec.tiles, whole, spec.resolution)
+        return whole
+    config = (published.configuration(spec.model) if spec.model else None) or {}
+    if on_meta() and config.pop("model_type", None) == "shape":
+        return Shape(**config)
+    options = spec.options()
+    if spec.of is not None:
+        options["of"] = [encoder_of(member, seed=seed) for member in spec.of]
+    else:
+        options["seed"] = seed
+    label = f"encoder {spec.model or spec.type}"
+    return fulfilled(Encoder, label, made(lookup("encoders", spec.type), label, **options))
+
+
+def _tiling(spec: TilesSpec, encoder: Any, resolution: int | None) -> Tiling:
+    """Return how images are cut into tiles of the encoder's input size.
+
+    Raises:
+        MLLMError: the encoder's input is no square image.
+    """
+    shape = encoder.shape or (3, resolution, resolution)  # of an encoder of which only the shape is known
+    if len(shape) != 3 or shape[1] != shape[2] or shape[1] is None:
+        raise MLLMError(
+            f"encoder.tiles cuts square tiles, and this encoder's input has the shape {tuple(shape)}. Leave out "
+            "encoder.tiles, set encoder.resolution, or take another encoder."
+        )
+    side, resample = int(shape[1]), getattr(encoder, "resample", None)
+    if isinstance(spec, AnyResolutionSpec):
+        return AnyResolution(side, resample, tuple(spec.grids), spec.unpad)
+    return DynamicResolution(side, resample, spec.least, spec.most)
+
+
+def newline_for(encoder: Encoder, connector: Connector, lm_dim: int | None, *, seed: int) -> nn.Parameter | None:
+    """Return a new newline token ``(D_lm,)`` where the encoder's tiles are put in rows; None: they are not.
+
+    Raises:
+        MLLMError: the connector's tokens form no rows.
+    """
+    if lm_dim is None or not isinstance(encoder.tiling, AnyResolution) or not encoder.tiling.unpad:
+        return None
+    if connector.token_grid is None:
+        raise MLLMError(
+            "encoder.tiles removes the padding of tiles row by row, and the connector's visual tokens form no grid "
+            "(linear and mlp keep that of the patches). Set encoder.tiles.unpad=false, or another connector."
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Parameter(torch.randn(lm_dim) / lm_dim**0.5)
