@@ -32,6 +32,10 @@ LM_SIZES = {
     "01-ai/Yi-6B-Chat": 6_061,
 }
 
+GILL_HEADS = [  # without the one of the last stage
+    {"type": "retrieval", "dim": 256, "token": "[IMG0]"},
+    {"type": "generation", "tokens": 8, "length": 77, "width": 768},
+]
 # recipe, overrides -> trained weights and visual tokens as published
 TRAINED = [
     ("limber", {}, 12_587_008, 144),
@@ -42,8 +46,8 @@ TRAINED = [
     ("mapl", {}, 3_431_680, 32),
     ("magma", {}, 12_587_008 + 2 * 4096 + 235_024_384, 144),  # the prefix, its LayerNorm, the adapters
     ("fromage", {}, 5_513_729, 1),  # with [RET]'s row and the scale
-    ("gill", {}, 50_096_385, 4),  # with eight rows and the scale
-    ("llava", {"adapters": []}, 1024 * 4096 + 4096 + 4096 * 4096 + 4096, 576),
+    ("gill", {"heads": GILL_HEADS}, 50_096_385, 4),  # with eight rows and the scale
+    ("llava", {"stages.1.adapters": []}, 1024 * 4096 + 4096 + 4096 * 4096 + 4096, 576),
 ]
 
 

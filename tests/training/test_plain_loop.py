@@ -51,7 +51,10 @@ def by_hand(path: str, weights: list[float], start: dict[str, torch.Tensor]) -> 
     parameters = list(model.connector.parameters())
     for parameter in parameters:
         parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW(parameters, lr=0.02, weight_decay=0.1)
+    decayed = [parameter for parameter in parameters if parameter.ndim > 1]  # and no bias
+    others = [parameter for parameter in parameters if parameter.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=0.02)
     stream = Stream(
         read_all(stage.data.train), stage.prompt, seed=stage.seed, lm=model.lm, num_visual=4, data=stage.data
     )
