@@ -15,7 +15,7 @@ from importlib import import_module
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import yaml
@@ -26,6 +26,7 @@ from typer.testing import CliRunner
 
 from mllm.builtin import BUILT_IN
 from mllm.cli.app import app
+from mllm.data.emoji.image import Scene
 from mllm.planning.data_check import inspect
 from mllm.version import __version__
 
@@ -310,7 +311,7 @@ def test_the_demos_pictures_are_the_same_every_time(need, tmp_path):
 def test_the_demos_scenes_are_of_one_object_of_several_kinds_and_of_several_of_a_kind():
     from mllm.cli.demo import scenes
 
-    first, second, kinds, number = [shown.caption.images[0].things for shown in scenes()]
+    first, second, kinds, number = [cast(Scene, shown.caption.images[0]).things for shown in scenes()]
     assert len(first) == len(second) == 1
     assert len({thing.kind for thing in kinds}) == 2
     assert len(number) > 1 and len({thing.kind for thing in number}) == 1
@@ -324,7 +325,7 @@ def test_the_demos_page_has_the_models_caption_words_and_answer(need, tmp_path, 
     from mllm.cli.demo import show
 
     need("mllm/openmoji")
-    mllm.assemble(*tiny_parts, {"type": "linear", "tokens": 4}).save(tmp_path / "model")
+    mllm.assemble(tiny_parts[0], tiny_parts[1], {"type": "linear", "tokens": 4}).save(tmp_path / "model")
     page = show(tmp_path)
     model, text = mllm.load(tmp_path), html.unescape(page.read_text(encoding="utf-8"))
     for number in range(1, 5):
