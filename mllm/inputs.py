@@ -72,4 +72,4 @@ class Inputs:
         connector = self.model.connector
         if self.tiles is None or getattr(connector, "vocabulary", None) is None:
             return self._connected
-        return connector.forward(self.tiles)
+        return connector.before_words(self.tiles)

@@ -117,6 +117,10 @@ class Connector(nn.Module):
         weights = (parameter.dtype for parameter in self.parameters() if parameter.is_floating_point())
         return features.to(next(weights, features.dtype))
 
+    def before_words(self, features: Tensor) -> Tensor:
+        """Return the visual tokens ``(B, Q, D_lm)`` before a vocabulary, if there is one, replaces them."""
+        return self.forward(self.cast(features))
+
     def tokens_of(self, layout: Layout | None) -> int:
         """Return how many visual tokens an image takes, by its tiles; None: it is not cut, and takes Q."""
         return self.num_tokens if layout is None else layout.count(self.num_tokens, self.token_grid)

@@ -85,7 +85,7 @@ def test_a_run_is_loaded_by_its_folder(saved: Path, tmp_path: Path) -> None:
     saved.rename(run / "model")
     assert torch.equal(logits(mllm.load(run)), logits(mllm.load(str(run / "model"))))
     for folder in (tmp_path / "nowhere", tmp_path):
-        with pytest.raises(MLLMError, match=r"There is no model in .*expected assembly.json"):
+        with pytest.raises(MLLMError, match=r"There is no model in .*: no assembly.json, there or in its folder model"):
             mllm.load(folder)
 
 

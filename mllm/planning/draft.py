@@ -94,7 +94,7 @@ class Draft:
 
         def forward_and_back() -> None:
             with torch.set_grad_enabled(trains):
-                visual = connector.forward(features)  # a vocabulary after it is the language model's share
+                visual = connector.before_words(features)  # a vocabulary after it is the language model's share
             if trains:
                 visual.sum().backward()
 

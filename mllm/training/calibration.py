@@ -38,6 +38,6 @@ def calibrate(model: Model, features: Tensor) -> None:
     last = model.connector.output()
     if last is None:
         return
-    spread = float(model.connector.forward(features).float().std())  # before a vocabulary replaces it
+    spread = float(model.connector.before_words(features).float().std())
     for parameter in last.parameters():
         parameter.mul_(model.lm.embedding_scale() / max(spread, 1e-12))

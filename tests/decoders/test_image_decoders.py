@@ -149,10 +149,15 @@ def test_a_recipe_trains_through_a_pipeline(pipeline, tiny_parts, tmp_path):
         "tokens": ["[IMG0]", "[IMG1]"],
         "decoder": {"type": "diffusers", "model": pipeline[1], "steps": 2},
         "data.train": {"format": "table", "path": str(tmp_path / "captions.json"), "images": str(tmp_path)},
-        "stages.0.train": {"heads": 1e-3},
-        "stages.0.objectives": [{"type": "score-distillation"}, {"type": "distillation", "weight": 0.5}],
-        "stages.0.steps": 2,
-        "stages.0.batch_size": 2,
+        "stages": [
+            {
+                "name": "draw",
+                "train": {"heads": 1e-3},
+                "objectives": [{"type": "score-distillation"}, {"type": "distillation", "weight": 0.5}],
+                "steps": 2,
+                "batch_size": 2,
+            }
+        ],
         "optim.warmup": 0,
     }
     run = mllm.train("gill", overrides, out=tmp_path / "run")

@@ -14,6 +14,7 @@ from mllm.lms.runners.unpadded import UnpaddedRunner
 from mllm.testing import LM_FAMILIES
 
 PROMPT: dict[str, Any] = {"type": "prompt", "positions": 2}
+SECOND = {**PROMPT, "positions": 3}
 GATED: dict[str, Any] = {"type": "gated", "every": 1, "heads": 2, "head_dim": 8}
 
 
@@ -21,7 +22,7 @@ def runner(tiny_parts: tuple[str, str], family: str, adapters: list[Any], tmp_pa
     return mllm.assemble(tiny_parts[0], LM_FAMILIES[family](tmp_path / "lm"), adapters=adapters).lm.runner
 
 
-@pytest.mark.parametrize("adapters", [[PROMPT], [PROMPT, PROMPT], [GATED]])
+@pytest.mark.parametrize("adapters", [[PROMPT], [PROMPT, SECOND], [GATED]])
 def test_a_model_is_declared_separable_through_wrappers(tiny_parts, tmp_path, monkeypatch, adapters):
     monkeypatch.setattr("mllm.lms.vocabulary.separable", lambda _: pytest.fail("it was probed"))
     outer = runner(tiny_parts, "llama", adapters, tmp_path)
@@ -39,7 +40,7 @@ def test_wrappers_ask_the_runner_inside(tiny_parts, tmp_path):
 
 
 def test_a_prefix_before_a_sliding_window_runs_without_padding(tiny_parts, tmp_path):
-    outer = runner(tiny_parts, "mistral", [PROMPT, PROMPT], tmp_path)
+    outer = runner(tiny_parts, "mistral", [PROMPT, SECOND], tmp_path)
     assert isinstance(outer, PrefixedRunner) and isinstance(outer.inner, PrefixedRunner)
     assert isinstance(outer.inner.inner, UnpaddedRunner)
     assert not outer.whole_batches and outer.window is None and not outer.continues_cache

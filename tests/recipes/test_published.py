@@ -13,7 +13,7 @@ from mllm.config import loading
 
 FACTS: dict[str, list[dict[str, Any]]] = yaml.safe_load((Path(__file__).parent / "published.yaml").read_text())
 ROWS = [pytest.param(name, row, id=f"{name}-{row['setting']}") for name, rows in FACTS.items() for row in rows]
-FULL = [name for name in loading.names() if "-cpu" not in name and not name.startswith("emoji-")]
+FULL = [name for name in loading.names() if "-cpu" not in name and not name.startswith(("emoji-", "demo"))]
 
 
 def value_at(name: str, key: str) -> Any:

@@ -281,9 +281,9 @@ def test_a_plan_counts_it(recipe, tiny_parts):
 @pytest.mark.parametrize(
     ("adapters", "message"),
     [
-        ("[{type: gated}, {type: gated}]", "adapters: gated and gated both attend to the visual tokens"),
+        ("[{type: gated}, {type: gated, every: 2}]", "adapters: gated and gated both attend to the visual tokens"),
         ("[{type: gated}, {type: prompt}]", "adapters: prompt puts positions before the sequence"),
-        ("[{type: gated, every: 0}]", "adapters: gated has every 0, heads 8, head_dim 64, ff 4: expected 1 or more"),
+        ("[{type: gated, every: 0}]", "adapter gated has every=0; expected a number of at least 1"),
     ],
 )
 def test_what_does_not_go_together_is_said(recipe, adapters, message):
