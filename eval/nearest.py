@@ -17,7 +17,7 @@ from mllm.assembly import Assembly
 from mllm.config.loading import load
 from mllm.data.items import Item
 from mllm.data.lazy import Lazy
-from mllm.data.sources import read
+from mllm.data.sources import read_source
 from mllm.encoders.feature_store import open_store
 from mllm.media.images import ImageSource
 
@@ -46,10 +46,11 @@ def training_items(model: Assembly) -> list[Item]:
     recipe = Path(model.source) / "recipe.yaml"
     if not model.source or not recipe.is_file():
         return []
-    specs = {spec.model_dump_json(): spec for stage in load(str(recipe)).stages for spec in stage.data.train}
+    stages = load(str(recipe)).stages
+    specs = {spec.model_dump_json(): (spec, stage.data.skip) for stage in stages for spec in stage.data.train}
     items: list[Item] = []
-    for spec in specs.values():
-        source = read(spec)
+    for spec, skip in specs.values():
+        source = read_source(spec, skip=skip).items
         order = Random(0).sample(range(len(source)), min(LIMIT, len(source)))
         chosen = (source[index] for index in (order if isinstance(source, Lazy) else sorted(order)))
         items += [item for item in chosen if item.images and item.answers]
@@ -71,12 +72,17 @@ def nearest_answers(model: Assembly, items: Sequence[Item], training: Sequence[I
     answers = [""] * len(items)
     if not shown or not training:
         return answers
-    similarity = mean_features([items[number] for number in shown], model) @ mean_features(training, model).T
-    for row, number in zip(similarity, shown, strict=True):
+    queries, keys = mean_features([items[number] for number in shown], model), mean_features(training, model)
+    with_image: dict[ImageSource, list[int]] = defaultdict(list)
+    for number, item in enumerate(training):
+        for image in item.images:
+            with_image[image].append(number)
+    for query, number in zip(queries, shown, strict=True):
         item = items[number]
         same = by_question.get(item.question) or (asked if item.question is not None else [])
-        usable = [index for index in same if not set(item.images) & set(training[index].images)]
-        if usable:
-            best = training[max(usable, key=lambda index: float(row[index]))]
+        if own := {index for image in item.images for index in with_image.get(image, ())}:
+            same = [index for index in same if index not in own]
+        if same:
+            best = training[same[int((keys @ query)[same].argmax())]]
             answers[number] = best.answers[0] if item.question is None else Counter(best.answers).most_common(1)[0][0]
     return answers

@@ -16,7 +16,7 @@ from mllm.capabilities import CrossAttention
 from mllm.config.parts import FROZEN, AssemblySpec
 from mllm.errors import MLLMError
 from mllm.lms.cross_attention import embed_with_memory
-from mllm.media.tiles import Layout
+from mllm.media.tiles import Layout, Tiling
 from mllm.parts import Parts
 from mllm.prompts.batch import Batch, Encoded, collate, encode
 from mllm.prompts.length import too_long
@@ -107,6 +107,12 @@ class Model(Parts):
         with torch.no_grad():
             return self.encoder(pixels.to(self.device))
 
+    @property
+    def tiling(self) -> Tiling | None:
+        """Return how images are cut into tiles; None: they are not."""
+        tiling: Tiling | None = None if self.encoder is None else self.encoder.tiling
+        return tiling
+
     def layouts(self, images: Sequence[Any]) -> list[Layout] | None:
         """Return how images are cut into tiles; None: they are not."""
         return None if self.encoder is None else self.encoder.layouts(images)
@@ -159,13 +165,12 @@ class Model(Parts):
             return 0
         if (adapter := self.cross_attention) is not None:
             return adapter.tokens_per_image
-        tiling = getattr(self.encoder, "tiling", None)
-        return max(map(self.connector.tokens_of, [None] if tiling is None else tiling.fullest))
+        return max(map(self.connector.tokens_of, [None] if self.tiling is None else self.tiling.fullest))
 
     @property
     def counts(self) -> Counts:
         """Return the tokens of the sequence of an image: a number, or a function of the image."""
-        tiling = getattr(self.encoder, "tiling", None)
+        tiling = self.tiling
         if tiling is None or self.connector is None:
             return self.tokens_per_image
         return lambda image: self.connector.tokens_of(tiling.of(image))
@@ -173,8 +178,7 @@ class Model(Parts):
     @property
     def tiles_per_image(self) -> int:
         """Return the tiles of an image; where `encoder.tiles` cuts images, the most of any image."""
-        tiling = getattr(self.encoder, "tiling", None)
-        return 1 if tiling is None else max(layout.tiles for layout in tiling.fullest)
+        return 1 if self.tiling is None else max(layout.tiles for layout in self.tiling.fullest)
 
     def embed(self, visual: Tensor | None, batch: Batch) -> Any:
         """Return embeddings ``(B, T, D_lm)`` of the text, with visual tokens of `see_images` at the image positions.

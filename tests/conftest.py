@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import multiprocessing
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -242,3 +245,34 @@ def need() -> Callable[..., None]:
                 pytest.skip(str(error))
 
     return needed
+
+
+@pytest.fixture(scope="session")
+def served() -> Callable[..., Any]:
+    """Return a context manager that serves a model on a free port, in a thread, and gives the port.
+
+    It takes the model, the limits by name, and ``show`` and ``change`` (called with the application) if need be.
+    """
+    from mllm.serve.app import create_app
+    from mllm.serve.connection import make_server
+    from mllm.serve.schema import Limits
+
+    @contextlib.contextmanager
+    def serve(model: Any, *, change: Any = None, show: Any = None, **limits: Any) -> Iterator[int]:
+        own = Limits(**limits)
+        app = create_app(model, "tiny", own, show)
+        if change is not None:
+            change(app)
+        server = make_server(app, own, port=0, log_level="critical")
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        try:
+            yield server.servers[0].sockets[0].getsockname()[1]
+        finally:
+            server.should_exit = True
+            thread.join()
+
+    return serve

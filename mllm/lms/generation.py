@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
@@ -145,14 +145,13 @@ def _generate_group(lm: LanguageModel, group: Group, decodings: Sequence[Decodin
         others["decoder_start_token_id"] = start_token(model)
     config = _config(decodings, others, text)
     limits = RowLimits(decodings, start=group.start, tokenizer=text.tokenizer)
-    with _bare_defaults(model):
-        out = model.generate(
-            generation_config=config,
-            streamer=streamer,
-            logits_processor=LogitsProcessorList(processors),
-            stopping_criteria=StoppingCriteriaList([limits]),
-            **{name: _for_beams(value, len(decodings), first.num_beams) for name, value in group.inputs.items()},
-        )
+    out = _without_defaults(model).generate(
+        generation_config=config,
+        streamer=streamer,
+        logits_processor=LogitsProcessorList(processors),
+        stopping_criteria=StoppingCriteriaList([limits]),
+        **{name: _for_beams(value, len(decodings), first.num_beams) for name, value in group.inputs.items()},
+    )
     new = out[:, group.start :].tolist()
     return [answer_ids(text, ids)[: decoding.max_new_tokens] for ids, decoding in zip(new, decodings, strict=True)]
 
@@ -196,15 +195,14 @@ def _defaults(model: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None and name != "num_beams"}
 
 
-@contextlib.contextmanager
-def _bare_defaults(model: Any) -> Iterator[None]:
-    """Keep a model's own ``generation_config`` from filling in options, which are complete without it."""
-    defaults = model.generation_config
-    model.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = defaults
+def _without_defaults(model: Any) -> Any:
+    """Return the model, all of it shared, with a ``generation_config`` that fills in no options.
+
+    They are complete without it. The model itself stays as it is, for other threads.
+    """
+    bare = copy.copy(model)
+    bare.generation_config = GenerationConfig()
+    return bare
 
 
 def _config(decodings: Sequence[Decoding], options: dict[str, Any], text: TextTokenizer) -> GenerationConfig:

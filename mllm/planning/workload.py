@@ -149,7 +149,7 @@ class _Unread:
 
 def _pieces(model: Model) -> list[Piece]:
     """Return an example with the image that takes the most tokens."""
-    tiling = getattr(model.encoder, "tiling", None)
+    tiling = model.tiling
     layouts = [] if tiling is None else tiling.fullest
     sizes = [max(layouts, key=model.connector.tokens_of).size] if layouts and model.connector else [(1, 1)]
     return [_Unread(sizes[0]), "An image", Target(" of something.")]

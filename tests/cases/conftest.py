@@ -8,8 +8,6 @@ import functools
 import http.client
 import io
 import json
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,9 +19,6 @@ from transformers import AutoTokenizer
 import mllm
 from mllm.prompts.batch import Encoded, encode
 from mllm.prompts.messages import checked_messages, rendered, turns
-from mllm.serve.app import create_app
-from mllm.serve.connection import make_server
-from mllm.serve.schema import Limits
 from mllm.testing import LM_FAMILIES, tiny_lm
 
 VISUAL_TOKENS = 4
@@ -173,33 +168,17 @@ class Client:
 
 
 @pytest.fixture(scope="module")
-def serve() -> Iterator[Callable[[Any], Client]]:
+def serve(served: Callable[..., Any]) -> Iterator[Callable[[Any], Client]]:
     """Return a function that serves a model until the module ends, and returns a client."""
     with contextlib.ExitStack() as servers:
         clients: dict[int, Client] = {}
 
         def client(model: Any) -> Client:
             if id(model) not in clients:
-                clients[id(model)] = servers.enter_context(_served(model))
+                clients[id(model)] = Client(servers.enter_context(served(model)))
             return clients[id(model)]
 
         yield client
-
-
-@contextlib.contextmanager
-def _served(model: Any) -> Iterator[Client]:
-    limits = Limits()
-    server = make_server(create_app(model, "tiny", limits), limits, port=0, log_level="critical")
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.01)
-    try:
-        yield Client(server.servers[0].sockets[0].getsockname()[1])
-    finally:
-        server.should_exit = True
-        thread.join()
 
 
 @pytest.fixture(scope="session")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import mllm
 from mllm.answering.decode import answer, make_decoding
@@ -275,3 +277,18 @@ def test_an_option_of_transformers_that_is_not_supported_is_refused_by_its_name(
 def test_contrastive_decoding_has_no_beams(llama):
     with pytest.raises(MLLMError, match=r"contrastive.*without beams"):
         llama.generate(PROMPTS, num_beams=2, contrastive={"alpha": 0.5})
+
+
+def test_threads_that_generate_keep_the_models_own_defaults(tiny_parts, tmp_path):
+    """Each call is complete without the model's generation config, which all threads share and none changes."""
+    folder = LM_FAMILIES["llama"](tmp_path)
+    lm = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    lm.generation_config.repetition_penalty = 1.7
+    lm.save_pretrained(folder)
+    model = mllm.assemble(tiny_parts[0], folder, LINEAR)
+    prompts = [[f"number {number}"] for number in range(24)]
+    alone = [str(model.generate([prompt], max_new_tokens=6)[0]) for prompt in prompts]
+    with ThreadPoolExecutor(8) as threads:
+        together = list(threads.map(lambda prompt: str(model.generate([prompt], max_new_tokens=6)[0]), prompts * 3))
+    assert together == alone * 3
+    assert model.lm.model.generation_config.repetition_penalty == 1.7

@@ -28,9 +28,8 @@ from mllm.__main__ import main
 from mllm.errors import MLLMError
 from mllm.lms.sampling import StopStrings
 from mllm.media.images import MAX_SIDE, ImageBytes, size_of
-from mllm.serve.app import create_app
 from mllm.serve.budget import Budget
-from mllm.serve.connection import bind, make_server
+from mllm.serve.connection import bind
 from mllm.serve.schema import Limits
 from mllm.testing import tiny_image, tiny_tokenizer
 
@@ -38,23 +37,6 @@ from mllm.testing import tiny_image, tiny_tokenizer
 @pytest.fixture(scope="module")
 def model(tiny_parts: tuple[str, str]) -> Any:
     return mllm.assemble(*tiny_parts, {"type": "linear", "tokens": 4})
-
-
-@contextlib.contextmanager
-def served(model: Any, **limits: Any) -> Iterator[int]:
-    """Serve a model on a free port in a thread."""
-    own = Limits(**limits)
-    server = make_server(create_app(model, "tiny", own), own, port=0, log_level="critical")
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.01)
-    try:
-        yield server.servers[0].sockets[0].getsockname()[1]
-    finally:
-        server.should_exit = True
-        thread.join()
 
 
 def data_url(image: Image.Image) -> str:
@@ -156,7 +138,7 @@ def test_a_request_that_is_cancelled_when_its_turn_has_come_gives_it_back() -> N
     assert asyncio.run(scenario()) == 0
 
 
-def test_images_wait_for_the_pixels_of_other_requests(model, gate):
+def test_images_wait_for_the_pixels_of_other_requests(model, gate, served):
     image = data_url(Image.new("RGB", (100, 100)))
     with served(model, pixels=25_000, batch=1) as port, concurrent.futures.ThreadPoolExecutor(4) as pool:
         answers = [pool.submit(post, port, ask("x", image, max_tokens=2)) for _ in range(4)]
@@ -169,7 +151,7 @@ def test_images_wait_for_the_pixels_of_other_requests(model, gate):
 
 
 @pytest.mark.parametrize("size", [(1, MAX_SIDE + 1), (MAX_SIDE + 1, 1), (9000, 9000)])
-def test_an_image_that_is_too_long_or_large_is_refused_by_its_header(model, monkeypatch, size):
+def test_an_image_that_is_too_long_or_large_is_refused_by_its_header(model, monkeypatch, size, served):
     url = data_url(Image.new("1", size))
     monkeypatch.setattr(Image.Image, "load", lambda image: pytest.fail("it was decoded"))
     with served(model) as port:
@@ -183,7 +165,7 @@ def test_the_declared_size_is_that_of_the_decoded_image(tmp_path):
     assert size_of(ImageBytes(data, "a.webp")) == ImageBytes(data, "a.webp").open().size == (30, 20)
 
 
-def test_bodies_of_all_requests_share_a_budget(model):
+def test_bodies_of_all_requests_share_a_budget(model, served):
     large = ask("x" * 60_000)
     with served(model, body=100_000, bodies=200_000) as port, contextlib.ExitStack() as stack:
         for _ in range(3):
@@ -209,7 +191,7 @@ def test_bodies_of_all_requests_share_a_budget(model):
         (ask(stop="x" * 100_000), "stop"),
     ],
 )
-def test_what_is_far_too_long_is_refused_at_once(model, body, message):
+def test_what_is_far_too_long_is_refused_at_once(model, body, message, served):
     with served(model) as port:
         post(port, ask(max_tokens=1))
         started = time.monotonic()
@@ -218,7 +200,7 @@ def test_what_is_far_too_long_is_refused_at_once(model, body, message):
     assert status == 400 and message in answer["error"]["message"]
 
 
-def test_a_long_text_is_refused_after_a_slice_of_it(model, monkeypatch):
+def test_a_long_text_is_refused_after_a_slice_of_it(model, monkeypatch, served):
     lengths: list[int] = []
     tokenize = type(model.lm).tokenize
 
@@ -272,7 +254,7 @@ LONG = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 999\r\n\r\nx"
 
 
 @pytest.mark.parametrize("part", [b"", b"POST /v1/chat/comp", LONG])
-def test_a_request_that_is_sent_in_part_is_closed_at_the_deadline(model, part):
+def test_a_request_that_is_sent_in_part_is_closed_at_the_deadline(model, part, served):
     with served(model, deadline=0.5) as port, socket.create_connection(("127.0.0.1", port), timeout=20) as sock:
         sock.sendall(part)
         started = time.monotonic()
@@ -290,13 +272,13 @@ def test_a_request_that_is_sent_in_part_is_closed_at_the_deadline(model, part):
         assert time.monotonic() - started < 8
 
 
-def test_a_body_that_is_sent_in_part_is_told_so(model):
+def test_a_body_that_is_sent_in_part_is_told_so(model, served):
     with served(model, deadline=0.5) as port, sent(port, ask(), part=0.5) as sock:
         head, _, body = b"".join(iter(lambda: sock.recv(2**16), b"")).partition(b"\r\n\r\n")
         assert b" 408 " in head and "completely in 0.5 seconds" in json.loads(body)["error"]["message"]
 
 
-def test_what_is_not_http_is_refused_in_openais_schema(model):
+def test_what_is_not_http_is_refused_in_openais_schema(model, served):
     with served(model) as port, socket.create_connection(("127.0.0.1", port), timeout=20) as sock:
         sock.sendall(b"no request\r\n\r\n")
         head, _, body = b"".join(iter(lambda: sock.recv(2**16), b"")).partition(b"\r\n\r\n")
@@ -304,7 +286,7 @@ def test_what_is_not_http_is_refused_in_openais_schema(model):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_disconnects_in_the_queue_frees_its_place_at_once(model, gate, stream):
+def test_a_client_that_disconnects_in_the_queue_frees_its_place_at_once(model, gate, stream, served):
     with served(model, batch=1, waiting=1) as port, concurrent.futures.ThreadPoolExecutor(2) as pool:
         running = pool.submit(post, port, ask("first", max_tokens=2))
         wait_for(port, batch_size=1)
@@ -318,7 +300,7 @@ def test_a_client_that_disconnects_in_the_queue_frees_its_place_at_once(model, g
         assert [running.result()[0], fourth.result()[0]] == [200, 200]
 
 
-def test_metrics_count_requests_batches_and_tokens(model, monkeypatch):
+def test_metrics_count_requests_batches_and_tokens(model, monkeypatch, served):
     with served(model, token="sesame") as port:
         assert post(port, ask())[0] == 401
     with served(model) as port:

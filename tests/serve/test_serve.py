@@ -19,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,7 @@ from mllm.media.images import source_of
 from mllm.outputs import data_url
 from mllm.prompts.messages import turns
 from mllm.scorers.index import ImageIndex
-from mllm.serve.app import create_app
-from mllm.serve.connection import make_server
 from mllm.serve.remote import Remote, public_address
-from mllm.serve.schema import Limits
 from mllm.testing import tiny_image
 
 A, B = tiny_image(1), tiny_image(2)
@@ -60,28 +57,8 @@ def model(tiny_parts):
     )
 
 
-@contextlib.contextmanager
-def served(model: Any, page: Any = None, show: Any = None, **limits: Any) -> Iterator[int]:
-    """Serve a model on a free port in a thread."""
-    own = Limits(**limits)
-    app = create_app(model, "tiny", own, show)
-    if page:
-        page(app)
-    server = make_server(app, own, port=0, log_level="critical")
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.01)
-    try:
-        yield server.servers[0].sockets[0].getsockname()[1]
-    finally:
-        server.should_exit = True
-        thread.join()
-
-
 @pytest.fixture(scope="module")
-def port(model):
+def port(model, served):
     with served(model) as port:
         yield port
 
@@ -195,14 +172,14 @@ def test_requests_that_arrive_together_are_decoded_together(model, port, monkeyp
         ({"messages": [user("x"), {"role": "assistant", "content": "y"}]}, 400, "the user's"),
     ],
 )
-def test_a_bad_request_is_told_why(model, body, status, message):
+def test_a_bad_request_is_told_why(model, body, status, message, served):
     with served(model, images=2, body=100_000) as port:
         found, answer = post(port, body)
         assert (found, message in answer["error"]["message"]) == (status, True), answer
         assert post(port, {"messages": [user("x")], "max_tokens": 2})[0] == 200
 
 
-def test_a_body_without_a_length_is_counted_as_it_comes(model):
+def test_a_body_without_a_length_is_counted_as_it_comes(model, served):
     with served(model, body=100_000) as port, socket.create_connection(("127.0.0.1", port)) as sock:
         head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
         sock.sendall(head.encode())
@@ -212,7 +189,7 @@ def test_a_body_without_a_length_is_counted_as_it_comes(model):
         assert b" 413 " in sock.recv(64)
 
 
-def test_a_token_is_asked_for_where_one_is_set(model):
+def test_a_token_is_asked_for_where_one_is_set(model, served):
     with served(model, token="sesame") as port:
         with client(port, "wrong") as api, pytest.raises(openai.AuthenticationError):
             api.models.list()
@@ -244,7 +221,7 @@ def slow(model, monkeypatch):
     return made
 
 
-def test_a_full_queue_answers_429_and_empties_again(model, slow):
+def test_a_full_queue_answers_429_and_empties_again(model, slow, served):
     body = {"messages": [user("x")], "max_tokens": 20}
     with served(model, batch=1, waiting=1) as port, concurrent.futures.ThreadPoolExecutor(6) as pool:
         found = [future.result()[0] for future in [pool.submit(post, port, body) for _ in range(6)]]
@@ -253,7 +230,7 @@ def test_a_full_queue_answers_429_and_empties_again(model, slow):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_hangs_up_frees_its_place(model, slow, stream):
+def test_a_client_that_hangs_up_frees_its_place(model, slow, stream, served):
     body = json.dumps({"messages": [user("x")], "max_tokens": 200, "stream": stream}).encode()
     with served(model, batch=1) as port:
         with socket.create_connection(("127.0.0.1", port)) as sock:
@@ -331,7 +308,7 @@ def test_sigterm_finishes_what_is_running(model, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_soak_loses_no_good_request_and_keeps_no_memory(model):
+def test_a_soak_loses_no_good_request_and_keeps_no_memory(model, served):
     good: dict[str, Any] = {"messages": [user("what?", A)], "max_tokens": 2}
     bad: list[Any] = [
         {"messages": [user("x", "data:image/png;base64,AAAA")]},
@@ -368,7 +345,7 @@ def memory() -> float:
     return int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1e3  # type: ignore[index]
 
 
-def test_the_page_takes_a_dropped_picture_and_streams_the_answer(model, chromium):
+def test_the_page_takes_a_dropped_picture_and_streams_the_answer(model, chromium, served):
     act = """
     const wait = async (until) => { while (!until()) await new Promise((go) => setTimeout(go, 20)); };
     addEventListener("load", async () => {
@@ -394,7 +371,7 @@ def test_the_page_takes_a_dropped_picture_and_streams_the_answer(model, chromium
     });"""
     told: list[dict[str, Any]] = []
 
-    with served(model, acted(act, told)) as port:
+    with served(model, change=acted(act, told)) as port:
         chromium(f"http://127.0.0.1:{port}/acted", until=lambda: told)
     (seen,) = told
     first = user("what is it?", A)
@@ -444,7 +421,7 @@ def index(tiny_model, tmp_path):
     return model, ImageIndex.build(model, sorted(tmp_path.glob("*.png")))
 
 
-def test_images_of_an_index_come_with_the_message(index):
+def test_images_of_an_index_come_with_the_message(index, served):
     model, found = index
     ask = user("what is it?", A)
     prompt = turns(model, [{**ask, "content": [{"type": "image", "image": A}, ask["content"][1]]}])
@@ -466,7 +443,7 @@ def test_images_of_an_index_come_with_the_message(index):
             assert message["images"][0]["at"] == 0 and source_of(told[0]).open().size == (60, 40)
 
 
-def test_images_that_are_made_come_with_the_message(tiny_model, tiny_decoder):
+def test_images_that_are_made_come_with_the_message(tiny_model, tiny_decoder, served):
     head = {"type": "generation", "tokens": 2, "length": 1, "width": 32, "dim": 16, "layers": 1, "heads": 2}
     model = tiny_model(heads=[head], tokens=["[IMG0]", "[IMG1]"], decoder={"type": "trained", "model": tiny_decoder})
     ask = user("show it")
@@ -478,7 +455,7 @@ def test_images_that_are_made_come_with_the_message(tiny_model, tiny_decoder):
         assert told == [data_url(image) for image in output.images] and bool(told) == (bias > 0)
 
 
-def test_the_page_shows_images_in_the_answer(index, chromium):
+def test_the_page_shows_images_in_the_answer(index, chromium, served):
     model, found = index
     act = """
     addEventListener("load", async () => {
@@ -494,7 +471,7 @@ def test_the_page_shows_images_in_the_answer(index, chromium):
     });"""
     told: list[dict[str, Any]] = []
 
-    with served(model, acted(act, told), show={"index": found, "image_logit_bias": 1e4}, max_new_tokens=5) as port:
+    with served(model, change=acted(act, told), show={"index": found, "image_logit_bias": 1e4}, max_new_tokens=5) as port:
         chromium(f"http://127.0.0.1:{port}/acted", until=lambda: told)
     (seen,) = told
     prompt = turns(model, [{"role": "user", "content": [{"type": "text", "text": "what is it?"}]}])
@@ -529,7 +506,7 @@ def chromium(tmp_path):
     return opened
 
 
-def test_images_of_different_sizes_in_one_batch_are_answered_as_one_by_one_and_counted(tiny_parts):
+def test_images_of_different_sizes_in_one_batch_are_answered_as_one_by_one_and_counted(tiny_parts, served):
     encoder = {"model": tiny_parts[0], "tiles": {"kind": "dynamic", "most": 4}}
     model = mllm.assemble(encoder, tiny_parts[1], {"type": "linear", "tokens": 4})
     asks = [user("what is it?", tiny_image(seed, size)) for seed, size in enumerate([(32, 32), (64, 33), (40, 90)])]
