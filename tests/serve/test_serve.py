@@ -471,7 +471,9 @@ def test_the_page_shows_images_in_the_answer(index, chromium, served):
     });"""
     told: list[dict[str, Any]] = []
 
-    with served(model, change=acted(act, told), show={"index": found, "image_logit_bias": 1e4}, max_new_tokens=5) as port:
+    with served(
+        model, change=acted(act, told), show={"index": found, "image_logit_bias": 1e4}, max_new_tokens=5
+    ) as port:
         chromium(f"http://127.0.0.1:{port}/acted", until=lambda: told)
     (seen,) = told
     prompt = turns(model, [{"role": "user", "content": [{"type": "text", "text": "what is it?"}]}])
