@@ -23,6 +23,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "mapper": "mllm.adapters.connectors.mapper:Mapper",
         "resampler": "mllm.adapters.connectors.resampler:Resampler",
         "qformer": "mllm.adapters.connectors.qformer:qformer",
+        "memory": "mllm.adapters.connectors.memory:Memory",
         "temporal": "mllm.adapters.connectors.temporal:Temporal",
         "token-merge": "mllm.adapters.connectors.token_merge:TokenMerge",
     },

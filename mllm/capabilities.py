@@ -49,6 +49,14 @@ class SpeaksWords(Protocol):
 
 
 @runtime_checkable
+class RemembersTexts(Protocol):
+    """A connector that looks up texts: ``connector: {type: memory}``."""
+
+    def remember(self, texts: Sequence[Tensor], neutral: Tensor) -> None:
+        """Set the texts: the word embeddings ``(T, D_lm)`` of each, and that of the neutral word ``(D_lm,)``."""
+
+
+@runtime_checkable
 class ReadsData(Protocol):
     """An objective that reads the training data before the first step: ``objectives: [{type: word-alignment}]``."""
 

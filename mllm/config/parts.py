@@ -212,7 +212,7 @@ class FitSpec(Spec):
 
     part: str = "connector"  # or a head's path, heads.NAME
     solver: Literal["ridge", "least-squares", "procrustes", "correlation"] | None = None
-    targets: Literal["caption-words", "words-in-order", "tokens", "sentences"] | None = None  # tokens: no data
+    targets: Literal["caption-words", "words-in-order", "texts", "tokens", "sentences"] | None = None  # tokens: no data
     strength: float | None = Field(default=None, gt=0)  # of the ridge, as a share of the features' mean variance
 
     def options(self) -> dict[str, Any]:

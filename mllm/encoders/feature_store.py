@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,6 @@ from mllm.hub.fingerprints import tensor_hash
 from mllm.hub.identity import weights_of
 from mllm.hub.verified import DamagedFile, read_verified, save_verified
 from mllm.media.images import ImageSource, source_of
-from mllm.media.tiles import whole_images
 from mllm.model import Model
 from mllm.system import cache_dir, remove_partial
 
@@ -60,24 +59,37 @@ class FeatureStore:
 
     def __call__(self, images: Sequence[Any]) -> Tensor:
         """Return the features ``(U, P, D_vis)`` of images' tiles, in order, on the model's device."""
+        return self._features(images, self._model.encoder.tiles)
+
+    def whole(self, images: Sequence[Any]) -> Tensor:
+        """Return features ``(I, P, D_vis)`` of whole images; further tiles of theirs are not encoded."""
+        tiling = self._model.tiling
+        if tiling is None:
+            return self(images)
+        return self._features(images, lambda opened: [tiling.whole(opened)], "whole/")
+
+    def _features(self, images: Sequence[Any], cut: Callable[[Any], list[Any]], prefix: str = "") -> Tensor:
+        """Return the features ``(U, P, D_vis)`` of the tiles that images are cut into.
+
+        Args:
+            images: in any accepted form.
+            cut: returns the tiles of an opened image.
+            prefix: of the keys under which they are cached.
+        """
         sources = [source_of(image) for image in images]
-        keys = [self._model.encoder.key(source) for source in sources]
+        keys = [prefix + self._model.encoder.key(source) for source in sources]
         features = {key: row for key in keys if (row := self._find(key)) is not None}
         missing = {key: source for key, source in zip(keys, sources, strict=True) if key not in features}
         names = list(missing)
         for start in range(0, len(names), self._chunk):
             chunk = names[start : start + self._chunk]
-            tiles = [self._model.encoder.tiles(self.opened(missing[key])) for key in chunk]
+            tiles = [cut(self.opened(missing[key])) for key in chunk]
             rows = self._encoded([tile for of_image in tiles for tile in of_image]).split(list(map(len, tiles)))
             for key, row in zip(chunk, rows, strict=True):
                 features[key] = row.flatten(0, 1)
                 self._cache(key, features[key])
         whole = torch.cat([features[key].to(self._model.device) for key in keys])
         return whole.unflatten(0, (-1, self._model.encoder.num_patches))
-
-    def whole(self, images: Sequence[Any]) -> Tensor:
-        """Return features ``(I, P, D_vis)`` of whole images, without those of further tiles."""
-        return whole_images(self(images), self._model.layouts(images))
 
     def _encoded(self, tiles: Sequence[Any]) -> Tensor:
         parts = [tiles[start : start + self._chunk] for start in range(0, len(tiles), self._chunk)]

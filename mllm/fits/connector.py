@@ -1,9 +1,9 @@
 """Fit a connector in closed form: a regression from features to the language model's embeddings.
 
 For each image, x is the mean over positions of the inputs of the connector's linear map, and y the IDF-weighted mean
-embedding of its captions' tokens, the sentence vector of its captions, or the embeddings of the first caption's first Q
-tokens in order, one after another. Lexical matching (SITTA, arXiv:2307.05591)
-needs no image: x is the dual encoder's vector of a token's string, and y the token's embedding.
+embedding of its captions' tokens, the sentence vector of its captions, the embeddings of the first caption's first Q
+tokens in order, one after another, or the number of the first caption as a one-hot vector. Lexical matching (SITTA,
+arXiv:2307.05591) needs no image: x is the dual encoder's vector of a token's string, and y the token's embedding.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 
-from mllm.capabilities import EmbedsTexts, SentenceModel, SpeaksWords
+from mllm.capabilities import EmbedsTexts, RemembersTexts, SentenceModel, SpeaksWords
 from mllm.data.items import Item
 from mllm.errors import MLLMError
 from mllm.fits.base import ClosedForm, Material
 from mllm.fits.regression import NormalEquations
 from mllm.lms.vocabulary import lexicon
-from mllm.lms.words import ordered_words
+from mllm.lms.words import NEUTRAL, ordered_words, token_ids
 from mllm.model import Model
 from mllm.prompts.pieces import answer_text
 from mllm.registry import Count, NonNegative
@@ -40,9 +41,9 @@ class ConnectorFit(ClosedForm):
         part: the connector's path.
         solver: see `mllm.fits.regression.NormalEquations.solve`.
         targets: ``caption-words``; ``words-in-order``: visual token q is the caption's q-th token, and a neutral word
-            after its end, for a linear map that returns all visual tokens of one pooled feature vector;
-            ``sentences``, the vectors of a sentence encoder; or ``tokens``: lexical matching, which needs neither
-            images nor captions.
+            after its end, for a linear map that returns all visual tokens of one pooled feature vector; ``texts``: the
+            scores of a memory's texts are 1 for the first caption and 0 for other captions' texts; ``sentences``, the
+            vectors of a sentence encoder; or ``tokens``: lexical matching, which needs neither images nor captions.
         strength: of the ridge penalty, as a fraction of the features' mean variance.
         chunk: images, or tokens, that are computed at once.
 
@@ -74,6 +75,8 @@ class ConnectorFit(ClosedForm):
                 "fits words in order, for which each visual token needs a map of its own: set encoder.select=pooled "
                 "and connector={type: linear, tokens: 4}."
             )
+        if model.connector is not None and isinstance(model.connector, RemembersTexts) != (self.targets == "texts"):
+            problems.append("fits a memory to texts, and nothing else: set connector.type=memory and targets=texts.")
         if self.targets == "tokens" and not model.has(EmbedsTexts):
             problems.append("fits tokens, and this encoder does not embed text: set encoder.type=dual-encoder.")
         if self.targets == "sentences":
@@ -86,7 +89,9 @@ class ConnectorFit(ClosedForm):
     def sums(self, model: Model) -> NormalEquations:
         """Return empty sums."""
         tokens = model.connector.num_tokens if self.targets == "words-in-order" else 1
-        return NormalEquations(_linear(model).in_features, tokens * model.lm.dim)
+        linear = _linear(model)
+        outputs = linear.out_features if self.targets == "texts" else tokens * model.lm.dim
+        return NormalEquations(linear.in_features, outputs)
 
     def rows(self, model: Model, data: Material) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield inputs of the linear map ``(N, X)``, and target embeddings ``(N, D_lm)``."""
@@ -146,6 +151,23 @@ class _OrderedTargets:
         return embeds.flatten(1)
 
 
+class _TextTargets:
+    """One-hot vectors ``(N, S)`` of items' first captions, which the connector remembers."""
+
+    def __init__(self, model: Model, items: Sequence[Item]) -> None:
+        self.outputs = _linear(model).out_features
+        texts = sorted({item.answers[0] for item in items})
+        self.numbers = {text: number for number, text in enumerate(texts)}
+        device = model.lm.model.device
+        embeddings = [model.lm.embed(torch.tensor(token_ids(model.lm, text), device=device)) for text in texts]
+        neutral = torch.tensor(token_ids(model.lm, NEUTRAL)[-1:], device=device)
+        model.connector.remember(embeddings, model.lm.embed(neutral)[0])
+
+    def __call__(self, items: Sequence[Item]) -> Tensor:
+        numbers = torch.tensor([self.numbers[item.answers[0]] for item in items])
+        return one_hot(numbers, self.outputs).float()
+
+
 class _SentenceTargets:
     """The mean sentence vectors ``(N, D_lm)`` of items' captions."""
 
@@ -161,6 +183,7 @@ class _SentenceTargets:
 TARGETS: dict[str, Callable[[Model, Sequence[Item]], Callable[[Sequence[Item]], Tensor]]] = {
     "caption-words": _WordTargets,
     "words-in-order": _OrderedTargets,
+    "texts": _TextTargets,
     "sentences": _SentenceTargets,
 }
 

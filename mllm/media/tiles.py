@@ -123,7 +123,8 @@ class Tiling(ABC):
         """A layout of every grid, of images that fill it: no image takes more tokens than one of these."""
         return [self.layout((columns * self.side, rows * self.side)) for rows, columns in self.grids()]
 
-    def _whole(self, image: Image.Image) -> Image.Image:
+    def whole(self, image: Image.Image) -> Image.Image:
+        """Return the tile that shows a whole RGB image."""
         return image.resize((self.side, self.side), self.resample)
 
     def _split(self, canvas: Image.Image) -> list[Image.Image]:
@@ -176,7 +177,7 @@ class AnyResolution(Tiling):
             size = min(math.ceil(image.width * down), width), height
         canvas = Image.new("RGB", (width, height))
         canvas.paste(image.resize(size, self.resample), ((width - size[0]) // 2, (height - size[1]) // 2))
-        return [self._whole(image), *self._split(canvas)]
+        return [self.whole(image), *self._split(canvas)]
 
 
 @dataclass(frozen=True)
@@ -218,7 +219,7 @@ class DynamicResolution(Tiling):
         """Return an RGB image's tiles."""
         rows, columns = self.grid(image.size)
         tiles = self._split(image.resize((columns * self.side, rows * self.side), self.resample))
-        return tiles if len(tiles) == 1 else [*tiles, self._whole(image)]
+        return tiles if len(tiles) == 1 else [*tiles, self.whole(image)]
 
 
 @functools.cache

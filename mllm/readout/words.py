@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mllm.capabilities import SpeaksWords
+from mllm.capabilities import RemembersTexts, SpeaksWords
 from mllm.errors import MLLMError
 from mllm.lms.words import NEUTRAL, Vocabulary
 from mllm.model import Model
@@ -18,9 +18,10 @@ BATCH = 16
 
 @torch.no_grad()
 def visual_words(model: Model, images: Sequence[Any]) -> Iterator[list[str]]:
-    """Yield for each image the nearest word of each of its Q visual tokens, with the space before it.
+    """Yield for each image the nearest word of each of its visual tokens, with the space before it.
 
-    The words are those of the connector's ``vocabulary``, or else the language model's whole words.
+    The words are those of the connector's ``vocabulary``, or else the language model's whole words; those of a memory's
+    texts are any tokens.
 
     Raises:
         MLLMError: the model has no connector, or no language model that generates text.
@@ -28,11 +29,19 @@ def visual_words(model: Model, images: Sequence[Any]) -> Iterator[list[str]]:
     connector = model.connector
     if connector is None or not model.generates_text:
         raise MLLMError("Words of visual tokens need a connector and a language model that generates text.")
-    vocabulary = connector.vocabulary if isinstance(connector, SpeaksWords) else Vocabulary(model.lm).to(model.device)
+    if isinstance(connector, SpeaksWords):
+        vocabulary = connector.vocabulary
+    else:
+        words = "all" if isinstance(connector, RemembersTexts) else "language"
+        vocabulary = Vocabulary(model.lm, words=words).to(model.device)
     for start in range(0, len(images), BATCH):
-        tokens = connector.before_words(model.features(images[start : start + BATCH]))
-        for ids in vocabulary.nearest(tokens).tolist():
-            yield [vocabulary.text(token) for token in ids]
+        chunk = images[start : start + BATCH]
+        layouts = model.layouts(chunk)
+        tiles = [tile for image in chunk for tile in model.encoder.tiles(image)]
+        tokens = model.in_order(connector.before_words(model.features(tiles)), layouts)
+        counts = [connector.num_tokens] * len(chunk) if layouts is None else list(map(connector.tokens_of, layouts))
+        for ids in vocabulary.nearest(tokens).flatten().split(counts):
+            yield [vocabulary.text(token) for token in ids.tolist()]
 
 
 def readable(words: Sequence[str]) -> str:
