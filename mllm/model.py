@@ -16,7 +16,7 @@ from mllm.capabilities import CrossAttention
 from mllm.config.parts import FROZEN, AssemblySpec
 from mllm.errors import MLLMError
 from mllm.lms.cross_attention import embed_with_memory
-from mllm.media.tiles import Layout, Tiling
+from mllm.media.tiles import Cutting, Layout
 from mllm.parts import Parts
 from mllm.prompts.batch import Batch, Encoded, collate, encode
 from mllm.prompts.length import too_long
@@ -108,9 +108,9 @@ class Model(Parts):
             return self.encoder(pixels.to(self.device))
 
     @property
-    def tiling(self) -> Tiling | None:
-        """Return how images are cut into tiles; None: they are not."""
-        tiling: Tiling | None = None if self.encoder is None else self.encoder.tiling
+    def tiling(self) -> Cutting | None:
+        """Return how images are cut into tiles, or videos into segments; None: they are not."""
+        tiling: Cutting | None = None if self.encoder is None else self.encoder.tiling
         return tiling
 
     def layouts(self, images: Sequence[Any]) -> list[Layout] | None:

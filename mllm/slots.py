@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from mllm.inputs import Inputs as Inputs
 from mllm.media.images import ImageSource, open_image
-from mllm.media.tiles import Layout, Tiling, in_order
+from mllm.media.sizes import size_of
+from mllm.media.tiles import Cutting, Layout, in_order
 from mllm.prompts.batch import Batch
 from mllm.prompts.pieces import Piece
 
@@ -38,7 +39,8 @@ class Encoder(nn.Module):
         num_patches: P.
         shape: of one image as `preprocess` returns it.
         cacheable: whether features cost enough to be kept in the feature cache.
-        tiling: how images are cut into tiles, each of which is encoded by itself; None: they are not.
+        tiling: how images are cut into tiles, or videos into segments, each of which is encoded by itself; None: they
+            are not.
         fingerprint: identifies its weights, and whatever else changes with the model (`mllm.hub.identity`).
     """
 
@@ -47,8 +49,9 @@ class Encoder(nn.Module):
     num_patches: int
     shape: tuple[int, ...] = ()
     cacheable = True
-    tiling: Tiling | None = None
+    tiling: Cutting | None = None
     reads_images = True  # and neither videos, sounds nor stored features
+    reads_videos = False
 
     @property
     def fingerprint(self) -> str:
@@ -66,6 +69,11 @@ class Encoder(nn.Module):
     def key(self, source: ImageSource) -> str:
         """Return the key that a source's features are cached under: equal keys, equal features."""
         return source.key()
+
+    def pixels(self, piece: Any) -> int:
+        """Return the number of pixels that `open` decodes, read from the header."""
+        width, height = size_of(piece)
+        return width * height
 
     def tiles(self, piece: Any) -> list[Any]:
         """Return an image's tiles as `preprocess` takes them: by default the opened image."""

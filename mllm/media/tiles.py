@@ -76,9 +76,38 @@ class Layout:
         return range(top, rows - top), range(left, columns - left)
 
 
+class Cutting(ABC):
+    """How images are divided into units that are encoded by themselves: tiles, or segments of a video."""
+
+    def of(self, image: Any) -> Layout:
+        """Return the units of an image in any accepted form, of which no pixel is decoded; a layout is returned.
+
+        Raises:
+            MLLMError: it cannot be read, or not be divided.
+        """
+        return image if isinstance(image, Layout) else self.measured(image)
+
+    @abstractmethod
+    def measured(self, image: Any) -> Layout:
+        """Return the units of an image in any accepted form; see `of`."""
+
+    @abstractmethod
+    def cut(self, image: Any) -> list[Any]:
+        """Return an opened image's units."""
+
+    @property
+    @abstractmethod
+    def fullest(self) -> Sequence[Layout]:
+        """Layouts, among which is one that takes as many tokens as any image."""
+
+    def within(self, tokens: int) -> Cutting:
+        """Return the same for a connector that makes so many visual tokens of a unit."""
+        return self
+
+
 @dataclass(frozen=True)
-class Tiling(ABC):
-    """How images are cut.
+class Tiling(Cutting):
+    """How images are cut into tiles.
 
     Args:
         side: of the square tiles, in pixels.
@@ -104,7 +133,7 @@ class Tiling(ABC):
     def cut(self, image: Image.Image) -> list[Image.Image]:
         """Return an RGB image's tiles."""
 
-    def of(self, image: Any) -> Layout:
+    def measured(self, image: Any) -> Layout:
         """Return the tiles of an image in any accepted form; of a file only the header is read.
 
         Raises:

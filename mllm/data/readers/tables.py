@@ -19,6 +19,7 @@ from mllm.data.separated import separated_rows
 from mllm.data.values import absent, answers_in, captions_in, identifier, listed, text_in
 from mllm.errors import MLLMError, near
 from mllm.media.images import ImageBytes, ImageFile, ImageSource
+from mllm.media.videos import file_of
 
 _ROW = "'image' and 'caption', or 'image', 'question' and 'answer'"
 
@@ -41,7 +42,7 @@ def table(rows: Reading, *, path: str, images: str | None = None) -> list[Item]:
 
     @cache
     def image_of(name: str) -> ImageFile:
-        return ImageFile(inside(folder, name))
+        return file_of(inside(folder, name))
 
     def row_of(row: Any, number: int) -> tuple[tuple[str, ...], tuple[ImageFile, ...], str | None, list[str]]:
         names, question, answers = _columns(row, rows)
