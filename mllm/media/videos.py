@@ -25,6 +25,7 @@ CONTAINERS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,ogg,mpeg,mpegts,flv"  # none of them can refer to other files
 )
 SUFFIXES = {".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".ogv", ".3gp"}
+DAMAGED = (OSError, EOFError, ValueError, LookupError, ArithmeticError)  # what PyAV raises, besides FFmpeg's errors
 RATE = 25.0  # frames per second of a video that names no rate: FFmpeg's assumption
 
 
@@ -192,18 +193,22 @@ def _video(piece: Any) -> Iterator[tuple[BinaryIO, str]]:
     with stream:
         try:
             yield stream, label
-        except FFmpegError as error:
-            raise MLLMError(f"{label} is not a readable video: {error.strerror}. Is the file complete?") from None
+        except (FFmpegError, *DAMAGED) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise MLLMError(f"{label} is not a readable video: {reason}. Is the file complete?") from None
+
+
+def _container(stream: BinaryIO) -> Any:
+    import av
+
+    return av.open(stream, options={"format_whitelist": CONTAINERS}, metadata_errors="ignore")
 
 
 def _decoded(stream: BinaryIO, label: str, indices: list[int], length: int) -> Clip:
-    import av
-
     stream.seek(0)
     wanted = set(indices)
     frames: dict[int, Image.Image] = {}
-    container: Any
-    with av.open(stream, options={"format_whitelist": CONTAINERS}) as container:
+    with _container(stream) as container:
         for index, frame in enumerate(container.decode(video=0)):
             if index in wanted:
                 frames[index] = frame.to_image().rotate(frame.rotation, expand=True)
@@ -222,13 +227,12 @@ def _length(piece: Any, stream: BinaryIO, label: str, *, trust: bool) -> Length:
     Raises:
         MLLMError: there is no video stream, or it is empty, too long or too large, or ends before the part.
     """
-    import av
-
-    container: Any
-    with av.open(stream, options={"format_whitelist": CONTAINERS}) as container:
+    with _container(stream) as container:
         if not container.streams.video:
             raise MLLMError(f"{label} has no video stream, only sound. Give a file with a video.")
         video = container.streams.video[0]
+        if video.codec_context is None:
+            raise MLLMError(f"{label} is not a readable video: its codec is not known. Is the file complete?")
         width, height = video.codec_context.width, video.codec_context.height
         if width * height > MAX_PIXELS:
             raise MLLMError(f"{label}: {width} x {height} pixels; at most {MAX_PIXELS} are decoded. Make it smaller.")

@@ -179,6 +179,7 @@ def _part(part: Any, reader: _Reader) -> dict[str, Any]:
     if (url := _url(part)) is not None:
         return {"type": "image", "image": reader.read(url, str(kind))}
     raise MLLMError(
-        f"A part of a message is a text, an image_url or a video_url; got {str(part)[:80]!r}. Expected "
+        "A part of a message is a text or an image_url, or a video_url where the model reads videos; got "
+        f"{str(part)[:80]!r}. Expected "
         "{'type': 'text', 'text': ...} or {'type': 'image_url', 'image_url': {'url': ...}}."
     )

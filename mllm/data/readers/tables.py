@@ -129,7 +129,7 @@ def parquet(
         MLLMError: no such file or column, a bad row, or pyarrow is not installed.
     """
     columns = Columns(image if isinstance(image, list) else [image], answers, question, id, kind, choices)
-    contents = _parquet_rows(Path(path), columns.named())
+    contents = parquet_rows(Path(path), columns.named())
     records = (
         Record(f"{path}, row {number}", number, lambda row=row: row)  # type: ignore[misc]
         for number, row in enumerate(contents)
@@ -240,7 +240,12 @@ def _item(row: Mapping[str, Any], number: int, columns: Columns, label: str) -> 
     )
 
 
-def _parquet_rows(path: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
+def parquet_rows(path: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a parquet file, or of all in a folder, with some of their columns.
+
+    Raises:
+        MLLMError: there is no file or no such column, it is damaged, or pyarrow is not installed.
+    """
     try:
         import pyarrow.parquet
     except ImportError:
