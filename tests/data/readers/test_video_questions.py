@@ -12,6 +12,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
+import mllm
 from mllm.config.data import DataSpec
 from mllm.data.items import Item
 from mllm.data.sources import read_all
@@ -209,3 +210,31 @@ def test_wrong_rows_are_named(suite: str, file: str, content: Any, message: str,
     write_files(tmp_path, {**CASES[suite][0], file: content})
     with pytest.raises(MLLMError, match=message):
         items_of(suite, tmp_path)
+
+
+@pytest.mark.parametrize("suite", ["msrvtt-qa", "mvbench"])
+@pytest.mark.parametrize("sampling", [{"fps": 5}, {"frames": 2}])
+def test_a_suite_of_videos_is_answered(suite: str, sampling: dict[str, Any], tmp_path: Path, tiny_parts: Any) -> None:
+    folder = write_files(tmp_path, CASES[suite][0])
+    model = mllm.assemble({"type": "video", "of": {"model": tiny_parts[0]}, **sampling}, tiny_parts[1], "linear")
+    names = ["blind", "random-connector", *(["mean-image"] if "fps" in sampling else [])]
+    report = mllm.evaluate(model, suite, folder, out=tmp_path / "out", baselines=names)
+    items = items_of(suite, folder)
+    assert [row["id"] for row in report.rows] == [item.id for item in items]
+    if suite == "msrvtt-qa":
+        prompt = [*items[0].images, model.spec.prompt.question.format(question=items[0].question)]
+        assert report.rows[0]["prediction"] == str(model.generate([prompt], max_new_tokens=10)[0])
+    assert (tmp_path / "out/index.html").exists() or list((tmp_path / "out").glob("*.html"))
+
+
+@pytest.mark.parametrize("mark", ["<video>", "<image>"])
+def test_conversations_about_a_video(mark: str, tmp_path: Path) -> None:
+    """LLaVA-Video writes the mark of an image, others that of a video."""
+    turns = [{"from": "human", "value": f"{mark}\nWhat happens?"}, {"from": "gpt", "value": "A man runs."}]
+    write_files(tmp_path, {"c.json": [{"id": "a", "video": "v/1.mp4", "conversations": turns}], "v/1.mp4": 2})
+    spec = DataSpec(format="llava", path=str(tmp_path / "c.json"), images=str(tmp_path))  # type: ignore[call-arg]
+    (item,) = read_all([spec])[0].items
+    assert item.images == (VideoFile(tmp_path / "v/1.mp4"),)
+    first, second = item.messages
+    assert first["content"] == [{"type": "image", "image": item.images[0]}, {"type": "text", "text": "What happens?"}]
+    assert second["content"] == [{"type": "text", "text": "A man runs."}]
