@@ -14,6 +14,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "features": "mllm.encoders.stored:StoredFeatures",
         "dual-encoder": "mllm.encoders.dual_encoder:JointSpace",
         "video": "mllm.encoders.video:Video",
+        "native": "mllm.encoders.native:NativeEncoder",
         "audio": "mllm.encoders.audio:AudioModel",
     },
     "lms": {"transformers": "mllm.lms.language_model:LanguageModel", "sentences": "mllm.lms.sentences:SentenceEncoder"},

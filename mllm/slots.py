@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from mllm.inputs import Inputs as Inputs
 from mllm.media.images import ImageSource, open_image
+from mllm.media.native import together
 from mllm.media.sizes import size_of
-from mllm.media.tiles import Cutting, Layout, in_order
+from mllm.media.tiles import Cutting, Layout, in_order, whole_images
 from mllm.prompts.batch import Batch
 from mllm.prompts.pieces import Piece
 
@@ -109,7 +110,14 @@ class Connector(nn.Module):
         num_tokens: Q.
         token_grid: rows and columns of the Q tokens, where each token is a place of the image; None: they are not.
         newline: the token ``(D_lm,)`` that ends a row of an image's tiles (`mllm.media.tiles`), where there are rows.
+        reads_whole: whether Q tokens are made of all features of an image, so that an image of any number of patches
+            takes Q, where its cells are encoded together (`mllm.media.native`). Features ``(B, P, D_vis)`` are then
+            padded with zeros, and `mask_of` says where.
+        padded: whether they may be; set when the model is built.
     """
+
+    reads_whole = False
+    padded = False
 
     num_tokens: int
     token_grid: tuple[int, int] | None = None
@@ -129,13 +137,27 @@ class Connector(nn.Module):
         """Return the visual tokens ``(B, Q, D_lm)`` before a vocabulary, if there is one, replaces them."""
         return self.forward(self.cast(features))
 
+    def mask_of(self, features: Tensor) -> Tensor | None:
+        """Return which features are no padding ``(B, P)``; None: all."""
+        return features.ne(0).any(-1) if self.padded else None
+
+    def arranged(self, features: Tensor, layouts: Sequence[Layout] | None) -> Tensor:
+        """Return the features ``(U, P, D_vis)`` of images' units as `forward` takes them."""
+        return features if layouts is None or not self.padded else together(features, layouts)
+
     def tokens_of(self, layout: Layout | None) -> int:
         """Return how many visual tokens an image takes, by its tiles; None: it is not cut, and takes Q."""
-        return self.num_tokens if layout is None else layout.count(self.num_tokens, self.token_grid)
+        if layout is None or self.padded:
+            return self.num_tokens
+        return layout.count(self.num_tokens, self.token_grid)
 
     def in_order(self, tokens: Tensor, layouts: Sequence[Layout] | None) -> Tensor:
-        """Return images' visual tokens ``(N, D_lm)`` of those of their tiles ``(U, Q, D_lm)``; None: as they are."""
-        return tokens if layouts is None else in_order(tokens, layouts, self.token_grid, self.newline)
+        """Return images' visual tokens ``(N, D_lm)`` of the output ``(U, Q, D_lm)``; None: as they are."""
+        return tokens if layouts is None or self.padded else in_order(tokens, layouts, self.token_grid, self.newline)
+
+    def whole(self, tokens: Tensor, layouts: Sequence[Layout] | None) -> Tensor:
+        """Return the visual tokens ``(I, Q, D_lm)`` of whole images, of the output ``(U, Q, D_lm)``."""
+        return tokens if self.padded else whole_images(tokens, layouts)
 
     def linear(self) -> nn.Linear | None:
         """Return the linear map that ends the connector, applied to ``body(features)``; None: it has none.

@@ -67,8 +67,9 @@ class FeatureStore:
         names = list(missing)
         for start in range(0, len(names), self._chunk):
             chunk = names[start : start + self._chunk]
-            tiles = [self._model.encoder.tiles(self.opened(missing[key])) for key in chunk]
-            rows = self._encoded([tile for of_image in tiles for tile in of_image]).split(list(map(len, tiles)))
+            opened = [self.opened(missing[key]) for key in chunk]
+            tiles = [tile for image in opened for tile in self._model.encoder.tiles(image)]
+            rows = self._encoded(tiles).split([self._model.tiles_of([image]) for image in opened])
             for key, row in zip(chunk, rows, strict=True):
                 features[key] = row.flatten(0, 1)
                 self._cache(key, features[key])
@@ -81,7 +82,7 @@ class FeatureStore:
 
     def _encoded(self, tiles: Sequence[Any]) -> Tensor:
         parts = [tiles[start : start + self._chunk] for start in range(0, len(tiles), self._chunk)]
-        return torch.cat([self._model.features(part) for part in parts])
+        return torch.cat([self._model.encoded(part) for part in parts])
 
     def expect(self, images: Sequence[Any]) -> None:
         """Start opening images that will be requested, except those whose features are cached.

@@ -30,7 +30,7 @@ def visual_words(model: Model, images: Sequence[Any]) -> Iterator[list[str]]:
         raise MLLMError("Words of visual tokens need a connector and a language model that generates text.")
     vocabulary = connector.vocabulary if isinstance(connector, SpeaksWords) else Vocabulary(model.lm).to(model.device)
     for start in range(0, len(images), BATCH):
-        tokens = connector.before_words(model.features(images[start : start + BATCH]))
+        tokens = model.overview(images[start : start + BATCH], before_words=True)
         for ids in vocabulary.nearest(tokens).tolist():
             yield [vocabulary.text(token) for token in ids]
 
