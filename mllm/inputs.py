@@ -60,7 +60,7 @@ class Inputs:
         return self._whole(self._unreplaced)
 
     def _whole(self, tokens: Tensor | None) -> Tensor | None:
-        return tokens if tokens is None else self.model.connector.whole(tokens, self.layouts)
+        return tokens if tokens is None else self.model.whole(tokens, self.layouts)
 
     @cached_property
     def _connected(self) -> Tensor | None:
@@ -75,4 +75,4 @@ class Inputs:
         connector = self.model.connector
         if self.tiles is None or getattr(connector, "vocabulary", None) is None:
             return self._connected
-        return connector.before_words(connector.arranged(self.tiles, self.layouts))
+        return connector.before_words(self.model.arranged(self.tiles, self.layouts))

@@ -16,6 +16,7 @@ from mllm.capabilities import CrossAttention
 from mllm.config.parts import FROZEN, AssemblySpec
 from mllm.errors import MLLMError
 from mllm.lms.cross_attention import embed_with_memory
+from mllm.media.native import together
 from mllm.media.tiles import Cutting, Layout, whole_images
 from mllm.parts import Parts
 from mllm.prompts.batch import Batch, Encoded, collate, encode
@@ -118,13 +119,21 @@ class Model(Parts):
         """
         opened = [self.encoder.open(image) for image in images]
         layouts = self.layouts(opened) if self.joint else None
-        features = self.connector.arranged(self.encoded(opened), layouts)
+        features = self.arranged(self.encoded(opened), layouts)
         tokens = self.connector.before_words(features) if before_words else self.connector(features)
-        return self.connector.whole(tokens, layouts)
+        return self.whole(tokens, layouts)
 
     def connect(self, features: Tensor, layouts: Sequence[Layout] | None) -> Tensor:
         """Return the connector's output ``(U, Q, D_lm)`` of features ``(U, P, D_vis)`` of images' units."""
-        return self.connector(self.connector.arranged(features, layouts))
+        return self.connector(self.arranged(features, layouts))
+
+    def arranged(self, features: Tensor, layouts: Sequence[Layout] | None) -> Tensor:
+        """Return features ``(U, P, D_vis)`` of images' units as the connector takes them."""
+        return features if layouts is None or not self.connector.padded else together(features, layouts)
+
+    def whole(self, tokens: Tensor, layouts: Sequence[Layout] | None) -> Tensor:
+        """Return the visual tokens ``(I, Q, D_lm)`` of whole images, of the connector's output."""
+        return tokens if self.connector.padded else whole_images(tokens, layouts)
 
     @property
     def joint(self) -> bool:

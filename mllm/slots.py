@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from mllm.inputs import Inputs as Inputs
 from mllm.media.images import ImageSource, open_image
-from mllm.media.native import together
 from mllm.media.sizes import size_of
-from mllm.media.tiles import Cutting, Layout, in_order, whole_images
+from mllm.media.tiles import Cutting, Layout, in_order
 from mllm.prompts.batch import Batch
 from mllm.prompts.pieces import Piece
 
@@ -141,10 +140,6 @@ class Connector(nn.Module):
         """Return which features are no padding ``(B, P)``; None: all."""
         return features.ne(0).any(-1) if self.padded else None
 
-    def arranged(self, features: Tensor, layouts: Sequence[Layout] | None) -> Tensor:
-        """Return the features ``(U, P, D_vis)`` of images' units as `forward` takes them."""
-        return features if layouts is None or not self.padded else together(features, layouts)
-
     def tokens_of(self, layout: Layout | None) -> int:
         """Return how many visual tokens an image takes, by its tiles; None: it is not cut, and takes Q."""
         if layout is None or self.padded:
@@ -154,10 +149,6 @@ class Connector(nn.Module):
     def in_order(self, tokens: Tensor, layouts: Sequence[Layout] | None) -> Tensor:
         """Return images' visual tokens ``(N, D_lm)`` of the output ``(U, Q, D_lm)``; None: as they are."""
         return tokens if layouts is None or self.padded else in_order(tokens, layouts, self.token_grid, self.newline)
-
-    def whole(self, tokens: Tensor, layouts: Sequence[Layout] | None) -> Tensor:
-        """Return the visual tokens ``(I, Q, D_lm)`` of whole images, of the output ``(U, Q, D_lm)``."""
-        return tokens if self.padded else whole_images(tokens, layouts)
 
     def linear(self) -> nn.Linear | None:
         """Return the linear map that ends the connector, applied to ``body(features)``; None: it has none.

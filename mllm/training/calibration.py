@@ -21,7 +21,7 @@ def calibrate_new(model: Model, stage: Stage, batches: Batches, store: FeatureSt
     rows, _, _ = batches.readable(batches.stream().take(CALIBRATION_EXAMPLES))
     images = [image for pieces in rows for image in images_of(pieces)]
     if images:
-        calibrate(model, model.connector.arranged(store(images), model.layouts(images)))
+        calibrate(model, model.arranged(store(images), model.layouts(images)))
     model.calibrated = True
 
 
