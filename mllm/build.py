@@ -17,8 +17,8 @@ from mllm.config.parts import AssemblySpec
 from mllm.config.recipe import Stage
 from mllm.devices import DeviceName, DTypeName, cast, choose_device, dtype_of
 from mllm.encoders.base import on_meta
+from mllm.encoders.specified import cut_for, newline_for
 from mllm.encoders.specified import encoder_of as encoder_of
-from mllm.encoders.specified import newline_for
 from mllm.errors import MLLMError
 from mllm.fits.base import ClosedForm
 from mllm.lms.insert import build_adapters, build_tokens
@@ -120,7 +120,7 @@ def _joined(spec: AssemblySpec, *, encoder: Any, lm: Any, device: torch.device) 
         encoder=encoder,
         connector=connector,
         lm=lm,
-        adapters=build_adapters(spec, lm=lm),
+        adapters=build_adapters(spec, lm=lm, varying=encoder is not None and encoder.tiling is not None),
         tokens=build_tokens(spec, every_token(spec.tokens, heads.values()), lm=lm),
         heads=heads,
         decoder=decoder,
@@ -195,6 +195,7 @@ def build_connector(spec: AssemblySpec, *, encoder: Any, lm: Any) -> Connector:
     lm_dim = None if lm is None else lm.dim
     widths = {"vis_dim": encoder.dim, "lm_dim": lm_dim, "num_patches": encoder.num_patches, "grid": encoder.grid}
     connector = _build_seeded(spec, Connector, "connector", spec.connector, **widths)
+    cut_for(encoder, connector)
     connector.newline = newline_for(encoder, connector, lm_dim, seed=spec.seed_of("connector"))
     if spec.connector.vocabulary is not None:
         bind(connector, lm, **spec.connector.vocabulary.model_dump())

@@ -52,19 +52,22 @@ class Inputs:
     @cached_property
     def overview(self) -> Tensor | None:
         """The visual tokens ``(I, Q, D_lm)`` of the whole images."""
-        return self._connected if self._connected is None else whole_images(self._connected, self.layouts)
+        return self._whole(self._connected)
 
     @cached_property
     def before_words(self) -> Tensor | None:
         """The same before the connector's vocabulary, if it has one, replaces them."""
-        return self._unreplaced if self._unreplaced is None else whole_images(self._unreplaced, self.layouts)
+        return self._whole(self._unreplaced)
+
+    def _whole(self, tokens: Tensor | None) -> Tensor | None:
+        return tokens if tokens is None else self.model.whole(tokens, self.layouts)
 
     @cached_property
     def _connected(self) -> Tensor | None:
         """The connector's output ``(U, Q, D_lm)``, computed once for all objectives."""
         vocabulary = getattr(self.model.connector, "vocabulary", None)
         if self.tiles is None or vocabulary is None:
-            return None if self.tiles is None else self.model.connector(self.tiles)
+            return None if self.tiles is None else self.model.connect(self.tiles, self.layouts)
         return vocabulary(self._unreplaced)
 
     @cached_property
@@ -72,4 +75,4 @@ class Inputs:
         connector = self.model.connector
         if self.tiles is None or getattr(connector, "vocabulary", None) is None:
             return self._connected
-        return connector.before_words(self.tiles)
+        return connector.before_words(self.model.arranged(self.tiles, self.layouts))

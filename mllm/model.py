@@ -16,7 +16,8 @@ from mllm.capabilities import CrossAttention
 from mllm.config.parts import FROZEN, AssemblySpec
 from mllm.errors import MLLMError
 from mllm.lms.cross_attention import embed_with_memory
-from mllm.media.tiles import Layout, Tiling
+from mllm.media.native import together
+from mllm.media.tiles import Cutting, Layout, whole_images
 from mllm.parts import Parts
 from mllm.prompts.batch import Batch, Encoded, collate, encode
 from mllm.prompts.length import too_long
@@ -101,16 +102,43 @@ class Model(Parts):
         """Whether parameters inside the language model train, so that gradients flow through all of its inputs."""
         return any(p.requires_grad for part in (self.lm, self.adapters) for p in part.parameters())
 
+    def encoded(self, tiles: Sequence[Any]) -> Tensor:
+        """Return the encoder's features ``(U, P, D_vis)`` of images' tiles (`mllm.slots.Encoder.tiles`)."""
+        with torch.no_grad():
+            return self.encoder(self.encoder.preprocess(tiles).to(self.device))
+
     def features(self, images: Sequence[Any]) -> Tensor:
         """Return the encoder's features ``(I, P, D_vis)`` of images in any accepted form, each as a whole."""
-        pixels = self.encoder.preprocess([self.encoder.open(image) for image in images])
-        with torch.no_grad():
-            return self.encoder(pixels.to(self.device))
+        features = self.encoded([self.encoder.open(image) for image in images])
+        return whole_images(features, self.layouts(images)) if self.joint else features
+
+    def overview(self, images: Sequence[Any]) -> Tensor:
+        """Return the visual tokens ``(I, Q, D_lm)`` of images in any accepted form, each as a whole."""
+        opened = [self.encoder.open(image) for image in images]
+        layouts = self.layouts(opened) if self.joint else None
+        return self.whole(self.connect(self.encoded(opened), layouts), layouts)
+
+    def connect(self, features: Tensor, layouts: Sequence[Layout] | None) -> Tensor:
+        """Return the connector's output ``(U, Q, D_lm)`` of features ``(U, P, D_vis)`` of images' units."""
+        return self.connector(self.arranged(features, layouts))
+
+    def arranged(self, features: Tensor, layouts: Sequence[Layout] | None) -> Tensor:
+        """Return features ``(U, P, D_vis)`` of images' units as the connector takes them."""
+        return features if layouts is None or not self.connector.padded else together(features, layouts)
+
+    def whole(self, tokens: Tensor, layouts: Sequence[Layout] | None) -> Tensor:
+        """Return the visual tokens ``(I, Q, D_lm)`` of whole images, of the connector's output."""
+        return tokens if self.connector.padded else whole_images(tokens, layouts)
 
     @property
-    def tiling(self) -> Tiling | None:
-        """Return how images are cut into tiles; None: they are not."""
-        tiling: Tiling | None = None if self.encoder is None else self.encoder.tiling
+    def joint(self) -> bool:
+        """Whether the encoder makes cells of an image as a whole (`mllm.media.native`)."""
+        return self.tiling is not None and self.tiling.joint
+
+    @property
+    def tiling(self) -> Cutting | None:
+        """Return how images are cut into tiles, or videos into segments; None: they are not."""
+        tiling: Cutting | None = None if self.encoder is None else self.encoder.tiling
         return tiling
 
     def layouts(self, images: Sequence[Any]) -> list[Layout] | None:
@@ -130,8 +158,9 @@ class Model(Parts):
         """Return images' visual tokens as `embed` takes them; None: there are no images."""
         if not images:
             return None
-        features = self.features([tile for image in images for tile in self.encoder.tiles(image)])
-        return self.in_order(self.connector(features), self.layouts(images))
+        features = self.encoded([tile for image in images for tile in self.encoder.tiles(image)])
+        layouts = self.layouts(images)
+        return self.in_order(self.connect(features, layouts), layouts)
 
     def forward(
         self,

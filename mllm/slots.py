@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from mllm.inputs import Inputs as Inputs
 from mllm.media.images import ImageSource, open_image
-from mllm.media.tiles import Layout, Tiling, in_order
+from mllm.media.sizes import size_of
+from mllm.media.tiles import Cutting, Layout, in_order
 from mllm.prompts.batch import Batch
 from mllm.prompts.pieces import Piece
 
@@ -38,7 +39,8 @@ class Encoder(nn.Module):
         num_patches: P.
         shape: of one image as `preprocess` returns it.
         cacheable: whether features cost enough to be kept in the feature cache.
-        tiling: how images are cut into tiles, each of which is encoded by itself; None: they are not.
+        tiling: how images are cut into tiles, or videos into segments, each of which is encoded by itself; None: they
+            are not.
         fingerprint: identifies its weights, and whatever else changes with the model (`mllm.hub.identity`).
     """
 
@@ -47,8 +49,9 @@ class Encoder(nn.Module):
     num_patches: int
     shape: tuple[int, ...] = ()
     cacheable = True
-    tiling: Tiling | None = None
+    tiling: Cutting | None = None
     reads_images = True  # and neither videos, sounds nor stored features
+    reads_videos = False
 
     @property
     def fingerprint(self) -> str:
@@ -66,6 +69,11 @@ class Encoder(nn.Module):
     def key(self, source: ImageSource) -> str:
         """Return the key that a source's features are cached under: equal keys, equal features."""
         return source.key()
+
+    def pixels(self, piece: Any) -> int:
+        """Return the number of pixels that `open` decodes, read from the header."""
+        width, height = size_of(piece)
+        return width * height
 
     def tiles(self, piece: Any) -> list[Any]:
         """Return an image's tiles as `preprocess` takes them: by default the opened image."""
@@ -101,7 +109,14 @@ class Connector(nn.Module):
         num_tokens: Q.
         token_grid: rows and columns of the Q tokens, where each token is a place of the image; None: they are not.
         newline: the token ``(D_lm,)`` that ends a row of an image's tiles (`mllm.media.tiles`), where there are rows.
+        reads_whole: whether Q tokens are made of all features of an image, so that an image of any number of patches
+            takes Q, where its cells are encoded together (`mllm.media.native`). Features ``(B, P, D_vis)`` are then
+            padded with zeros, and `mask_of` says where.
+        padded: whether they may be; set when the model is built.
     """
+
+    reads_whole = False
+    padded = False
 
     num_tokens: int
     token_grid: tuple[int, int] | None = None
@@ -121,13 +136,19 @@ class Connector(nn.Module):
         """Return the visual tokens ``(B, Q, D_lm)`` before a vocabulary, if there is one, replaces them."""
         return self.forward(self.cast(features))
 
+    def mask_of(self, features: Tensor) -> Tensor | None:
+        """Return which features are no padding ``(B, P)``; None: all."""
+        return features.ne(0).any(-1) if self.padded else None
+
     def tokens_of(self, layout: Layout | None) -> int:
         """Return how many visual tokens an image takes, by its tiles; None: it is not cut, and takes Q."""
-        return self.num_tokens if layout is None else layout.count(self.num_tokens, self.token_grid)
+        if layout is None or self.padded:
+            return self.num_tokens
+        return layout.count(self.num_tokens, self.token_grid)
 
     def in_order(self, tokens: Tensor, layouts: Sequence[Layout] | None) -> Tensor:
-        """Return images' visual tokens ``(N, D_lm)`` of those of their tiles ``(U, Q, D_lm)``; None: as they are."""
-        return tokens if layouts is None else in_order(tokens, layouts, self.token_grid, self.newline)
+        """Return images' visual tokens ``(N, D_lm)`` of the output ``(U, Q, D_lm)``; None: as they are."""
+        return tokens if layouts is None or self.padded else in_order(tokens, layouts, self.token_grid, self.newline)
 
     def linear(self) -> nn.Linear | None:
         """Return the linear map that ends the connector, applied to ``body(features)``; None: it has none.

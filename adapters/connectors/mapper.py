@@ -61,6 +61,7 @@ class Mapper(Connector):
         if attention not in ("joint", "cross"):
             raise MLLMError(f"connector.attention is {attention!r}: expected joint or cross.")
         self.num_tokens, self.expand, self.attention = tokens, expand, attention
+        self.reads_whole = not positions  # which are those of a fixed number of features
         self.normalize = nn.LayerNorm(vis_dim) if norm else nn.Identity()
         self.enter = nn.Linear(vis_dim, expand * dim)
         self.queries = nn.Parameter(torch.randn(tokens, dim))
@@ -79,10 +80,14 @@ class Mapper(Connector):
         inputs = rearrange(self.enter(self.normalize(features)), "b p (k d) -> b (p k) d", k=self.expand)
         inputs = inputs + self.positions
         queries = repeat(self.queries, "q d -> b q d", b=len(features))
+        mask = self.mask_of(features)
+        padding = None if mask is None else ~mask.repeat_interleave(self.expand, dim=1)
         if self.attention == "cross":
-            attended: Tensor = self.encoder(queries, inputs)
+            attended: Tensor = self.encoder(queries, inputs, memory_key_padding_mask=padding)
             return attended
-        states: Tensor = self.encoder(torch.cat([inputs, queries], dim=1))
+        if padding is not None:
+            padding = torch.cat([padding, padding.new_zeros(queries.shape[:2])], dim=1)
+        states: Tensor = self.encoder(torch.cat([inputs, queries], dim=1), src_key_padding_mask=padding)
         return states[:, -self.num_tokens :]
 
     def forward(self, features: Tensor) -> Tensor:

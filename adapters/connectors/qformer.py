@@ -46,6 +46,8 @@ class QFormer(Connector):
         MLLMError: ``init`` is not a BERT of these sizes.
     """
 
+    reads_whole = True
+
     def __init__(
         self,
         *,
@@ -93,7 +95,10 @@ class QFormer(Connector):
             size = (len(features), 1, self.num_tokens, self.num_tokens)
             mask = torch.ones(size, dtype=torch.bool, device=features.device).tril()
         states: Tensor = self.qformer(
-            query_embeds=queries, attention_mask=mask, encoder_hidden_states=self.norm_features(self.cast(features))
+            query_embeds=queries,
+            attention_mask=mask,
+            encoder_hidden_states=self.norm_features(self.cast(features)),
+            encoder_attention_mask=self.mask_of(features),
         ).last_hidden_state
         return states
 
@@ -125,6 +130,7 @@ class TextQFormer(QFormer):
             query_length=self.num_tokens,
             attention_mask=joint_mask(self.num_tokens, mask, mode),
             encoder_hidden_states=self.norm_features(self.cast(features)),
+            encoder_attention_mask=self.mask_of(features),
         ).last_hidden_state
         return states[:, : self.num_tokens], states[:, self.num_tokens :]
 

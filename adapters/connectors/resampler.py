@@ -31,6 +31,8 @@ class Resampler(Connector):
         project: the linear layer to the language model's width.
     """
 
+    reads_whole = True
+
     def __init__(
         self,
         *,
@@ -60,8 +62,9 @@ class Resampler(Connector):
 
     def body(self, features: Tensor) -> Tensor:
         """Return the latents' states ``(B, Q, D_vis)`` after attention to the features."""
-        mask = torch.ones(features.shape[:2], dtype=torch.long, device=features.device)
-        latents: Tensor = self.resampler(features, mask)
+        mask = self.mask_of(features)
+        mask = torch.ones(features.shape[:2], device=features.device) if mask is None else mask
+        latents: Tensor = self.resampler(features, mask.long())
         return latents
 
     def forward(self, features: Tensor) -> Tensor:

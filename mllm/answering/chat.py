@@ -7,9 +7,7 @@ tokens are those of the whole conversation computed at once.
 
 from __future__ import annotations
 
-import base64
 import functools
-import io
 import json
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -22,10 +20,12 @@ from transformers import TextIteratorStreamer
 
 from mllm.answering.decode import for_encoded, generate_ids, make_decoding
 from mllm.answering.generate import answer_prompts, generate
+from mllm.answering.saved_chat import saved_part
 from mllm.errors import MLLMError
 from mllm.lms.decoding import Decoding
 from mllm.lms.generation import exceeds
-from mllm.media.images import ImageFile, source_of
+from mllm.media.images import source_of
+from mllm.media.videos import video_source_of
 from mllm.model import Model
 from mllm.outputs import Output
 from mllm.prompts.batch import Encoded, collate
@@ -117,7 +117,7 @@ class Chat:
         Raises:
             MLLMError: the file cannot be written; the conversation continues.
         """
-        messages = [{**m, "content": [_saved(part) for part in m["content"]]} for m in self.messages]
+        messages = [{**m, "content": [saved_part(part) for part in m["content"]]} for m in self.messages]
         text = json.dumps(messages, indent=2, ensure_ascii=False) + "\n"
         try:
             write(Path(path), lambda file: file.write_text(text, encoding="utf-8", errors="replace"))
@@ -134,9 +134,7 @@ class Chat:
         """Yield the answer to a new message, then add both to the conversation."""
         if not text.strip() and not images:
             raise MLLMError("The message is empty: give a text, an image, or both.")
-        sources = [source_of(image) for image in images]
-        for source in sources:
-            source.open()
+        sources = [_source_of(self._model, image) for image in images]
         question = message("user", [*({"type": "image", "image": source} for source in sources), text_part(text)])
         messages = [*self.messages, question]
         whole = ""
@@ -277,12 +275,15 @@ class _Streamer(TextIteratorStreamer):
             cast(Any, super()).put(value)
 
 
-def _saved(part: dict[str, Any]) -> dict[str, Any]:
-    if part["type"] == "text":
-        return part
-    source = part["image"]
-    if isinstance(source, ImageFile):
-        return {"type": "image", "image": str(source.path.resolve())}
-    buffer = io.BytesIO()
-    source.open().save(buffer, "PNG")
-    return {"type": "image", "image": f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"}
+def _source_of(model: Model, image: Any) -> Any:
+    """Return an image, or what else the encoder reads, as an `ImageSource` that can be opened.
+
+    Raises:
+        MLLMError: it cannot be read.
+    """
+    source = video_source_of(image) if isinstance(image, list | tuple) else source_of(image)
+    if model.encoder is None:
+        source.open()
+    else:
+        model.encoder.open(source)
+    return source

@@ -64,7 +64,7 @@ def nearest_words(model: Model, images: Sequence[Any], top: int) -> list[list[st
     vocabulary = lexicon(model.lm)
     table = model.lm.embed(torch.tensor([token for token, _ in vocabulary], device=model.device)).float()  # (W, D_lm)
     centre = table.mean(0)
-    visual = model.connector(model.features(images)).float().mean(1)  # (I, D_lm)
+    visual = model.overview(images).float().mean(1)  # (I, D_lm)
     order = (normalize(visual - centre, dim=-1) @ normalize(table - centre, dim=-1).T).argsort(1, descending=True)
     return [
         list(islice(dict.fromkeys(vocabulary[index][1] for index in row), top)) for row in order[:, : 20 * top].tolist()

@@ -29,6 +29,7 @@ from mllm.hub.fingerprints import tensor_hash
 from mllm.hub.identity import weights_of
 from mllm.hub.verified import DamagedFile, read_verified, save_verified
 from mllm.media.images import ImageSource, source_of
+from mllm.media.tiles import Tiling, whole_images
 from mllm.model import Model
 from mllm.system import cache_dir, remove_partial
 
@@ -64,8 +65,8 @@ class FeatureStore:
     def whole(self, images: Sequence[Any]) -> Tensor:
         """Return features ``(I, P, D_vis)`` of whole images; further tiles of theirs are not encoded."""
         tiling = self._model.tiling
-        if tiling is None:
-            return self(images)
+        if not isinstance(tiling, Tiling):
+            return whole_images(self(images), self._model.layouts(images))
         return self._features(images, lambda opened: [tiling.whole(opened)], "whole/")
 
     def _features(self, images: Sequence[Any], cut: Callable[[Any], list[Any]], prefix: str = "") -> Tensor:
@@ -83,8 +84,10 @@ class FeatureStore:
         names = list(missing)
         for start in range(0, len(names), self._chunk):
             chunk = names[start : start + self._chunk]
-            tiles = [cut(self.opened(missing[key])) for key in chunk]
-            rows = self._encoded([tile for of_image in tiles for tile in of_image]).split(list(map(len, tiles)))
+            opened = [self.opened(missing[key]) for key in chunk]
+            tiles = [cut(image) for image in opened]
+            counts = [1 if prefix else self._model.tiles_of([image]) for image in opened]
+            rows = self._encoded([tile for of_image in tiles for tile in of_image]).split(counts)
             for key, row in zip(chunk, rows, strict=True):
                 features[key] = row.flatten(0, 1)
                 self._cache(key, features[key])
@@ -93,7 +96,7 @@ class FeatureStore:
 
     def _encoded(self, tiles: Sequence[Any]) -> Tensor:
         parts = [tiles[start : start + self._chunk] for start in range(0, len(tiles), self._chunk)]
-        return torch.cat([self._model.features(part) for part in parts])
+        return torch.cat([self._model.encoded(part) for part in parts])
 
     def expect(self, images: Sequence[Any]) -> None:
         """Start opening images that will be requested, except those whose features are cached.

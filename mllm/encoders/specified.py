@@ -32,11 +32,44 @@ def encoder_of(spec: EncoderSpec, *, seed: int) -> Encoder:
         return Shape(**config)
     options = spec.options()
     if spec.of is not None:
-        options["of"] = [encoder_of(member, seed=seed) for member in spec.of]
+        options["of"] = [_member(member, seed) for member in spec.of]
     else:
         options["seed"] = seed
     label = f"encoder {spec.model or spec.type}"
     return fulfilled(Encoder, label, made(lookup("encoders", spec.type), label, **options))
+
+
+def _member(spec: EncoderSpec, seed: int) -> Encoder:
+    """Return an encoder inside another one.
+
+    Raises:
+        MLLMError: its images do not all have one number of features.
+    """
+    encoder = encoder_of(spec, seed=seed)
+    if encoder.tiling is not None:
+        raise MLLMError(
+            f"encoder.of: {spec.label} gives images of different sizes different numbers of features, and an encoder "
+            "in 'of' has to give as many for each. Choose an encoder of type transformers."
+        )
+    return encoder
+
+
+def cut_for(encoder: Encoder, connector: Connector) -> None:
+    """Let an encoder and a connector agree on the tokens of an image, where their number varies.
+
+    Raises:
+        MLLMError: the connector reads a fixed number of features, or a token budget is too small.
+    """
+    if encoder.tiling is None:
+        return
+    encoder.tiling = encoder.tiling.within(connector.num_tokens)
+    connector.padded = connector.reads_whole and encoder.tiling.joint
+    if encoder.tiling.joint and not connector.reads_whole and connector.token_grid is None:
+        raise MLLMError(
+            f"The connector {type(connector).__name__} reads a fixed number of features, and this encoder gives "
+            "as many as an image's size asks for. Set connector.type to linear, mlp, resampler, qformer, or mapper "
+            "without positions."
+        )
 
 
 def _tiling(spec: TilesSpec, encoder: Any, resolution: int | None) -> Tiling:

@@ -28,8 +28,11 @@ def build_tokens(spec: AssemblySpec, names: Sequence[str], *, lm: Any) -> NewTok
     return tokens
 
 
-def build_adapters(spec: AssemblySpec, *, lm: Any) -> list[nn.Module]:
-    """Insert new adapters into a language model; their random weights depend on the specification's seed alone."""
+def build_adapters(spec: AssemblySpec, *, lm: Any, varying: bool = False) -> list[nn.Module]:
+    """Insert new adapters into a language model; their random weights depend on the specification's seed alone.
+
+    ``varying``: the number of visual tokens is not the same for every image.
+    """
     if spec.adapters and lm is None:
         raise MLLMError("adapters: adapters need a language model, and there is none. Give lm.")
     for index, part in enumerate(spec.adapters):
@@ -41,7 +44,7 @@ def build_adapters(spec: AssemblySpec, *, lm: Any) -> list[nn.Module]:
             made(lookup("adapters", part.type), f"adapter {part.type}", lm.model, **part.options())
             for part in spec.adapters
         ]
-    _check_adapters(spec, adapters)
+    _check_adapters(spec, adapters, varying)
     for adapter in adapters:
         if isinstance(adapter, PrefixAdapter):
             lm.prepend(adapter)
@@ -50,7 +53,7 @@ def build_adapters(spec: AssemblySpec, *, lm: Any) -> list[nn.Module]:
     return adapters
 
 
-def _check_adapters(spec: AssemblySpec, adapters: Sequence[nn.Module]) -> None:
+def _check_adapters(spec: AssemblySpec, adapters: Sequence[nn.Module], varying: bool) -> None:
     """Raise an `MLLMError` for adapters that cannot be combined with a cross-attention adapter."""
     named = [(part.type, adapter) for part, adapter in zip(spec.adapters, adapters, strict=True)]
     crossing = [name for name, adapter in named if isinstance(adapter, CrossAttention)]
@@ -62,10 +65,10 @@ def _check_adapters(spec: AssemblySpec, adapters: Sequence[nn.Module]) -> None:
             f"adapters: {prefixes[0]} puts positions before the sequence, for which {crossing[0]} has no image to "
             "attend to. Remove one."
         )
-    if crossing and spec.encoder is not None and spec.encoder.tiles is not None:
+    if crossing and varying:
         raise MLLMError(
-            f"adapters: {crossing[0]} attends to as many visual tokens for every image, and encoder.tiles cuts images "
-            "into tiles whose number varies. Remove one of them."
+            f"adapters: {crossing[0]} attends to as many visual tokens for every image, and with this encoder their "
+            "number varies (encoder.tiles; encoder.fps or encoder.most of videos). Remove one of them."
         )
     if crossing and spec.connector is None:
         raise MLLMError(

@@ -13,6 +13,16 @@ from mllm.errors import MLLMError
 
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")  # none of them runs a program
 HEIF_BRANDS = {b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"hevm", b"hevs", b"mif1", b"msf1"}
+STILL = (
+    b"\x89PNG",
+    b"\xff\xd8\xff",
+    b"BM",
+    b"II*\0",
+    b"MM\0*",
+    *(b"P%d" % kind for kind in range(1, 7)),
+    b"\0\0\0\x0cjP  ",
+    b"\xff\x4f\xff\x51",
+)
 HEIF_SUFFIXES = {".heic", ".heif", ".hif"}
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_TEXTS = {b"tEXt", b"zTXt", b"iTXt", b"iCCP"}
@@ -30,6 +40,15 @@ def suffixes() -> frozenset[str]:
 def is_heif(data: bytes) -> bool:
     """Whether a file begins as HEIC and HEIF files do."""
     return data[4:8] == b"ftyp" and data[8:12] in HEIF_BRANDS
+
+
+def is_still(data: bytes) -> bool:
+    """Whether a file begins as an image does, of which one frame is read; a GIF may be a video."""
+    if data[4:8] == b"ftyp":
+        return data[8:12] in HEIF_BRANDS | {b"avif", b"avis"}
+    if data[:4] == b"RIFF":
+        return data[8:12] == b"WEBP"
+    return data.startswith(STILL)
 
 
 def formats_of(data: bytes, label: str) -> tuple[str, ...]:

@@ -47,11 +47,11 @@ def size_of(image: Any) -> tuple[int, int]:
 
 
 def label_of(image: Any) -> str:
-    """Return an image's name for messages; one without a name is described by its size."""
-    if isinstance(image, ImageFile | Path):
-        return str(image.path if isinstance(image, ImageFile) else image)
-    if isinstance(image, ImageBytes):
-        return image.label
+    """Return the name of an image or a video for messages; one without a name is described by its size."""
+    if isinstance(path := getattr(image, "path", image), Path):
+        return str(path)
+    if isinstance(label := getattr(image, "label", None), str):
+        return label
     width, height = size_of(image)
     return f"the image of {width} x {height} pixels"
 

@@ -36,7 +36,7 @@ class Layout:
         size: width and height of the image.
         grid: rows and columns of the tiles.
         tiles: their number, that of the whole image included.
-        whole: the index of the tile that shows the whole image.
+        whole: the index of the tile that shows the whole image; None: they are cells of the image, none of which does.
         unpad: the grid's visual tokens are put in rows over all tiles, without those of the padding, and each row ends
             with a newline token; the whole image is the first tile. False: the tokens of one tile after another.
     """
@@ -44,7 +44,7 @@ class Layout:
     size: Size
     grid: Grid
     tiles: int
-    whole: int
+    whole: int | None
     unpad: bool
 
     def count(self, tokens: int, grid: Grid | None) -> int:
@@ -76,9 +76,44 @@ class Layout:
         return range(top, rows - top), range(left, columns - left)
 
 
+class Cutting(ABC):
+    """How images are divided into units: tiles or segments of a video, which are encoded by themselves, or cells.
+
+    Attributes:
+        joint: whether the units are cells of an image that is encoded as a whole (`mllm.media.native`).
+    """
+
+    joint = False
+
+    def of(self, image: Any) -> Layout:
+        """Return the units of an image in any accepted form, of which no pixel is decoded; a layout is returned.
+
+        Raises:
+            MLLMError: it cannot be read, or not be divided.
+        """
+        return image if isinstance(image, Layout) else self.measured(image)
+
+    @abstractmethod
+    def measured(self, image: Any) -> Layout:
+        """Return the units of an image in any accepted form; see `of`."""
+
+    @abstractmethod
+    def cut(self, image: Any) -> list[Any]:
+        """Return an opened image's units."""
+
+    @property
+    @abstractmethod
+    def fullest(self) -> Sequence[Layout]:
+        """Layouts, among which is one that takes as many tokens as any image."""
+
+    def within(self, tokens: int) -> Cutting:
+        """Return the same for a connector that makes so many visual tokens of a unit."""
+        return self
+
+
 @dataclass(frozen=True)
-class Tiling(ABC):
-    """How images are cut.
+class Tiling(Cutting):
+    """How images are cut into tiles.
 
     Args:
         side: of the square tiles, in pixels.
@@ -104,7 +139,7 @@ class Tiling(ABC):
     def cut(self, image: Image.Image) -> list[Image.Image]:
         """Return an RGB image's tiles."""
 
-    def of(self, image: Any) -> Layout:
+    def measured(self, image: Any) -> Layout:
         """Return the tiles of an image in any accepted form; of a file only the header is read.
 
         Raises:
@@ -233,12 +268,15 @@ def _grids_of(least: int, most: int) -> list[Grid]:
 def whole_images(values: Tensor, layouts: Sequence[Layout] | None) -> Tensor:
     """Return the rows ``(I, ...)`` of the tiles that show whole images, of the rows ``(U, ...)`` of all tiles.
 
-    ``layouts``: of the images; None: they are not cut, and each has one row.
+    Of an image without such a tile it is the mean over its cells. ``layouts``: of the images; None: they are not cut,
+    and each has one row.
     """
     if layouts is None:
         return values
+    if any(layout.whole is None for layout in layouts):
+        return torch.stack([rows.mean(0) for rows in values.split([layout.tiles for layout in layouts])])
     starts = accumulate((layout.tiles for layout in layouts), initial=0)
-    rows = [start + layout.whole for start, layout in zip(starts, layouts, strict=False)]
+    rows = [start + (layout.whole or 0) for start, layout in zip(starts, layouts, strict=False)]
     return values[torch.tensor(rows, device=values.device)]
 
 

@@ -134,10 +134,14 @@ class Draft:
         return self.encode(self.model.tiles_per_image)
 
     def encode(self, tiles: int) -> Cost:
-        """Return the cost of encoding images' tiles with the frozen encoder, in chunks as the feature store does."""
+        """Return the cost of encoding images' tiles with the frozen encoder, in chunks as the feature store does.
+
+        The cells of an image are encoded together, and those of different images apart.
+        """
         if not self.encoder_known or not tiles:
             return Cost()
         chunk = inspect.signature(FeatureStore).parameters["chunk"].default
+        chunk = self.model.tiles_per_image if self.model.joint else chunk
         pixels = self.paper.empty(min(chunk, tiles), *self.model.encoder.shape)
         with torch.no_grad():
             one = cost(lambda: self.model.encoder(pixels))

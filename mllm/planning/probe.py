@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from PIL import Image
 
 from mllm.build import build
 from mllm.config import loading
@@ -20,6 +21,7 @@ from mllm.training.setup import Objectives, optimizer_for, parameter_groups, pre
 
 REPEATS = 3
 IMAGES = 8
+SIDE = 512  # pixels of images of an encoder that takes any size
 
 
 def probe(recipe: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> tuple[float, float | None]:
@@ -40,8 +42,9 @@ def probe(recipe: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> tup
     objectives = Objectives(stage)
     rows = workload(model, stage, processes=1, images=None, text=None).typical
     draft = Draft(stage, "cpu" if accelerator.device.type == "cpu" else "gpu")
-    pixels = torch.randn(IMAGES, *model.encoder.shape, device=accelerator.device) if model.encoder else None
-    features = model.encoder(pixels[:1]).detach() if pixels is not None else None
+    pixels = _pixels(model).to(accelerator.device) if model.encoder else None
+    with torch.no_grad():
+        features = model.encoder(pixels)[:1] if pixels is not None else None
     batch = rows.batch.to(accelerator.device) if rows.batch else None
     model.train()
 
@@ -60,7 +63,14 @@ def probe(recipe: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> tup
     if pixels is None or model.encoder_trains or not draft.image.flops:
         return rate, None
     with torch.no_grad():
-        return rate, draft.image.flops / model.tiles_per_image * IMAGES / _seconds(lambda: model.encoder(pixels))
+        return rate, draft.image.flops / model.tiles_per_image * len(pixels) / _seconds(lambda: model.encoder(pixels))
+
+
+def _pixels(model: Any) -> torch.Tensor:
+    """Return the encoder's inputs of several images, of noise where they need no values of their own."""
+    if model.joint:
+        return torch.as_tensor(model.encoder.preprocess([Image.new("RGB", (SIDE, SIDE))] * IMAGES))
+    return torch.randn(IMAGES, *model.encoder.shape)
 
 
 def _seconds(compute: Callable[[], Any]) -> float:

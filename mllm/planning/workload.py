@@ -140,19 +140,12 @@ def _rows(model: Model, pieces: list[list[Piece]], pack: int | None = None) -> R
     return Rows([row for row, _ in fitting], collate(encoded, model.lm.pad, pack=pack) if encoded else None, images)
 
 
-@dataclass(frozen=True)
-class _Unread:
-    """An image of which only the size is assumed."""
-
-    size: tuple[int, int]
-
-
 def _pieces(model: Model) -> list[Piece]:
     """Return an example with the image that takes the most tokens."""
     tiling = model.tiling
     layouts = [] if tiling is None else tiling.fullest
-    sizes = [max(layouts, key=model.connector.tokens_of).size] if layouts and model.connector else [(1, 1)]
-    return [_Unread(sizes[0]), "An image", Target(" of something.")]
+    image = max(layouts, key=model.connector.tokens_of) if layouts and model.connector else object()
+    return [image, "An image", Target(" of something.")]
 
 
 def _made(model: Model, text: int) -> Encoded:

@@ -28,9 +28,10 @@ def too_long(pieces: Sequence[Piece], length: int, context: int, num_visual: Cou
         named = [f"{label_of(image)}: {count} tokens" for image, count in zip(images, counts, strict=True)]
         shown = "; ".join(named[:MOST]) + (f"; {len(named) - MOST} more images" if len(named) > MOST else "")
         shown = shown or "no image"
+    less = "" if isinstance(num_visual, int) else ", or let the encoder give an image or a video fewer tokens"
     return MLLMError(
-        f"The prompt has {length} tokens ({shown}), and the language model's context is {context} tokens. Shorten it"
-        + ("." if isinstance(num_visual, int) else ", or let encoder.tiles make fewer tiles.")
+        f"The prompt has {length} tokens ({shown}), and the language model's context is {context} tokens. "
+        f"Shorten it{less}."
     )
 
 

@@ -8,7 +8,9 @@ from typing import Any, Protocol
 
 from mllm.config.prompt import PromptSpec
 from mllm.errors import MLLMError
+from mllm.media.data_urls import from_data_url, is_data_url
 from mllm.media.images import open_image, source_of
+from mllm.media.videos import MAX_BYTES, VideoBytes, video_source_of
 from mllm.prompts.chat_template import templated, uses_template
 from mllm.prompts.formatting import preamble
 from mllm.prompts.pieces import Piece, Target, arrange, is_image, joined
@@ -66,6 +68,8 @@ def text_part(text: str) -> dict[str, Any]:
 def checked_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
     """Return messages of transformers' or OpenAI's schema in transformers' schema, images as `ImageSource`.
 
+    A video is a part like an image, of type ``image``: templates and models read it where they read an image.
+
     Raises:
         MLLMError: a message of another form.
     """
@@ -92,11 +96,23 @@ def _part(part: Any) -> dict[str, Any]:
     if kind == "image" and "image" in part:
         return {"type": "image", "image": source_of(part["image"])}
     if kind == "image_url" and isinstance(part.get("image_url"), dict):
-        url = str(part["image_url"].get("url"))
-        if not url.startswith("data:"):
-            raise MLLMError(f"image_url is {url[:60]!r}; only data URLs are read, nothing is downloaded.")
-        return {"type": "image", "image": source_of(open_image(url))}
-    raise MLLMError(f"A part of a message is a text, an image or an image_url; got {str(part)[:80]!r}.")
+        return {"type": "image", "image": source_of(open_image(_data_url(part, kind)))}
+    if kind == "video" and "video" in part:
+        return {"type": "image", "image": video_source_of(part["video"])}
+    if kind == "video_url" and isinstance(part.get("video_url"), dict):
+        data = from_data_url(_data_url(part, kind), MAX_BYTES)
+        return {"type": "image", "image": VideoBytes(data, f"the video of {len(data)} bytes")}
+    raise MLLMError(
+        f"A part of a message is a text, an image or an image_url, a video or a video_url; got {str(part)[:80]!r}."
+    )
+
+
+def _data_url(part: dict[str, Any], kind: str) -> str:
+    """Return the data URL of a part of a message."""
+    url = str(part[kind].get("url"))
+    if not is_data_url(url):
+        raise MLLMError(f"{kind} is {url[:60]!r}; only data URLs are read, nothing is downloaded.")
+    return url
 
 
 def _plain(messages: Sequence[dict[str, Any]], prompt: PromptSpec, learn: bool) -> list[Piece]:

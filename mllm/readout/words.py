@@ -35,11 +35,11 @@ def visual_words(model: Model, images: Sequence[Any]) -> Iterator[list[str]]:
         words = "all" if isinstance(connector, RemembersTexts) else "language"
         vocabulary = Vocabulary(model.lm, words=words).to(model.device)
     for start in range(0, len(images), BATCH):
-        chunk = images[start : start + BATCH]
-        layouts = model.layouts(chunk)
-        tiles = [tile for image in chunk for tile in model.encoder.tiles(image)]
-        tokens = model.in_order(connector.before_words(model.features(tiles)), layouts)
-        counts = [connector.num_tokens] * len(chunk) if layouts is None else list(map(connector.tokens_of, layouts))
+        opened = [model.encoder.open(image) for image in images[start : start + BATCH]]
+        layouts = model.layouts(opened)
+        features = model.encoded([tile for image in opened for tile in model.encoder.tiles(image)])
+        tokens = model.in_order(connector.before_words(model.arranged(features, layouts)), layouts)
+        counts = [connector.num_tokens] * len(opened) if layouts is None else list(map(connector.tokens_of, layouts))
         for ids in vocabulary.nearest(tokens).flatten().split(counts):
             yield [vocabulary.text(token) for token in ids.tolist()]
 

@@ -43,7 +43,7 @@ class AlignedScorer(nn.Module):
     def embed_images(self, images: Sequence[Any]) -> Tensor:
         """Return vectors ``(I, D)`` of length 1."""
         chunks = [images[start : start + _BATCH] for start in range(0, len(images), _BATCH)]
-        vectors = [self.model.connector(self.model.features(chunk)).float().mean(1) for chunk in chunks]
+        vectors = [self.model.overview(chunk).float().mean(1) for chunk in chunks]
         return nn.functional.normalize(torch.cat(vectors), dim=-1)
 
     @torch.no_grad()

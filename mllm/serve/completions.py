@@ -104,7 +104,7 @@ class Completions:
         read_images = partial(with_images, model, messages, self._remote, limits)
         checked = await self._call(read_images, limiter=self._downloads if remote else self._in_turn)
         prompt = await self._call(prompt_of, model, checked, limits)
-        number = await self._call(pixels_of, prompt)
+        number = await self._call(pixels_of, model, prompt)
         if number > limits.pixels:
             raise MLLMError(
                 f"The request's images have {number} pixels; at most {limits.pixels} are decoded. Make them smaller."

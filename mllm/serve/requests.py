@@ -9,7 +9,8 @@ from jinja2 import TemplateError
 
 from mllm.errors import MLLMError
 from mllm.media.data_urls import from_data_url, is_data_url
-from mllm.media.images import ImageBytes, open_image, size_of, source_of
+from mllm.media.images import ImageBytes, open_image, source_of
+from mllm.media.videos import VideoBytes
 from mllm.model import Model
 from mllm.prompts.messages import checked_messages, turns
 from mllm.prompts.pieces import images_of
@@ -23,12 +24,12 @@ SPARE = 64  # tokens by which a slice's number may differ from its number in the
 
 
 def needs_remote(messages: list[dict[str, Any]]) -> bool:
-    """Whether an image is in a file or on a host."""
+    """Whether an image or a video is in a file or on a host."""
     return any(not is_data_url(url) for url in map(_url, _parts(messages)) if url is not None)
 
 
 def with_images(model: Model, messages: list[dict[str, Any]], remote: Remote, limits: Limits) -> list[dict[str, Any]]:
-    """Return checked messages with the bytes of their images; local paths in them are never opened.
+    """Return checked messages with the bytes of their images and videos; local paths in them are never opened.
 
     Raises:
         MLLMError: the messages are not in OpenAI's schema, have too many images, or one that cannot be read.
@@ -36,11 +37,14 @@ def with_images(model: Model, messages: list[dict[str, Any]], remote: Remote, li
     parts = list(_parts(messages))
     if len(messages) + len(parts) > MAX_PARTS:
         raise MLLMError(f"The request has {len(messages)} messages with {len(parts)} parts; at most {MAX_PARTS}.")
-    count = sum(isinstance(part, dict) and part.get("type") == "image_url" for part in parts)
+    kinds = [part.get("type") for part in parts if isinstance(part, dict)]
+    count = kinds.count("image_url") + kinds.count("video_url")
     if count > limits.images:
         raise MLLMError(f"The request has {count} images; at most {limits.images} are allowed.")
     if count and (model.encoder is None or model.connector is None):
         raise MLLMError("This model has no encoder and connector, so it takes no images: send text alone.")
+    if "video_url" in kinds and not model.encoder.reads_videos:
+        raise MLLMError("This model takes no videos: its encoder reads images. Send an image_url.")
     reader = _Reader(remote, limits.body)
     checked = checked_messages([_message(message, reader) for message in messages])
     if checked[-1]["role"] != "user":
@@ -60,21 +64,25 @@ def prompt_of(model: Model, messages: list[dict[str, Any]], limits: Limits) -> l
     return pieces
 
 
-def pixels_of(prompt: list[Any]) -> int:
-    """Return the number of pixels of a prompt's images, as their files declare it.
+def pixels_of(model: Model, prompt: list[Any]) -> int:
+    """Return the number of pixels of a prompt's images and of its videos' frames, as their files declare it.
 
     Raises:
         MLLMError: one is not an image, or too large.
     """
-    sizes = [size_of(image) for image in images_of(prompt)]
-    return sum(width * height for width, height in sizes)
+    images = images_of(prompt)
+    return sum(model.encoder.pixels(image) for image in images) if images else 0
 
 
 def opened(model: Model, prompt: list[Any]) -> list[Any]:
-    """Return a prompt with its images opened."""
+    """Return a prompt with its images and videos opened."""
     if model.encoder is None:
         return prompt
-    return [model.encoder.open(source_of(open_image(one))) if images_of([one]) else one for one in prompt]
+    return [_opened(model.encoder, piece) if images_of([piece]) else piece for piece in prompt]
+
+
+def _opened(encoder: Any, piece: Any) -> Any:
+    return encoder.open(piece if isinstance(piece, VideoBytes) else source_of(open_image(piece)))
 
 
 class _Reader:
@@ -88,13 +96,14 @@ class _Reader:
     def __init__(self, remote: Remote, limit: int) -> None:
         self._remote, self._left = remote, limit
 
-    def read(self, url: str) -> ImageBytes:
-        """Return an image, not decoded."""
+    def read(self, url: str, kind: str) -> ImageBytes:
+        """Return an image or a video, not decoded; ``kind``: ``image_url`` or ``video_url``."""
+        form = VideoBytes if kind == "video_url" else ImageBytes
         if is_data_url(url):
-            return ImageBytes(from_data_url(url, len(url)), "the data URL")
+            return form(from_data_url(url, len(url)), "the data URL")
         data = self._remote.read(url, self._left)
         self._left -= len(data)
-        return ImageBytes(data, f"the image of {len(data)} bytes")
+        return form(data, f"the {kind.removesuffix('_url')} of {len(data)} bytes")
 
 
 def _parts(messages: list[dict[str, Any]]) -> Iterator[Any]:
@@ -106,8 +115,9 @@ def _parts(messages: list[dict[str, Any]]) -> Iterator[Any]:
 
 
 def _url(part: Any) -> str | None:
-    """Return the URL of a part that is an image."""
-    image = part.get("image_url") if isinstance(part, dict) and part.get("type") == "image_url" else None
+    """Return the URL of a part that is an image or a video."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    image = part.get(kind) if kind in ("image_url", "video_url") else None
     url = image.get("url") if isinstance(image, dict) else image
     return url if isinstance(url, str) else None
 
@@ -167,8 +177,9 @@ def _part(part: Any, reader: _Reader) -> dict[str, Any]:
     if kind in ("text", "refusal") and isinstance(part.get(kind), str):
         return {"type": "text", "text": part[kind]}
     if (url := _url(part)) is not None:
-        return {"type": "image", "image": reader.read(url)}
+        return {"type": "image", "image": reader.read(url, str(kind))}
     raise MLLMError(
-        f"A part of a message is a text or an image_url; got {str(part)[:80]!r}. Expected "
+        "A part of a message is a text or an image_url, or a video_url where the model reads videos; got "
+        f"{str(part)[:80]!r}. Expected "
         "{'type': 'text', 'text': ...} or {'type': 'image_url', 'image_url': {'url': ...}}."
     )

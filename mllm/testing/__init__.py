@@ -5,7 +5,10 @@ They are loaded from a folder like pretrained ones. A tiny model is created in w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -89,3 +92,15 @@ def tiny_image(seed: int = 0, size: tuple[int, int] = (40, 32)) -> Image.Image:
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(0, 256, (size[1], size[0], 3), generator=generator, dtype=torch.uint8)
     return Image.fromarray(pixels.numpy())
+
+
+def tiny_video(path: Path, frames: Sequence[Image.Image], rate: int = 10) -> Path:
+    """Write images of one size as a video, ``rate`` frames per second, and return its path."""
+    av: Any = import_module("av")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=rate)
+        stream.width, stream.height, stream.pix_fmt = *frames[0].size, "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_image(frame.convert("RGB"))))
+        container.mux(stream.encode())
+    return path

@@ -21,7 +21,7 @@ def calibrate_new(model: Model, stage: Stage, batches: Batches, store: FeatureSt
     rows, _, _ = batches.readable(batches.stream().take(CALIBRATION_EXAMPLES))
     images = [image for pieces in rows for image in images_of(pieces)]
     if images:
-        calibrate(model, store(images))
+        calibrate(model, model.arranged(store(images), model.layouts(images)))
     model.calibrated = True
 
 
@@ -33,7 +33,7 @@ def calibrate(model: Model, features: Tensor) -> None:
 
     Args:
         model: with a connector and a language model.
-        features: ``(U, P, D_vis)`` of the tiles of real images.
+        features: of real images, as the connector takes them.
     """
     last = model.connector.output()
     if last is None:

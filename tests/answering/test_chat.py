@@ -57,13 +57,13 @@ def test_earlier_turns_are_not_computed_again(model, monkeypatch):
     chat = model.chat()
     chat.send("what is it?", [A, B], max_new_tokens=3)
     seen = []
-    features = model.features
+    features = model.encoded
 
     def counted(images):
         seen.append(len(images))
         return features(images)
 
-    monkeypatch.setattr(model, "features", counted)
+    monkeypatch.setattr(model, "encoded", counted)
     chat.send("and now?", [C], max_new_tokens=3)
     assert seen == [1]
     chat.drop()

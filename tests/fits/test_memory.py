@@ -81,14 +81,14 @@ def test_where_no_score_is_above_the_threshold_it_says_nothing(tiny_parts, items
 @torch.no_grad()
 def test_tiles_are_looked_up_one_by_one_and_only_whole_images_are_fitted(tiny_parts, items, monkeypatch):
     model = assembled(tiny_parts, tiles=TILES)
-    encode, encoded = model.features, []
+    encode, encoded = model.encoded, []
 
-    def features(images: list[Any]) -> torch.Tensor:
+    def counted(images: list[Any]) -> torch.Tensor:
         encoded.extend(images)
         result: torch.Tensor = encode(images)
         return result
 
-    monkeypatch.setattr(model, "features", features)
+    monkeypatch.setattr(model, "encoded", counted)
     fitted(model, items)
     assert len(encoded) == len(items)
     monkeypatch.undo()

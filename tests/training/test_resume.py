@@ -162,7 +162,7 @@ def test_features_are_found_on_disk_and_only_where_nothing_changed(tiny_parts, m
     store = open_store(model, "auto")
     first = store(images)
     store.flush()
-    monkeypatch.setattr(model, "features", None)  # nothing may be computed from here on
+    monkeypatch.setattr(model, "encoded", None)  # nothing may be computed from here on
     assert torch.equal(open_store(model, "on")(images[::-1]), first.flip(0))
     for changed in (
         mllm.assemble({"model": tiny_parts[0], "layer": -2}, tiny_parts[1]),

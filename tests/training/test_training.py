@@ -145,13 +145,13 @@ def test_features_are_computed_once_and_are_the_same(tiny_parts, monkeypatch):
     model = mllm.assemble(tiny_parts[0], tiny_parts[1])
     images = [tiny_image(0), tiny_image(1), tiny_image(0)]
     store, seen = FeatureStore(model), list[int]()
-    compute = model.features
+    compute = model.encoded
 
     def counted(batch):
         seen.append(len(batch))
         return compute(batch)
 
-    monkeypatch.setattr(model, "features", counted)
+    monkeypatch.setattr(model, "encoded", counted)
     first, second = store(images), store(images)
     assert seen == [2]
     assert torch.equal(first, second) and torch.allclose(first, compute(images), atol=1e-6)

@@ -14,10 +14,13 @@ from mllm.data.items import Item
 from mllm.data.reading import Reading, reader
 from mllm.data.values import absent, identifier, listed, text_in
 from mllm.errors import MLLMError, near
-from mllm.media.images import ImageBytes, ImageFile, ImageSource
+from mllm.media.images import ImageBytes, ImageSource
+from mllm.media.videos import file_of
 from mllm.prompts.messages import checked_messages, message, text_part
 
 MARK = "<image>"
+VIDEO_MARK = "<video>"  # where a row names a video; some sets write the mark of an image there
+_KEYS = ("image", "images", "video", "videos")
 _SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _LLAVA = "{id, image, conversations: [{from: human or gpt, value}]}"
 _MESSAGES = "{messages: [{role, content}], images: [...]}"
@@ -32,7 +35,8 @@ def llava(
     """Read LLaVA's JSON, a list or lines of ``{id, image, conversations: [{from: human | gpt, value}]}``.
 
     An item is a conversation. ``image`` (or ``images``, as in ShareGPT's form) is a file, a list of files, or absent
-    (text only). Each ``<image>`` marks where the next image goes; without marks, the images come first.
+    (text only). A video is named by ``video`` or ``videos``, as in LLaVA-Video, and marked by ``<video>`` or
+    ``<image>``. Each ``<image>`` marks where the next image goes; without marks, the images come first.
 
     Args:
         rows: the reading.
@@ -47,7 +51,10 @@ def llava(
     """
 
     def item_of(row: Any, number: int) -> Item:
+        shows_video = not (absent(row.get("video")) and absent(row.get("videos")))
         turns = [(_role(turn["from"]), _text(turn["value"])) for turn in row["conversations"]]
+        if shows_video:
+            turns = [(role, text.replace(VIDEO_MARK, MARK)) for role, text in turns]
         sources = _listed_images(row, images)
         name = identifier(row.get("id", number - 1))
         return _caption(name, turns, sources) if task == "captions" else _conversation(name, turns, sources)
@@ -123,7 +130,7 @@ def _named(part: Any) -> Any:
 def _image(part: Any, folder: str) -> ImageSource:
     name = _named(part)
     if not (isinstance(name, str) and name.startswith("data:")):
-        return ImageFile(inside(folder, name))
+        return file_of(inside(folder, name))
     head, _, body = name.partition(",")
     try:
         return ImageBytes(base64.b64decode(body, validate=True), f"the data URL {head[:40]}")
@@ -144,11 +151,11 @@ def _text(value: Any) -> str:
 
 
 def _listed_images(row: Any, folder: str) -> list[ImageSource]:
-    """Return the images that a row lists under ``image`` or ``images``."""
-    given = [row[key] for key in ("image", "images") if not absent(row.get(key))]
+    """Return the images or videos that a row lists under one of the keys for them."""
+    given = [key for key in _KEYS if not absent(row.get(key))]
     if len(given) > 1:
-        raise MLLMError("it has both 'image' and 'images'. Keep one of them.")
-    return [ImageFile(inside(folder, name)) for names in given for name in listed(names)]
+        raise MLLMError(f"it has both {given[0]!r} and {given[1]!r}. Keep one of them.")
+    return [file_of(inside(folder, name)) for key in given for name in listed(row[key])]
 
 
 def _check_marks(turns: Sequence[Turn], images: Sequence[ImageSource]) -> None:

@@ -19,6 +19,7 @@ from mllm.data.separated import separated_rows
 from mllm.data.values import absent, answers_in, captions_in, identifier, listed, text_in
 from mllm.errors import MLLMError, near
 from mllm.media.images import ImageBytes, ImageFile, ImageSource
+from mllm.media.videos import file_of
 
 _ROW = "'image' and 'caption', or 'image', 'question' and 'answer'"
 
@@ -41,7 +42,7 @@ def table(rows: Reading, *, path: str, images: str | None = None) -> list[Item]:
 
     @cache
     def image_of(name: str) -> ImageFile:
-        return ImageFile(inside(folder, name))
+        return file_of(inside(folder, name))
 
     def row_of(row: Any, number: int) -> tuple[tuple[str, ...], tuple[ImageFile, ...], str | None, list[str]]:
         names, question, answers = _columns(row, rows)
@@ -128,7 +129,7 @@ def parquet(
         MLLMError: no such file or column, a bad row, or pyarrow is not installed.
     """
     columns = Columns(image if isinstance(image, list) else [image], answers, question, id, kind, choices)
-    contents = _parquet_rows(Path(path), columns.named())
+    contents = parquet_rows(Path(path), columns.named())
     records = (
         Record(f"{path}, row {number}", number, lambda row=row: row)  # type: ignore[misc]
         for number, row in enumerate(contents)
@@ -239,7 +240,12 @@ def _item(row: Mapping[str, Any], number: int, columns: Columns, label: str) -> 
     )
 
 
-def _parquet_rows(path: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
+def parquet_rows(path: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a parquet file, or of all in a folder, with some of their columns.
+
+    Raises:
+        MLLMError: there is no file or no such column, it is damaged, or pyarrow is not installed.
+    """
     try:
         import pyarrow.parquet
     except ImportError:
