@@ -9,14 +9,12 @@ from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 
 from mllm.config.base import Spec
 from mllm.config.data import Data
+from mllm.config.fit import FitSpec, InitSpec, ObjectiveSpec
 from mllm.config.parts import (
     FROZEN,
     PARTS,
     AssemblySpec,
-    FitSpec,
-    InitSpec,
     Name,
-    ObjectiveSpec,
     Parts,
     listed,
     part_of,
