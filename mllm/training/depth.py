@@ -39,8 +39,9 @@ def blocks_of(encoder: nn.Module) -> list[nn.Module]:
 def by_depth(groups: Groups, encoder: nn.Module, decay: float) -> Groups:
     """Return groups whose learning rates fall by a factor from each of the encoder's blocks to the one before.
 
-    Of L blocks, block number l has the learning rate times ``decay ** (L + 1 - l)``; what stands before the first block
-    counts as number 0, and what stands behind the last as number L (as in BEiT's and LAVIS's code).
+    Of L blocks, block number l has the learning rate times ``decay ** (L + 1 - l)``. The modules in front of the first
+    block, such as the patch embedding, count as number 0, those behind the last as number L (as in BEiT's and LAVIS's
+    code).
 
     Args:
         groups: of the optimizer, each with its learning rate ``lr``.
