@@ -32,6 +32,9 @@ class Shots(Spec):
     data: DataSpec | None = None  # where they come from; None: the suite's other items
     folder: dict[str, str | None] = Field({})
     separator: str = "\n"  # after each example
+    before: str = ""  # words before the examples; {answers}: the words in which the examples' answers differ
+    inner: int | None = Field(None, ge=1)  # of the examples with the same answer: the first; None: all
+    repeats: int = Field(1, ge=1)  # how often the examples follow one another
     seed: int = 0
 
 

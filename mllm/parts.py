@@ -82,7 +82,9 @@ class Parts(nn.Module):
         adapted = {id(parameter) for parameter in self.adapters.parameters()}
         module = self.get_submodule(part)
         excluded = {name for name, p in module.named_parameters(remove_duplicate=False) if id(p) in adapted}
-        excluded |= {name for name in module.state_dict() if _under(f"{part}.{name}", without)}
+        state = module.state_dict(keep_vars=True)
+        trained = {id(tensor) for name, tensor in state.items() if _under(f"{part}.{name}", without)}
+        excluded |= {name for name, tensor in state.items() if id(tensor) in trained}  # under all names of tied weights
         return tensor_hash(module, without=excluded)
 
     def trained_state(self) -> dict[str, Tensor]:
@@ -90,13 +92,18 @@ class Parts(nn.Module):
         return {name: tensor.detach().cpu() for name, tensor in self.trained_tensors().items()}
 
     def trained_tensors(self) -> dict[str, Tensor]:
-        """Return all trained tensors by dotted name, on their device or the meta device."""
+        """Return all trained tensors by dotted name, on their device or the meta device.
+
+        Tied weights, such as those of input and output embeddings, are one tensor, under the first of their names.
+        """
         adapted = {id(tensor) for tensor in self.adapters.state_dict(keep_vars=True).values()}
-        return {
-            name: tensor
-            for name, tensor in self.state_dict(keep_vars=True).items()
-            if name.split(".")[0] not in FROZEN or (_under(name, self.spec.trained) and id(tensor) not in adapted)
-        }
+        names: dict[int, str] = {}
+        trained = {}
+        for name, tensor in self.state_dict(keep_vars=True).items():
+            inside = _under(name, self.spec.trained) and id(tensor) not in adapted
+            if (name.split(".")[0] not in FROZEN or inside) and names.setdefault(id(tensor), name) == name:
+                trained[name] = tensor
+        return trained
 
 
 def _under(name: str, paths: Sequence[str]) -> bool:

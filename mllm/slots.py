@@ -195,8 +195,8 @@ class LanguageModel(Protocol):
     def logits(self, embeds: Any, mask: Tensor, keep: Tensor | None = None, cache: Any = None) -> Tensor:
         """Return logits ``(B, K, V)`` at the positions ``keep (K,)`` of embeddings ``(B, T, D_lm)``; None: at all."""
 
-    def losses(self, embeds: Any, mask: Tensor, labels: Tensor) -> Tensor:
-        """Return the negative log-likelihood ``(N,)`` of each target of ``labels (B, T)``, row by row."""
+    def losses(self, embeds: Any, mask: Tensor, labels: Tensor, *, smoothing: float = 0.0) -> Tensor:
+        """Return the negative log-likelihood ``(N,)`` of each target of ``labels (B, T)``, with label smoothing."""
 
     def hidden(self, embeds: Any, mask: Tensor) -> Tensor:
         """Return the last hidden states ``(B, T, D)``."""

@@ -20,6 +20,7 @@ import mllm
 from mllm import saving as checkpoint
 from mllm.errors import MLLMError
 from mllm.testing import tiny_encoder, tiny_image, tiny_lm
+from mllm.testing.lms import LM_FAMILIES
 
 PROMPT = [["A picture of", tiny_image(1), "and", tiny_image(2)]]
 Model = Callable[..., Any]
@@ -253,3 +254,30 @@ def test_a_folder_that_cannot_be_written_is_one_message(tiny_model: Model, tmp_p
     (tmp_path / "file").touch()
     with pytest.raises(MLLMError, match=r"could not be saved in .*file"):
         tiny_model().save(tmp_path / "file")
+
+
+@pytest.mark.parametrize("paths", [["lm"], ["lm.model.lm_head"], ["lm.model.transformer.wte", "connector"]])
+def test_tied_weights_that_train_are_saved_once_and_stay_tied(
+    paths: list[str], tmp_path: Path, tiny_parts: tuple[str, str]
+) -> None:
+    lm = LM_FAMILIES["gpt2"](tmp_path / "lm")
+    tiny_image().save(tmp_path / "0.png")
+    (tmp_path / "rows.json").write_text(json.dumps([{"image": "0.png", "caption": "a dog"}]))
+    recipe = {
+        "name": "tied",
+        "encoder": {"model": tiny_parts[0]},
+        "lm": {"model": lm},
+        "connector": {"type": "linear"},
+        "data": {"train": {"format": "table", "path": str(tmp_path / "rows.json")}},
+        "stages": [{"name": "a", "train": dict.fromkeys(paths, 0.01), "steps": 2, "batch_size": 1}],
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    run = mllm.train(str(tmp_path / "recipe.yaml"), out=tmp_path / "run")
+    model = mllm.load(run.path)
+    embeddings, output = model.lm.model.get_input_embeddings(), model.lm.model.get_output_embeddings()
+    assert embeddings.weight is output.weight
+    assert not torch.equal(embeddings.weight, type(model.lm)(model=lm).model.get_input_embeddings().weight)
+    (file,) = (tmp_path / "run" / "model").glob("trained-*.safetensors")
+    saved = [name for name, tensor in load_file(file).items() if tensor.shape == output.weight.shape]
+    assert len(saved) == 1
+    torch.testing.assert_close(load_file(file)[saved[0]], output.weight, atol=0, rtol=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from mllm.errors import MLLMError
@@ -25,7 +26,7 @@ class Bottleneck(Switchable):
         after: ``mlp``, ``attention``, or both.
         reduction: the hidden size divided by the bottleneck's width.
         mode: the adapter's input: ``serial``, the sublayer's output; ``parallel``, the sublayer's input.
-        scale: s.
+        scale: s; ``learned``: a trained number of each adapter, at first 1 (MAGMA's ``scaled_parallel``).
         std: of the initial weights, so small that the model starts almost unchanged.
 
     Raises:
@@ -39,23 +40,30 @@ class Bottleneck(Switchable):
         after: list[Literal["mlp", "attention"]] | None = None,
         reduction: Count = 4,
         mode: Literal["serial", "parallel"] = "serial",
-        scale: float = 1.0,
+        scale: float | Literal["learned"] = 1.0,
         std: NonNegative = 1e-3,
     ) -> None:
         super().__init__()
         if mode not in ("serial", "parallel"):
             raise MLLMError(f"adapters: mode is {mode!r}; expected 'serial' or 'parallel'. Set one of them.")
-        self.mode, self.scale = mode, scale
+        if isinstance(scale, str) and scale != "learned":
+            raise MLLMError(f"adapters: scale is {scale!r}; expected a number, or 'learned'. Set one of them.")
+        self.mode = mode
         dim = int(model.config.get_text_config().hidden_size)
         weight = model.get_input_embeddings().weight
         self.layers = nn.ModuleList()
+        self.scales = nn.ParameterList()  # of the learned ones
         for layer in decoder_layers(model):
             for sublayer in after or ["mlp"]:
                 adapter = _bottleneck(dim, max(1, dim // reduction), std).to(weight.device)
                 self.layers.append(adapter)
-                self._hook(adapter, *_find(layer, sublayer))
+                factor: Any = scale
+                if scale == "learned":
+                    factor = nn.Parameter(torch.ones(1, device=weight.device))
+                    self.scales.append(factor)
+                self._hook(adapter, factor, *_find(layer, sublayer))
 
-    def _hook(self, adapter: nn.Sequential, first: nn.Module, last: nn.Module) -> None:
+    def _hook(self, adapter: nn.Sequential, scale: Any, first: nn.Module, last: nn.Module) -> None:
         """Hook an adapter onto a sublayer, from its first to its last module (mostly the same module)."""
         inputs: list[Tensor] = []
 
@@ -67,7 +75,7 @@ class Bottleneck(Switchable):
                 return output
             hidden: Tensor = output[0] if isinstance(output, tuple) else output
             x = hidden if self.mode == "serial" else inputs.pop()
-            adapted = hidden + self.scale * adapter(x.to(next(adapter.parameters()).dtype)).to(hidden.dtype)
+            adapted = hidden + (scale * adapter(x.to(next(adapter.parameters()).dtype))).to(hidden.dtype)
             return (adapted, *output[1:]) if isinstance(output, tuple) else adapted
 
         if self.mode == "parallel":

@@ -198,34 +198,6 @@ class LMSpec(Spec):
         return self.model_dump(exclude={"type", *(() if self.trust_remote_code else ("trust_remote_code",))})
 
 
-# Words of the prompt format: where a recipe gives them, conversations are in these words, too.
-class InitSpec(Spec):
-    """Trained parts taken from another run."""
-
-    model_config = ConfigDict(populate_by_name=True)
-    source: str | None = Field(default=None, alias="from")  # a run, or a saved model
-    parts: list[str] = []  # paths in it (connector, connector.qformer, heads.retrieval); none: all trained parts
-
-
-class FitSpec(Spec):
-    """A closed-form fit of one part, without a gradient. Defaults are those of the part's fit, in ``fits/``."""
-
-    part: str = "connector"  # or a head's path, heads.NAME
-    solver: Literal["ridge", "least-squares", "procrustes", "correlation"] | None = None
-    targets: Literal["caption-words", "words-in-order", "texts", "tokens", "sentences"] | None = None  # tokens: no data
-    strength: float | None = Field(default=None, gt=0)  # of the ridge, as a share of the features' mean variance
-
-    def options(self) -> dict[str, Any]:
-        """Return the arguments of the fit that are given."""
-        return self.model_dump(exclude={"part"}, exclude_none=True)
-
-
-class ObjectiveSpec(PartSpec):
-    """A loss by its registry name, and its weight in the stage's sum."""
-
-    weight: float = Field(default=1.0, ge=0)
-
-
 class Parts(Spec):
     """The parts of a model and how it is prompted: what a recipe, a stage and a saved model all specify."""
 

@@ -9,14 +9,12 @@ from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 
 from mllm.config.base import Spec
 from mllm.config.data import Data
+from mllm.config.fit import FitSpec, InitSpec, ObjectiveSpec
 from mllm.config.parts import (
     FROZEN,
     PARTS,
     AssemblySpec,
-    FitSpec,
-    InitSpec,
     Name,
-    ObjectiveSpec,
     Parts,
     listed,
     part_of,
@@ -44,6 +42,8 @@ class OptimSpec(Spec):
     factor: float = Field(default=0.1, gt=0, le=1)
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     accumulate: int = Field(default=1, ge=1)
+    layer_decay: float = Field(default=1.0, gt=0, le=1)  # learning rates of an encoder's block, over those of the next
+    drop_path: float = Field(default=0.0, ge=0, lt=1)  # stochastic depth of an encoder that trains: of its last block
     checkpointing: bool = False  # recompute the language model's activations in the backward pass
     compile: bool = False  # torch.compile
 
@@ -105,6 +105,10 @@ class Stage(Settings):
         if self.train and self.data.augment and self.cache == "on":
             raise ValueError(
                 "data.augment changes images in every step, so features are not cached: leave out cache: on"
+            )
+        if self.train and (self.optim.layer_decay < 1 or self.optim.drop_path) and not self.trains("encoder"):
+            raise ValueError(
+                "optim.layer_decay and drop_path are for an encoder that trains: give train: {encoder: ...}"
             )
         if (self.keep == "best" or self.patience) and not (self.validate_every and self.data.val):
             raise ValueError("keep: best and patience go by the validation loss: give validate_every and data.val")

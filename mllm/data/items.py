@@ -25,6 +25,7 @@ class Item:
     choices: tuple[str, ...] = ()  # the closed set that the answer is chosen from; empty: an open answer
     shots: tuple[Item, ...] = ()  # solved examples in the prompt before it
     messages: tuple[dict[str, Any], ...] = ()  # a conversation to train on, instead of a question and answers
+    induction: str = ""  # words before the solved examples, which say what the task is
     document: tuple[str | ImageSource, ...] = ()  # interleaved texts and images of a page, to train on
 
     @property
@@ -66,8 +67,11 @@ def pieces_of(
 
 
 def before(item: Item, prompt: PromptSpec, separator: str = SEPARATOR) -> tuple[Piece, ...]:
-    """Return the pieces before an item: the recipe's preamble, and its shots, each with its most frequent answer."""
-    pieces = preamble(prompt)
+    """Return the pieces before an item: the recipe's preamble, what the task is, and the shots.
+
+    Each shot has its most frequent answer.
+    """
+    pieces = preamble(prompt) + ([item.induction + separator] if item.induction else [])
     for shot in item.shots:
         given = [answer for answer in shot.answers if answer.strip()] or shot.answers
         answer = Counter(given).most_common(1)[0][0]

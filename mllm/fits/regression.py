@@ -8,6 +8,30 @@ import torch
 from torch import Tensor, nn
 
 
+class Moments:
+    """The mean and the deviation of rows ``(N, X)``, accumulated chunk by chunk; float64."""
+
+    def __init__(self, dim: int) -> None:
+        self.count, self._sum, self._squares = 0, *torch.zeros(2, dim, dtype=torch.float64)
+
+    def add(self, rows: Tensor) -> None:
+        """Add rows ``(N, X)``."""
+        rows = rows.detach().cpu().double()
+        self.count += len(rows)
+        self._sum += rows.sum(0)
+        self._squares += rows.square().sum(0)
+
+    @property
+    def mean(self) -> Tensor:
+        """Return the mean ``(X,)``."""
+        return self._sum / self.count
+
+    @property
+    def deviation(self) -> Tensor:
+        """Return the standard deviation ``(X,)``."""
+        return (self._squares / self.count - self.mean.square()).clamp(min=1e-12).sqrt()
+
+
 class NormalEquations:
     """The sums of a linear regression with intercept, Y ~ X W + b, accumulated chunk by chunk; float64."""
 
@@ -37,23 +61,33 @@ class NormalEquations:
     def _sums(self) -> tuple[Tensor, ...]:
         return self.x, self.y, self.xx, self.xy, self.yy
 
-    def solve(self, solver: str, strength: float) -> tuple[Tensor, Tensor]:
+    def solve(self, solver: str, strength: float, by: tuple[Moments, Moments] | None = None) -> tuple[Tensor, Tensor]:
         """Return weights ``(X, Y)`` and intercept ``(Y,)``.
 
         Args:
             solver: ``ridge``; ``least-squares`` (minimum norm, where there are fewer rows than columns); or
                 ``procrustes``, the best orthogonal map between the standardized sides (SITTA, arXiv:2307.05591).
             strength: of the ridge penalty, as a fraction of the mean variance of X.
+            by: standardizes X and Y by these moments, instead of the rows' own, and fits no intercept between them.
         """
+        if by is not None:
+            return self._solve_standardized(solver, strength, *by)
         x, y = self.x / self.count, self.y / self.count
         covariance = self.xx / self.count - torch.outer(x, x)
         cross = self.xy / self.count - torch.outer(x, y)
-        if solver == "procrustes":
-            weights = _procrustes(cross, covariance.diagonal(), self.yy / self.count - y.square())
-        elif solver == "least-squares":
-            weights = torch.linalg.pinv(covariance, rtol=1e-10, hermitian=True) @ cross
-        else:
-            weights = _ridge(covariance, cross, strength)
+        spreads = covariance.diagonal(), self.yy / self.count - y.square()
+        weights = _solve(solver, strength, covariance, cross, *(each.clamp(min=1e-12).sqrt() for each in spreads))
+        return weights, y - x @ weights
+
+    def _solve_standardized(self, solver: str, strength: float, of_x: Moments, of_y: Moments) -> tuple[Tensor, Tensor]:
+        x, y = of_x.mean, of_y.mean
+        far_x, far_y = self.x / self.count - x, self.y / self.count - y  # how far the rows' means are from these
+        covariance = self.xx / self.count - torch.outer(x, x) - torch.outer(far_x, x) - torch.outer(x, far_x)
+        cross = self.xy / self.count - torch.outer(x, y) - torch.outer(far_x, y) - torch.outer(x, far_y)
+        x_spread, y_spread = of_x.deviation, of_y.deviation
+        covariance, cross = covariance / x_spread[:, None] / x_spread, cross / x_spread[:, None] / y_spread
+        ones = torch.ones(self.x_dim, dtype=torch.float64), torch.ones(self.y_dim, dtype=torch.float64)
+        weights = _solve(solver, strength, covariance, cross, *ones) / x_spread[:, None] * y_spread
         return weights, y - x @ weights
 
     def explained(self, weights: Tensor, intercept: Tensor) -> float:
@@ -67,14 +101,23 @@ class NormalEquations:
         return float(1 - residual / total.clamp(min=1e-12))
 
 
+def _solve(
+    solver: str, strength: float, covariance: Tensor, cross: Tensor, x_spread: Tensor, y_spread: Tensor
+) -> Tensor:
+    if solver == "procrustes":
+        return _procrustes(cross, x_spread, y_spread)
+    if solver == "least-squares":
+        return torch.linalg.pinv(covariance, rtol=1e-10, hermitian=True) @ cross
+    return _ridge(covariance, cross, strength)
+
+
 def _ridge(covariance: Tensor, cross: Tensor, strength: float) -> Tensor:
     penalty = strength * covariance.diagonal().mean().clamp(min=1e-12)
     return torch.linalg.solve(covariance + penalty * torch.eye(len(covariance), dtype=torch.float64), cross)
 
 
-def _procrustes(cross: Tensor, x_variance: Tensor, y_variance: Tensor) -> Tensor:
-    """Return D_x^-1/2 U V^T D_y^1/2, where U S V^T is the correlation of the two sides."""
-    x_spread, y_spread = (variance.clamp(min=1e-12).sqrt() for variance in (x_variance, y_variance))
+def _procrustes(cross: Tensor, x_spread: Tensor, y_spread: Tensor) -> Tensor:
+    """Return D_x^-1 U V^T D_y, where U S V^T is the correlation of the two sides, and D are their deviations."""
     left, _, right = torch.linalg.svd(cross / x_spread[:, None] / y_spread, full_matrices=False)
     return left @ right / x_spread[:, None] * y_spread
 

@@ -183,15 +183,18 @@ class LanguageModel(nn.Module):
         """
         return self.runner.logits(embeds, mask, keep, cache)
 
-    def losses(self, embeds: Tensor | EmbeddingsWithMemory, mask: Tensor, labels: Tensor) -> Tensor:
+    def losses(
+        self, embeds: Tensor | EmbeddingsWithMemory, mask: Tensor, labels: Tensor, *, smoothing: float = 0.0
+    ) -> Tensor:
         """Return the negative log-likelihood ``(N,)`` of each target, row by row.
 
         Args:
             embeds: ``(B, T, D_lm)``.
             mask: ``(B, T)``, 1 where there is a token; or ``(B, T, T)``, see `mllm.prompts.batch.Batch`.
             labels: ``(B, T)``, the ids; `mllm.prompts.batch.IGNORED` where there is no target.
+            smoothing: label smoothing: the share of a target that is spread over the vocabulary.
         """
-        return self.runner.losses(embeds, mask, labels)
+        return self.runner.losses(embeds, mask, labels, smoothing=smoothing)
 
     def hidden(self, embeds: Tensor | EmbeddingsWithMemory, mask: Tensor) -> Tensor:
         """Return the last hidden states ``(B, T, D)``, the input of the output embeddings.

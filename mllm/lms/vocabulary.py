@@ -60,7 +60,15 @@ def separable(model: Any) -> bool:
     return logits.shape == expected.shape and bool((logits - expected).abs().max() <= 1e-3 * expected.abs().max())
 
 
-def losses(model: Any, hidden: Tensor, targets: Tensor, output_class: type, *, max_logits: int = MAX_LOGITS) -> Tensor:
+def losses(
+    model: Any,
+    hidden: Tensor,
+    targets: Tensor,
+    output_class: type,
+    *,
+    smoothing: float = 0.0,
+    max_logits: int = MAX_LOGITS,
+) -> Tensor:
     """Return the negative log-likelihood ``(N,)`` of the tokens ``targets (N,)`` that follow ``hidden (N, D_lm)``.
 
     Args:
@@ -68,11 +76,13 @@ def losses(model: Any, hidden: Tensor, targets: Tensor, output_class: type, *, m
         hidden: the body's states.
         targets: ids.
         output_class: of the body, as for `project`.
+        smoothing: label smoothing.
         max_logits: that exist at once. Several chunks are recomputed in backward, one by one.
     """
 
     def chunk_losses(states: Tensor, ids: Tensor) -> Tensor:
-        return cross_entropy(project(model, states, output_class).float(), ids, reduction="none")
+        logits = project(model, states, output_class).float()
+        return cross_entropy(logits, ids, reduction="none", label_smoothing=smoothing)
 
     size = max(1, max_logits // model.get_output_embeddings().weight.shape[0])
     if len(targets) <= size:

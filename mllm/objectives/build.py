@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mllm.config.parts import ObjectiveSpec
+from mllm.config.fit import ObjectiveSpec
 from mllm.registry import lookup, made
 from mllm.slots import Objective
 

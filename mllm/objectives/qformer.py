@@ -77,9 +77,16 @@ class ImageTextMatching(ImageTextPairs):
 
 
 class ImageTextGeneration(ImageTextPairs):
-    """The language modeling loss of a caption given the image, computed by the connector alone (BLIP-2's ITG)."""
+    """The language modeling loss of a caption given the image, computed by the connector alone (BLIP-2's ITG).
+
+    Args:
+        smoothing: label smoothing (0.1 in BLIP-2's code).
+    """
 
     needs = (ReadsText,)
+
+    def __init__(self, *, smoothing: Dropout = 0.0) -> None:
+        self.smoothing = smoothing
 
     def __call__(self, inputs: Inputs) -> Tensor:
         """Return the sum over captions of the mean negative log-likelihood of their tokens."""
@@ -88,7 +95,10 @@ class ImageTextGeneration(ImageTextPairs):
         input_ids[:, 0] = connector.words.start
         _, states = connector.joint(inputs.features, input_ids, mask, "generation")
         logits = connector.words.logits(states[:, :-1]).float()
-        losses = cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none") * mask[:, 1:]  # (B, T - 1)
+        losses = cross_entropy(
+            logits.transpose(1, 2), ids[:, 1:], reduction="none", label_smoothing=self.smoothing
+        )  # (B, T - 1)
+        losses = losses * mask[:, 1:]
         return (losses.sum(1) / mask[:, 1:].sum(1).clamp(min=1)).sum()
 
 

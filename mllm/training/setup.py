@@ -13,6 +13,7 @@ from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from mllm.capabilities import ReadsData, ReadsNoPrompt
 from mllm.config.recipe import Stage
@@ -25,6 +26,7 @@ from mllm.parts import trained_module
 from mllm.prompts.batch import Batch
 from mllm.prompts.pieces import Piece
 from mllm.training.checkpoint import TrainingState, explain_misfit, set_optimizer
+from mllm.training.depth import by_depth, drop_paths
 from mllm.training.schedule import schedule_for
 from mllm.training.sharding import asked, keep_apart
 
@@ -83,6 +85,7 @@ class Engine:
         stage: how gradients are clipped.
         optimizer: of the trained parameters.
         schedule: of its learning rates.
+        hooks: those of this stage's training alone.
     """
 
     accelerator: Accelerator
@@ -91,6 +94,7 @@ class Engine:
     stage: Stage
     optimizer: Any
     schedule: Any
+    hooks: Sequence[RemovableHandle] = ()
 
     @property
     def rates(self) -> list[float]:
@@ -111,6 +115,8 @@ class Engine:
     def close(self) -> None:
         """Freeze the model and release what training held."""
         self.model.requires_grad_(False).eval()
+        for hook in self.hooks:
+            hook.remove()
         for tracker in self.accelerator.trackers:  # end_training would end the other processes, too
             tracker.finish()
         self.accelerator.free_memory()
@@ -179,7 +185,7 @@ def parameter_groups(model: Model, stage: Stage) -> Groups:
                 "lm.dtype: float32, or use LoRA."
             )
         groups.append({"params": [parameter.requires_grad_(True) for parameter in parameters], "lr": rate})
-    return groups
+    return by_depth(groups, model.encoder, stage.optim.layer_decay) if stage.optim.layer_decay < 1 else groups
 
 
 def optimizer_for(model: Model, stage: Stage, groups: Groups) -> torch.optim.Optimizer:
@@ -210,7 +216,14 @@ def engine_for(accelerator: Accelerator, model: Model, stage: Stage, groups: Gro
         with explain_misfit():
             set_optimizer(optimizer, state.optimizer, state.rates)
             schedule.load_state_dict(state.schedule)
-    return Engine(accelerator, model, wrapped, stage, optimizer, schedule)
+    return Engine(accelerator, model, wrapped, stage, optimizer, schedule, _hooks(model, stage))
+
+
+def _hooks(model: Model, stage: Stage) -> list[RemovableHandle]:
+    """Return the hooks of a stage's training: the encoder's stochastic depth."""
+    if not stage.optim.drop_path:
+        return []
+    return drop_paths(model.encoder, stage.optim.drop_path, model.device)
 
 
 def set_up(model: Model, stage: Stage) -> None:

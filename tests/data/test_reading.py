@@ -149,6 +149,28 @@ FORMS: dict[str, Form] = {
         **ANNOTATED,
         label="line 2",
     ),
+    "localized-narratives": Form(
+        as_lines, lambda n: {"image_id": n, "caption": n}, with_value("caption", 7), IMAGES, "line 2"
+    ),
+    "visual-genome-regions": Form(
+        as_list,
+        lambda n: {"id": n, "regions": [{"region_id": 1, "phrase": n}, {"region_id": 2, "phrase": "x"}]},
+        with_value("regions", []),
+        **ANNOTATED,
+    ),
+    "wit": Form(
+        lambda rows: "\n".join(["language\timage_url\tcaption_reference_description", *rows.values()]),
+        lambda n: f"en\thttps://upload.wikimedia.org/1/1a/{n}.jpg\t{n}",
+        lambda row: row.replace("https://upload.wikimedia.org/1/1a/b.jpg", " "),
+        IMAGES,
+    ),
+    "hateful-memes": Form(
+        as_lines,
+        lambda n: {"id": n, "img": f"{n}.jpg", "text": n, "label": 1},
+        with_value("label", 2),
+        **ANNOTATED,
+        label="line 2",
+    ),
     "open-ended-mini-imagenet": Form(
         as_list,
         lambda n: {"question_image": f"{n}.jpg", "question": "What?", "answer": n},

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import mllm
-from mllm.config.parts import ObjectiveSpec
+from mllm.config.fit import ObjectiveSpec
 from mllm.data.items import Item
 from mllm.fits.affine import AffineFit
 from mllm.fits.base import Material

@@ -38,6 +38,7 @@ SMALLER: dict[str, dict[str, Any]] = {
     "llava": {"stages.1.adapters": LORA},
     "blip2-caption": {"init.from": None},
     "blip2-retrieval": {"init.from": None},
+    "ziya-vl": {"stages.0.init.from": None},
     "llava-cpu": {"adapters": LORA},
     "cg-vlm-cpu": {"adapters": LORA},
     "yi-vl": {"prompt.system": ""},  # longer than the tiny language model's context

@@ -128,7 +128,7 @@ def textcaps(rows: Reading, *, annotations: str, images: str) -> list[Item]:
         return key, inside(images, f"{key}.jpg"), rows.captions(row["caption_str"])
 
     triples = rows.each(rows_of(json_of(Path(annotations)), annotations, _TEXTCAPS, "data"), caption_of, _TEXTCAPS)
-    return _grouped(rows, triples, annotations)
+    return grouped(rows, triples, annotations)
 
 
 @reader
@@ -152,7 +152,7 @@ def caption_lines(rows: Reading, *, path: str, images: str) -> list[Item]:
             raise MLLMError(f"it is {line[:60]!r}; expected {_LINE}. Correct the line.")
         return name.strip(), inside(images, name.strip()), rows.captions(caption)
 
-    return _grouped(rows, rows.each(_lines(Path(path)), caption_of, _LINE), path)
+    return grouped(rows, rows.each(_lines(Path(path)), caption_of, _LINE), path)
 
 
 def _lines(file: Path) -> Iterator[Record]:
@@ -183,8 +183,8 @@ def caption_folder(rows: Reading, *, path: str) -> list[Item]:
     return rows.each(records, item_of, "captions, one per line")
 
 
-def _grouped(rows: Reading, triples: Iterable[tuple[str, Path, list[str]]], label: str) -> list[Item]:
-    """Return an item for each image, from its name, its file and its captions."""
+def grouped(rows: Reading, triples: Iterable[tuple[str, Path, list[str]]], label: str) -> list[Item]:
+    """Return an item for each image, from its name, its file and its captions; an image may be in several rows."""
     files: dict[str, Path] = {}
     captions: dict[str, list[str]] = defaultdict(list)
     for name, file, texts in triples:

@@ -203,11 +203,14 @@ def snli_ve(rows: Reading, *, annotations: str, images: str) -> list[Item]:
 def open_ended_mini_imagenet(rows: Reading, *, annotations: str, images: str) -> list[Item]:
     """Read open-ended miniImageNet (Tsimpoukelli et al. 2021): new names, defined by the shots before the question.
 
+    Real-Name miniImageNet, Fast-VQA and Real-Fast-VQA of the same authors have this form, too.
+
     Args:
         rows: the reading.
         annotations: ``[{image_1, caption_1, image_2, caption_2, ..., question_image, question, answer}]``.
-        images: the folder of the image files.
+        images: the folder of the image files; if there is none, they lie beside the annotations, as published.
     """
+    images = images if os.path.isdir(images) else os.path.dirname(annotations)
 
     def shot_of(row: Any, name: str, shot: int) -> Item:
         image = ImageFile(inside(images, row[f"image_{shot}"]))

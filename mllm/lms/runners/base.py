@@ -83,8 +83,8 @@ class Runner(Protocol):
     def logits(self, embeds: Any, mask: Tensor, keep: Tensor | None = None, cache: Any = None) -> Tensor:
         """Return logits ``(B, K, V)``; see `mllm.lms.language_model.LanguageModel.logits`."""
 
-    def losses(self, embeds: Any, mask: Tensor, labels: Tensor) -> Tensor:
-        """Return the negative log-likelihood ``(N,)`` of each target, row by row."""
+    def losses(self, embeds: Any, mask: Tensor, labels: Tensor, *, smoothing: float = 0.0) -> Tensor:
+        """Return the negative log-likelihood ``(N,)`` of each target, row by row, with label smoothing."""
 
     def hidden(self, embeds: Any, mask: Tensor) -> Tensor:
         """Return the states ``(B, T, D)`` that the output embeddings are applied to."""
@@ -193,16 +193,18 @@ class DecoderRunner(ABC):
     def logits(self, embeds: Tensor, mask: Tensor, keep: Tensor | None = None, cache: Any = None) -> Tensor:
         """Return logits ``(B, K, V)``; see `mllm.lms.language_model.LanguageModel.logits`."""
 
-    def losses(self, embeds: Tensor, mask: Tensor, labels: Tensor, cache: Any = None) -> Tensor:
-        """Return the negative log-likelihood ``(N,)`` of each target, row by row."""
+    def losses(
+        self, embeds: Tensor, mask: Tensor, labels: Tensor, cache: Any = None, *, smoothing: float = 0.0
+    ) -> Tensor:
+        """Return the negative log-likelihood ``(N,)`` of each target, row by row, with label smoothing."""
         chosen = labels[:, 1:] != IGNORED  # at each position: whether what follows it is a target
         targets = labels[:, 1:][chosen]  # (N,)
         if self.separable:
             states, output_class = self.body(embeds, mask, cache)
-            return vocabulary.losses(self.model, states[:, :-1][chosen], targets, output_class)
+            return vocabulary.losses(self.model, states[:, :-1][chosen], targets, output_class, smoothing=smoothing)
         keep = chosen.any(0).nonzero().squeeze(1)  # (K,)
         logits = self.logits(embeds, mask, keep, cache)[chosen[:, keep]]  # (N, V)
-        return cross_entropy(logits.float(), targets, reduction="none")
+        return cross_entropy(logits.float(), targets, reduction="none", label_smoothing=smoothing)
 
 
 def position_ids(mask: Tensor) -> Tensor:

@@ -29,11 +29,11 @@ class CrossAttendingRunner(WrappingRunner):
             cache.memory = memory
         return logits
 
-    def losses(self, embeds: Any, mask: Tensor, labels: Tensor) -> Tensor:
-        """Return the negative log-likelihood ``(N,)`` of each target, row by row."""
+    def losses(self, embeds: Any, mask: Tensor, labels: Tensor, *, smoothing: float = 0.0) -> Tensor:
+        """Return the negative log-likelihood ``(N,)`` of each target, row by row, with label smoothing."""
         text, memory = self._split(embeds, mask)
         with using_memory(memory):
-            return self.inner.losses(text, mask, labels)
+            return self.inner.losses(text, mask, labels, smoothing=smoothing)
 
     def hidden(self, embeds: Any, mask: Tensor) -> Tensor:
         """Return the states ``(B, T, D)`` that the output embeddings are applied to."""

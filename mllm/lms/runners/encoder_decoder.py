@@ -64,8 +64,8 @@ class EncoderDecoderRunner:
         embeds = embeds if cache is None else cache.add(embeds)
         return self._decoded(self._encoded(embeds, mask), mask.new_empty(len(mask), 0))
 
-    def losses(self, embeds: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
-        """Return the negative log-likelihood ``(N,)`` of each target, row by row."""
+    def losses(self, embeds: Tensor, mask: Tensor, labels: Tensor, *, smoothing: float = 0.0) -> Tensor:
+        """Return the negative log-likelihood ``(N,)`` of each target, row by row, with label smoothing."""
         is_target = labels != IGNORED
         begins = is_target & ~pad(is_target, (1, 0))[:, :-1]
         rows, columns = begins.nonzero(as_tuple=True)  # of each answer
@@ -74,7 +74,7 @@ class EncoderDecoderRunner:
         is_answer = is_target[rows] & (number[rows] == number[rows, columns][:, None])
         answers, inside = move_left(labels[rows], is_answer)
         logits = self._decoded(self._encoded(embeds[rows], before.long()), answers.masked_fill(~inside, 0)[:, :-1])
-        return cross_entropy(logits[inside].float(), answers[inside], reduction="none")
+        return cross_entropy(logits[inside].float(), answers[inside], reduction="none", label_smoothing=smoothing)
 
     def hidden(self, embeds: Tensor, mask: Tensor) -> Tensor:
         """Refuse: the encoder's states of a sequence are not those of the decoder."""

@@ -60,10 +60,11 @@ class PrefixedRunner(WrappingRunner):
         keep = torch.arange(embeds.shape[1], device=embeds.device) if keep is None and new else keep
         return self.inner.logits(whole, whole_mask, None if keep is None else keep + new, cache)
 
-    def losses(self, embeds: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
-        """Return the negative log-likelihood ``(N,)`` of each target, row by row."""
+    def losses(self, embeds: Tensor, mask: Tensor, labels: Tensor, *, smoothing: float = 0.0) -> Tensor:
+        """Return the negative log-likelihood ``(N,)`` of each target, row by row, with label smoothing."""
         whole, whole_mask, cache, new = self._start(embeds, mask, None)
-        return self.inner.losses(whole, whole_mask, pad(labels, (new, 0), value=IGNORED), **_states(cache))
+        shifted = pad(labels, (new, 0), value=IGNORED)
+        return self.inner.losses(whole, whole_mask, shifted, **_states(cache), smoothing=smoothing)
 
     def hidden(self, embeds: Tensor, mask: Tensor) -> Tensor:
         """Return the states ``(B, T, D)`` that the output embeddings are applied to."""

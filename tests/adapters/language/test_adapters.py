@@ -135,6 +135,31 @@ def test_bottleneck_is_its_formula():
     torch.testing.assert_close(found[0], expected)
 
 
+def test_a_learned_scale_multiplies_the_parallel_branch_and_trains():
+    config = OPTConfig(
+        vocab_size=40, hidden_size=8, num_hidden_layers=2, ffn_dim=16, num_attention_heads=2, word_embed_proj_dim=8
+    )
+    model: Any = OPTForCausalLM(config).eval()
+    options: dict[str, Any] = {"reduction": 2, "std": 0.3, "mode": "parallel"}
+    adapter = lookup("adapters", "bottleneck")(model, scale="learned", **options)
+    assert [scale.tolist() for scale in adapter.scales] == [[1.0], [1.0]]
+    for scale, value in zip(adapter.scales, (2.5, -1.5), strict=True):
+        scale.data.fill_(value)
+    seen: list[Any] = []
+    layer = model.model.decoder.layers[1]
+    layer.fc1.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    layer.fc2.register_forward_hook(lambda module, args, output: seen.extend([args[0], output]))
+    model(torch.tensor([[3, 4, 5]])).logits.sum().backward()
+    before, inside, after = seen
+    down, up = adapter.layers[1][0], adapter.layers[1][2]
+    branch = torch.relu(before @ down.weight.T + down.bias) @ up.weight.T + up.bias
+    expected = inside @ layer.fc2.weight.T + layer.fc2.bias - 1.5 * branch
+    torch.testing.assert_close(after, expected)
+    assert all(scale.grad is not None and scale.grad.abs() > 0 for scale in adapter.scales)
+    with pytest.raises(MLLMError, match="expected a number, or 'learned'"):
+        lookup("adapters", "bottleneck")(model, scale="learnt")
+
+
 @pytest.mark.parametrize(
     ("options", "weights"),
     [({"reduction": 4}, 235_024_384), ({"reduction": 8, "after": ["mlp", "attention"]}, 235_139_072)],

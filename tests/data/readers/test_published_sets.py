@@ -302,6 +302,57 @@ def test_open_ended_mini_imagenet_defines_names_in_shots(tmp_path: Path, tiny_mo
     assert report.rows[0]["prediction"] == str(expected)
 
 
+@pytest.mark.parametrize(
+    ("suite", "name"),
+    [("fast-vqa", "fast_vqa"), ("real-fast-vqa", "guided_vqa"), ("real-name-mini-imagenet", "real_name_mi")],
+)
+def test_suites_of_one_protocol_have_induction_inner_shots_and_repeats(
+    suite: str, name: str, tmp_path: Path, tiny_model: Callable[..., Any]
+) -> None:
+    taught = [("1.jpg", "This is a dax."), ("2.jpg", "This is a fep house."), ("3.jpg", "This is a dax.")]
+    row = {
+        f"{key}_{n}": value
+        for n, pair in enumerate(taught, 1)
+        for key, value in zip(("image", "caption"), pair, strict=True)
+    }
+    row |= {"question_image": "4.jpg", "question": "What is the dax made of?", "answer": "wood"}
+    write_files(tmp_path, {f"{name}_shots_1_ways_2_all_questions.json": [row], **{f"{i}.jpg": i for i in (1, 2, 3, 4)}})
+    model = tiny_model({"type": "linear", "tokens": 1})
+    model.spec.prompt.question = "Q: {question} A:"
+
+    def answered(*overrides: str) -> str:
+        report = mllm.evaluate(model, suite, tmp_path, baselines=["blind"], overrides=list(overrides))
+        return str(report.rows[0]["prediction"])
+
+    def expected(*pieces: str) -> str:
+        shown = [tmp_path / piece if piece.endswith(".jpg") else piece for piece in pieces]
+        asked = [*shown, tmp_path / "4.jpg", "Q: What is the dax made of? A:"]
+        return str(model.generate([asked], max_new_tokens=10)[0])
+
+    one = [*("1.jpg", " This is a dax.\n"), *("2.jpg", " This is a fep house.\n")]
+    third = ["3.jpg", " This is a dax.\n"]
+    assert answered() == expected(*one, *third)
+    assert answered("shots.inner=1", "shots.repeats=2") == expected(*one, *one)
+    before = 'shots.before="Answer with {answers}."'
+    assert answered(before, "shots.inner=1") == expected("Answer with dax or fep house.\n", *one)
+    assert answered(before, "shots.repeats=2") == expected("Answer with dax or fep house.\n", *(one + third) * 2)
+
+
+@pytest.mark.parametrize(
+    ("texts", "names"),
+    [
+        (["This is a dax.", "This is a blicket."], ["dax", "blicket"]),
+        (["dax", "slation"], ["dax", "slation"]),
+        (["an old dog here", "an old brown cat here", "an old eel here"], ["dog", "brown cat", "eel"]),
+        (["This is a dax."], ["This is a dax"]),
+        (["a a b", "a b"], ["a", ""]),
+        ([], []),
+    ],
+)
+def test_words_of_the_task_are_those_that_differ(texts: list[str], names: list[str]) -> None:
+    assert import_module("mllm.eval.shots").differences(texts) == names
+
+
 def encoded(seed: int) -> bytes:
     buffer = io.BytesIO()
     tiny_image(seed).save(buffer, "PNG")
