@@ -43,11 +43,15 @@ def write_page(
     A number that is not finite is shown as a dash.
     """
     content = json.dumps(_finite({"summary": summary, **_gallery(rows, images)}), allow_nan=False)
-    template = files("mllm.eval").joinpath("page.html").read_text(encoding="utf-8")
+    template, style = (
+        files("mllm.eval").joinpath(name).read_text(encoding="utf-8") for name in ("page.html", "page.css")
+    )
     folder.mkdir(parents=True, exist_ok=True)
     page = folder / "report.html"
     # Inside a script element only "<" can end it early ("</script>", "<!--").
-    page.write_text(template.replace("{{data}}", content.replace("<", "\\u003c")), encoding="utf-8")
+    page.write_text(
+        template.replace("{{style}}", style).replace("{{data}}", content.replace("<", "\\u003c")), encoding="utf-8"
+    )
     return page
 
 

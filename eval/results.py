@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from mllm.config import loading as recipes
+from mllm.planning.needs import planned_needs
 from mllm.planning.paper import meta_model
 from mllm.training.setup import parameter_groups
 
@@ -37,12 +38,13 @@ def summary(name: str) -> str:
 
 def trained_weights(name: str) -> list[int]:
     """Return the number of trained weights of each stage that has gradients, counted on the meta device."""
-    config = recipes.load(name, {"decoder": None})  # it trains nothing, and may be a run that does not exist yet
+    config = recipes.load(name)
     numbers = []
-    for stage in config.stages:
-        if stage.train:
-            groups = parameter_groups(meta_model(stage), stage)
-            numbers.append(sum(parameter.numel() for group in groups for parameter in group["params"]))
+    with planned_needs(config):
+        for stage in config.stages:
+            if stage.train:
+                groups = parameter_groups(meta_model(stage), stage)
+                numbers.append(sum(parameter.numel() for group in groups for parameter in group["params"]))
     return numbers
 
 

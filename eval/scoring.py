@@ -123,32 +123,34 @@ def rows(
 
 def _entry(metric: str, results: Mapping[str, Result]) -> dict[str, Any]:
     score = results[MODEL].scores[metric]
-    low, high = _interval([score])
+    low, high = score_interval([score])
     entry: dict[str, Any] = {"name": metric, "version": score.version, "better": score.better}
     entry |= {"value": score.value, "low": low, "high": high, "baselines": {}}
     for name, result in results.items():
         if name != MODEL:
             other = result.scores[metric]
-            low, high = _interval([score, other])
+            low, high = score_interval([score], [other])
             gain = {"value": other.value, "gain": score.value - other.value, "low": low, "high": high}
             entry["baselines"][name] = gain
     return entry
 
 
-def _interval(scores: Sequence[Score]) -> tuple[float | None, float | None]:
-    """Return the confidence interval of a score, or of its paired difference from a second one."""
-    if not all(score.per_item for score in scores):
+def score_interval(runs: Sequence[Score], others: Sequence[Score] = ()) -> tuple[float | None, float | None]:
+    """Return the 95 % interval of the mean score of some runs, or of its paired difference from that of others.
+
+    Items are drawn with replacement, each with its scores in all runs. None, None: the metric scores all items
+    together, or the runs were scored on different numbers of items.
+    """
+    weighted = [(score, 1 / len(runs)) for score in runs] + [(score, -1 / len(others)) for score in others]
+    sizes = {len(score.per_item) for score, _ in weighted}
+    if len(sizes) > 1 or 0 in sizes:
         return None, None
-    signs = (1, -1)[: len(scores)]
-    means = [np.isclose(np.mean(score.per_item), score.value) for score in scores]
-    if all(means):
-        return interval(sum(sign * np.asarray(score.per_item) for sign, score in zip(signs, scores, strict=True)))
-    if not all(score.alone for score in scores):
+    if all(np.isclose(np.mean(score.per_item), score.value) for score, _ in weighted):
+        return interval(sum(weight * np.asarray(score.per_item) for score, weight in weighted))
+    if not all(score.alone for score, _ in weighted):
         return None, None
-    samples = _resampled(len(scores[0].per_item))
-    return _percentiles(
-        [sum(sign * score.of(sample) for sign, score in zip(signs, scores, strict=True)) for sample in samples]
-    )
+    samples = _resampled(sizes.pop())
+    return _percentiles([sum(weight * score.of(sample) for score, weight in weighted) for sample in samples])
 
 
 def interval(values: Any, *, resamples: int = RESAMPLES, seed: int = 0) -> tuple[float, float]:

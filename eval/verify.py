@@ -19,14 +19,17 @@ from mllm.config import loading as recipes
 from mllm.config.suites import SuiteSpec
 from mllm.errors import MLLMError
 from mllm.evaluation import evaluate, metric
+from mllm.saving import is_saved
 from mllm.system import read_json, write
-from mllm.training.train import train
+from mllm.training.train import train, train_needs
 
 SEEDS = (0, 1, 2)
 
 
 def verify(name: str, *, out: str | Path, seeds: Sequence[int] = SEEDS, runs: str | Path = "runs/verify") -> Path:
     """Train a recipe with several seeds, evaluate its suites, and write ``out/NAME.yaml``.
+
+    Runs that it needs are trained first, where the recipe names them, once for all seeds.
 
     Args:
         name: a recipe's name, or the path of one.
@@ -124,9 +127,10 @@ def headline(suite: SuiteSpec) -> str:
 
 def _run(name: str, seed: int, folder: Path) -> Path:
     """Return the folder of a run of the recipe with this seed: a finished one, or a new one."""
-    wanted = recipes.dump(recipes.load(name, {"seed": seed}))
-    if (folder / "model").is_dir():
-        if (folder / "recipe.yaml").read_text() == wanted:
+    config = recipes.load(name, {"seed": seed})
+    if is_saved(folder):
+        if (folder / "recipe.yaml").read_text() == recipes.dump(config):
+            train_needs(config)  # its model may have one of these runs inside it
             return folder
         raise MLLMError(f"{folder} is a run of another recipe or version. Move it away, or give another --runs folder.")
     train(name, {"seed": seed}, out=folder)

@@ -7,7 +7,8 @@ of several processes has a GPU of its own.
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from mllm.errors import MLLMError, near
 from mllm.processes import processes
@@ -80,3 +81,8 @@ def cast(module: nn.Module, dtype: torch.dtype) -> None:
         for tensor in (*part._parameters.values(), *saved):
             if tensor is not None and tensor.is_floating_point():
                 tensor.data = tensor.data.to(dtype)
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether a tensor has values: not on the meta device, nor where a plan only traces shapes."""
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))

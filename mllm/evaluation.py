@@ -89,6 +89,13 @@ def verify(name: str, **options: Any) -> Path:
     return path
 
 
+def compare_variations(name: str, overrides: Sequence[str] = (), **options: Any) -> str:
+    """Train, evaluate and compare variations of a recipe, and return the table; see `mllm.eval.comparison`."""
+    comparison = _eval("comparison").compare_variations(name, overrides, **options)
+    pages = _eval("comparison_page")
+    return f"{pages.table(comparison)}\n{pages.notes(comparison)}"
+
+
 def suite_items(suite: str, data: str | Path | None = None, overrides: Sequence[str] = ()) -> list[Item]:
     """Return the items of a suite; see `mllm.eval.suite.read_items`."""
     suites = _eval("suite")

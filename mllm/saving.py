@@ -14,11 +14,11 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pydantic import Field
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -33,9 +33,10 @@ from mllm.system import read_json, write
 from mllm.version import __version__
 
 FORMAT = 1
-ASSEMBLY, UNNAMED = "assembly.json", ".trained.safetensors"
+ASSEMBLY, UNNAMED, UNSAVED = "assembly.json", ".trained.safetensors", f"trained-{'0' * 12}.safetensors"
 
 TensorShape = tuple[int, ...]
+_PLANNED: dict[Path, Model] = {}  # by the folder where it will be saved
 
 
 class About(Spec):
@@ -97,7 +98,20 @@ def read_saved(folder: str | Path) -> tuple[AssemblySpec, dict[str, str], dict[s
     """
     path = find_folder(Path(folder))
     about = read_about(path)
-    return about.spec, about.fingerprints, read_tensors(path / about.tensors)
+    tensors = _PLANNED[path].trained_tensors() if path in _PLANNED else read_tensors(path / about.tensors)
+    return about.spec, about.fingerprints, tensors
+
+
+def read_shapes(folder: Path, about: About) -> dict[str, TensorShape]:
+    """Return the shapes of a saved model's trained tensors, from the header of their file."""
+    path = folder / about.tensors
+    if folder in _PLANNED:
+        return {name: tuple(tensor.shape) for name, tensor in _PLANNED[folder].trained_tensors().items()}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise MLLMError(f"{path} cannot be read: {error}. Copy the file again.") from None
 
 
 def restore(model: Model, folder: Path) -> None:
@@ -109,6 +123,10 @@ def restore(model: Model, folder: Path) -> None:
 
 def read_about(folder: Path) -> About:
     """Return the content of a folder's ``assembly.json``, after verifying the checksum of its tensors' file."""
+    if folder in _PLANNED:
+        spec = _PLANNED[folder].spec
+        frozen = {part: "planned" for part in FROZEN if getattr(spec, part) is not None}
+        return About(format=FORMAT, version=__version__, spec=spec, fingerprints=frozen, tensors=UNSAVED, sha256="")
     about = parse_about(folder / ASSEMBLY)
     tensors = folder / about.tensors
     if _digest(tensors) != about.sha256:
@@ -175,8 +193,25 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise MLLMError(f"{path} cannot be read: {error}. Copy the file again.") from None
 
 
+def is_saved(folder: Path) -> bool:
+    """Whether a folder is a saved model, or a run that is finished."""
+    return any(os.path.isfile(path / ASSEMBLY) for path in (folder, folder / "model"))
+
+
+@contextlib.contextmanager
+def planned(folder: Path, model: Model) -> Iterator[None]:
+    """Let a folder be read as if a model were saved there that will be: on the meta device, for checks before it is."""
+    _PLANNED[folder] = model
+    try:
+        yield
+    finally:
+        del _PLANNED[folder]
+
+
 def find_folder(folder: Path) -> Path:
     """Return the folder that contains ``assembly.json``: this one, or ``model`` inside it."""
+    if folder in _PLANNED:
+        return folder
     for path in (folder, folder / "model"):
         if os.path.isfile(path / ASSEMBLY):
             return path

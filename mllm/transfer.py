@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mllm.config.base import PartSpec
@@ -23,6 +22,7 @@ from mllm.saving import (
     find_folder,
     fingerprints_of,
     read_about,
+    read_shapes,
     read_tensors,
 )
 
@@ -78,7 +78,7 @@ def check_source(model: Model, stage: Stage) -> None:
                 f"init.from: {path} was trained on another {part}: {_label(there)}, and this recipe has "
                 f"{_label(here)}. Use that {part}, or a run that was trained on this one."
             )
-    _transferred(path, _shapes(path / about.tensors), model.trained_tensors(), stage.init.parts)
+    _transferred(path, read_shapes(path, about), model.trained_tensors(), stage.init.parts)
 
 
 def _frozen_spec(parts: AssemblySpec | Stage, name: str) -> FrozenSpec:
@@ -134,15 +134,6 @@ def _transferred(
             "init.parts the parts to transfer, or give the parts here the sizes that they have there."
         )
     return names
-
-
-def _shapes(path: Path) -> dict[str, TensorShape]:
-    """Return the shapes of a file's tensors, from its header."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise MLLMError(f"{path} cannot be read: {error}. Copy the file again.") from None
 
 
 def _modules(tensors: Iterable[str]) -> list[str]:

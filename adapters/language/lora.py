@@ -46,43 +46,57 @@ class LoRA(nn.Module):
         if not isinstance(targets, str):
             _check(model, targets)
         config = LoraConfig(r=r, lora_alpha=alpha, target_modules=targets, lora_dropout=dropout, use_dora=dora)
+        earlier = {name for layer in _lora_layers(model) for name in layer.lora_A}
+        self._name = f"lora{len(earlier) + 1}" if earlier else "default"  # of several in one model
         with warnings.catch_warnings():
             warnings.filterwarnings(
                 "ignore", "The following (rank|alpha)_pattern keys"
             )  # all-linear leaves experts out
             warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")  # peft corrects it itself
+            warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # of an earlier LoRA
             try:
-                inject_adapter_in_model(config, model)
+                inject_adapter_in_model(config, model, self._name)
             except ValueError as error:
                 raise MLLMError(
                     f"adapters: peft cannot adapt the targets {targets!r}: {error}. Name linear layers of this model."
                 ) from None
         # The modules that peft injected are registered here too: their tensors are trained and saved.
         self.layers = nn.ModuleDict()
-        self._lora_layers: list[LoraLayer] = []
+        self._lora_layers = [layer for layer in _lora_layers(model) if self._name in layer.lora_A]
         for name, module in model.named_modules():
-            if isinstance(module, LoraLayer):
+            if isinstance(module, LoraLayer) and self._name in module.lora_A:
                 injected = {part: getattr(module, part, None) for part in PEFT_MODULES}
-                modules = {part: value for part, value in injected.items() if isinstance(value, nn.ModuleDict)}
-                self.layers[name.replace(".", "/")] = nn.ModuleDict(modules)
-                self._lora_layers.append(module)
+                own = {
+                    part: nn.ModuleDict({self._name: value[self._name]})
+                    for part, value in injected.items()
+                    if isinstance(value, nn.ModuleDict) and self._name in value
+                }
+                self.layers[name.replace(".", "/")] = nn.ModuleDict(own)
+        for layer in _lora_layers(model):
+            layer.set_adapter([*layer.lora_A])  # all of them: peft activates the last alone
         self.layers.float()  # the language model may be in half precision; the adapter is not
 
     @contextlib.contextmanager
     def off(self) -> Iterator[None]:
         """Compute without the adapter."""
-        for layer in self._lora_layers:
-            layer.enable_adapters(False)
+        before = [list(layer.active_adapters) for layer in self._lora_layers]
+        for layer, active in zip(self._lora_layers, before, strict=True):
+            layer.set_adapter([name for name in active if name != self._name])
         try:
             yield
         finally:
-            for layer in self._lora_layers:
-                layer.enable_adapters(True)
+            for layer, active in zip(self._lora_layers, before, strict=True):
+                layer.set_adapter(active)
+
+
+def _lora_layers(model: nn.Module) -> list[LoraLayer]:
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
 
 
 def _check(model: nn.Module, targets: list[str]) -> None:
     """Raise an `MLLMError` where no module of the language model has a target's name."""
-    known = {name.rpartition(".")[2] for name, module in model.named_modules() if not list(module.children())}
+    leaves = [name for name, module in model.named_modules() if not list(module.children())]
+    known = {name.removesuffix(".base_layer").rpartition(".")[2] for name in leaves}  # as an earlier LoRA wraps it
     for target in targets:
         if target.rpartition(".")[2] not in known:
             raise MLLMError(f"adapters: no module of the language model is called {target!r}. {near(target, known)}")

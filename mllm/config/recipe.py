@@ -5,7 +5,14 @@ from __future__ import annotations
 import itertools
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    PrivateAttr,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from mllm.config.base import Spec
 from mllm.config.data import Data
@@ -144,7 +151,14 @@ class Recipe(Settings):
     name: Name
     about: str = ""  # one line, shown by `mllm recipes`
     paper: str = ""  # arXiv:NUMBER
+    needs: Annotated[list[str], BeforeValidator(listed)] = []  # recipes whose runs this one names (runs/NAME)
     stages: list[Stage] = []
+
+    @model_serializer(mode="wrap")
+    def _without_no_needs(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out needs that are not there: a run that was written before is resumed unchanged."""
+        values: dict[str, Any] = write(self)
+        return {key: value for key, value in values.items() if key != "needs" or value}
 
     @model_validator(mode="after")
     def _in_order(self) -> Recipe:

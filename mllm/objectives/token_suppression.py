@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mllm.capabilities import ImageTokenHead
+from mllm.devices import has_values
 from mllm.errors import MLLMError
 from mllm.lms.decoding import Decoding
 from mllm.model import Model
@@ -97,15 +98,18 @@ def generated_texts(model: Model, starts: Sequence[Encoded], length: int, seeds:
         length: maximum new tokens.
         seeds: one for each start, to sample with; none: greedy decoding.
     """
+    if not has_values(model.lm.model.get_input_embeddings().weight):  # in a plan: texts of the full length
+        return [_continued(start, [model.lm.eos] * length) for start in starts]
     batch = collate(starts, model.lm.pad).to(model.device)
     sampled = [Decoding(max_new_tokens=length, warpers={"temperature": 1.0}, seed=seed) for seed in seeds]
     decodings = sampled or [Decoding(max_new_tokens=length)] * len(starts)
     with model.adapters_off():
         continuations = model.lm.generate(batch.mask, decodings, input_ids=batch.ids)
-    return [
-        Encoded([*start.ids, *ids], [*start.visual, *([False] * len(ids))], [*start.labels, *ids])
-        for start, ids in zip(starts, continuations, strict=True)
-    ]
+    return [_continued(start, ids) for start, ids in zip(starts, continuations, strict=True)]
+
+
+def _continued(start: Encoded, ids: Sequence[int]) -> Encoded:
+    return Encoded([*start.ids, *ids], [*start.visual, *([False] * len(ids))], [*start.labels, *ids])
 
 
 def _sequence_start(model: Model) -> Encoded:

@@ -17,13 +17,14 @@ from mllm.capabilities import SEVERAL, ImageTokenHead, missing
 from mllm.config import loading
 from mllm.config.data import DataSpec
 from mllm.config.parts import KINDS, PARTS
-from mllm.config.recipe import Stage
+from mllm.config.recipe import Recipe, Stage
 from mllm.data.sources import reader
 from mllm.errors import MLLMError
 from mllm.evaluation import check_suite
 from mllm.lms.decoding import check_batch
 from mllm.objectives.build import objectives_of
 from mllm.parts import trained_module
+from mllm.planning.needs import planned_needs
 from mllm.planning.paper import assembled, noted
 from mllm.prompts.chat_template import uses_template
 from mllm.readout.tokens import image_tokens
@@ -32,18 +33,32 @@ from mllm.transfer import check_source
 
 
 def problems(recipe: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> list[str]:
-    """Return every problem of a recipe, in one or two sentences each; an empty list where there is none."""
+    """Return every problem of a recipe, in one or two sentences each; an empty list where there is none.
+
+    A run that it needs and that is not there yet is no problem if the recipe that trains it has none.
+    """
     wrong: list[str] = []
-    built: dict[str, Assembly | None] = {}
     with noted(wrong):
         config = loading.load(recipe, overrides)
-        for stage in config.stages:
-            wrong += [problem for problem in _of_stage(stage, built) if problem not in wrong]
-        for suite in config.eval.suites:
-            with noted(wrong):
-                check_suite(suite.suite, suite.overrides)
-        if not config.stages:
-            wrong.append(f"{config.name} has no stages: there is nothing to train.")
+        with planned_needs(config) as needs:
+            for need in needs:
+                those = _of_recipe(loading.load(need.recipe))
+                wrong += [f"The recipe {need.recipe}, which {config.name} needs: {problem}" for problem in those]
+            wrong += _of_recipe(config)
+    return wrong
+
+
+def _of_recipe(config: Recipe) -> list[str]:
+    """Return the problems of a recipe alone."""
+    wrong: list[str] = []
+    built: dict[str, Assembly | None] = {}
+    for stage in config.stages:
+        wrong += [problem for problem in _of_stage(stage, built) if problem not in wrong]
+    for suite in config.eval.suites:
+        with noted(wrong):
+            check_suite(suite.suite, suite.overrides)
+    if not config.stages:
+        wrong.append(f"{config.name} has no stages: there is nothing to train.")
     return wrong
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from mllm.config import loading
 from mllm.config.data import DataSpec
-from mllm.config.recipe import Stage
+from mllm.config.recipe import Recipe, Stage
 from mllm.config.suites import SuiteSpec
 from mllm.data.files import some
 from mllm.data.items import Item, pieces_of
@@ -23,6 +23,7 @@ from mllm.errors import MLLMError
 from mllm.evaluation import suite_items
 from mllm.media.images import ImageSource
 from mllm.model import Model
+from mllm.planning.needs import planned_needs
 from mllm.planning.paper import meta_model
 from mllm.prompts.batch import IGNORED, encode
 from mllm.prompts.length import length_of, with_short_answers
@@ -85,6 +86,11 @@ def inspect(
         MLLMError: the recipe does not fit (see `mllm.planning.check`), or a reader refuses its files.
     """
     config = loading.load(recipe, overrides)
+    with planned_needs(config):
+        return _inspected(config, track, data)
+
+
+def _inspected(config: Recipe, track: Track, data: str | Path | None) -> tuple[list[SourceReport], list[str]]:
     reports: dict[str, SourceReport] = {}
     for stage in config.stages:
         model = meta_model(stage)

@@ -11,6 +11,7 @@ from mllm.config.recipe import Stage
 from mllm.data.sources import read_all
 from mllm.data.stream import Stream, Unreadable
 from mllm.model import Model
+from mllm.planning.needs import planned_needs
 from mllm.planning.paper import meta_model
 from mllm.prompts.batch import IGNORED, Encoded
 from mllm.prompts.pieces import Piece
@@ -32,8 +33,14 @@ def first_examples(
     Raises:
         MLLMError: the recipe does not fit, or its data cannot be read.
     """
+    config = loading.load(recipe, overrides)
+    with planned_needs(config):
+        return _of_stages(config.stages, count)
+
+
+def _of_stages(stages: Sequence[Stage], count: int) -> list[tuple[str, list[str]]]:
     shown: list[tuple[str, list[str]]] = []
-    for stage in loading.load(recipe, overrides).stages:
+    for stage in stages:
         if not stage.train or not stage.data.train or stage.lm is None:
             continue
         model = meta_model(stage)

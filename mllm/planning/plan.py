@@ -7,7 +7,7 @@ training does. What that cannot show (libraries, a fragmented heap) is added as 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mllm.config import loading
@@ -15,6 +15,7 @@ from mllm.config.recipe import Stage
 from mllm.encoders.feature_store import LIMIT
 from mllm.errors import MLLMError
 from mllm.planning.draft import Device, Draft
+from mllm.planning.needs import planned_needs
 from mllm.planning.sizes import PartSize, feature_bytes, frozen_layers, loading_bytes, part_sizes
 from mllm.planning.trace import Cost
 from mllm.planning.workload import Workload, workload
@@ -112,10 +113,13 @@ class Plan:
     recipe: str
     setting: Setting
     stages: list[StagePlan]
+    needs: list[str] = field(default_factory=list)  # on runs that are trained first, and are not part of the plan
 
 
 def plan(recipe: str, overrides: Mapping[str, Any] | Sequence[str] = (), setting: Setting | None = None) -> Plan:
     """Return the plan of a recipe; nothing is loaded, and no network is needed.
+
+    Runs that the recipe needs and that are not there yet are named, and their own training is not part of it.
 
     Raises:
         MLLMError: the recipe is wrong; the message names the first thing that does not fit.
@@ -125,10 +129,11 @@ def plan(recipe: str, overrides: Mapping[str, Any] | Sequence[str] = (), setting
         raise MLLMError(f"{config.name} has no stages: there is nothing to train.")
     setting = setting or Setting()
     stages, draft = [], None
-    for stage in config.stages:
-        draft = Draft(stage, setting.device, draft)
-        stages.append(plan_stage(draft, setting))
-    return Plan(config.name, setting, stages)
+    with planned_needs(config) as needs:
+        for stage in config.stages:
+            draft = Draft(stage, setting.device, draft)
+            stages.append(plan_stage(draft, setting))
+    return Plan(config.name, setting, stages, [need.note for need in needs])
 
 
 def plan_stage(draft: Draft, setting: Setting) -> StagePlan:

@@ -25,13 +25,13 @@ def table(plan: Plan) -> Table:
 
 
 def notes(plan: Plan) -> list[str]:
-    """Return a line on each stage's cache, and on what was assumed."""
+    """Return a line on each stage's cache, on what was assumed, and on what is trained first."""
     lines = []
     for stage in plan.stages:
         lines.append(f"{stage.name}: cache {'on' if stage.cache.recommended else 'off'}: {stage.cache.reason}.")
         if stage.assumed:
             lines.append(f"{stage.name}: assumed: {stage.assumed}.")
-    return lines
+    return lines + plan.needs
 
 
 def size(number: float) -> str:

@@ -24,6 +24,7 @@ from mllm.processes import processes
 from mllm.saving import check_fingerprints, fingerprints_of, save
 from mllm.training.checkpoint import NAME as CHECKPOINT
 from mllm.training.checkpoint import TrainingState, explain_misfit, random_states, set_random_states
+from mllm.training.needs import missing
 from mllm.training.run import Run, free_folder
 from mllm.training.sharding import loading_device
 from mllm.training.signals import Interrupted
@@ -50,17 +51,20 @@ def train(
         device: where this process computes from now on (``cuda``, ``cuda:1``, ``mps``, ``cpu``); None: a GPU where
             there is one, or the device that the launcher gave it.
 
+    Runs that the recipe needs and that are not there are trained first; `mllm check` tells before whether it fits them.
+
     Raises:
         MLLMError: a recipe, part or data set that is wrong; nothing is trained then. Or a run that cannot be resumed.
         Interrupted: a signal stopped it.
     """
-    started = time.monotonic()
     config = loading.load(recipe, overrides)
     config = loading.continued(config, Path(resume) / "recipe.yaml") if resume else config
     if not config.stages:
         raise MLLMError(f"The recipe {config.name} has no stages, so there is nothing to train.")
     processes()  # first: they agree on a folder before anything is trained
     use_device(device)
+    train_needs(config)
+    started = time.monotonic()
     set_seed(config.seed)
     model = None
     if resume:
@@ -76,6 +80,17 @@ def train(
         except KeyboardInterrupt:
             raise run.signals.interrupted(run.path, "between two checkpoints") from None
     return run
+
+
+def train_needs(config: Recipe) -> None:
+    """Train the runs that a recipe stands on (``needs``) and that are not there yet; continue those not finished.
+
+    Raises:
+        MLLMError: needs that do not exist or go in a circle, or a needed recipe that is wrong.
+    """
+    (needs,) = broadcast_object_list([missing(config)])  # of the main process: the others may look later
+    for need in needs:
+        train(need.recipe, **{"resume" if need.started else "out": need.folder})
 
 
 def _train(run: Run, config: Recipe, model: Assembly | None, started: float) -> None:

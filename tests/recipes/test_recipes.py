@@ -40,6 +40,8 @@ SMALLER: dict[str, dict[str, Any]] = {
     "blip2-retrieval": {"init.from": None},
     "ziya-vl": {"stages.0.init.from": None},
     "llava-cpu": {"adapters": LORA},
+    "peft-captioning": {"init.from": None, "adapters": [*LORA, {"type": "lora", "r": 3}]},
+    "peft-captioning-cpu": {"init.from": None, "adapters": LORA},
     "cg-vlm-cpu": {"adapters": LORA},
     "yi-vl": {"prompt.system": ""},  # longer than the tiny language model's context
 }

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mllm.devices import has_values
 from mllm.lms import vocabulary
 from mllm.lms.runners.base import Runner
 
@@ -38,7 +39,9 @@ def can_pack(runner: Runner) -> bool:
 
 
 def continues_cache(runner: Runner) -> bool:
-    """Whether several positions at once can follow a KV cache."""
+    """Whether several positions at once can follow a KV cache; assumed of weights without values, in a plan."""
+    if not has_values(runner.model.get_input_embeddings().weight):
+        return True
     with torch.no_grad(), vocabulary.without_dropout(runner.model):
         ids, embeds = _probe(runner)
         mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1]], device=ids.device)

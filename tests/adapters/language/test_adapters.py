@@ -116,6 +116,34 @@ def test_lora_is_pefts(tiny_parts):
         assert torch.equal(model.lm.model(input_ids=ids).logits, reference(input_ids=ids).logits)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_two_loras_of_one_model_are_added_and_saved_apart(tiny_parts, tmp_path):
+    adapters = [
+        {"type": "lora", "r": 3, "alpha": 6, "targets": ["q_proj"]},
+        {"type": "lora", "r": 2, "alpha": 8, "targets": ["q_proj", "v_proj"]},
+    ]
+    model = mllm.assemble(tiny_parts[0], tiny_parts[1], adapters=adapters)
+    shake(model)
+    bare = AutoModelForCausalLM.from_pretrained(tiny_parts[1]).eval()
+    only_second = copy.deepcopy(bare)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    for number, scale, changed in ((0, 2.0, [bare]), (1, 4.0, [bare, only_second])):
+        matrices = {k: v for k, v in model.trained_state().items() if k.startswith(f"adapters.{number}.")}
+        assert len(matrices) == 2 * 2 * (1 + number)
+        for name in [name for name in matrices if ".lora_A." in name]:
+            update = matrices[name.replace("lora_A", "lora_B")] @ matrices[name] * scale
+            path = name.removeprefix(f"adapters.{number}.layers.").partition(".lora_A")[0].replace("/", ".")
+            for lm in changed:
+                lm.get_submodule(path).weight.data += update
+    with torch.no_grad():
+        torch.testing.assert_close(model.lm.model(input_ids=ids).logits, bare(input_ids=ids).logits)
+        with model.adapters[0].off():
+            torch.testing.assert_close(model.lm.model(input_ids=ids).logits, only_second(input_ids=ids).logits)
+        torch.testing.assert_close(model.lm.model(input_ids=ids).logits, bare(input_ids=ids).logits)
+        again = mllm.load(model.save(tmp_path / "saved"))
+        assert torch.equal(model.lm.model(input_ids=ids).logits, again.lm.model(input_ids=ids).logits)
+
+
 def test_bottleneck_is_its_formula():
     config = OPTConfig(
         vocab_size=40, hidden_size=8, num_hidden_layers=1, ffn_dim=16, num_attention_heads=2, word_embed_proj_dim=8
