@@ -40,6 +40,8 @@ SMALLER: dict[str, dict[str, Any]] = {
     "blip2-retrieval": {"init.from": None},
     "llava-cpu": {"adapters": LORA},
     "cg-vlm-cpu": {"adapters": LORA},
+    "internvl": {"data.pack": None},
+    "llava-next": {"prompt.system": ""},
     "yi-vl": {"prompt.system": ""},  # longer than the tiny language model's context
 }
 
@@ -77,6 +79,8 @@ def tiny(name: str, places: dict[str, str]) -> dict[str, Any]:
     if config.encoder:
         own = config.encoder
         encoder = {"model": places["encoder"], "select": own.select, "init": own.init}
+        if own.tiles is not None:
+            encoder["tiles"] = own.tiles.model_dump(mode="json")
     video = config.encoder is not None and config.encoder.type == "video"
     if config.encoder and video:
         encoder = {"type": "video", "frames": 2, "pool": config.encoder.options()["pool"], "of": encoder}
