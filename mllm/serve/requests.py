@@ -86,15 +86,16 @@ class _Reader:
     """
 
     def __init__(self, remote: Remote, limit: int) -> None:
-        self._remote, self._left = remote, limit
+        self._remote, self._left, self._read = remote, limit, 0
 
     def read(self, url: str) -> ImageBytes:
-        """Return an image, not decoded."""
+        """Return an image, not decoded; messages name it by its number in the request."""
+        self._read += 1
         if is_data_url(url):
-            return ImageBytes(from_data_url(url, len(url)), "the data URL")
+            return ImageBytes(from_data_url(url, len(url)), f"image {self._read}, a data URL")
         data = self._remote.read(url, self._left)
         self._left -= len(data)
-        return ImageBytes(data, f"the image of {len(data)} bytes")
+        return ImageBytes(data, f"image {self._read}, of {len(data)} bytes")
 
 
 def _parts(messages: list[dict[str, Any]]) -> Iterator[Any]:
