@@ -37,7 +37,7 @@ def tokens(model: Any, size: tuple[int, int]) -> int:
 def test_llava_next() -> None:
     """Counts are those of its processor with the published grids; the connector is that of its class."""
     model = model_of("llava-next")
-    images = LlavaNextImageProcessorPil(image_grid_pinpoints=LlavaNextConfig().image_grid_pinpoints)
+    images = LlavaNextImageProcessorPil()  # whose grids are the published ones
     counting = LlavaNextProcessor.__new__(LlavaNextProcessor)
     counting.image_processor, counting.patch_size, counting.num_additional_image_tokens = images, 14, 0
     for width, height in SIZES:
