@@ -21,6 +21,7 @@ from mllm.media.images import source_of
 from mllm.training.calibration import calibrate
 
 USUAL = ("blind", "shuffled")  # evaluated by default
+OTHER_IMAGES = ("shuffled", "mean-image")  # which give an item other images than its own
 _MEAN_OF, _SIDE = 256, 224  # images, and pixels
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mllm.eval.answers.base import AnswerMode, ChecksItems, Context
+from mllm.eval.answers.base import AnswerMode, Context
+from mllm.eval.fitting import that_fit, that_fit_with_others
 from mllm.eval.journal import Journal
 from mllm.eval.nearest import NEAREST, training_items
 from mllm.eval.report import report
@@ -63,7 +64,7 @@ def evaluate(
         overrides: of the suite, dotted: ``["batch_size=8"]``.
 
     Items that do not fit into the language model's context, their answer included, are skipped: left out of the
-    scores, and listed under ``skipped`` in the summary.
+    scores, and listed under ``skipped`` in the summary. So are those that do not with a baseline's image.
 
     Raises:
         MLLMError: an unknown suite or baseline, data that is missing or does not fit the suite's answer mode, or an
@@ -73,8 +74,10 @@ def evaluate(
     all_items = read_items(config, data)
     items = with_shots(all_items[:limit], read_shots(config, data, all_items), config.shots, model)
     mode: AnswerMode = lookup("answers", config.answer)()
-    items, skipped = _that_fit(mode, model, items, Context(config))
+    items, skipped = that_fit(mode, model, items, Context(config))
     names = _baselines(config, mode.baselines(items), baselines)
+    items, more = that_fit_with_others(mode, model, items, Context(config, names))
+    skipped |= more
     names, training = _with_training(model, names, asked=NEAREST in (baselines or ()))
     state = processes()
     about = _about(model, config, items, names)
@@ -91,21 +94,6 @@ def evaluate(
     state.wait_for_everyone()
     journal.close()
     return made
-
-
-def _that_fit(
-    mode: AnswerMode, model: Assembly, items: Sequence[Item], context: Context
-) -> tuple[Sequence[Item], dict[str, str]]:
-    """Return the items that fit into the language model's context, and the others' ids with the errors.
-
-    Raises:
-        MLLMError: none fits.
-    """
-    errors = mode.unanswerable(model, items, context) if isinstance(mode, ChecksItems) else {}
-    if errors and len(errors) == len(items):
-        raise MLLMError(f"No item of the suite {context.suite.name} fits. Item {items[0].id!r}: {errors[0]}")
-    kept = [item for index, item in enumerate(items) if index not in errors]
-    return kept, {items[index].id: error for index, error in errors.items()}
 
 
 def _baselines(config: Suite, offered: Mapping[str, bool], wanted: Sequence[str] | None) -> list[str]:

@@ -153,12 +153,13 @@ class Chat:
         if decoding.selects:
             yield str(answer_prompts(model, [pieces], decoding, images=0)[0])
             return
+        counts = counted(images, model.counts)  # an image that cannot be counted is no matter of the length
         try:
             encoded = model.encode(pieces)
             decoding = for_encoded(model, encoded, decoding)
         except MLLMError as error:
             raise MLLMError(f"{error} Drop the oldest turns (chat.drop(2)), or start over (chat.reset()).") from None
-        content = _content(encoded, images, counted(images, model.counts))
+        content = _content(encoded, images, counts)
         known = self._mask_changes(content)
         if self._cache is None or any(encoded.visual[known:]):  # images come in as embeddings, not as ids
             self._prefill(encoded, content, images)

@@ -162,7 +162,9 @@ def serve(
 def export(
     run: RunPath,
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The new folder.")],
-    to: Annotated[str, typer.Option(help="The format: hf-llava or hf-blip2.")],
+    to: Annotated[
+        str, typer.Option(help="The format: hf-llava, hf-llava-next, hf-llava-onevision, hf-internvl or hf-blip2.")
+    ],
     dtype: Annotated[str, typer.Option(help="Of the weights: float32, bfloat16 or float16.")] = "float32",
     trust_remote_code: Trusted = None,
 ) -> None:

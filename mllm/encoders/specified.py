@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from mllm.config.parts import EncoderSpec
-from mllm.config.tiles import AnyResolutionSpec, TilesSpec
+from mllm.config.tiles import AnyResolutionSpec, DynamicResolutionSpec, TilesSpec
 from mllm.encoders.base import Shape, on_meta
 from mllm.errors import MLLMError
 from mllm.hub import published
-from mllm.media.tiles import AnyResolution, DynamicResolution, Tiling
+from mllm.media.tiles import Tiling
+from mllm.media.tilings import AnyResolution, DynamicResolution, Split
 from mllm.registry import fulfilled, lookup, made
 from mllm.slots import Connector, Encoder
 
@@ -86,8 +87,10 @@ def _tiling(spec: TilesSpec, encoder: Any, resolution: int | None) -> Tiling:
         )
     side, resample = int(shape[1]), getattr(encoder, "resample", None)
     if isinstance(spec, AnyResolutionSpec):
-        return AnyResolution(side, resample, tuple(spec.grids), spec.unpad)
-    return DynamicResolution(side, resample, spec.least, spec.most)
+        return AnyResolution(side, resample, tuple(spec.choices), spec.unpad, spec.limit)
+    if isinstance(spec, DynamicResolutionSpec):
+        return DynamicResolution(side, resample, spec.least, spec.most)
+    return Split(side, resample, spec.longest)
 
 
 def newline_for(encoder: Encoder, connector: Connector, lm_dim: int | None, *, seed: int) -> nn.Parameter | None:

@@ -24,6 +24,7 @@ from mllm.export.stock import (
     check_adapters,
     check_prompt,
     check_vocabulary,
+    check_whole_images,
     each,
     finished,
     make_processor,
@@ -45,13 +46,14 @@ def blip2(model: Model) -> StockModel:
     qformer, (vision, tower), *_, template = each(
         lambda: _qformer_config(model),
         lambda: _blip2_tower(model),
+        lambda: check_whole_images(model),
         lambda: check_adapters(model),
         lambda: check_vocabulary(model),
         lambda: causal_lm(model),
         lambda: check_prompt(model),
     )
     lm, connector = merged_lm(model), model.connector
-    image_id, tokenizer = with_image_token(model)
+    (image,), tokenizer = with_image_token(model)
     processor = make_processor(model, tokenizer, template, patch=int(vision.patch_size), strategy="full")
     text = text_config(model, lm)
     config = Blip2Config(
@@ -59,7 +61,7 @@ def blip2(model: Model) -> StockModel:
         qformer_config=qformer,
         text_config=text,
         num_query_tokens=connector.num_tokens,
-        image_token_index=image_id,
+        image_token_index=image,
     )
     config.tie_word_embeddings = text.tie_word_embeddings
     stock = build_stock(lambda: Blip2ForConditionalGeneration(config))
@@ -68,7 +70,7 @@ def blip2(model: Model) -> StockModel:
     assign(stock.qformer, connector.qformer.state_dict())
     assign(stock.language_projection, connector.project.state_dict())
     assign(stock.language_model, lm.state_dict())
-    return finished(stock, model, image_id, processor)
+    return finished(stock, model, [image], processor)
 
 
 def _qformer_config(model: Model) -> Any:

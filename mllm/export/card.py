@@ -37,7 +37,7 @@ original model, which computed in float32, on the {count} prompts and conversati
 decoded in batches of several lengths. The input ids and the pixels are equal.
 
 {equivalence}
-{merged}
+{merged}{several}
 mllm {mllm}, transformers {transformers}, torch {torch}. The pixels are those of the image processors on PIL; those on
 torchvision differ a little. {versions}
 
@@ -56,7 +56,7 @@ The chat template formats messages as in training. The other prompts of the trai
 ```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-processor = AutoProcessor.from_pretrained(FOLDER, backend="pil")  # transformers 4.57: use_fast=False
+processor = AutoProcessor.from_pretrained(FOLDER{backend}
 model = AutoModelForImageTextToText.from_pretrained(FOLDER, dtype="auto")
 caption = {caption!r}
 question = {question!r}
@@ -77,13 +77,26 @@ ROUNDED = """\
 MERGED = """
 The LoRA adapters were merged into the weights; the difference comes from rounding.
 """
+WITH_VIDEOS = ("hf-internvl", "hf-llava-onevision")  # whose processors have a video processor
+BY_PIL = ', backend="pil")  # transformers 4.57: use_fast=False'
+NEEDS_TORCHVISION = ")  # it needs torchvision, as the pipeline does, for its video processor"
+TILES = "Load this folder with transformers 5; 4.57 was not compared."
 BOTH = "transformers 4.57 reads the folder, too."
 ONLY_5 = """\
 **Load this folder with transformers 5:** in 4.57 this language model scales the visual tokens as it scales its
 embeddings, and the answers are others."""
 
 
-def card(model: Model, to: str, stock: Any, comparisons: Sequence[Comparison], *, allowed: float, exact: float) -> str:
+def card(
+    model: Model,
+    to: str,
+    stock: Any,
+    comparisons: Sequence[Comparison],
+    *,
+    allowed: float,
+    exact: float,
+    several: str = "",
+) -> str:
     """Return the card's text.
 
     Args:
@@ -93,25 +106,14 @@ def card(model: Model, to: str, stock: Any, comparisons: Sequence[Comparison], *
         comparisons: on each probe.
         allowed: the largest difference of logits that was allowed, as a share of the largest logit.
         exact: the same of the comparison in float32.
+        several: see `mllm.export.stock.StockModel`.
     """
     spec, dtype = model.spec, str(stock.dtype).removeprefix("torch.")
-    worst = max(comparisons, key=lambda one: one.difference)
     options = ", ".join(f"{key}: {value}" for key, value in spec.connector.options().items())
     prompts = {
         "caption": "".join(formatted(spec.prompt, [IMAGE], spec.prompt.caption)),
         "question": "".join(formatted(spec.prompt, [IMAGE], spec.prompt.question)),
     }
-    equivalence = (EXACTLY if dtype == "float32" else ROUNDED).format(
-        dtype=dtype,
-        difference=worst.difference,
-        largest=worst.largest,
-        share=max(one.difference / max(one.largest, 1e-12) for one in comparisons),
-        allowed=allowed,
-        exact=exact,
-        tokens=sum(len(one.tokens) for one in comparisons),
-        equal=sum(one.tokens == one.stock for one in comparisons),
-        count=len(comparisons),
-    )
     return CARD.format(
         title=type(stock).__name__,
         to=to,
@@ -124,13 +126,31 @@ def card(model: Model, to: str, stock: Any, comparisons: Sequence[Comparison], *
         adapters="| adapters | LoRA, merged into the weights | yours |\n" if spec.adapters else "",
         remote=_remote(spec.remote_code()),
         merged=MERGED if spec.adapters else "",
+        several=f"\n{several}\n" if several else "",
+        backend=NEEDS_TORCHVISION if to in WITH_VIDEOS else BY_PIL,
         count=len(comparisons),
-        equivalence=equivalence,
+        equivalence=_equivalence(comparisons, dtype, allowed, exact),
         mllm=__version__,
         transformers=version("transformers"),
         torch=version("torch"),
-        versions=ONLY_5 if needs_5(stock.config) else BOTH,
+        versions=TILES if model.tiling is not None else ONLY_5 if needs_5(stock.config) else BOTH,
         **prompts,
+    )
+
+
+def _equivalence(comparisons: Sequence[Comparison], dtype: str, allowed: float, exact: float) -> str:
+    """Return the sentences on the differences."""
+    worst = max(comparisons, key=lambda one: one.difference)
+    return (EXACTLY if dtype == "float32" else ROUNDED).format(
+        dtype=dtype,
+        difference=worst.difference,
+        largest=worst.largest,
+        share=max(one.difference / max(one.largest, 1e-12) for one in comparisons),
+        allowed=allowed,
+        exact=exact,
+        tokens=sum(len(one.tokens) for one in comparisons),
+        equal=sum(one.tokens == one.stock for one in comparisons),
+        count=len(comparisons),
     )
 
 

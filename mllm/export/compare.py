@@ -49,13 +49,15 @@ class Reference:
 
     Attributes:
         ids: the token ids, with that of the image token at visual tokens.
-        pixels: of the images.
+        pixels: of the images' tiles; an image that is not cut is one.
+        tiles: their number of each image.
         logits: ``(K, V)`` at the last positions.
         tokens: greedily decoded, in one batch with the other probes of its kind.
     """
 
     ids: list[int]
     pixels: Tensor
+    tiles: list[int]
     logits: Tensor
     tokens: list[int]
 
@@ -80,8 +82,9 @@ def _references(model: Model, probes: Sequence[Probe], image: int) -> list[Refer
     for probe, answer in zip(probes, answers, strict=True):
         encoded = model.encode(probe.pieces)
         ids = [image if visual else token for token, visual in zip(encoded.ids, encoded.visual, strict=True)]
-        pixels = model.encoder.preprocess(probe.images)
-        results.append(Reference(ids, pixels, _logits(model, probe), answer))
+        tiles = [model.encoder.tiles(image) for image in probe.images]
+        pixels = model.encoder.preprocess([*chain(*tiles)])
+        results.append(Reference(ids, pixels, [*map(len, tiles)], _logits(model, probe), answer))
     return results
 
 
@@ -188,5 +191,8 @@ def _check_inputs(inputs: Any, reference: Reference) -> None:
             f"exported: at place {place} {ids[place : place + 8]}... instead of "
             f"{reference.ids[place : place + 8]}...."
         )
-    if not torch.equal(inputs["pixel_values"], reference.pixels):
+    pixels = inputs["pixel_values"]
+    if pixels.ndim == 5:  # of each image its tiles, and padding up to the most of them
+        pixels = torch.cat([rows[:number] for rows, number in zip(pixels, reference.tiles, strict=True)])
+    if not torch.equal(pixels, reference.pixels):
         raise MLLMError("The transformers image processor returns other pixels for an image, so nothing is exported.")

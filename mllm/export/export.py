@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText
 
 from mllm.errors import MLLMError, near
 from mllm.export.blip2 import blip2
@@ -38,10 +38,18 @@ from mllm.export.compare import (
 from mllm.export.files import let_others_read, write_files, write_json
 from mllm.export.llava import llava
 from mllm.export.probes import make_probes, save_images
+from mllm.export.processors import read_processor
 from mllm.export.stock import StockModel
+from mllm.export.tiled import internvl, llava_next, llava_onevision
 from mllm.model import Model
 
-CONVERTERS: dict[str, Callable[[Model], StockModel]] = {"hf-llava": llava, "hf-blip2": blip2}
+CONVERTERS: dict[str, Callable[[Model], StockModel]] = {
+    "hf-llava": llava,
+    "hf-llava-next": llava_next,
+    "hf-llava-onevision": llava_onevision,
+    "hf-internvl": internvl,
+    "hf-blip2": blip2,
+}
 PRECISIONS = ("float32", "bfloat16", "float16")
 
 
@@ -51,7 +59,7 @@ def export(model: Model, folder: str | Path, *, to: str, dtype: str = "float32")
     Args:
         model: the model; during the export it is on the CPU in float32, in which the comparison is made.
         folder: the new folder.
-        to: ``hf-llava`` (`LlavaForConditionalGeneration`) or ``hf-blip2`` (`Blip2ForConditionalGeneration`).
+        to: one of `CONVERTERS`, by the class's name in `transformers`.
         dtype: of the weights in the folder: ``float32``, ``bfloat16`` or ``float16``.
 
     Returns:
@@ -65,11 +73,12 @@ def export(model: Model, folder: str | Path, *, to: str, dtype: str = "float32")
     half = dtype != "float32"
     exact = MERGED if model.spec.adapters else EXACT
     with _new_folder(Path(folder)) as temporary:
-        save_images(temporary)
+        save_images(temporary, model)
         with _on_cpu_in_float32(model):
             stock = _converted(model, to)
             gc.collect()  # the language model of which it was made, and which may hold merged weights
-            probes = make_probes(model)
+            kind, several = type(stock.processor), stock.several
+            probes = make_probes(model, several=not several)
             expected = references(model, probes, stock.model.config.image_token_id)
             allowed = exact
             if half:  # the class is compared before its weights are rounded, and once more from the folder
@@ -81,12 +90,12 @@ def export(model: Model, folder: str | Path, *, to: str, dtype: str = "float32")
         loaded = AutoModelForImageTextToText.from_pretrained(
             temporary, dtype=getattr(torch, dtype), trust_remote_code=False
         ).eval()
-        processor = AutoProcessor.from_pretrained(temporary, backend="pil", trust_remote_code=False)
+        processor = read_processor(temporary, kind)
         comparisons = compare_all(model, loaded, processor, probes, expected)
         (check_rounded if half else check)(comparisons, allowed)
         write_json(temporary / "probes" / "probes.json", [asdict(comparison) for comparison in comparisons])
         (temporary / "README.md").write_text(
-            card(model, to, loaded, comparisons, allowed=allowed, exact=exact), encoding="utf-8"
+            card(model, to, loaded, comparisons, allowed=allowed, exact=exact, several=several), encoding="utf-8"
         )
         let_others_read(temporary)
     return comparisons

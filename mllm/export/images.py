@@ -1,15 +1,17 @@
-"""Return the image processor of `transformers` that makes an image square as the encoder does."""
+"""Return the image processor of `transformers` that makes an image square, or cuts it, as the encoder does."""
 
 from __future__ import annotations
 
 import copy
 from typing import Any
 
+import transformers
 from transformers import CLIPImageProcessorPil, LlavaImageProcessorPil
 
 from mllm.model import Model
 
-KEPT = ("resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "do_convert_rgb")
+SHARED = ("resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
+KEPT = (*SHARED, "do_convert_rgb")
 
 
 def image_processor(model: Model) -> Any:
@@ -31,3 +33,15 @@ def image_processor(model: Model) -> Any:
     for name, size in sizes.items():
         setattr(processor, name, size)
     return processor
+
+
+def tiles_processor(model: Model, kind: str, **options: Any) -> Any:
+    """Return an image processor that cuts images, with the encoder's normalization and filter.
+
+    Args:
+        model: the model.
+        kind: the name of its class.
+        options: its further options.
+    """
+    settings = model.encoder.processor.to_dict()
+    return getattr(transformers, kind)(**{name: settings[name] for name in SHARED if name in settings}, **options)

@@ -10,7 +10,7 @@ Only what the export changes is new: layers with a merged LoRA, and the embeddin
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,15 +25,20 @@ from mllm.export.chat import chat_template
 from mllm.export.images import image_processor
 from mllm.model import Model
 
-IMAGE = "<image>"
+IMAGE, VIDEO = "<image>", "<video>"
 
 
 @dataclass(frozen=True)
 class StockModel:
-    """A transformers model with this model's weights, and its processor; ``<image>`` is an image in its prompts."""
+    """A transformers model with this model's weights, and its processor; ``<image>`` is an image in its prompts.
+
+    Attributes:
+        several: how the class differs on conversations with several images, which are then not compared.
+    """
 
     model: Any
     processor: Any
+    several: str = ""
 
 
 def each(*steps: Callable[[], Any]) -> list[Any]:
@@ -101,13 +106,20 @@ def merged_lm(model: Model) -> Any:
     return lm
 
 
+def check_whole_images(model: Model) -> None:
+    """Raise an `MLLMError` where images are cut into tiles."""
+    if model.tiling is not None:
+        raise MLLMError(
+            "The encoder cuts images into tiles (encoder.tiles); this class encodes each as a whole. Classes "
+            "with tiles are hf-llava-next, hf-llava-onevision and hf-internvl."
+        )
+
+
 def whole_tower(model: Model) -> Any:
     """Return the vision tower with all its layers: the model's encoder may be truncated after the layer it uses."""
     encoder = model.spec.encoder
     if encoder.type != "transformers":
         raise MLLMError(f"The encoder is of type {encoder.type!r}; this class takes one of transformers.")
-    if encoder.tiles is not None:
-        raise MLLMError("The encoder cuts images into tiles (encoder.tiles); this class encodes each as a whole.")
     return model.encoder.whole().float()
 
 
@@ -141,14 +153,14 @@ def part_of(state: Mapping[str, Any], old: str, new: str) -> dict[str, Any]:
     return {f"{new}.{name}": state[f"{old}.{name}"] for name in ("weight", "bias") if f"{old}.{name}" in state}
 
 
-def with_image_token(model: Model) -> tuple[int, Any]:
-    """Return the id of the image token, and a copy of the tokenizer with that token added."""
-    tokenizer = copy.deepcopy(model.lm.tokenizer)
-    tokenizer.add_tokens([AddedToken(IMAGE, normalized=False, special=True)], special_tokens=True)
+def with_image_token(model: Model, *others: str) -> tuple[list[int], Any]:
+    """Return the ids of the image token and of other new tokens, and a copy of the tokenizer with them."""
+    tokenizer, new = copy.deepcopy(model.lm.tokenizer), [IMAGE, *others]
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=True) for token in new], special_tokens=True)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(model.lm.pad)
-    return int(tokenizer.convert_tokens_to_ids(IMAGE)), tokenizer
+    return [int(tokenizer.convert_tokens_to_ids(token)) for token in new], tokenizer
 
 
 def make_processor(model: Model, tokenizer: Any, template: str, *, patch: int, strategy: str) -> Any:
@@ -189,11 +201,11 @@ def assign(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     module.load_state_dict(state, assign=True)
 
 
-def finished(stock: Any, model: Model, image: int, processor: Any) -> StockModel:
-    """Return the transformers model, with an embedding of the image token, tied weights and a generation config."""
+def finished(stock: Any, model: Model, new: Sequence[int], processor: Any, several: str = "") -> StockModel:
+    """Return the transformers model, with embeddings of new tokens, tied weights and a generation config."""
     if stock.config.get_text_config().tie_word_embeddings:
         stock.tie_weights()
-    suppressed = _add_image_embedding(stock, image)
+    suppressed = _add_embeddings(stock, new)
     stops = model.lm.text.ends
     stock.generation_config = GenerationConfig(  # greedy decoding, which ends where this model ends
         do_sample=False,
@@ -202,17 +214,16 @@ def finished(stock: Any, model: Model, image: int, processor: Any) -> StockModel
         pad_token_id=model.lm.pad,
         suppress_tokens=suppressed,
     )
-    return StockModel(stock.requires_grad_(False).eval(), processor)
+    return StockModel(stock.requires_grad_(False).eval(), processor, several)
 
 
-def _add_image_embedding(stock: Any, image: int) -> list[int]:
-    """Extend the vocabulary for the image token, with all-zero rows, and return the ids that are never generated."""
+def _add_embeddings(stock: Any, new: Sequence[int]) -> list[int]:
+    """Extend the vocabulary for new tokens, with all-zero rows, and return the ids that are never generated."""
     rows = stock.get_input_embeddings().num_embeddings
-    if image < rows:
-        return [image]
-    stock.resize_token_embeddings(image + 1, mean_resizing=False)
-    for table in (stock.get_input_embeddings(), stock.get_output_embeddings()):
-        table.weight.data[rows:] = 0
-        if getattr(table, "bias", None) is not None:
-            table.bias.data[rows:] = 0
-    return [*range(rows, image + 1)]
+    if (length := max(new) + 1) > rows:
+        stock.resize_token_embeddings(length, mean_resizing=False)
+        for table in (stock.get_input_embeddings(), stock.get_output_embeddings()):
+            table.weight.data[rows:] = 0
+            if getattr(table, "bias", None) is not None:
+                table.bias.data[rows:] = 0
+    return sorted({*new, *range(rows, length)})

@@ -1,7 +1,6 @@
-"""Cut an image into tiles of an encoder's input size, and put their visual tokens into the image's order.
+"""Define the tiles of an image, and put their visual tokens into the image's order; `mllm.media.tilings` cuts them.
 
-Two published ways: any resolution (LLaVA-NeXT) and dynamic resolution (InternVL 1.5, arXiv:2404.16821). An image's size
-alone decides its tiles and how many tokens it takes, so both are known before anything is decoded.
+An image's size alone decides its tiles and how many tokens it takes, so both are known before anything is decoded.
 
 Shapes: I images, U tiles of all of them, Q visual tokens of a tile, N visual tokens of all images, D their width.
 """
@@ -17,8 +16,10 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+from einops import rearrange
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from mllm.errors import MLLMError
 from mllm.media.sizes import label_of, size_of
@@ -26,6 +27,8 @@ from mllm.media.sizes import label_of, size_of
 ELONGATED = 200  # the largest aspect ratio of an image that is cut into tiles
 Size = tuple[int, int]  # width, height
 Grid = tuple[int, int]  # rows, columns
+TOLERATED = 1.1  # a grid's sides may exceed those of its limit by this factor
+REDUCED = "1 d h w -> h w d"
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Layout:
         whole: the index of the tile that shows the whole image; None: they are cells of the image, none of which does.
         unpad: the grid's visual tokens are put in rows over all tiles, without those of the padding, and each row ends
             with a newline token; the whole image is the first tile. False: the tokens of one tile after another.
+        limit: with ``unpad``, grids with clearly more visual tokens than so many tiles are reduced to about that many.
     """
 
     size: Size
@@ -46,24 +50,35 @@ class Layout:
     tiles: int
     whole: int | None
     unpad: bool
+    limit: int | None = None
 
     def count(self, tokens: int, grid: Grid | None) -> int:
         """Return how many visual tokens the image takes, where a tile has ``tokens``, in a ``grid`` or in none."""
         if not self.unpad or grid is None:
             return self.tiles * tokens
-        rows, columns = self.covered(grid)
-        return tokens + len(rows) * (len(columns) + 1)
+        rows, columns = self.reduced(grid) or map(len, self.covered(grid))
+        return tokens + rows * (columns + 1)
 
-    def order(self, tokens: int, grid: Grid | None) -> Tensor:
-        """Return the image's visual tokens as indices into those of its tiles ``(tiles * tokens)``; -1: a newline."""
+    def arranged(self, tokens: Tensor, grid: Grid | None, newline: Tensor | None) -> Tensor:
+        """Return the image's visual tokens ``(N, D)``, of those of its tiles ``(tiles, Q, D)``; see `in_order`."""
         if not self.unpad or grid is None:
-            return torch.arange(self.tiles * tokens, device="cpu")
-        cells = torch.arange(tokens, self.tiles * tokens, device="cpu").view(*self.grid, *grid)
-        whole_grid = cells.transpose(1, 2).reshape(self.grid[0] * grid[0], self.grid[1] * grid[1])
+            return tokens.flatten(0, 1)
+        assert newline is not None
+        cells = rearrange(tokens[1:], "(r c) (h w) d -> (r h) (c w) d", r=self.grid[0], h=grid[0])
         rows, columns = self.covered(grid)
-        kept = whole_grid[rows.start : rows.stop, columns.start : columns.stop]
-        lines = torch.cat([kept, kept.new_full((len(rows), 1), -1)], dim=1)
-        return torch.cat([torch.arange(tokens, device="cpu"), lines.flatten()])
+        cells = cells[rows.start : rows.stop, columns.start : columns.stop]
+        if (reduced := self.reduced(grid)) is not None:
+            cells = rearrange(interpolate(rearrange(cells, "h w d -> 1 d h w"), reduced, mode="bilinear"), REDUCED)
+        lines = torch.cat([cells, newline.to(cells).expand(len(cells), 1, -1)], dim=1)
+        return torch.cat([tokens[0], lines.flatten(0, 1)])
+
+    def reduced(self, grid: Grid) -> Grid | None:
+        """Return the rows and columns that the grid's visual tokens are reduced to; None: they are kept."""
+        if self.limit is None:
+            return None
+        rows, columns = map(len, self.covered(grid))
+        ratio = math.sqrt(rows * columns / (self.limit * grid[0] * grid[1]))
+        return (max(int(rows // ratio), 1), max(int(columns // ratio), 1)) if ratio > TOLERATED else None
 
     def covered(self, grid: Grid) -> tuple[range, range]:
         """Return the rows and columns of visual tokens that show the image and not its padding."""
@@ -168,103 +183,6 @@ class Tiling(Cutting):
         return [canvas.crop((x, y, x + side, y + side)) for x, y in corners]
 
 
-@dataclass(frozen=True)
-class AnyResolution(Tiling):
-    """LLaVA-NeXT: the image keeps its aspect ratio, and is padded to the grid that keeps most of its pixels.
-
-    Args:
-        choices: the grids; of equally good ones the first.
-        unpad: see `Layout`.
-    """
-
-    choices: tuple[Grid, ...]
-    unpad: bool = True
-
-    def grids(self) -> Sequence[Grid]:
-        """Return all grids that an image can have."""
-        return self.choices
-
-    def grid(self, size: Size) -> Grid:
-        """Return the grid that keeps most of the image's pixels, and of those the one with the least padding."""
-        width, height = size
-
-        def quality(grid: Grid) -> tuple[int, int]:
-            rows, columns = grid[0] * self.side, grid[1] * self.side
-            scale = min(columns / width, rows / height)
-            kept = min(int(width * scale) * int(height * scale), width * height)
-            return kept, kept - rows * columns
-
-        return max(self.choices, key=quality)
-
-    def layout(self, size: Size) -> Layout:
-        """Return the tiles of an image with a size: the whole image, then the grid."""
-        rows, columns = grid = self.grid(size)
-        return Layout(size, grid, 1 + rows * columns, 0, self.unpad)
-
-    def cut(self, image: Image.Image) -> list[Image.Image]:
-        """Return an RGB image's tiles."""
-        rows, columns = self.grid(image.size)
-        width, height = columns * self.side, rows * self.side
-        across, down = width / image.width, height / image.height
-        if across < down:
-            size = width, min(math.ceil(image.height * across), height)
-        else:
-            size = min(math.ceil(image.width * down), width), height
-        canvas = Image.new("RGB", (width, height))
-        canvas.paste(image.resize(size, self.resample), ((width - size[0]) // 2, (height - size[1]) // 2))
-        return [self.whole(image), *self._split(canvas)]
-
-
-@dataclass(frozen=True)
-class DynamicResolution(Tiling):
-    """InternVL: the image is stretched to the grid whose aspect ratio is closest; several tiles end with a thumbnail.
-
-    Args:
-        least: the smallest number of tiles of the grid.
-        most: the largest.
-    """
-
-    least: int
-    most: int
-
-    def grids(self) -> Sequence[Grid]:
-        """Return all grids that an image can have, those with few tiles first."""
-        return _grids_of(self.least, self.most)
-
-    def grid(self, size: Size) -> Grid:
-        """Return the grid of the closest aspect ratio, and of equal ones the largest that is not too large.
-
-        That is the last one with less than twice as many pixels as the image.
-        """
-        width, height = size
-        best, difference = (1, 1), math.inf
-        for rows, columns in self.grids():
-            other = abs(width / height - columns / rows)
-            if other < difference or (other == difference and width * height > 0.5 * self.side**2 * rows * columns):
-                best, difference = (rows, columns), other
-        return best
-
-    def layout(self, size: Size) -> Layout:
-        """Return the tiles of an image with a size: the grid, then the whole image if the grid has several."""
-        rows, columns = grid = self.grid(size)
-        tiles = rows * columns + (grid != (1, 1))
-        return Layout(size, grid, tiles, tiles - 1, unpad=False)
-
-    def cut(self, image: Image.Image) -> list[Image.Image]:
-        """Return an RGB image's tiles."""
-        rows, columns = self.grid(image.size)
-        tiles = self._split(image.resize((columns * self.side, rows * self.side), self.resample))
-        return tiles if len(tiles) == 1 else [*tiles, self.whole(image)]
-
-
-@functools.cache
-def _grids_of(least: int, most: int) -> list[Grid]:
-    """Return all grids of ``least`` to ``most`` tiles, by their number, then by columns."""
-    sides = range(1, most + 1)
-    grids = [(rows, columns) for columns in sides for rows in sides if least <= rows * columns <= most]
-    return sorted(grids, key=lambda grid: grid[0] * grid[1])
-
-
 def whole_images(values: Tensor, layouts: Sequence[Layout] | None) -> Tensor:
     """Return the rows ``(I, ...)`` of the tiles that show whole images, of the rows ``(U, ...)`` of all tiles.
 
@@ -289,12 +207,6 @@ def in_order(tokens: Tensor, layouts: Sequence[Layout], grid: Grid | None, newli
         grid: rows and columns of a tile's tokens, or None.
         newline: the token ``(D,)`` that ends a row, or None where no layout has rows.
     """
-    number, flat = tokens.shape[1], tokens.flatten(0, 1)
-    orders, start = [], 0
-    for layout in layouts:
-        order = layout.order(number, grid)
-        orders.append(torch.where(order < 0, len(flat), order + start))
-        start += layout.tiles * number
-    if newline is not None:
-        flat = torch.cat([flat, newline[None].to(flat.dtype)])
-    return flat[torch.cat(orders).to(flat.device)]
+    parts = tokens.split([layout.tiles for layout in layouts])
+    arranged = [layout.arranged(part, grid, newline) for part, layout in zip(parts, layouts, strict=True)]
+    return torch.cat(arranged)

@@ -94,16 +94,20 @@ class _Reader:
     """
 
     def __init__(self, remote: Remote, limit: int) -> None:
-        self._remote, self._left = remote, limit
+        self._remote, self._left, self._read = remote, limit, 0
 
     def read(self, url: str, kind: str) -> ImageBytes:
-        """Return an image or a video, not decoded; ``kind``: ``image_url`` or ``video_url``."""
-        form = VideoBytes if kind == "video_url" else ImageBytes
+        """Return an image or a video, not decoded; ``kind``: ``image_url`` or ``video_url``.
+
+        Messages name it by its number in the request.
+        """
+        self._read += 1
+        form, name = VideoBytes if kind == "video_url" else ImageBytes, f"{kind.removesuffix('_url')} {self._read}"
         if is_data_url(url):
-            return form(from_data_url(url, len(url)), "the data URL")
+            return form(from_data_url(url, len(url)), f"{name}, a data URL")
         data = self._remote.read(url, self._left)
         self._left -= len(data)
-        return form(data, f"the {kind.removesuffix('_url')} of {len(data)} bytes")
+        return form(data, f"{name}, of {len(data)} bytes")
 
 
 def _parts(messages: list[dict[str, Any]]) -> Iterator[Any]:

@@ -43,6 +43,8 @@ SMALLER: dict[str, dict[str, Any]] = {
     "peft-captioning": {"init.from": None, "adapters": [*LORA, {"type": "lora", "r": 3}]},
     "peft-captioning-cpu": {"init.from": None, "adapters": LORA},
     "cg-vlm-cpu": {"adapters": LORA},
+    "internvl": {"data.pack": None},
+    "llava-next": {"prompt.system": ""},
     "yi-vl": {"prompt.system": ""},  # longer than the tiny language model's context
 }
 
@@ -80,6 +82,8 @@ def tiny(name: str, places: dict[str, str]) -> dict[str, Any]:
     if config.encoder:
         own = config.encoder
         encoder = {"model": places["encoder"], "select": own.select, "init": own.init}
+        if own.tiles is not None:
+            encoder["tiles"] = own.tiles.model_dump(mode="json")
     video = config.encoder is not None and config.encoder.type == "video"
     if config.encoder and video:
         encoder = {"type": "video", "frames": 2, "pool": config.encoder.options()["pool"], "of": encoder}
