@@ -59,24 +59,47 @@ def qwen_processor(**size: int) -> Any:
 
 
 def siglip2() -> tuple[Any, Any]:
-    shape = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48}
+    shape: dict[str, Any] = {
+        "hidden_size": 24,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+    }
     model = Siglip2VisionModel(Siglip2VisionConfig(**shape, patch_size=8, num_patches=16))
     return model, Siglip2ImageProcessorPil(patch_size=8, max_num_patches=24)
 
 
 def qwen2() -> tuple[Any, Any]:
-    vision = {"depth": 3, "embed_dim": 24, "hidden_size": 16, "num_heads": 2, "mlp_ratio": 2, "patch_size": 8}
+    vision: dict[str, Any] = {
+        "depth": 3,
+        "embed_dim": 24,
+        "hidden_size": 16,
+        "num_heads": 2,
+        "mlp_ratio": 2,
+        "patch_size": 8,
+    }
     return Qwen2VLModel(Qwen2VLConfig(vision_config=vision, text_config=TEXT)), qwen_processor()
 
 
 def qwen25() -> tuple[Any, Any]:
-    vision = {"depth": 3, "hidden_size": 24, "out_hidden_size": 16, "num_heads": 2, "intermediate_size": 48}
+    vision: dict[str, Any] = {
+        "depth": 3,
+        "hidden_size": 24,
+        "out_hidden_size": 16,
+        "num_heads": 2,
+        "intermediate_size": 48,
+    }
     vision |= {"patch_size": 8, "window_size": 32, "fullatt_block_indexes": [1]}
     return Qwen2_5_VLModel(Qwen2_5_VLConfig(vision_config=vision, text_config=TEXT)), qwen_processor()
 
 
 def pixtral() -> tuple[Any, Any]:
-    shape = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48}
+    shape: dict[str, Any] = {
+        "hidden_size": 24,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+    }
     model = PixtralVisionModel(PixtralVisionConfig(**shape, patch_size=8, image_size=48))
     return model, PixtralImageProcessorPil(patch_size={"height": 8, "width": 8}, size={"longest_edge": 48})
 

@@ -180,7 +180,10 @@ def test_a_conversation_names_its_videos(model: Any, videos: list[Path], tmp_pat
     import base64
 
     url = f"data:video/mp4;base64,{base64.b64encode(videos[3].read_bytes()).decode()}"
-    forms = [{"type": "video", "video": str(videos[3])}, {"type": "video_url", "video_url": {"url": url}}]
+    forms: list[dict[str, Any]] = [
+        {"type": "video", "video": str(videos[3])},
+        {"type": "video_url", "video_url": {"url": url}},
+    ]
     answers = set()
     for part in forms:
         chat = model.chat(messages=[{"role": "user", "content": [part, {"type": "text", "text": "See?"}]}])
@@ -322,7 +325,8 @@ def test_the_length_is_that_of_the_decoded_frames(tmp_path: Path) -> None:
     frames = [tiny_image(seed, (64, 48)) for seed in range(25)]
     for suffix in ("mp4", "mov", "mkv", "avi"):
         length = length_of(tiny_video(tmp_path / f"clip.{suffix}", frames, rate=10))
-        assert (length.frames, length.seconds, length.side) == (25, pytest.approx(2.5), 64 * 48), suffix
+        assert (length.frames, length.side) == (25, 64 * 48), suffix
+        assert length.seconds == pytest.approx(2.5), suffix
 
 
 def test_a_prompt_that_passes_the_context_names_its_videos(

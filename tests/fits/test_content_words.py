@@ -16,6 +16,7 @@ from mllm.errors import MLLMError
 from mllm.fits.base import Material
 from mllm.fits.connector import ConnectorFit
 from mllm.lms.stop_words import STOP_WORDS, content_words, is_stop_word
+from mllm.media.images import source_of
 from mllm.testing import tiny_image
 
 CAPTIONS = (
@@ -29,7 +30,7 @@ CAPTIONS = (
 
 
 def items() -> list[Item]:
-    return [Item(str(i), (tiny_image(i),), captions) for i, captions in enumerate(CAPTIONS * 4)]
+    return [Item(str(i), (source_of(tiny_image(i)),), captions) for i, captions in enumerate(CAPTIONS * 4)]
 
 
 def published(model: Any, data: list[Item]) -> tuple[np.ndarray[Any, Any], ...]:
@@ -144,7 +145,7 @@ def test_words_are_told_apart_as_in_another_list() -> None:
 
 def test_what_cannot_be_fitted_is_refused(tiny_model: Any) -> None:
     model = tiny_model(connector={"type": "linear"})
-    only = Material([Item("0", (tiny_image(),), ("it is what it is",))], model.features)
+    only = Material([Item("0", (source_of(tiny_image()),), ("it is what it is",))], model.features)
     with pytest.raises(MLLMError, match="the captions have stop words only"):
         ConnectorFit(targets="content-words")(model, only)
     with pytest.raises(MLLMError, match="leaves stop words out of caption-words only"):

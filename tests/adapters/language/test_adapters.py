@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from mllm.config.loading import load as load_recipe
 from mllm.errors import MLLMError
 from mllm.planning.paper import meta_model
 from mllm.registry import lookup
+from mllm.slots import Adapter
 from mllm.testing import tiny_image
 
 ADAPTERS: list[dict[str, Any]] = [
@@ -137,7 +138,7 @@ def test_two_loras_of_one_model_are_added_and_saved_apart(tiny_parts, tmp_path):
                 lm.get_submodule(path).weight.data += update
     with torch.no_grad():
         torch.testing.assert_close(model.lm.model(input_ids=ids).logits, bare(input_ids=ids).logits)
-        with model.adapters[0].off():
+        with cast(Adapter, model.adapters[0]).off():
             torch.testing.assert_close(model.lm.model(input_ids=ids).logits, only_second(input_ids=ids).logits)
         torch.testing.assert_close(model.lm.model(input_ids=ids).logits, bare(input_ids=ids).logits)
         again = mllm.load(model.save(tmp_path / "saved"))
