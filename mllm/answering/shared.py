@@ -35,10 +35,10 @@ def started(model: Model, batch: Batch, decodings: Sequence[Decoding] = ()) -> A
         decodings: of the answers that follow, if any.
     """
     lm, longest = model.lm, max((decoding.max_new_tokens or 0 for decoding in decodings), default=0)
-    if not lm.shares_prefix or exceeds(lm, batch.mask.shape[1] + longest):
-        return None
     ids = _shared(model, batch)
-    if not ids or lm.exceeds_window(len(ids) + 1):
+    if not ids or lm.exceeds_window(len(ids) + 1) or exceeds(lm, batch.mask.shape[1] + longest):
+        return None
+    if not lm.shares_prefix:  # it is probed only where there is something to share
         return None
 
     def prefill() -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,13 +21,21 @@ from mllm.testing.lms import LMFamily
 EXAMPLES = [{"words": "a red bus", "answer": "a bus"}, {"words": "sky", "question": "What?", "answer": "blue"}]
 PROMPT = {"template": "{images}: {prompt}", "chat": "plain", "examples": EXAMPLES}
 TEXTS = ["A picture of", "", "Question: what is to be seen here, and of which colour is it, if it has any? Answer:"]
-WIDE = {"sliding_window": 96, "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "head_dim": 8}
-WINDOWS: dict[str, Callable[[Path], str]] = {
-    kind: LMFamily(kind, {**WIDE, "intermediate_size": 64, "num_key_value_heads": 2, **options}, start=True)
-    for kind, options in {
-        "mistral": {"max_position_embeddings": 256},
-        "gemma3_text": {"query_pre_attn_scalar": 8, "layer_types": ["sliding_attention", "full_attention"]},
-    }.items()
+WIDE: dict[str, Any] = {
+    "sliding_window": 96,
+    "num_hidden_layers": 2,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+}
+MIXED = {"query_pre_attn_scalar": 8, "layer_types": ["sliding_attention", "full_attention"]}
+FAMILIES = {
+    **LM_FAMILIES,
+    "wide-mistral": LMFamily("mistral", WIDE, start=True),  # windows that hold the examples, but not whole prompts
+    "wide-gemma3": LMFamily("gemma3_text", {**WIDE, **MIXED}, start=True),
 }
 SHARING = ["gpt2", "gpt-neo", "gpt-j", "opt", "bloom", "falcon", "llama", "mixtral", "qwen3", "gemma", "phi", "smollm3"]
 PLAIN = ["mpt", "mamba", "rwkv", "t5", "bart", "mistral", "gemma2"]  # the last two have windows of 8 positions
