@@ -32,20 +32,19 @@ WIDE: dict[str, Any] = {
     "max_position_embeddings": 256,
 }
 MIXED = {"query_pre_attn_scalar": 8, "layer_types": ["sliding_attention", "full_attention"]}
-FAMILIES = {
+FAMILIES: dict[str, Any] = {
     **LM_FAMILIES,
     "wide-mistral": LMFamily("mistral", WIDE, start=True),  # windows that hold the examples, but not whole prompts
     "wide-gemma3": LMFamily("gemma3_text", {**WIDE, **MIXED}, start=True),
 }
 SHARING = ["gpt2", "gpt-neo", "gpt-j", "opt", "bloom", "falcon", "llama", "mixtral", "qwen3", "gemma", "phi", "smollm3"]
+SHARING += ["wide-mistral", "wide-gemma3"]
 PLAIN = ["mpt", "mamba", "rwkv", "t5", "bart", "mistral", "gemma2"]  # the last two have windows of 8 positions
 
 
 def assembled(tiny_parts: tuple[str, str], folder: Path, family: str, prompt: Any = PROMPT, **options: Any) -> Any:
-    write = WINDOWS.get(family.removeprefix("wide-")) if family.startswith("wide-") else LM_FAMILIES[family]
-    return mllm.assemble(
-        tiny_parts[0], write(folder / family), {"type": "linear", "tokens": 4}, prompt=prompt, **options
-    )
+    part = FAMILIES[family](folder / family)
+    return mllm.assemble(tiny_parts[0], part, {"type": "linear", "tokens": 4}, prompt=prompt, **options)
 
 
 @pytest.fixture
@@ -94,7 +93,7 @@ class Passes(list[tuple[int, int]]):
         model.lm.layers[0].register_forward_pre_hook(lambda _, args: self.append(tuple(args[0].shape[:2])))
 
 
-@pytest.mark.parametrize("family", [*SHARING, *(f"wide-{kind}" for kind in WINDOWS)])
+@pytest.mark.parametrize("family", SHARING)
 def test_answers_behind_shared_examples_are_those_of_prompts_written_out(tiny_parts, tmp_path, family):
     model = assembled(tiny_parts, tmp_path, family)
     assert model.lm.shares_prefix
@@ -132,7 +131,7 @@ def test_adapters_before_or_beside_a_row_are_not_shared(tiny_parts, tmp_path, ad
 
 def test_text_alone_is_answered_as_by_the_bare_language_model(llama):
     prompts = [formatted(llama.spec.prompt, [], text) for text in TEXTS[::2]]
-    bare = AutoModelForCausalLM.from_pretrained(llama.spec.lm.model, trust_remote_code=False)
+    bare: Any = AutoModelForCausalLM.from_pretrained(llama.spec.lm.model, trust_remote_code=False)
     outputs = llama.generate(prompts, max_new_tokens=6)
     for prompt, output in zip(prompts, outputs, strict=True):
         ids = torch.tensor([llama.encode(prompt).ids])
