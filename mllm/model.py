@@ -16,6 +16,7 @@ from mllm.capabilities import CrossAttention
 from mllm.config.parts import FROZEN, AssemblySpec
 from mllm.errors import MLLMError
 from mllm.lms.cross_attention import embed_with_memory
+from mllm.lms.shared_prefix import SharedPrefixes
 from mllm.media.native import together
 from mllm.media.tiles import Cutting, Layout, whole_images
 from mllm.parts import Parts
@@ -61,6 +62,7 @@ class Model(Parts):
         self.spec = spec
         self.open_scorer = open_scorer
         self.source = self.fingerprint = ""  # of a loaded model: its folder, and a hash of its tensors and frozen parts
+        self.prefixes = SharedPrefixes()
         self.calibrated = False  # whether the connector's output has been scaled to the language model's embeddings
         self.eval()
 
@@ -76,6 +78,7 @@ class Model(Parts):
         other, and the way a batch is split would change the result.
         """
         super().train(mode)
+        self.prefixes.drop()
         for name in FROZEN:
             if (part := self.slot(name)) is not None:
                 part.eval()

@@ -12,6 +12,7 @@ from mllm.capabilities import missing
 from mllm.config.parts import FROZEN
 from mllm.errors import MLLMError, near
 from mllm.hub.fingerprints import tensor_hash
+from mllm.lms.shared_prefix import SharedPrefixes
 
 Kind = TypeVar("Kind")
 
@@ -28,6 +29,7 @@ class Parts(nn.Module):
     spec: Any  # an AssemblySpec; its parts may be None
     adapters: nn.ModuleList
     heads: nn.ModuleDict
+    prefixes: SharedPrefixes  # the KV caches of what many prompts begin with
 
     def slot(self, name: str) -> nn.Module | None:
         """Return the part in a slot (``encoder``, ``connector``, ``lm``, ``decoder``), or None where it is absent."""
@@ -70,6 +72,8 @@ class Parts(nn.Module):
         with contextlib.ExitStack() as stack:
             for adapter in (*self.adapters, *([self.tokens] if self.tokens is not None else [])):
                 stack.enter_context(cast(Any, adapter).off())
+            self.prefixes.drop()
+            stack.callback(self.prefixes.drop)
             yield
 
     def frozen_hash(self, part: str, without: Sequence[str] = ()) -> str:

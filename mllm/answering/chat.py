@@ -21,6 +21,7 @@ from transformers import TextIteratorStreamer
 from mllm.answering.decode import for_encoded, generate_ids, make_decoding
 from mllm.answering.generate import answer_prompts, generate
 from mllm.answering.saved_chat import saved_part
+from mllm.answering.shared import prefilled
 from mllm.errors import MLLMError
 from mllm.lms.decoding import Decoding
 from mllm.lms.generation import exceeds
@@ -204,7 +205,7 @@ class Chat:
         batch = collate([part], model.lm.pad).to(model.device)
         embeds = model.embed(model.see_images(new), batch)
         if self._cache is None:
-            self._cache, _ = model.lm.prefill(embeds, batch.mask)
+            self._cache, _ = prefilled(model, embeds, batch)
         else:
             mask = torch.tensor([self._mask + [1] * (end - known)], device=model.device)
             model.lm.logits(embeds, mask, keep=torch.tensor([0], device=model.device), cache=self._cache)

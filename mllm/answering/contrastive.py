@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from mllm.answering.decode import image_free_prompt
+from mllm.answering.shared import prefilled
 from mllm.model import Model
 from mllm.prompts.batch import collate
 from mllm.prompts.pieces import Piece
@@ -36,7 +37,7 @@ class Contrastive(LogitsProcessor):
             model.device
         )
         self._mask = batch.mask
-        self._cache, self._blind = self._lm.prefill(model.embed(None, batch), batch.mask)
+        self._cache, self._blind = prefilled(model, model.embed(None, batch), batch)
         self._answers = batch.ids[:, :0]
         self._started = False
 

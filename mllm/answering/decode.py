@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+from mllm.answering.shared import started
 from mllm.config.parts import KINDS
 from mllm.errors import MLLMError, renamed_options
 from mllm.lms.decoding import Decoding, check_batch
@@ -135,7 +136,8 @@ def answer(
     """Return the answer to each prompt, as text alone."""
     decodings = for_prompts(model, prompts, decodings)
     embeds, batch = model.prepare(prompts)
-    rows = generate_ids(model, prompts, decodings, batch.mask, streamer=streamer, inputs_embeds=embeds)
+    cache = started(model, batch, decodings)
+    rows = generate_ids(model, prompts, decodings, batch.mask, streamer=streamer, cache=cache, inputs_embeds=embeds)
     return [
         Output([Text(model.lm.decode(ids).strip())], finish_reason(model, ids, decoding), len(ids))
         for ids, decoding in zip(rows, decodings, strict=True)

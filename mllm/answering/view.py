@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mllm.answering.decode import check_candidates, for_prompts, generate_ids, make_decoding
 from mllm.answering.generate import answer_prompts
+from mllm.answering.shared import prefilled
 from mllm.errors import MLLMError, renamed_method
 from mllm.lms.decoding import Decoding
 from mllm.lms.generation import exceeds
@@ -40,7 +41,7 @@ class Views(Sequence["View"]):
         if before is None or not self._continue_views(before, prompts):
             embeds, batch = model.prepare(self.prompts)
             self.mask = batch.mask  # (N, T)
-            self.cache, self.next = model.lm.prefill(embeds, self.mask)  # and the next token's logits (N, V)
+            self.cache, self.next = prefilled(model, embeds, batch)  # and the next token's logits (N, V)
         tails = [trailing_text(prompt) for prompt in self.prompts]
         self.tails = [(text, model.lm.tokenize(text)) for text in tails]
 

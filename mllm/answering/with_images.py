@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mllm.answering.decode import finish_reason, for_prompts, generate_ids
 from mllm.answering.drawing import draw_from_states
+from mllm.answering.shared import started
 from mllm.capabilities import DecisionHead, RetrievalHead
 from mllm.errors import MLLMError
 from mllm.lms.cross_attention import append_embeddings
@@ -108,7 +109,8 @@ def answer_with_images(
     decodings = for_prompts(model, prompts, decodings)
     embeds, batch = model.prepare(prompts)
     decodings = [replace(decoding, processors=(*decoding.processors, *processors)) for decoding in decodings]
-    rows = generate_ids(model, prompts, decodings, batch.mask, streamer=streamer, inputs_embeds=embeds)
+    cache = started(model, batch, decodings)
+    rows = generate_ids(model, prompts, decodings, batch.mask, streamer=streamer, cache=cache, inputs_embeds=embeds)
     outputs = []
     for row, ids in enumerate(rows):
         starts = [position for position, token in enumerate(ids) if token == tokens[0]]

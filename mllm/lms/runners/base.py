@@ -73,6 +73,10 @@ class Runner(Protocol):
         """Whether several positions at once can follow a KV cache."""
 
     @property
+    def shares_prefix(self) -> bool:
+        """Whether a batch's rows can start from the KV cache of one sequence; see `mllm.lms.shared_prefix.shifted`."""
+
+    @property
     def selects_logits(self) -> bool:
         """Whether the model computes logits at given positions only."""
 
@@ -111,6 +115,8 @@ class WrappingRunner:
     Args:
         inner: the runner.
     """
+
+    shares_prefix = False  # positions or memory of the wrapper belong to each row
 
     def __init__(self, inner: Runner) -> None:
         self._inner = inner

@@ -42,6 +42,11 @@ class CachedRunner(DecoderRunner):
         """Whether several positions at once can follow a KV cache."""
         return probes.continues_cache(self)
 
+    @functools.cached_property
+    def shares_prefix(self) -> bool:
+        """Whether a batch's rows can start from the KV cache of one sequence."""
+        return probes.shares_prefix(self)
+
     @property
     def takes_block_masks(self) -> bool:
         """Whether masks ``(B, T, T)`` may be tried: a sliding window needs a mask that the model makes by itself."""

@@ -52,6 +52,7 @@ class EncoderDecoderRunner:
     whole_batches = True
     takes_block_masks = False
     continues_cache = False
+    shares_prefix = False
     selects_logits = False
 
     def __init__(self, model: Any, end: Sequence[int]) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from mllm.devices import has_values
 from mllm.lms import vocabulary
 from mllm.lms.runners.base import Runner
+from mllm.lms.shared_prefix import can_shift, shifted
 
 
 def can_run(runner: Runner) -> bool:
@@ -49,6 +50,18 @@ def continues_cache(runner: Runner) -> bool:
         return _alike(
             runner.model, runner.logits(embeds, mask)[:, -2:], runner.logits(embeds[:, 5:], mask, cache=cache)
         )
+
+
+def shares_prefix(runner: Runner) -> bool:
+    """Whether a padded row can start from the KV cache of a sequence that was run alone."""
+    with torch.no_grad(), vocabulary.without_dropout(runner.model):
+        ids, embeds = _probe(runner)
+        cache, _ = runner.prefill(embeds[:, :4], torch.ones_like(ids[:, :4]))
+        if not can_shift(cache, 4):
+            return False
+        mask = torch.tensor([[0, 1, 1, 1, 1, 1, 1]], device=ids.device)
+        rest = runner.logits(embeds[:, 3:6], mask, cache=shifted(cache, torch.tensor([1], device=ids.device)))
+        return _alike(runner.model, runner.logits(embeds[:, :6], torch.ones_like(ids[:, :6]))[:, 3:], rest)
 
 
 def _probe(runner: Runner) -> tuple[Tensor, Tensor]:

@@ -37,6 +37,7 @@ class UnpaddedRunner(DecoderRunner):
     whole_batches = False
     takes_block_masks = False
     continues_cache = False  # there is no KV cache
+    shares_prefix = False
     selects_logits = False
 
     def logits(self, embeds: Tensor, mask: Tensor, keep: Tensor | None = None, cache: Any = None) -> Tensor:
