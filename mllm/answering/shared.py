@@ -38,7 +38,7 @@ def started(model: Model, batch: Batch, decodings: Sequence[Decoding] = ()) -> A
     ids = _shared(model, batch)
     if not ids or lm.exceeds_window(len(ids) + 1) or exceeds(lm, batch.mask.shape[1] + longest):
         return None
-    if not lm.shares_prefix:  # it is probed only where there is something to share
+    if not lm.runner.shares_prefix:  # it is probed only where there is something to share
         return None
 
     def prefill() -> Any:

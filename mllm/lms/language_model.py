@@ -157,11 +157,6 @@ class LanguageModel(nn.Module):
         """Whether a batch is one forward pass, whatever the lengths of its rows."""
         return self.runner.whole_batches
 
-    @property
-    def shares_prefix(self) -> bool:
-        """Whether a batch's rows can start from the KV cache of one sequence; see `mllm.lms.shared_prefix.shifted`."""
-        return self.runner.shares_prefix
-
     def can_pack(self) -> bool:
         """Whether prompts that share a row have the logits that each has alone, by a probe, adapters included."""
         return probes.can_pack(self.runner)

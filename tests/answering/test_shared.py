@@ -89,14 +89,14 @@ class Passes(list[tuple[int, int]]):
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        assert model.lm.shares_prefix  # which is probed once
+        assert model.lm.runner.shares_prefix  # which is probed once
         model.lm.layers[0].register_forward_pre_hook(lambda _, args: self.append(tuple(args[0].shape[:2])))
 
 
 @pytest.mark.parametrize("family", SHARING)
 def test_answers_behind_shared_examples_are_those_of_prompts_written_out(tiny_parts, tmp_path, family):
     model = assembled(tiny_parts, tmp_path, family)
-    assert model.lm.shares_prefix
+    assert model.lm.runner.shares_prefix
     prompts = prompts_of(model)
     for options in ({}, {"num_beams": 3}, {"seed": 4, "top_p": 0.9}, {"repetition_penalty": 1.3}):
         expected = written_out(model, prompts, max_new_tokens=6, **options)
@@ -124,7 +124,7 @@ def test_models_that_cannot_start_from_a_cache_answer_as_before(tiny_parts, tmp_
 def test_adapters_before_or_beside_a_row_are_not_shared(tiny_parts, tmp_path, adapter):
     model = assembled(tiny_parts, tmp_path, "llama", adapters=[adapter])
     prompts = prompts_of(model)
-    assert not model.lm.shares_prefix
+    assert not model.lm.runner.shares_prefix
     assert texts(model.generate(prompts, max_new_tokens=4)) == written_out(model, prompts, max_new_tokens=4)
     assert len(model.prefixes) == 0
 
