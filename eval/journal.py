@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm.errors import MLLMError
-from mllm.system import parse_json, remove_partial, write
+from mllm.system import parse_json, read_regular, remove_partial, write
 
 ABANDONED = 3600  # seconds; what is written to a file for longer was left by a killed process
 NAME = "answers.{rank}.partial.jsonl"
@@ -40,7 +40,7 @@ class Journal:
         self._lines = [first]  # of this process's file
         for path in sorted(folder.glob(NAME.format(rank="*"))) if folder else []:
             with _explained(path):
-                lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]  # the complete ones
+                lines = read_regular(path).decode("utf-8", errors="replace").split("\n")[:-1]  # the complete ones
             self._read(path, lines, first)
             if path == self._path and lines:
                 self._lines = lines

@@ -29,7 +29,7 @@ from mllm.errors import MLLMError
 from mllm.hub import identity
 from mllm.model import Model
 from mllm.prompts.chat_template import uses_template
-from mllm.system import read_json, write
+from mllm.system import check_regular, open_regular, read_json, write
 from mllm.version import __version__
 
 FORMAT = 1
@@ -170,6 +170,7 @@ def _load_tensors(model: Model, file: Path) -> None:
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a file; an unreadable file raises an `MLLMError`."""
     try:
+        check_regular(path)
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise MLLMError(f"{path} cannot be read: {error}. Copy the file again.") from None
@@ -254,7 +255,7 @@ def _warn_of_weights_alone(path: Path) -> None:
 
 def _digest(path: Path) -> str:
     try:
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
         raise MLLMError(f"{path} cannot be read: {error.strerror or error}. Copy the folder again.") from None

@@ -25,6 +25,7 @@ from mllm.saving import (
     read_about,
     read_tensors,
 )
+from mllm.system import check_regular
 
 FrozenSpec = EncoderSpec | LMSpec | PartSpec | None
 
@@ -139,6 +140,7 @@ def _transferred(
 def _shapes(path: Path) -> dict[str, TensorShape]:
     """Return the shapes of a file's tensors, from its header."""
     try:
+        check_regular(path)
         with safe_open(path, framework="pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:

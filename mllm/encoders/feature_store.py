@@ -31,7 +31,7 @@ from mllm.hub.verified import DamagedFile, read_verified, save_verified
 from mllm.media.images import ImageSource, source_of
 from mllm.media.tiles import whole_images
 from mllm.model import Model
-from mllm.system import cache_dir, remove_partial
+from mllm.system import cache_dir, check_regular, remove_partial
 
 FORMAT = 2  # of the shards and of their folder's key
 LIMIT = 4 * 2**30  # bytes
@@ -214,6 +214,7 @@ def _index(folder: Path) -> dict[str, Path]:
     remove_partial(folder, older_than=ABANDONED)
     for path in sorted(folder.glob("*.safetensors")):
         try:
+            check_regular(path)
             with safe_open(path, framework="pt") as shard:
                 shards |= dict.fromkeys(shard.keys(), path)
         except (SafetensorError, OSError) as error:
