@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from mllm.eval.answers.base import AnswerMode, ChecksItems, Context
-from mllm.eval.journal import Journal
+from mllm.eval.journal import Journal, locked
 from mllm.eval.nearest import NEAREST, training_items
 from mllm.eval.report import report
 from mllm.eval.scoring import Helpers, Result, measure
@@ -67,7 +67,7 @@ def evaluate(
 
     Raises:
         MLLMError: an unknown suite or baseline, data that is missing or does not fit the suite's answer mode, or an
-            ``out`` with a part of another evaluation.
+            ``out`` with a part of another evaluation, or in which another process writes.
     """
     config = load_suite(suite, overrides)
     all_items = read_items(config, data)
@@ -79,17 +79,18 @@ def evaluate(
     state = processes()
     about = _about(model, config, items, names)
     folder = Path(out) if out else None
-    journal = Journal(folder, about, state.process_index)
-    state.wait_for_everyone()
-    helpers = Helpers(config.scorer, config.judge, lambda: model.scorer, model.device)
-    answers = mode.answers(model, items, Context(config, names, training, folder, journal, helpers))
-    results = {name: Result(texts, _scores(config, texts, items, helpers)) for name, texts in answers.items()}
-    written = folder if state.is_main_process else None
-    facts = {"settings": _settings(model, config, items), "about": about}
-    words = words_of(model, items)
-    made = report(config, items, results, written, run=run, **facts, skipped=skipped, words=words)
-    state.wait_for_everyone()
-    journal.close()
+    with locked(folder):
+        journal = Journal(folder, about, state.process_index)
+        state.wait_for_everyone()
+        helpers = Helpers(config.scorer, config.judge, lambda: model.scorer, model.device)
+        answers = mode.answers(model, items, Context(config, names, training, folder, journal, helpers))
+        results = {name: Result(texts, _scores(config, texts, items, helpers)) for name, texts in answers.items()}
+        written = folder if state.is_main_process else None
+        facts = {"settings": _settings(model, config, items), "about": about}
+        words = words_of(model, items)
+        made = report(config, items, results, written, run=run, **facts, skipped=skipped, words=words)
+        state.wait_for_everyone()
+        journal.close()
     return made
 
 

@@ -27,7 +27,7 @@ from mllm.errors import MLLMError
 SECONDS = 5.0  # of the process that a case may take
 WAITING = 20.0  # seconds on the clock
 BROKEN = 70  # the exit status of a fuzzer that is wrong itself
-STUCK = 30.0  # seconds after which a process that does not even react to a signal is ended
+STUCK = 60.0  # seconds after which a process that does not even react to a signal is ended
 LONGEST = 8000  # characters of a message
 
 Act = Callable[[], None]  # raises an AssertionError for a wrong result

@@ -39,7 +39,7 @@ class Recipes:
         self._data = write_data(folder / "data")
         self._bases = [plain_recipe(encoder, lm, self._data), rich_recipe(encoder, lm, self._data)]
         for base in self._bases:
-            assert (wrong := problems(str(self._saved(base)))) == [], wrong
+            check_recipe(str(self._saved(base)), (), train=folder / "run")
 
     def named(self) -> dict[str, Act]:
         """Return the texts, overrides and options that gave way once, and odd values at every key."""
