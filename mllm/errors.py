@@ -29,7 +29,7 @@ def printable(message: str) -> str:
     """Return a message of a readable length, without control characters and halves of characters."""
     if len(message) > LONGEST:
         message = f"{message[:LONGEST]}... and {len(message) - LONGEST} more characters"
-    short = re.sub(rf"\\S{{{WORD + 3},}}", lambda match: f"{match[0][:WORD]}...", message)
+    short = re.sub(rf"\S{{{WORD + 3},}}", lambda match: f"{match[0][:WORD]}...", message)
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]", lambda match: ascii(match[0])[1:-1], short)
 
 

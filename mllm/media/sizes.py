@@ -10,7 +10,6 @@ from typing import Any
 
 from PIL import Image
 
-from mllm.errors import MLLMError
 from mllm.media.formats import formats_of
 from mllm.media.images import ImageBytes, ImageFile, ImageSource, open_image
 from mllm.media.pixels import DAMAGED, ORIENTATION

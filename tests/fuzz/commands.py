@@ -27,7 +27,20 @@ VALUES = [
     *("", " ", "-", "--", "-1", "0", "1", "2.5", "1e400", "nan", "inf", "x", "X" * 300, "/" + "y" * 300, "a\nb", "é"),
     *("\udcff", "null", "[", "{", "a=b", "=", "seed=-1", "seed=9999999999999999999999", "name=${oc.env:HOME}", "cpu"),
     *("cuda:99", "mps", "tpu", "float16", "all", "none", ",", "blind,", "/dev/null", "/dev/zero", "/etc/passwd", "."),
-    *("..", "~", "/nonexistent/x", "http://[::1", "data:,", "9" * 5000, "--help", "--debug", "-h", "--version", "*", "?"),
+    *(
+        "..",
+        "~",
+        "/nonexistent/x",
+        "http://[::1",
+        "data:,",
+        "9" * 5000,
+        "--help",
+        "--debug",
+        "-h",
+        "--version",
+        "*",
+        "?",
+    ),
 ]
 STARTING = ("serve", "bench", "parts install", "chat")  # which listen, measure, download, or read lines
 

@@ -90,7 +90,9 @@ STORIES = [
     for order, photo in enumerate("012")
 ]
 FORMATS: dict[str, Format] = {
-    "coco-captions": Format({"coco.json": COCO}, {"annotations": "FOLDER/coco.json", "images": "FOLDER/images"}, plain.coco),
+    "coco-captions": Format(
+        {"coco.json": COCO}, {"annotations": "FOLDER/coco.json", "images": "FOLDER/images"}, plain.coco,
+    ),
     "karpathy": Format(
         {"karpathy.json": {"images": [{"filename": f"{n}.jpg", "cocoid": n, "split": "test" if n else "train",
                                        "sentences": [{"raw": f"a {n}"}, {"raw": "b"}]} for n in range(4)]}},
@@ -201,7 +203,8 @@ FORMATS: dict[str, Format] = {
         lambda folder: [(row[0], row[1], None, None) for row in plain.karpathy(folder)],
     ),
     "sugarcrepe": Format(
-        {"crepe/add.json": {str(n): {"filename": f"{n}.jpg", "caption": "a", "negative_caption": "b"} for n in range(2)}},
+        {"crepe/add.json": {str(n): {"filename": f"{n}.jpg", "caption": "a", "negative_caption": "b"}
+                            for n in range(2)}},
         {"annotations": "FOLDER/crepe", "images": "FOLDER/images"},
         plain.counted(lambda folder: list(plain.parsed(plain.text_of(folder / "crepe/add.json")))),
     ),
@@ -228,7 +231,7 @@ class Data:
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._images = folder, folder / "images"
-        self._images.mkdir(parents=True)
+        self._images.mkdir()
         for number, name in enumerate(IMAGES):
             tiny_image(number % 4).save(self._images / name)
         for number in range(2):
@@ -417,7 +420,9 @@ class Data:
 
     def _doubled_members(self) -> None:
         write_tar(self._folder / "doubled.tar", [("a", png(0), "one"), ("a", png(1), "two")])
-        read_source(DataSpec.model_validate({"format": "webdataset", "path": str(self._folder / "doubled.tar"), "image": "png"}))
+        read_source(
+            DataSpec.model_validate({"format": "webdataset", "path": str(self._folder / "doubled.tar"), "image": "png"})
+        )
         raise AssertionError("it was read")
 
     def _latin(self) -> None:
@@ -427,7 +432,9 @@ class Data:
                 member = tarfile.TarInfo(name)
                 member.size = len(data)
                 archive.addfile(member, io.BytesIO(data))
-        (item,) = read_source(DataSpec.model_validate({"format": "webdataset", "path": str(path), "image": "png"})).items
+        (item,) = read_source(
+            DataSpec.model_validate({"format": "webdataset", "path": str(path), "image": "png"})
+        ).items
         assert item.answers == ("one",) and item.images[0].open().tobytes() == tiny_image(0, size=(8, 8)).tobytes()
         check_texts([item])
 

@@ -1,14 +1,11 @@
-"""Fuzz folders: encoders, language models, saved models and runs whose files are damaged, missing or of another model."""
+"""Fuzz folders: encoders, language models, saved models and runs with files that are damaged, missing or swapped."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import json
-import math
 import random
 import shutil
-import signal
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Run cases and judge each: a right result or one `MLLMError`, within five seconds. Everything else is a problem.
 
-Five seconds are those of this process, and four times as many on the clock: a machine that does something else as well
-is slower, and a case that waits takes no time of its process.
+Five seconds are those of this process, and twelve times as many on the clock: a machine that does something else, too, is
+slower, and a case that waits takes no time of its process.
 
 A fuzzer draws each case from random numbers of its own, ``SEED/KIND/NUMBER``, so that one case can be drawn again.
 """
@@ -25,9 +25,9 @@ from typing import Any, Protocol
 from mllm.errors import MLLMError
 
 SECONDS = 5.0  # of the process that a case may take
-WAITING = 20.0  # seconds on the clock
-BROKEN = 70  # the exit status of a fuzzer that is wrong itself
-STUCK = 60.0  # seconds after which a process that does not even react to a signal is ended
+WAITING = 60.0  # seconds on the clock
+BROKEN, RENEWED = 70, 71  # the exit statuses of a fuzzer that is wrong itself, and after a case that was cut off
+STUCK = 90.0  # seconds after which a process that does not even react to a signal is ended
 LONGEST = 8000  # characters of a message
 
 Act = Callable[[], None]  # raises an AssertionError for a wrong result
@@ -129,11 +129,13 @@ def run(
         rows = [json.loads(line) for line in report.read_text().splitlines()]
         if status == 0:
             break
+        start = len(rows)
+        if os.waitstatus_to_exitcode(status) == RENEWED:
+            continue
         if os.waitstatus_to_exitcode(status) == BROKEN:
             raise RuntimeError(f"the fuzzer {kind} is wrong itself, after {len(rows)} cases")
         rows[-1]["outcome"] = f"the process died with status {status}"
         report.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        start = len(rows)
     for row in rows:
         known = row["outcome"] in ("right", "refused")
         outcomes[row["outcome"] if known else "problems"] += 1
@@ -149,7 +151,7 @@ def _child(
     """Run the cases from a number on, and end the process; a row is written before and after each case."""
     try:
         faulthandler.enable()
-        folder.mkdir(parents=True)
+        folder.mkdir()
         fuzzer = make(folder)
         with (folder.parent / "report.jsonl").open("r+") as report:
             report.seek(0, os.SEEK_END)
@@ -161,12 +163,12 @@ def _child(
                 report.flush()
                 faulthandler.dump_traceback_later(STUCK, exit=True)
                 outcome = judge(act)
-                if outcome.startswith("slow"):  # on a machine that does something else as well
-                    outcome = judge(act)
                 report.seek(before)
                 report.write(json.dumps({"label": label, "outcome": outcome}) + "\n")
                 report.truncate()
                 report.flush()
+                if outcome.startswith("slow: at"):  # it was cut off wherever it was, and may have left anything behind
+                    os._exit(RENEWED)
         os._exit(0)
     except BaseException:
         traceback.print_exc()

@@ -267,9 +267,7 @@ def winoground(folder: Path) -> list[Row]:
 def decisions(folder: Path) -> list[Row]:
     rows = lines_of(folder / "decisions.jsonl")
     assert all(row["label"] in ("retrieve", "generate") for row in rows)
-    return [
-        (str(number), (), text(row["prompt"]).strip(), (row["label"],)) for number, row in enumerate(rows, start=1)
-    ]
+    return [(str(number), (), text(row["prompt"]).strip(), (row["label"],)) for number, row in enumerate(rows, start=1)]
 
 
 def mini_imagenet(folder: Path) -> list[Row]:

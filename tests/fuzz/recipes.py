@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
+import os
 import random
 import shutil
 from collections.abc import Sequence
@@ -27,6 +29,7 @@ from .mutate import ODD, changed, damaged, difference
 
 load_suite: Any = import_module("mllm.eval.suite").load_suite
 check_suite: Any = import_module("mllm.evaluation").check_suite
+TRAINED = 0.2  # of the recipes of changed values in which `check` finds nothing
 SMALL = 64  # the largest number in a recipe that is trained
 
 
@@ -66,7 +69,9 @@ class Recipes:
         if kind < 0.55:
             base = chance.choice(self._bases)
             values = changed(base, chance)
-            return f"values of {base['name']}: {difference(base, values)}", functools.partial(self._values, values)
+            return f"values of {base['name']}: {difference(base, values)}", functools.partial(
+                self._values, values, train=chance.random() < TRAINED
+            )
         if kind < 0.7:
             text = damaged(yaml.safe_dump(chance.choice(self._bases), sort_keys=False).encode(), chance)
             return f"text {text[:60]!r}", functools.partial(self._text, text)
@@ -88,16 +93,14 @@ class Recipes:
     def _saved(self, values: Any) -> Path:
         return save_yaml(self._folder / "recipe.yaml", values)
 
-    def _values(self, values: Any) -> None:
+    def _values(self, values: Any, *, train: bool) -> None:
         small = all(not isinstance(v, int | float) or abs(v) <= SMALL for v in _scalars(values))
-        check_recipe(str(self._saved(values)), (), train=self._folder / "run" if small else None)
+        check_recipe(str(self._saved(values)), (), train=self._folder / "run" if small and train else None)
 
     def _text(self, text: bytes) -> None:
         (self._folder / "recipe.yaml").write_bytes(text)
-        try:
+        with contextlib.suppress(MLLMError):
             load_suite(str(self._folder / "recipe.yaml"))
-        except MLLMError:
-            pass
         check_recipe(str(self._folder / "recipe.yaml"), (), train=None)
 
     def _overridden(self, overrides: Sequence[str]) -> None:
@@ -112,10 +115,8 @@ class Recipes:
 
     def _suite(self, values: Any) -> None:
         path = save_yaml(self._folder / "suite.yaml", values)
-        try:
+        with contextlib.suppress(MLLMError):
             check_suite(str(path), [])
-        except MLLMError:
-            pass
         module = import_module("mllm.eval.suite")
         module.read_items(module.load_suite(str(path)), None)
 
@@ -125,8 +126,6 @@ class Recipes:
         check_recipe(str(self._folder / "0.yaml"), (), train=None)
 
     def _pipe(self) -> None:
-        import os
-
         os.mkfifo(self._folder / "pipe.yaml")
         check_recipe(str(self._folder / "pipe.yaml"), (), train=None)
 
