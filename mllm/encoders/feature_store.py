@@ -141,7 +141,7 @@ class FeatureStore:
         try:
             rows, _ = read_verified(path)
             if not all(map(self._fits, rows.values())):
-                raise DamagedFile("its features are of another shape")
+                raise DamagedFile("its features are of another shape or type")
         except (DamagedFile, OSError) as error:
             self._stored = {key: shard for key, shard in self._stored.items() if shard != path}
             _discard(path, error)
@@ -152,7 +152,12 @@ class FeatureStore:
         """Whether a tensor has the shape of an image's features: ``(P, D_vis)``, or those of several tiles."""
         encoder = self._model.encoder
         tiles, rest = divmod(row.shape[0] if row.dim() == 2 else 0, encoder.num_patches)
-        return row.shape[-1:] == (encoder.dim,) and rest == 0 and (tiles == 1 if encoder.tiling is None else tiles > 0)
+        return (
+            row.is_floating_point()
+            and row.shape[-1:] == (encoder.dim,)
+            and rest == 0
+            and (tiles == 1 if encoder.tiling is None else tiles > 0)
+        )
 
     def _cache(self, key: str, row: Tensor) -> None:
         size = row.numel() * row.element_size()

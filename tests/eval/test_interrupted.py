@@ -38,7 +38,7 @@ metrics: [caption/bleu-1]
 decoding: {{max_new_tokens: 20}}
 batch_size: 1
 """)
-    run = mllm.assemble(*tiny_parts, {"type": "linear", "tokens": 4}).save(folder / "run")
+    run = mllm.assemble(tiny_parts[0], tiny_parts[1], {"type": "linear", "tokens": 4}).save(folder / "run")
     whole = mllm.evaluate(mllm.load(run), str(folder / "suite.yaml"), out=folder / "whole", run=str(run)).page
     assert whole is not None
     return Path(run), str(folder / "suite.yaml"), whole.parent

@@ -19,6 +19,7 @@ from PIL import Image
 import mllm
 from mllm.encoders.feature_store import FeatureStore
 from mllm.errors import MLLMError
+from mllm.export.export import export
 from mllm.outputs import ImagePart, Output, with_files
 from mllm.scorers.index import ImageIndex
 from mllm.testing import tiny_clip, tiny_image
@@ -50,13 +51,9 @@ class Disk:
         self._data = data
         encoder, lm = parts(folder)
         self._recipe = str(save_yaml(folder / "recipe.yaml", plain_recipe(encoder, lm, data, cache="off")))
-        self._whole = mllm.train(self._recipe, out=folder / "whole").path
-        with killed_after(1):
-            mllm.train(self._recipe, out=folder / "killed")
-        self._model = mllm.load(self._whole)
+        self._model = mllm.assemble(encoder, lm, {"type": "linear", "tokens": 4})
+        self._exported = {"model": folder / "clip", "layer": -1}, lm, "linear"
         self._suite = str(data / "suite.yaml")
-        exported = mllm.assemble({"model": tiny_clip(folder / "clip"), "layer": -1}, lm, "linear")
-        mllm.evaluate(self._model, self._suite, out=folder / "evaluated", baselines=["blind"])
         self._predictions = folder / "predictions.jsonl"
         self._predictions.write_text("".join(json.dumps({"id": f"{n}.png", "answer": "a"}) + "\n" for n in range(4)))
         self._writers: dict[str, Callable[[Path], Any]] = {
@@ -64,21 +61,15 @@ class Disk:
             "resume": self._resume,
             "evaluate": lambda out: mllm.evaluate(self._model, self._suite, out=out / "eval", baselines=["blind"]),
             "score": self._score,
-            "compare": lambda out: import_module("mllm.evaluation").compare(
-                folder / "evaluated", folder / "evaluated", None, out=out / "compared"
-            ),
+            "compare": self._compare,
             "save": lambda out: self._model.save(out / "model"),
-            "export": lambda out: import_module("mllm.export.export").export(exported, out / "export", to="hf-llava"),
+            "export": self._export,
             "conversation": lambda out: self._model.chat().save(out / "chat.json"),
             "features": self._features,
             "index": lambda out: ImageIndex(torch.ones(9, 9), ["a.png"] * 9, "m").save(out / "index.safetensors"),
             "image": lambda out: with_files(Output([ImagePart(Image.effect_noise((64, 64), 9))]), out / "images"),
         }
         self._right: dict[str, dict[str, bytes]] = {}
-        for name, write in self._writers.items():
-            out = self._new()
-            write(out)
-            self._right[name] = contents(out)
 
     def named(self) -> dict[str, Act]:
         """Return each writer on a disk without any space."""
@@ -92,6 +83,10 @@ class Disk:
 
     def _check(self, name: str, size: int) -> None:
         """Write with too little space, and again with enough, into the same folder; the result is the right one."""
+        if name not in self._right:
+            out = self._new()
+            self._writers[name](out)
+            self._right[name] = contents(out)
         out, error = self._new(), None
         try:
             with full_disk(size):
@@ -122,8 +117,26 @@ class Disk:
     def _resume(self, out: Path) -> None:
         if not (out / "run").exists():
             with _unlimited():
-                shutil.copytree(self._folder / "killed", out / "run")
+                if not (killed := self._folder / "killed").exists():
+                    with killed_after(1):
+                        mllm.train(self._recipe, out=killed)
+                shutil.copytree(killed, out / "run")
         mllm.train(self._recipe, resume=out / "run")
+
+    def _export(self, out: Path) -> None:
+        with _unlimited():
+            if not (self._folder / "clip").exists():
+                tiny_clip(self._folder / "clip")
+            encoder, lm, connector = self._exported
+            model = mllm.assemble({**encoder, "model": str(encoder["model"])}, lm, connector)
+        export(model, out / "export", to="hf-llava")
+
+    def _compare(self, out: Path) -> None:
+        done = self._folder / "evaluated"
+        if not done.exists():
+            with _unlimited():
+                mllm.evaluate(self._model, self._suite, out=done, baselines=["blind"])
+        import_module("mllm.evaluation").compare(done, done, None, out=out / "compared")
 
     def _score(self, out: Path) -> None:
         import_module("mllm.evaluation").score(self._predictions, self._suite, None, out=out / "scored")

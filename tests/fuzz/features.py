@@ -47,8 +47,6 @@ class Features:
             "a vector": {name: row[0].clone() for name, row in rows.items()},
             "another width": {name: row[:, :3].clone() for name, row in rows.items()},
             "integers": {name: row.long() for name, row in rows.items()},
-            "half precision": {name: row.half() for name, row in rows.items()},
-            "double precision": {name: row.double() for name, row in rows.items()},
             "a wrong row": {first: rows[first][:0].clone()},
             "other keys": {f"x{name}": row for name, row in rows.items()},
         }

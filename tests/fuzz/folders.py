@@ -40,12 +40,12 @@ def killed_after(checkpoints: int) -> Any:
         if written == checkpoints:
             raise Killed
 
-    TrainingState.write = counted  # type: ignore[method-assign]
+    TrainingState.write = counted  # type: ignore[assignment, method-assign]
     try:
         with contextlib.suppress(Killed):
             yield
     finally:
-        TrainingState.write = write  # type: ignore[method-assign]
+        TrainingState.write = write  # type: ignore[assignment, method-assign]
 
 
 class Folders:
@@ -64,7 +64,7 @@ class Folders:
             mllm.train(self._recipe, out=folder / "killed")
         self._killed = folder / "killed"
         self._answer = self._answers(mllm.load(self._whole))
-        self._acts: dict[str, Callable[[int], str]] = {
+        self._acts: dict[str, Callable[[int], None]] = {
             "encoder": functools.partial(self._part, "encoder"),
             "lm": functools.partial(self._part, "lm"),
             "saved model": self._saved,
@@ -122,6 +122,10 @@ class Folders:
         scores = [float(score) for score in model.score([image, "which?"], ["one", "two"])]
         return [*map(str, model.generate([[image, "red"]], max_new_tokens=2)), *scores]
 
+    def _assembled(self) -> Any:
+        encoder, lm = map(str, self._parts.values())
+        return mllm.assemble(encoder, lm, {"type": "linear", "tokens": 4})
+
     def _part(self, name: str, seed: int) -> None:
         """Assemble a model with a damaged part: it answers, with finite scores or NaN as its weights are."""
         folders = {**self._parts, name: self._copied(self._parts[name], seed)}
@@ -136,7 +140,7 @@ class Folders:
 
     def _initialized(self, seed: int) -> None:
         source = self._copied(self._whole, seed)
-        model, right = (mllm.assemble(*map(str, self._parts.values()), {"type": "linear", "tokens": 4}) for _ in "ab")
+        model, right = (self._assembled() for _ in "ab")
         transfer(model, source)
         transfer(right, self._whole)
         for name, tensor in right.trained_state().items():
@@ -179,5 +183,5 @@ class Folders:
         data = bytearray(file.read_bytes())
         data[-1] ^= 1
         file.write_bytes(data)
-        transfer(mllm.assemble(*map(str, self._parts.values()), {"type": "linear", "tokens": 4}), source)
+        transfer(self._assembled(), source)
         raise AssertionError("it was used")

@@ -1,7 +1,7 @@
 """Run cases and judge each: a right result or one `MLLMError`, within five seconds. Everything else is a problem.
 
-Five seconds are those of this process, and twelve times as many on the clock: a machine that does something else, too, is
-slower, and a case that waits takes no time of its process.
+Five seconds are those of this process, and twelve times as many on the clock: a busy machine is slower, and a case that
+waits takes no time of its process.
 
 A fuzzer draws each case from random numbers of its own, ``SEED/KIND/NUMBER``, so that one case can be drawn again.
 """
@@ -30,7 +30,7 @@ BROKEN, RENEWED = 70, 71  # the exit statuses of a fuzzer that is wrong itself, 
 STUCK = 90.0  # seconds after which a process that does not even react to a signal is ended
 LONGEST = 8000  # characters of a message
 
-Act = Callable[[], None]  # raises an AssertionError for a wrong result
+Act = Callable[[], Any]  # raises an AssertionError for a wrong result
 
 
 class Fuzzer(Protocol):

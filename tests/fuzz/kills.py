@@ -126,7 +126,8 @@ def training(folder: Path) -> Work:
     )
 
     def act(run: Path) -> None:
-        mllm.train(str(recipe), **({"resume": run} if (run / "recipe.yaml").is_file() else {"out": run}))
+        begun = (run / "recipe.yaml").is_file()
+        mllm.train(str(recipe), out=None if begun else run, resume=run if begun else None)
 
     files = ("log.jsonl", "frozen.json", "data.json", "recipe.yaml")
     return Work(act, files, lambda run: (run / "model" / "assembly.json").is_file())
@@ -135,7 +136,8 @@ def training(folder: Path) -> Work:
 def evaluation(folder: Path) -> Work:
     """Return an evaluation with two baselines."""
     data = write_data(folder / "data")
-    run = mllm.assemble(*parts(folder), {"type": "linear", "tokens": 4}).save(folder / "model")
+    encoder, lm = parts(folder)
+    run = mllm.assemble(encoder, lm, {"type": "linear", "tokens": 4}).save(folder / "model")
     path = save_yaml(folder / "slow.yaml", {**suite(data), "batch_size": 1, "decoding": {"max_new_tokens": 12}})
 
     def act(out: Path) -> None:

@@ -12,9 +12,9 @@ import pytest
 from .harness import judge
 from .kinds import KINDS
 
-COUNTS = {"images": 150, "recipes": 25, "data": 300, "folders": 10, "features": 40, "commands": 15, "disk": 6}
-NAMED = {"images": 60, "recipes": 60, "data": 400, "folders": 10, "features": 20, "commands": 20, "disk": 7}
-SECONDS = 2.5  # after which a kind ends
+COUNTS = {"images": 150, "recipes": 10, "data": 300, "folders": 6, "features": 40, "commands": 6, "disk": 4}
+NAMED = {"images": 60, "recipes": 30, "data": 400, "folders": 4, "features": 20, "commands": 12, "disk": 2}
+SECONDS = 1.5  # after which a kind ends
 
 
 def test_every_kind_has_a_share() -> None:
