@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import io
 import json
 import os
 import platform
@@ -19,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from mllm.errors import MLLMError
 
@@ -57,7 +58,7 @@ def remove_partial(folder: Path, *, older_than: float = 0.0) -> None:
                 path.unlink()
 
 
-def open_regular(path: Path | str) -> BinaryIO:
+def open_regular(path: Path | str) -> io.BufferedReader:
     """Open a file that has an end: opening or reading a pipe or a device might never return.
 
     Raises:

@@ -192,7 +192,7 @@ def stream_of(piece: Any, limit: int, kind: str) -> tuple[BinaryIO, str]:
     return io.BytesIO(data), piece.label if isinstance(piece, ImageBytes) else f"the {kind} of {len(data)} bytes"
 
 
-def _open_file(path: Path, limit: int | None, kind: str) -> BinaryIO:
+def _open_file(path: Path, limit: int | None, kind: str) -> io.BufferedReader:
     try:
         if not os.path.isfile(path):  # a folder, a device that never ends, a URL
             raise MLLMError(

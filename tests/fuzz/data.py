@@ -68,7 +68,7 @@ COCO = {
     "images": [{"id": number, "file_name": f"{number}.jpg"} for number in range(3)],
     "annotations": [{"image_id": number % 3, "caption": f"caption {number}"} for number in range(5)],
 }
-ROWS = [{"image": f"{number}.jpg", "caption": f"a {number}, and more"} for number in range(3)]
+ROWS: list[dict[str, Any]] = [{"image": f"{number}.jpg", "caption": f"a {number}, and more"} for number in range(3)]
 ROWS += [{"image": ["0.jpg", "1.jpg"], "question": "which?", "answer": [3, "x"]}]
 CSV = 'image,caption\n0.jpg,one\n1.jpg,"say ""b"", or, c"\n0.jpg,"two\nlines"\n2.jpg,three\n'
 VISDIAL = {

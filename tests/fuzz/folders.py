@@ -45,7 +45,7 @@ def killed_after(checkpoints: int) -> Any:
         with contextlib.suppress(Killed):
             yield
     finally:
-        TrainingState.write = write  # type: ignore[assignment, method-assign]
+        TrainingState.write = write  # type: ignore[method-assign]
 
 
 class Folders:

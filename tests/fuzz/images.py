@@ -96,7 +96,7 @@ def expected(data: bytes) -> Image.Image | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data))
+            image: Image.Image = Image.open(io.BytesIO(data))
             image.load()
             if image.mode[0] in "IF" or "transparency" in image.info:
                 return None

@@ -169,9 +169,9 @@ def damage_file(file: Path, chance: random.Random, others: list[Path]) -> str:
         "missing": file.unlink,
         "replaced": lambda: file.write_bytes(chance.choice(CONTENTS)),
         "swapped": lambda: shutil.copy(chance.choice(others), file),
-        "a folder": lambda: (file.unlink(), file.mkdir()),
-        "a pipe": lambda: (file.unlink(), os.mkfifo(file)),
-        "a link to itself": lambda: (file.unlink(), file.symlink_to(file)),
+        "a folder": lambda: _put(file, Path.mkdir),
+        "a pipe": lambda: _put(file, os.mkfifo),
+        "a link to itself": lambda: _put(file, lambda path: path.symlink_to(path)),
         "a pickle": lambda: file.write_bytes(pickle.dumps(print)),
     }
     kinds |= {f"bytes {number}": lambda: file.write_bytes(damaged(file.read_bytes(), chance)) for number in range(6)}
@@ -182,6 +182,12 @@ def damage_file(file: Path, chance: random.Random, others: list[Path]) -> str:
     kind = chance.choice(list(kinds))
     kinds[kind]()
     return f"{file.name}: {kind}"
+
+
+def _put(file: Path, make: Callable[[Path], Any]) -> None:
+    """Put something else in a file's place."""
+    file.unlink()
+    make(file)
 
 
 def damage_json(file: Path, chance: random.Random) -> None:

@@ -100,7 +100,7 @@ def coco(folder: Path) -> list[Row]:
 
 
 def karpathy(folder: Path) -> list[Row]:
-    rows = []
+    rows: list[Row] = []
     for row in parsed(text_of(folder / "karpathy.json"))["images"]:
         if text(row["split"]) == "test":
             key = name(row.get("cocoid", row.get("imgid", row["filename"])))
@@ -228,7 +228,7 @@ def textvqa(folder: Path) -> list[Row]:
 
 
 def scienceqa(folder: Path) -> list[Row]:
-    rows = []
+    rows: list[Row] = []
     for key, row in parsed(text_of(folder / "problems.json")).items():
         if text(row["split"]) == "test" and row["image"]:
             asked = text(row["question"]).strip()
