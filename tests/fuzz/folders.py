@@ -136,7 +136,8 @@ class Folders:
     def _saved(self, seed: int) -> None:
         """Load a run's model: it is the same model, since everything that was written is verified."""
         answer = self._answers(mllm.load(self._copied(self._whole, seed)))
-        assert answer == self._answer, f"another model: {answer} instead of {self._answer}"
+        edited = "assembly.json" in self._damage  # whoever changes the specification has another model
+        assert edited or answer == self._answer, f"another model: {answer} instead of {self._answer}"
 
     def _initialized(self, seed: int) -> None:
         source = self._copied(self._whole, seed)
@@ -151,6 +152,8 @@ class Folders:
         run = self._copied(self._killed, seed)
         mllm.train(self._recipe, resume=run)
         for name in ("model/assembly.json", "log.jsonl"):
+            if name in self._damage:  # its rows before the checkpoint are the past, which nothing repeats
+                continue
             assert (run / name).read_bytes() == (self._whole / name).read_bytes(), f"{name} is another"
 
     def _evaluated(self, seed: int) -> None:

@@ -153,6 +153,8 @@ def _child(
         faulthandler.enable()
         folder.mkdir()
         fuzzer = make(folder)
+        if hasattr(fuzzer, "warm"):
+            fuzzer.warm()
         with (folder.parent / "report.jsonl").open("r+") as report:
             report.seek(0, os.SEEK_END)
             for number, (label, act) in enumerate(cases(fuzzer, kind, seed, count)):

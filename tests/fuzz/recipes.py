@@ -45,6 +45,11 @@ class Recipes:
         for base in self._bases:
             assert (wrong := problems(str(self._saved(base)))) == [], wrong
 
+    def warm(self) -> None:
+        """Plan once: the first time in a process takes seconds."""
+        for base in self._bases:
+            check_recipe(str(self._saved(base)), (), train=self._folder / "run")
+
     def named(self) -> dict[str, Act]:
         """Return the texts, overrides and options that gave way once, and odd values at every key."""
         acts: dict[str, Act] = {
