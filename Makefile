@@ -20,7 +20,7 @@ RUN := $(firstword $(filter-out $(wildcard runs/demo*),runs/demo $(addprefix run
 STARTED := $(shell date +%s)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint parts test-extras test-gpu fuzz-server mutants docs clean
+.PHONY: help demo test test-slow lint parts test-extras test-gpu fuzz fuzz-server kills mutants docs clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -63,6 +63,12 @@ test-extras: .venv-extras/.installed ## run the tests that need torchvision, in 
 
 docs: .venv-docs/.installed ## build the documentation site into site/
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+
+fuzz: $(STAMP) ## try damaged and hostile inputs of every kind (SEED=1 COUNT=1500 KINDS="images recipes")
+	$(BIN)/python -m tests.fuzz --seed $(or $(SEED),1) --count $(or $(COUNT),1500) $(KINDS)
+
+kills: $(STAMP) ## kill training and evaluation at random moments, continue, and compare (SEED=1 TRAININGS=200 EVALUATIONS=100)
+	$(BIN)/python -m tests.fuzz.kills --seed $(or $(SEED),1) --trainings $(or $(TRAININGS),200) --evaluations $(or $(EVALUATIONS),100)
 
 fuzz-server: parts ## load a server with good and hostile clients (SEED=1 CLIENTS=64 SECONDS=180)
 	$(BIN)/python tests/fuzz/test_server_load.py --seed $(or $(SEED),1) --clients $(or $(CLIENTS),64) --seconds $(or $(SECONDS),180)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from mllm.eval.answers.base import AnswerMode, Context
 from mllm.eval.fitting import that_fit, that_fit_with_others
-from mllm.eval.journal import Journal
+from mllm.eval.journal import Journal, locked
 from mllm.eval.nearest import NEAREST, training_items
 from mllm.eval.report import report
 from mllm.eval.scoring import Helpers, Result, measure
@@ -23,7 +23,7 @@ from mllm.eval.shots import with_shots
 from mllm.eval.suite import Suite, data_hash, load_suite, read_items, read_shots
 
 from mllm.assembly import Assembly
-from mllm.capabilities import SpeaksWords
+from mllm.capabilities import RemembersTexts, SpeaksWords
 from mllm.config.parts import FROZEN
 from mllm.data.items import Item
 from mllm.errors import MLLMError
@@ -68,7 +68,7 @@ def evaluate(
 
     Raises:
         MLLMError: an unknown suite or baseline, data that is missing or does not fit the suite's answer mode, or an
-            ``out`` with a part of another evaluation.
+            ``out`` with a part of another evaluation, or in which another process writes.
     """
     config = load_suite(suite, overrides)
     all_items = read_items(config, data)
@@ -82,17 +82,18 @@ def evaluate(
     state = processes()
     about = _about(model, config, items, names)
     folder = Path(out) if out else None
-    journal = Journal(folder, about, state.process_index)
-    state.wait_for_everyone()
-    helpers = Helpers(config.scorer, config.judge, lambda: model.scorer, model.device)
-    answers = mode.answers(model, items, Context(config, names, training, folder, journal, helpers))
-    results = {name: Result(texts, _scores(config, texts, items, helpers)) for name, texts in answers.items()}
-    written = folder if state.is_main_process else None
-    facts = {"settings": _settings(model, config, items), "about": about}
-    words = words_of(model, items)
-    made = report(config, items, results, written, run=run, **facts, skipped=skipped, words=words)
-    state.wait_for_everyone()
-    journal.close()
+    with locked(folder):
+        journal = Journal(folder, about, state.process_index)
+        state.wait_for_everyone()
+        helpers = Helpers(config.scorer, config.judge, lambda: model.scorer, model.device)
+        answers = mode.answers(model, items, Context(config, names, training, folder, journal, helpers))
+        results = {name: Result(texts, _scores(config, texts, items, helpers)) for name, texts in answers.items()}
+        written = folder if state.is_main_process else None
+        facts = {"settings": _settings(model, config, items), "about": about}
+        words = words_of(model, items)
+        made = report(config, items, results, written, run=run, **facts, skipped=skipped, words=words)
+        state.wait_for_everyone()
+        journal.close()
     return made
 
 
@@ -152,8 +153,8 @@ def _about(model: Assembly, config: Suite, items: Sequence[Item], baselines: Seq
 
 
 def words_of(model: Assembly, items: Sequence[Item]) -> dict[str, str]:
-    """Return the words of items' images by the items' ids, for a model whose connector has a vocabulary."""
-    if not isinstance(model.connector, SpeaksWords):
+    """Return the words of items' images by the items' ids, for a model whose connector answers in words."""
+    if not isinstance(model.connector, SpeaksWords | RemembersTexts):
         return {}
     images = {image.key(): image for item in items for image in item.images}
     words = dict(zip(images, map(readable, model.words(list(images.values()))), strict=True))

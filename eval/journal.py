@@ -1,5 +1,7 @@
 """Keep the answers of an evaluation on disk as they come, so that one that was killed continues where it stopped.
 
+The folder is locked meanwhile, so that no other process writes to it; the lock ends with the process that has it.
+
 A line is one batch of one condition, written when it is answered. The first line identifies the evaluation; a journal
 of another one is refused. A last line that was cut short is ignored, and its batch is answered again.
 """
@@ -14,10 +16,40 @@ from pathlib import Path
 from typing import Any
 
 from mllm.errors import MLLMError
-from mllm.system import parse_json, remove_partial, write
+from mllm.processes import in_main_process
+from mllm.system import Lock, parse_json, read_regular, remove_partial, write
 
-ABANDONED = 3600  # seconds; what is written to a file for longer was left by a killed process
 NAME = "answers.{rank}.partial.jsonl"
+
+
+@contextlib.contextmanager
+def locked(folder: Path | None) -> Iterator[None]:
+    """Let only this evaluation write to a folder, and remove what a killed one left; of several processes one locks it.
+
+    Raises:
+        MLLMError: another process has the lock, or the folder cannot be written.
+    """
+    if folder is None:
+        yield
+        return
+    lock = Lock(folder)
+
+    def acquire() -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+            remove_partial(folder)
+        except OSError as error:
+            lock.release()
+            raise MLLMError(f"{str(folder)[:200]} cannot be written: {error.strerror or error}.") from None
+
+    in_main_process(acquire)
+    try:
+        yield
+    finally:
+        lock.release()
+        with contextlib.suppress(OSError):  # it has files
+            folder.rmdir()
 
 
 class Journal:
@@ -40,7 +72,7 @@ class Journal:
         self._lines = [first]  # of this process's file
         for path in sorted(folder.glob(NAME.format(rank="*"))) if folder else []:
             with _explained(path):
-                lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]  # the complete ones
+                lines = read_regular(path).decode("utf-8", errors="replace").split("\n")[:-1]  # the complete ones
             self._read(path, lines, first)
             if path == self._path and lines:
                 self._lines = lines
@@ -67,7 +99,6 @@ class Journal:
     def close(self) -> None:
         """Remove the journal, all processes' files: the report has what they held."""
         if self._path is not None:
-            remove_partial(self._path.parent, older_than=ABANDONED)
             for path in self._path.parent.glob(NAME.format(rank="*")):
                 path.unlink(missing_ok=True)
 

@@ -10,6 +10,7 @@ from typing import Any
 from mllm.eval.report import report
 from mllm.eval.scoring import MODEL, Helpers, Result, measure
 from mllm.eval.suite import Suite, data_hash, load_suite, read_items
+from pydantic import BaseModel
 
 from mllm.config.messages import checked
 from mllm.data.files import json_lines, json_of, some
@@ -59,6 +60,39 @@ def score(
     about = {"suite": config.model_dump(mode="json"), "data": data_hash(items), "mllm": __version__}
     settings = {"predictions": Path(path).name}
     return report(config, items, results, Path(out) if out else None, run=str(path), settings=settings, about=about)
+
+
+class _Metric(BaseModel):
+    """A metric in a summary."""
+
+    name: str
+    version: str
+
+
+class _Fingerprints(BaseModel):
+    """What identifies an evaluation in its summary."""
+
+    suite: dict[str, Any]
+    data: str
+
+
+class _Summary(BaseModel):
+    """What is read of a summary."""
+
+    suite: str
+    run: str
+    settings: dict[str, str]
+    metrics: list[_Metric]
+    fingerprints: _Fingerprints
+
+
+class _Row(BaseModel):
+    """What is read of a row of an evaluation's predictions."""
+
+    id: str
+    references: list[str]
+    question: str | None
+    kind: str
 
 
 def compare(
@@ -112,7 +146,8 @@ def _items(folder: Path, config: Suite, data: str | Path | None, fingerprint: st
     Raises:
         MLLMError: the data is not what the evaluation was made on.
     """
-    rows = json_lines(folder / "predictions.jsonl")
+    file = folder / "predictions.jsonl"
+    rows = [checked(_Row, row, label=f"{file} is damaged").model_dump() for row in json_lines(file)]
     if not data and config.folder:
         return [Item(row["id"], (), tuple(row["references"]), row["question"], row["kind"]) for row in rows]
     by_id = {item.id: item for item in read_items(config, data)}
@@ -157,10 +192,11 @@ def _field(row: Any, keys: Sequence[str], where: str, what: str) -> Any:
 
 
 def _summary(folder: Path) -> dict[str, Any]:
+    """Return an evaluation's summary, whose values that are read here are there and of their types."""
     summary = json_of(folder / "summary.json")
-    if not isinstance(summary, dict) or "data" not in summary.get("fingerprints", {}):
-        raise MLLMError(f"{folder}/summary.json is not an evaluation's summary, or is of an older version.")
-    return summary
+    label = f"{folder}/summary.json is not an evaluation's summary, or is of an older version"
+    checked(_Summary, summary, label=label)
+    return dict(summary)
 
 
 def _variants(summary: Mapping[str, Any]) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any, ParamSpec, TypeVar
 
+WORD, LONGEST = 500, 6000  # characters of a word, and of a message
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -15,8 +17,20 @@ R = TypeVar("R")
 class MLLMError(ValueError):
     """Something the user can fix: the message says what was wrong, what was expected, and what to do.
 
-    The command line prints it and exits with status 1; a traceback is shown with ``--debug`` only.
+    The command line prints it and exits with status 1; a traceback is shown with ``--debug`` only. Messages quote what
+    users wrote: a long word of it is cut, and what cannot be printed is escaped.
     """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(printable(message))
+
+
+def printable(message: str) -> str:
+    """Return a message of a readable length, without control characters and halves of characters."""
+    if len(message) > LONGEST:
+        message = f"{message[:LONGEST]}... and {len(message) - LONGEST} more characters"
+    short = re.sub(rf"\S{{{WORD + 3},}}", lambda match: f"{match[0][:WORD]}...", message)
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]", lambda match: ascii(match[0])[1:-1], short)
 
 
 def near(name: str, known: Iterable[str]) -> str:

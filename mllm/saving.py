@@ -29,7 +29,7 @@ from mllm.errors import MLLMError
 from mllm.hub import identity
 from mllm.model import Model
 from mllm.prompts.chat_template import uses_template
-from mllm.system import read_json, write
+from mllm.system import check_regular, open_regular, read_json, write
 from mllm.version import __version__
 
 FORMAT = 1
@@ -108,6 +108,7 @@ def read_shapes(folder: Path, about: About) -> dict[str, TensorShape]:
     if folder in _PLANNED:
         return {name: tuple(tensor.shape) for name, tensor in _PLANNED[folder].trained_tensors().items()}
     try:
+        check_regular(path)
         with safe_open(path, framework="pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
@@ -188,6 +189,7 @@ def _load_tensors(model: Model, file: Path) -> None:
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a file; an unreadable file raises an `MLLMError`."""
     try:
+        check_regular(path)
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise MLLMError(f"{path} cannot be read: {error}. Copy the file again.") from None
@@ -289,7 +291,7 @@ def _warn_of_weights_alone(path: Path) -> None:
 
 def _digest(path: Path) -> str:
     try:
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
         raise MLLMError(f"{path} cannot be read: {error.strerror or error}. Copy the folder again.") from None

@@ -1,4 +1,4 @@
-"""Write files whole or not at all, read JSON that may be damaged, lock folders, and keep freed memory in the process.
+"""Write files whole or not at all, read files that have an end, lock folders, and keep freed memory in the process.
 
 The C library returns large buffers to the kernel as soon as they are free, and every step of a model asks for the same
 ones again: on a CPU the page faults of this took most of a convolutional encoder's time (measured: 40 ms an image
@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import io
 import json
 import os
 import platform
 import re
+import stat
 import sys
 import tempfile
 import time
@@ -56,16 +58,44 @@ def remove_partial(folder: Path, *, older_than: float = 0.0) -> None:
                 path.unlink()
 
 
+def open_regular(path: Path | str) -> io.BufferedReader:
+    """Open a file that has an end: opening or reading a pipe or a device might never return.
+
+    Raises:
+        OSError: it cannot be opened, or is a folder, a pipe or a device.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except ValueError as error:  # a NUL in the path
+        raise OSError(str(error)) from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError("it is no regular file")
+    return os.fdopen(descriptor, "rb")
+
+
+def read_regular(path: Path | str) -> bytes:
+    """Return the bytes of a file that has an end. Errors are those of `open_regular`."""
+    with open_regular(path) as file:
+        data: bytes | None = file.read()
+    if data is None:  # a file of the kernel's that would have to be waited for
+        raise OSError("it has no end")
+    return data
+
+
+def check_regular(path: Path | str) -> None:
+    """Check that a path is a file that has an end. Errors are those of `open_regular`."""
+    open_regular(path).close()
+
+
 def read_json(path: Path) -> Any:
     """Return the value of a JSON file.
 
     Raises:
-        OSError: it cannot be read, or is no regular file: reading a pipe might never end.
+        OSError: it cannot be read, or is no regular file.
         ValueError: it is not JSON.
     """
-    if os.path.lexists(path) and not os.path.isfile(path):
-        raise OSError("it is no regular file")
-    return parse_json(path.read_text(encoding="utf-8"))
+    return parse_json(read_regular(path).decode("utf-8"))
 
 
 def parse_json(text: str) -> Any:
@@ -141,7 +171,7 @@ def is_hidden(path: Path) -> bool:
     return any(part in _LITTER or (part.startswith(".") and part not in (".", "..")) for part in path.parts)
 
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # <malloc.h>
 LARGEST = 2**31 - 1
 
 
@@ -157,6 +187,17 @@ def keep_freed_memory() -> None:
     if mallopt is not None:  # absent in other C libraries
         mallopt(M_MMAP_THRESHOLD, LARGEST)
         mallopt(M_TRIM_THRESHOLD, LARGEST)
+
+
+def share_heap() -> None:
+    """Ask glibc for one heap for the threads that are started from now on; elsewhere nothing happens.
+
+    With a heap for each, what is freed in one leaves gaps that the others cannot use: a server of many threads keeps
+    them (measured after 800 requests of 64 clients: 38 MB against 29 MB).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_ARENA_MAX, 1)
 
 
 def return_memory() -> None:

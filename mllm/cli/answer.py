@@ -27,6 +27,7 @@ from mllm.cli.options import (
     Words,
 )
 from mllm.errors import MLLMError, warn_renamed
+from mllm.system import share_heap
 
 if TYPE_CHECKING:  # imported by the commands that need it
     from mllm.assembly import Assembly
@@ -153,6 +154,7 @@ def serve(
         token=os.environ.get("MLLM_TOKEN") if token is None else token,  # an empty variable is no option
     )
     options = _image_options(run, index, image_logit_bias, eager)
+    share_heap()
     with bind(host, port) as bound:  # before the model is loaded, which takes a while
         model = load_run(run, device, dtype, trust_remote_code)
         show = {"index": None, "image_logit_bias": 0.0, **options} if options or can_draw(model) else None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,27 +36,43 @@ def evaluate(
     dtype: DTypeName = None,
     trust_remote_code: Trusted = None,
 ) -> None:
-    """Run a suite on a model and its baselines; an evaluation that was killed continues."""
+    """Run a suite on a model and its baselines; an evaluation that was stopped or killed continues."""
     from mllm.config.suites import SuiteSpec
     from mllm.evaluation import evaluate as run_suite
 
     suites = [SuiteSpec(suite=suite)] if suite else _suites_of(run)
-    model = load_run(run, device, dtype, trust_remote_code)
-    for each in suites:
-        folder = run / "eval" / each.folder if out is None else out if suite else out / each.folder
-        report = run_suite(
-            model,
-            each.suite,
-            data or each.data,
-            limit=limit,
-            out=folder,
-            run=str(run),
-            baselines=[] if baselines == "none" else baselines and baselines.split(","),
-            overrides=[*each.overrides, *(overrides or [])],
-        )
-        if report.page:  # only in the main process
-            _print_table(report)
-            typer.echo(f"Report: {report.page}")
+    with _stoppable():
+        model = load_run(run, device, dtype, trust_remote_code)
+        for each in suites:
+            folder = run / "eval" / each.folder if out is None else out if suite else out / each.folder
+            report = run_suite(
+                model,
+                each.suite,
+                data or each.data,
+                limit=limit,
+                out=folder,
+                run=str(run),
+                baselines=[] if baselines == "none" else baselines and baselines.split(","),
+                overrides=[*each.overrides, *(overrides or [])],
+            )
+            if report.page:  # only in the main process
+                _print_table(report)
+                typer.echo(f"Report: {report.page}")
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """End the command with a message when a signal stops it; what is answered is on disk, batch by batch."""
+    from mllm.training.signals import Signals
+
+    signals = Signals()
+    try:
+        with signals:
+            yield
+    except KeyboardInterrupt:
+        stopped = signals.stopped("between two batches; what is answered is kept", ["mllm", *sys.argv[1:]])
+        typer.echo(f"mllm: {stopped}", err=True)
+        raise typer.Exit(stopped.status) from None
 
 
 def _suites_of(run: Path) -> list[SuiteSpec]:

@@ -22,3 +22,10 @@ class PartSpec(BaseModel):
     def options(self) -> dict[str, Any]:
         """Return the arguments of the part."""
         return dict(self.__pydantic_extra__ or {})
+
+
+def each_once(names: list[str]) -> list[str]:
+    """Refuse a list that has a name twice."""
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"{twice!r} is given twice: leave one of them out")
+    return names

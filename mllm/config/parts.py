@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from mllm.config.base import PartSpec, Spec
+from mllm.config.base import PartSpec, Spec, each_once
 from mllm.config.prompt import PromptSpec
 from mllm.config.tiles import TilesSpec
 
@@ -91,7 +91,7 @@ def listed(value: Any) -> Any:
 
 Heads = Annotated[list[HeadSpec], BeforeValidator(listed), AfterValidator(_distinct)]
 Adapters = Annotated[list[PartSpec], BeforeValidator(listed)]
-Names = Annotated[list[str], BeforeValidator(listed)]
+Names = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(listed), AfterValidator(each_once)]
 LONGEST_NAME = 200  # bytes; file systems have 255, and some names are extended
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what every random generator takes
 

@@ -6,7 +6,6 @@ A message names the line and never quotes the text: the file may be one that was
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mllm.errors import MLLMError
+from mllm.system import read_regular
 
 DEPTH = 50  # of nested lists and mappings
 SIZE = 2**20  # bytes
@@ -42,15 +42,14 @@ def read_text(path: Path) -> str:
     """
     label = str(path)[:200]
     try:
-        if os.path.lexists(path) and not os.path.isfile(path):
-            raise MLLMError(f"{label} cannot be read: it is no regular file. Give the path of a YAML file.")
-        if os.path.getsize(path) > SIZE:
+        data = read_regular(path)
+        if len(data) > SIZE:
             raise MLLMError(f"{label} is larger than {SIZE // 2**20} MiB. Expected a YAML file of a few kilobytes.")
-        return path.read_text(encoding="utf-8-sig")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise MLLMError(f"{label} cannot be read: it is not UTF-8 text. Save it as UTF-8.") from None
-    except (OSError, ValueError) as error:  # ValueError: a path with a null character
-        reason = getattr(error, "strerror", None) or error
+    except OSError as error:
+        reason = error.strerror or error
         raise MLLMError(f"{label!r} cannot be read: {reason}. Check the path.") from None
 
 

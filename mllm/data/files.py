@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import functools
 import gzip
+import io
 import json
 import lzma
 import os
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 from mllm.data.values import text_in
 from mllm.errors import MLLMError
 from mllm.media.images import SUFFIXES
-from mllm.system import is_hidden
+from mllm.system import is_hidden, read_regular
 
 COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 REFUSED = (".zst", ".zip", ".lz4", ".7z", ".rar", ".tgz")  # files that must be unpacked first
@@ -43,8 +44,10 @@ def bytes_of(file: Path) -> bytes:
     if file.suffix.lower() in REFUSED:
         raise MLLMError(f"{file} cannot be read: files ending in {file.suffix} are not unpacked here. Unpack it first.")
     try:
-        with COMPRESSED.get(file.suffix.lower(), open)(file, "rb") as stream:
-            data: bytes = stream.read()
+        data = read_regular(file)
+        if (opener := COMPRESSED.get(file.suffix.lower())) is not None:
+            with opener(io.BytesIO(data)) as stream:
+                data = stream.read()
     except DAMAGED as error:
         raise MLLMError(f"{file} cannot be read: {error}. Is the file complete?") from None
     return data

@@ -10,10 +10,12 @@ import logging
 import math
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from typing import Any
+from typing import Any, get_type_hints
+
+from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
 from mllm.config.data import DataSpec
 from mllm.data.items import Item
@@ -66,9 +68,30 @@ def _bound(spec: DataSpec, skip: float = 0.0) -> tuple[Callable[..., Sequence[It
             f"data: the reader {spec.format!r} does not accept these arguments: {error}. "
             f"It accepts: {', '.join(parameters)}{'' if 'missing' in parameters else ', missing'}."
         ) from None
+    _check_types(function, options, spec.format)
     if "missing" in parameters and not hasattr(function, "body"):  # of another package, which treats it itself
         options["missing"] = missing
     return function, Reading(skip=skip, missing=missing), options
+
+
+def _check_types(function: Callable[..., Any], options: Mapping[str, Any], name: str) -> None:
+    """Compare the values of a reader's arguments with its annotations, as far as these can be checked.
+
+    Raises:
+        MLLMError: a value is of another type.
+    """
+    try:
+        hints = get_type_hints(function, include_extras=True)
+    except (NameError, TypeError):  # of another package
+        return
+    for key, value in options.items():
+        try:
+            TypeAdapter(hints[key], config=ConfigDict(allow_inf_nan=False)).validate_python(value)
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"].lower()
+            raise MLLMError(f"data: the reader {name!r} has {key}={value!r}: {reason}. Correct it.") from None
+        except (KeyError, PydanticUserError):  # without an annotation, or with one that pydantic does not know
+            continue
 
 
 def read(spec: DataSpec, *, seed: int = 0) -> Sequence[Item]:

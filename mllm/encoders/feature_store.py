@@ -31,7 +31,7 @@ from mllm.hub.verified import DamagedFile, read_verified, save_verified
 from mllm.media.images import ImageSource, source_of
 from mllm.media.tiles import Tiling, whole_images
 from mllm.model import Model
-from mllm.system import cache_dir, remove_partial
+from mllm.system import cache_dir, check_regular, remove_partial
 
 FORMAT = 2  # of the shards and of their folder's key
 LIMIT = 4 * 2**30  # bytes
@@ -156,7 +156,7 @@ class FeatureStore:
         try:
             rows, _ = read_verified(path)
             if not all(map(self._fits, rows.values())):
-                raise DamagedFile("its features are of another shape")
+                raise DamagedFile("its features are of another shape or type")
         except (DamagedFile, OSError) as error:
             self._stored = {key: shard for key, shard in self._stored.items() if shard != path}
             _discard(path, error)
@@ -167,7 +167,12 @@ class FeatureStore:
         """Whether a tensor has the shape of an image's features: ``(P, D_vis)``, or those of several tiles."""
         encoder = self._model.encoder
         tiles, rest = divmod(row.shape[0] if row.dim() == 2 else 0, encoder.num_patches)
-        return row.shape[-1:] == (encoder.dim,) and rest == 0 and (tiles == 1 if encoder.tiling is None else tiles > 0)
+        return (
+            row.is_floating_point()
+            and row.shape[-1:] == (encoder.dim,)
+            and rest == 0
+            and (tiles == 1 if encoder.tiling is None else tiles > 0)
+        )
 
     def _cache(self, key: str, row: Tensor) -> None:
         size = row.numel() * row.element_size()
@@ -229,6 +234,7 @@ def _index(folder: Path) -> dict[str, Path]:
     remove_partial(folder, older_than=ABANDONED)
     for path in sorted(folder.glob("*.safetensors")):
         try:
+            check_regular(path)
             with safe_open(path, framework="pt") as shard:
                 shards |= dict.fromkeys(shard.keys(), path)
         except (SafetensorError, OSError) as error:

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mllm.hub.fingerprints import hash_of_tensors
-from mllm.system import write
+from mllm.system import check_regular, write
 
 STATE, SHA256 = "state", "sha256"
 
@@ -40,6 +40,7 @@ def read_verified(path: Path, *, checksum_required: bool = True) -> tuple[dict[s
         OSError: the file cannot be read.
         DamagedFile: it does not have the content that was written.
     """
+    check_regular(path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from mllm.errors import MLLMError
+from mllm.errors import MLLMError, first_line
 from mllm.media.data_urls import from_data_url, is_data_url
 from mllm.media.formats import FORMATS, formats_of, suffixes, without_texts
-from mllm.media.pixels import DAMAGED, from_array, to_rgb
-from mllm.system import is_hidden
+from mllm.media.pixels import from_array, to_rgb
+from mllm.system import is_hidden, open_regular, read_regular
 
 MAX_BYTES = 64 * 2**20
 MAX_PIXELS = 64_000_000  # checked in the header, before anything is decoded
@@ -200,17 +200,17 @@ def _open_file(path: Path, limit: int | None, kind: str) -> io.BufferedReader:
             )
         if limit is not None and path.stat().st_size > limit:
             raise MLLMError(f"{path} has {path.stat().st_size} bytes; at most {limit} are read. Make it smaller.")
-        return path.open("rb")
+        return open_regular(path)
     except OSError as error:
         raise MLLMError(f"The {kind} {path} cannot be read: {error.strerror or error}.") from None
 
 
 def _read(path: Path) -> bytes:
-    with _open_file(path, MAX_BYTES, "image") as file:
-        try:
-            return file.read()
-        except OSError as error:
-            raise MLLMError(f"The image {path} cannot be read: {error.strerror or error}.") from None
+    _open_file(path, MAX_BYTES, "image").close()
+    try:
+        return read_regular(path)
+    except OSError as error:
+        raise MLLMError(f"The image {path} cannot be read: {error.strerror or error}.") from None
 
 
 def _decode(data: bytes, label: str) -> Image.Image:
@@ -240,8 +240,8 @@ def _readable_errors(label: str) -> Iterator[None]:
         raise MLLMError(f"{label}: {error} At most {MAX_PIXELS} pixels are decoded. Make it smaller.") from None
     except UnidentifiedImageError:
         raise MLLMError(f"{label} is not a readable image. Expected one of {', '.join(FORMATS)}.") from None
-    except DAMAGED as error:
-        raise MLLMError(f"{label} is not a readable image: {error}. Is the file complete?") from None
+    except Exception as error:  # whatever a decoder raises: each has errors of its own
+        raise MLLMError(f"{label} is not a readable image: {first_line(error)} Is the file complete?") from None
 
 
 def _rgb(image: Image.Image, label: str) -> Image.Image:

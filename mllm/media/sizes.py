@@ -10,10 +10,10 @@ from typing import Any
 
 from PIL import Image
 
-from mllm.errors import MLLMError
 from mllm.media.formats import formats_of
 from mllm.media.images import ImageBytes, ImageFile, ImageSource, open_image
 from mllm.media.pixels import DAMAGED, ORIENTATION
+from mllm.system import open_regular
 
 HEADER = 64  # bytes, of which the format is known
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
@@ -60,7 +60,7 @@ def label_of(image: Any) -> str:
 def _file_size(path: Path, changed: int, length: int) -> tuple[int, int]:
     """Return the size of the image in a file; ``changed`` and ``length``: of the file, so that a new one is read."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             size = _header_size(file, str(path))
     except OSError:
         size = None
@@ -79,7 +79,7 @@ def _header_size(file: Any, label: str) -> tuple[int, int] | None:
         file.seek(0)
         with Image.open(file, formats=formats) as image:
             return _upright(image)
-    except (MLLMError, Image.DecompressionBombError, *DAMAGED):
+    except Exception:  # whatever a decoder raises
         return None
 
 

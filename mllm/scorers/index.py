@@ -27,7 +27,7 @@ from mllm.outputs import ImagePart
 from mllm.readout.tokens import heads_on_meta
 from mllm.saving import read_saved
 from mllm.scorers.retrieval import CHUNK, embed_images
-from mllm.system import write
+from mllm.system import check_regular, write
 
 FORMAT = "mllm-index-1"
 
@@ -73,6 +73,7 @@ class ImageIndex:
             MLLMError: the file is no index, cannot be read, or is empty.
         """
         try:
+            check_regular(path)
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != FORMAT:

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mllm.errors import MLLMError
-from mllm.system import parse_json
+from mllm.system import parse_json, read_regular
 
 BLUE, ORANGE, GREY = "#2b6c8f", "#c8702a", "#8a8f96"
 
@@ -54,7 +54,7 @@ def read_log(log: Path) -> dict[str, Curve]:
     if not os.path.isfile(log):
         raise MLLMError(f"No training log at {log}. Expected a file of JSON lines: give the log that training wrote.")
     curves: dict[str, Curve] = {}
-    for number, line in enumerate(log.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+    for number, line in enumerate(read_regular(log).decode("utf-8", errors="replace").splitlines(), start=1):
         try:
             row = parse_json(line)
             for key, name in (("loss", "train"), ("val_loss", "validation")):

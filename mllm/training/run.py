@@ -22,7 +22,7 @@ from mllm.config.recipe import Recipe
 from mllm.config.yaml_text import mapping_of, parse_yaml, read_text
 from mllm.errors import MLLMError
 from mllm.processes import in_main_process, processes
-from mllm.system import Lock, parse_json, read_json, remove_partial, write
+from mllm.system import Lock, parse_json, read_json, read_regular, remove_partial, write
 from mllm.training.plots import loss_plot
 from mllm.training.signals import Signals
 
@@ -137,7 +137,7 @@ class Run:
             return
         kept = []
         with self._written(path.name):
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            lines = read_regular(path).decode("utf-8", errors="replace").splitlines()
         for number, line in enumerate(lines, start=1):
             try:
                 row = parse_json(line)

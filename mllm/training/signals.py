@@ -1,7 +1,8 @@
-"""Stop training by a signal: a checkpoint is written after the step that is being computed, and nothing is lost.
+"""Stop training or an evaluation by a signal: what is finished is on disk, and the message says how to continue.
 
-Ctrl-C and SIGTERM (of a batch system, or of torchrun) are treated alike. A second one stops at once, as does one that
-comes where there is no step to finish: while parts are loaded, or in a closed-form fit.
+Ctrl-C and SIGTERM (of a batch system, or of torchrun) are treated alike. Training finishes the step that is being
+computed, and writes a checkpoint. A second signal stops at once, as does one that comes where there is no step to
+finish: while parts are loaded, in a closed-form fit, or in an evaluation.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import shlex
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,7 +24,7 @@ NOTE = b"\nmllm: stopping after this step; once more stops at once.\n"
 
 
 class Interrupted(KeyboardInterrupt):
-    """Training was stopped by a signal; the message says how to continue.
+    """Training or an evaluation was stopped by a signal; the message says how to continue.
 
     Args:
         message: for the user.
@@ -36,7 +37,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Signals:
-    """The signals that a training run has received; its handlers are in place inside ``with``.
+    """The signals that were received; the handlers are in place inside ``with``.
 
     Attributes:
         received: the last signal's number; 0: none.
@@ -72,11 +73,13 @@ class Signals:
 
     def interrupted(self, run: Path, where: str) -> Interrupted:
         """Return what to raise for a run's folder, where training has stopped."""
-        number = signal.Signals(self.received or signal.SIGTERM)
+        return self.stopped(where, ["mllm", "train", str(run / "recipe.yaml"), "--resume", str(run)])
+
+    def stopped(self, where: str, command: Sequence[str]) -> Interrupted:
+        """Return what to raise after something else was stopped, which a command continues."""
+        number = signal.Signals(self.received or signal.SIGINT)
         name = "Ctrl-C" if number == signal.SIGINT else number.name
-        folder, recipe = shlex.quote(str(run)), shlex.quote(str(run / "recipe.yaml"))
-        message = f"Stopped by {name} {where}. Continue with: mllm train {recipe} --resume {folder}"
-        return Interrupted(message, 128 + number)
+        return Interrupted(f"Stopped by {name} {where}. Continue with: {shlex.join(command)}", 128 + number)
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         again, self.received = self.received, number

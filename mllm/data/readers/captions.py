@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mllm.data.files import Record, images_in, inside, json_of, rows_of, text_of
+from mllm.data.files import Record, images_in, inside, json_of, rows_of, text_of, visible_in
 from mllm.data.items import Item
 from mllm.data.reading import Reading, reader
 from mllm.data.values import identifier, text_in
@@ -179,6 +179,10 @@ def caption_folder(rows: Reading, *, path: str) -> list[Item]:
         return Item(str(file.relative_to(path)), (ImageFile(file),), tuple(captions))
 
     files = images_in(Path(path), deep=True)
+    stems = {file.with_suffix("") for file in files}
+    texts = [file for file in visible_in(Path(path), deep=True) if file.suffix == ".txt"]
+    if alone := sum(file.with_suffix("") not in stems for file in texts):
+        rows.report.counts["text files without an image"] = alone
     records = [Record(str(file), number, lambda file=file: file) for number, file in enumerate(files, start=1)]  # type: ignore[misc]
     return rows.each(records, item_of, "captions, one per line")
 

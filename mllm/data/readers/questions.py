@@ -76,7 +76,10 @@ def vizwiz(rows: Reading, *, annotations: str, images: str) -> list[Item]:
     """Read VizWiz's questions: ``[{image, question, answers: [{answer}], answer_type}]``."""
 
     def item_of(row: Any, number: int) -> Item:
-        answers = [answer["answer"] for answer in row.get("answers", [])]
+        answers = row.get("answers", [])
+        if not isinstance(answers, list):
+            raise MLLMError(f"the answers are {str(answers)[:60]!r}; expected a list. Correct them.")
+        answers = [answer["answer"] for answer in answers]
         return _item(row["image"], images, row["image"], row["question"], answers, row.get("answer_type", ""))
 
     return rows.each(rows_of(json_of(Path(annotations)), annotations, _VIZWIZ), item_of, _VIZWIZ)
@@ -167,7 +170,8 @@ def pope(rows: Reading, *, annotations: str, images: str) -> list[Item]:
     """
 
     def item_of(row: Any, number: int) -> Item:
-        return _item(f"{kind}/{row['question_id']}", images, row["image"], row["text"], [row["label"]], kind)
+        name = f"{kind}/{identifier(row['question_id'])}"
+        return _item(name, images, row["image"], row["text"], [row["label"]], kind)
 
     path = Path(annotations)
     items = []

@@ -17,7 +17,7 @@ from mllm.data.lazy import Lazy
 from mllm.data.reading import Reading, reader
 from mllm.data.separated import separated_rows
 from mllm.data.values import absent, answers_in, captions_in, identifier, listed, text_in
-from mllm.errors import MLLMError, near
+from mllm.errors import MLLMError, first_line, near
 from mllm.media.images import ImageBytes, ImageFile, ImageSource
 from mllm.media.videos import file_of
 
@@ -175,13 +175,13 @@ def saved_dataset(
     rows.report.rows = len(plain)
 
     def make(index: int) -> Item:
-        (item,) = reading.each([Record(f"{path}, row {index}", index, lambda: plain[index])], item_of, "a row")
+        (item,) = reading.each([Record(f"{path}, row {index}", index, lambda: _read(plain, index))], item_of, "a row")
         return item
 
     reading = Reading()  # a row is read when it is needed, and what is wrong with it is an error then
     item_of = partial(_item, columns=columns, label=f"{path}, row")
     items = Lazy(len(plain), make, fingerprint=lambda: digest)
-    doubled = _doubled(plain[id], rows, path) if id else set()
+    doubled = _doubled(_read(plain, id), rows, path) if id else set()
     return items.part([index for index in range(len(plain)) if index not in doubled]) if doubled else items
 
 
@@ -194,15 +194,28 @@ def _doubled(ids: Iterable[Any], rows: Reading, path: str) -> set[int]:
     return {index for index, name in enumerate(names) if times[name] > 1}
 
 
+def _read(data: Any, key: int | str) -> Any:
+    """Return a row or a column of a saved data set."""
+    try:
+        return data[key]
+    except Exception as error:  # of arrow: each kind of damage has errors of its own
+        raise MLLMError(f"it cannot be read: {first_line(error)} Save the data set again.") from None
+
+
 def _saved(path: str, split: str | None) -> Any:
     try:
         import datasets
     except ImportError:
         raise MLLMError("Reading saved data sets needs datasets: pip install 'mllm-assembly[data]'.") from None
+    for file in Path(path).rglob("*"):
+        if not os.path.isdir(file):
+            check_regular(file)
     try:
         data = datasets.load_from_disk(path)
-    except (OSError, ValueError) as error:
-        raise MLLMError(f"{path} is not a readable data set: {error}. Give a folder that save_to_disk wrote.") from None
+    except Exception as error:  # of its files' damage
+        raise MLLMError(
+            f"{path} is not a readable data set: {first_line(error)} Give a folder that save_to_disk wrote."
+        ) from None
     if not isinstance(data, datasets.DatasetDict):
         return data
     if split not in data:

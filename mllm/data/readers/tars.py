@@ -27,7 +27,7 @@ from mllm.data.reading import Reading, reader
 from mllm.data.values import answers_in, captions_in, text_in
 from mllm.errors import MLLMError
 from mllm.media.images import MAX_BYTES, ImageBytes
-from mllm.system import cache_dir, is_hidden, write
+from mllm.system import cache_dir, is_hidden, open_regular, write
 
 DOUBLED = -2  # in an index: two members of this name
 
@@ -208,7 +208,7 @@ def _index(tar: Path, images: Sequence[str], text: str) -> Index:
 def _cached(file: Path) -> Index | None:
     """Return an index from the cache; None if there is none, or it is damaged."""
     try:
-        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
+        with open_regular(file) as stream, np.load(stream, allow_pickle=False) as arrays:
             index = Index(arrays["names"], arrays["spans"])
     except (*DAMAGED, *FORM_ERRORS, zipfile.BadZipFile):
         return None

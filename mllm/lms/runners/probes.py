@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from mllm.devices import has_values
 from mllm.lms import vocabulary
@@ -76,4 +77,7 @@ def _alike(model: Any, expected: Tensor, logits: Tensor) -> bool:
     coarse = getattr(model, "is_quantized", False)  # its rounding depends on the whole batch
     eps = torch.finfo(torch.bfloat16 if coarse else expected.dtype).eps
     tolerance = eps ** (1 / 3) * expected.float().std()  # a model that ignores masks is far off
-    return bool((expected - logits).float().std() <= tolerance)
+    try:
+        return bool((expected - logits).float().std() <= tolerance)
+    except DataDependentOutputException:  # a model without values, whose cost is estimated
+        return True
