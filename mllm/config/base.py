@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
 
 class Spec(BaseModel):
@@ -29,3 +30,15 @@ def each_once(names: list[str]) -> list[str]:
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ValueError(f"{twice!r} is given twice: leave one of them out")
     return names
+
+
+def finite(value: Any) -> Any:
+    """Refuse numbers inside lists and mappings that are not finite: JSON, in which a run keeps them, has no others."""
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        finite(inner)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{value}: expected finite numbers")
+    return value
+
+
+Finite = Annotated[dict[str, Any], AfterValidator(finite)]

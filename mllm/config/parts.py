@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from mllm.config.base import PartSpec, Spec, each_once
+from mllm.config.base import Finite, PartSpec, Spec, each_once
 from mllm.config.prompt import PromptSpec
 from mllm.config.tiles import TilesSpec
 
@@ -210,7 +210,7 @@ class Parts(Spec):
     decoder: PartSpec | None = None
     scorer: PartSpec | None = None
     prompt: PromptSpec = PromptSpec()
-    decoding: dict[str, Any] = {"max_new_tokens": 20}  # of all answers; in it, caption: {...} and question: {...}
+    decoding: Finite = {"max_new_tokens": 20}  # of all answers; in it, caption: {...} and question: {...}
     seed: Seed = 0
 
     def remote_code(self) -> dict[str, str]:

@@ -99,8 +99,10 @@ class Stage(Settings):
     @classmethod
     def _train_list(cls, values: Any) -> Any:
         """``train: [connector]`` is short for the default learning rate."""
-        if isinstance(values, dict) and isinstance(values.get("train"), list):
-            values = {**values, "train": {part: 2.0e-4 for part in values["train"]}}
+        if isinstance(values, dict) and isinstance(paths := values.get("train"), list):
+            if not all(isinstance(path, str) for path in paths):
+                raise ValueError(f"train: {paths}: expected the paths of parts, such as [connector]")
+            values = {**values, "train": dict.fromkeys(paths, 2.0e-4)}
         return values
 
     @model_validator(mode="after")

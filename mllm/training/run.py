@@ -133,7 +133,7 @@ class Run:
             MLLMError: a line is damaged that is not the last.
         """
         path = self.path / "log.jsonl"
-        if not self.writes or not path.is_file():
+        if not self.writes or not os.path.lexists(path):
             return
         kept = []
         with self._written(path.name):

@@ -171,3 +171,26 @@ def test_check_finds_what_is_out_of_range(file: Path, tiny_parts, key: str, valu
     assert problems(str(file)) == []
     (problem,) = problems(str(file), {key: value})
     assert key.rpartition(".")[2] in problem or "given twice" in problem
+
+
+@pytest.mark.parametrize("values", [{"decoding": {"x": float("inf")}}, {"decoding": {"caption": {"x": float("nan")}}}])
+def test_numbers_that_json_cannot_keep_are_refused(file: Path, tiny_parts, values: dict[str, Any]) -> None:
+    file.write_text(RECIPE.format(*tiny_parts))
+    with pytest.raises(MLLMError, match="finite"):
+        load(str(file), values)
+
+
+def test_a_list_of_what_trains_has_names_only(file: Path, tiny_parts) -> None:
+    file.write_text(RECIPE.format(*tiny_parts))
+    with pytest.raises(MLLMError, match="expected the paths of parts"):
+        load(str(file), {"stages": [{"name": "s", "train": ["connector", []], "steps": 1}]})
+
+
+def test_a_readers_arguments_have_the_types_of_its_annotations(file: Path, tiny_parts) -> None:
+    file.write_text(
+        RECIPE.format(*tiny_parts).replace("stages: []", "stages: [{name: s, train: [connector], steps: 1}]")
+    )
+    paths: tuple[Any, ...] = (3, True, None, [], {"a": 1})
+    for path in paths:
+        wrong = problems(str(file), {"data": {"train": {"format": "table", "path": path}}})
+        assert any(f"'table' has path={path!r}" in problem for problem in wrong), wrong

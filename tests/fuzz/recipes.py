@@ -76,7 +76,7 @@ class Recipes:
             base = chance.choice(self._bases)
             values = changed(base, chance)
             return f"values of {base['name']}: {difference(base, values)}", functools.partial(
-                self._values, values, train=chance.random() < TRAINED
+                self._values, values, train=base["name"] == "tiny" and chance.random() < TRAINED
             )
         if kind < 0.7:
             text = damaged(yaml.safe_dump(chance.choice(self._bases), sort_keys=False).encode(), chance)

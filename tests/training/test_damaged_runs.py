@@ -138,3 +138,11 @@ def test_tensors_of_another_shape_are_one_message(run, killed, name):
     tensors[key] = torch.zeros(3, dtype=tensors[key].dtype)
     state.write(run)
     assert "does not fit" in resumed(run, killed)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+@pytest.mark.timeout(60)
+def test_a_log_that_is_no_file_is_named_and_not_waited_for(run, killed, make):
+    (run / "log.jsonl").unlink()
+    make(run / "log.jsonl")
+    assert "log.jsonl" in resumed(run, killed)
