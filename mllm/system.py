@@ -192,8 +192,8 @@ def keep_freed_memory() -> None:
 def share_heap() -> None:
     """Ask glibc for one heap for the threads that are started from now on; elsewhere nothing happens.
 
-    With a heap for each, what is freed in one leaves gaps that the others cannot use, and a server of many threads keeps
-    them.
+    With a heap for each, what is freed in one leaves gaps that the others cannot use, and a server of many threads
+    keeps them.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
