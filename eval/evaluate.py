@@ -88,10 +88,9 @@ def evaluate(
         helpers = Helpers(config.scorer, config.judge, lambda: model.scorer, model.device)
         answers = mode.answers(model, items, Context(config, names, training, folder, journal, helpers))
         results = {name: Result(texts, _scores(config, texts, items, helpers)) for name, texts in answers.items()}
+        facts = {"settings": _settings(model, config, items), "about": about, "words": words_of(model, items)}
         written = folder if state.is_main_process else None
-        facts = {"settings": _settings(model, config, items), "about": about}
-        words = words_of(model, items)
-        made = report(config, items, results, written, run=run, **facts, skipped=skipped, words=words)
+        made = report(config, items, results, written, run=run, skipped=skipped, **facts)
         state.wait_for_everyone()
         journal.close()
     return made

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mllm.inputs import Inputs as Inputs
 from mllm.media.images import ImageSource, open_image
-from mllm.media.sizes import size_of
+from mllm.media.sizes import pixels_of
 from mllm.media.tiles import Cutting, Layout, in_order
 from mllm.prompts.batch import Batch
 from mllm.prompts.pieces import Piece
@@ -72,8 +72,7 @@ class Encoder(nn.Module):
 
     def pixels(self, piece: Any) -> int:
         """Return the number of pixels that `open` decodes, read from the header."""
-        width, height = size_of(piece)
-        return width * height
+        return pixels_of(piece)
 
     def tiles(self, piece: Any) -> list[Any]:
         """Return an image's tiles as `preprocess` takes them: by default the opened image."""

@@ -53,7 +53,7 @@ def test_unknown_name_lists_the_near_match() -> None:
         registry.lookup("connectors", "liner")
     with pytest.raises(MLLMError, match=r"No part called 'Linear'"):  # names are exact
         registry.lookup("connectors", "Linear")
-    with pytest.raises(MLLMError, match=r"'zzz' in mllm.readers. Known: aokvqa, caption-folder, caption-lines, "):
+    with pytest.raises(MLLMError, match=r"'zzz' in mllm.readers. Known: activitynet-qa, aokvqa, caption-folder, "):
         registry.lookup("readers", "zzz")
 
 

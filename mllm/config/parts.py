@@ -55,9 +55,9 @@ class ConnectorSpec(PartSpec):
 
     @model_serializer(mode="wrap")
     def _without_none(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out a vocabulary that is not there: a run that was written before is resumed unchanged."""
+        """Leave out a vocabulary that is not named: a run that was written before is resumed unchanged."""
         values: dict[str, Any] = write(self)
-        return {key: value for key, value in values.items() if key != "vocabulary" or value is not None}
+        return {key: value for key, value in values.items() if key != "vocabulary" or key in self.model_fields_set}
 
 
 class HeadSpec(PartSpec):
@@ -139,9 +139,9 @@ class EncoderSpec(PartSpec):
 
     @model_serializer(mode="wrap")
     def _without_none(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out tiles that are not there: a run that was written before is resumed unchanged."""
+        """Leave out tiles that are not named: a run that was written before is resumed unchanged."""
         values: dict[str, Any] = write(self)
-        return {key: value for key, value in values.items() if key != "tiles" or value is not None}
+        return {key: value for key, value in values.items() if key != "tiles" or key in self.model_fields_set}
 
     @model_validator(mode="before")
     @classmethod

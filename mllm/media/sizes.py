@@ -12,6 +12,7 @@ from PIL import Image
 
 from mllm.media.formats import formats_of
 from mllm.media.images import ImageBytes, ImageFile, ImageSource, open_image
+from mllm.media.images import size_of as declared_size
 from mllm.media.pixels import DAMAGED, ORIENTATION
 from mllm.system import open_regular
 
@@ -44,6 +45,16 @@ def size_of(image: Any) -> tuple[int, int]:
         return loaded.size
     source: Any = image
     return _opened_size(source) if isinstance(image, ImageSource) else open_image(image).size
+
+
+def pixels_of(image: Any) -> int:
+    """Return the number of pixels of an image of any accepted form; bytes are not decoded for it.
+
+    Raises:
+        MLLMError: it is not an image, or too large.
+    """
+    width, height = declared_size(image) if isinstance(image, ImageBytes) else size_of(image)
+    return width * height
 
 
 def label_of(image: Any) -> str:

@@ -77,7 +77,7 @@ class Signals:
 
     def stopped(self, where: str, command: Sequence[str]) -> Interrupted:
         """Return what to raise after something else was stopped, which a command continues."""
-        number = signal.Signals(self.received or signal.SIGINT)
+        number = signal.Signals(self.received or signal.SIGTERM)  # none: another process received it
         name = "Ctrl-C" if number == signal.SIGINT else number.name
         return Interrupted(f"Stopped by {name} {where}. Continue with: {shlex.join(command)}", 128 + number)
 

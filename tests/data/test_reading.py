@@ -266,7 +266,8 @@ def test_every_reader_has_the_policy() -> None:
     embedded = {"emoji-scenes", "emoji-retrieval", "easy-vqa"}
     apart = {"vqa", "caption-folder", "classes", "parquet", "saved-dataset", "webdataset", "decisions"}  # tested below
     others = {"winoground", "sugarcrepe", "vist", "visdial"}  # test sets, with several images or files
-    assert {*BUILT_IN["readers"]} == {*FORMS} | embedded | apart | others
+    videos = {"msvd-qa", "activitynet-qa", "next-qa", "video-mme", "mvbench"}  # in test_video_questions.py
+    assert {*BUILT_IN["readers"]} == {*FORMS} | embedded | apart | others | videos
 
 
 # Items of a format of one's own, and the data of a run.

@@ -15,8 +15,8 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-from .harness import run
-from .kinds import KINDS
+from tests.fuzz.harness import run
+from tests.fuzz.kinds import KINDS
 
 
 def main() -> None:

@@ -19,9 +19,8 @@ import mllm
 from mllm import __main__ as program
 from mllm.cli.app import app
 from mllm.errors import MLLMError
-
-from .fixtures import parts, plain_recipe, save_yaml, write_data
-from .harness import Act
+from tests.fuzz.fixtures import parts, plain_recipe, save_yaml, write_data
+from tests.fuzz.harness import Act
 
 VALUES = [
     *("", " ", "-", "--", "-1", "0", "1", "2.5", "1e400", "nan", "inf", "x", "X" * 300, "/" + "y" * 300, "a\nb", "é"),

@@ -28,10 +28,9 @@ from mllm.data.sources import fingerprint, read_source
 from mllm.errors import MLLMError
 from mllm.media.images import ImageFile
 from mllm.testing import tiny_image
-
-from . import plain
-from .harness import Act
-from .mutate import changed, damaged
+from tests.fuzz import plain
+from tests.fuzz.harness import Act
+from tests.fuzz.mutate import changed, damaged
 
 datasets.disable_progress_bars()
 IMAGES = [f"{number}.jpg" for number in range(4)] + [f"{number:012d}.jpg" for number in range(4)]

@@ -23,10 +23,9 @@ from mllm.export.export import export
 from mllm.outputs import ImagePart, Output, with_files
 from mllm.scorers.index import ImageIndex
 from mllm.testing import tiny_clip, tiny_image
-
-from .fixtures import parts, plain_recipe, save_yaml, write_data
-from .folders import killed_after
-from .harness import Act
+from tests.fuzz.fixtures import parts, plain_recipe, save_yaml, write_data
+from tests.fuzz.folders import killed_after
+from tests.fuzz.harness import Act
 
 SLOW = ("train", "resume", "evaluate", "export")
 SIZES = (0, 1, 10, 100, 1000, 3000, 10_000, 30_000, 100_000)

@@ -14,9 +14,8 @@ import mllm
 from mllm.encoders.feature_store import FeatureStore
 from mllm.hub.verified import save_verified
 from mllm.testing import tiny_encoder, tiny_image, tiny_lm
-
-from .harness import Act
-from .mutate import damage_file
+from tests.fuzz.harness import Act
+from tests.fuzz.mutate import damage_file
 
 
 class Features:

@@ -18,10 +18,9 @@ from mllm.errors import MLLMError
 from mllm.testing import tiny_encoder, tiny_image, tiny_lm
 from mllm.training.checkpoint import TrainingState
 from mllm.transfer import transfer
-
-from .fixtures import plain_recipe, save_yaml, write_data
-from .harness import Act
-from .mutate import damage_file
+from tests.fuzz.fixtures import plain_recipe, save_yaml, write_data
+from tests.fuzz.harness import Act
+from tests.fuzz.mutate import damage_file
 
 
 class Killed(BaseException):

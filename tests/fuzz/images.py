@@ -19,9 +19,8 @@ import torch
 from PIL import Image
 
 from mllm.media.images import MAX_PIXELS, MAX_SIDE, ImageFile, find_images, open_image
-
-from .harness import Act
-from .mutate import damaged
+from tests.fuzz.harness import Act
+from tests.fuzz.mutate import damaged
 
 SAVED = {
     "PNG": ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"),

@@ -25,8 +25,7 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = os.environ["OMP_NUM_THREADS"] = "1"
 
 import mllm
-
-from .fixtures import parts, save_yaml, suite, write_data
+from tests.fuzz.fixtures import parts, save_yaml, suite, write_data
 
 STAGE = {"train": {"connector": 0.01}, "batch_size": 2, "checkpoint_every": 2}
 AGAIN = 0.3  # how often a continued process is killed, too

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from .commands import Commands
-from .data import Data
-from .disk import Disk
-from .features import Features
-from .folders import Folders
-from .harness import Fuzzer
-from .images import Images
-from .recipes import Recipes
+from tests.fuzz.commands import Commands
+from tests.fuzz.data import Data
+from tests.fuzz.disk import Disk
+from tests.fuzz.features import Features
+from tests.fuzz.folders import Folders
+from tests.fuzz.harness import Fuzzer
+from tests.fuzz.images import Images
+from tests.fuzz.recipes import Recipes
 
 KINDS: dict[str, Callable[[Path], Fuzzer]] = {
     "images": Images,

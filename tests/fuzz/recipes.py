@@ -23,10 +23,9 @@ from mllm.errors import MLLMError
 from mllm.planning.check import problems
 from mllm.planning.examples import first_examples
 from mllm.planning.plan import plan
-
-from .fixtures import parts, plain_recipe, rich_recipe, save_yaml, suite, write_data
-from .harness import Act
-from .mutate import ODD, changed, damaged, difference
+from tests.fuzz.fixtures import parts, plain_recipe, rich_recipe, save_yaml, suite, write_data
+from tests.fuzz.harness import Act
+from tests.fuzz.mutate import ODD, changed, damaged, difference
 
 load_suite: Any = import_module("mllm.eval.suite").load_suite
 check_suite: Any = import_module("mllm.evaluation").check_suite

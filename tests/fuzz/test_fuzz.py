@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from .harness import judge
-from .kinds import KINDS
+from tests.fuzz.harness import judge
+from tests.fuzz.kinds import KINDS
 
 COUNTS = {"images": 150, "recipes": 10, "data": 300, "folders": 6, "features": 40, "commands": 6, "disk": 4}
 NAMED = {"images": 60, "recipes": 30, "data": 400, "folders": 4, "features": 20, "commands": 12, "disk": 2}

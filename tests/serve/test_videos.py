@@ -60,7 +60,7 @@ def test_videos_of_different_lengths_are_answered_as_one_by_one_and_counted(
 
 def test_what_is_no_video_is_refused(model: Any, served: Any, tmp_path: Path) -> None:
     cases = [
-        (user(video_url="data:video/mp4;base64,AAAA"), "the data URL is not a readable video"),
+        (user(video_url="data:video/mp4;base64,AAAA"), "video 1, a data URL is not a readable video"),
         (user(video_url="/etc/passwd"), "does not read"),
         (user(video_url="http://127.0.0.1/a.mp4"), "does not download"),
         ({"role": "user", "content": [{"type": "video_url", "video_url": 3}]}, "a video_url where the model reads"),

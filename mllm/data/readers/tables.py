@@ -53,15 +53,12 @@ def table(rows: Reading, *, path: str, images: str | None = None) -> list[Item]:
     for names, files, question, answers in rows.each(_records(file), row_of, _ROW):
         sources[names, question] = files
         grouped[names, question] += answers
-    return [
-        Item(_id(names, question), sources[names, question], tuple(answers), question)
-        for (names, question), answers in grouped.items()
-    ]
-
-
-def _id(names: tuple[str, ...], question: str | None) -> str:
-    name = ", ".join(names)
-    return f"{name}#{question}" if question else name
+    items = []
+    for (names, question), answers in grouped.items():
+        name = ", ".join(names)
+        id = f"{name}#{question}" if question else name
+        items.append(Item(id, sources[names, question], tuple(answers), question))
+    return items
 
 
 def _columns(row: Any, rows: Reading) -> tuple[tuple[str, ...], str | None, list[str]]:
