@@ -21,7 +21,7 @@ PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SETUPTOOLS = PROJECT["tool"]["setuptools"]
 FOLDERS = {"mllm": "mllm", "adapters": "mllm.adapters", "recipes": "mllm.recipes", "eval": "mllm.eval"}
 OUTER = ("mllm.adapters", "mllm.eval", "mllm.recipes", "adapters", "eval", "recipes")
-DATA = {".yaml", ".tsv", ".html", ".typed"}
+DATA = {".yaml", ".tsv", ".html", ".css", ".typed"}
 
 pytestmark = pytest.mark.skipif(not (ROOT / "recipes").is_dir(), reason="needs the source tree, not an installed copy")
 
