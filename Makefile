@@ -36,7 +36,6 @@ demo: parts ## train a small model on this machine, evaluate it, and let it desc
 	@echo "== 3 of 3: describe pictures it was not trained on, and answer a question about each"
 	$(BIN)/python -m mllm.cli.demo $(RUN)
 	@echo
-	@echo "Losses:       $(RUN)/loss.png"
 	@echo "Reports:      $(foreach suite,$(SUITES),$(RUN)/eval/$(suite)/report.html)"
 	@echo "Talk to it:   $(MLLM) ask $(RUN) $(RUN)/pictures/1.png \"What is in the picture?\""
 	@echo "              $(MLLM) caption $(RUN) YOUR-PICTURE.jpg"

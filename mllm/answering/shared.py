@@ -35,7 +35,7 @@ def started(model: Model, batch: Batch, decodings: Sequence[Decoding] = ()) -> A
         decodings: of the answers that follow, if any.
     """
     lm, longest = model.lm, max((decoding.max_new_tokens or 0 for decoding in decodings), default=0)
-    ids = _shared(model, batch)
+    ids, is_recipes = _shared(model, batch)
     if not ids or lm.exceeds_window(len(ids) + 1) or exceeds(lm, batch.mask.shape[1] + longest):
         return None
     if not lm.runner.shares_prefix:  # it is probed only where there is something to share
@@ -45,7 +45,7 @@ def started(model: Model, batch: Batch, decodings: Sequence[Decoding] = ()) -> A
         embeds = lm.embed(torch.tensor([ids], device=model.device))
         return lm.prefill(embeds, batch.mask.new_ones(embeds.shape[:2]))[0]
 
-    cache = model.prefixes.of(ids, model, prefill)
+    cache = model.prefixes.of(ids, model, prefill) if is_recipes else prefill()
     return shifted(cache, (1 - batch.mask).sum(1)) if can_shift(cache, len(ids)) else None
 
 
@@ -67,16 +67,19 @@ def prefilled(model: Model, embeds: Any, batch: Batch) -> tuple[Any, Tensor]:
     return cache, model.lm.logits(new, batch.mask, last, cache)[:, -1]
 
 
-def _shared(model: Model, batch: Batch) -> list[int]:
-    """Return the ids that all prompts of a batch begin with: those of the recipe's, or of the batch's own if many."""
+def _shared(model: Model, batch: Batch) -> tuple[list[int], bool]:
+    """Return the ids that all prompts of a batch begin with, and whether they are the recipe's.
+
+    Those of the batch alone are computed once if they are many, and not kept: they may be as long as the context.
+    """
     rows = [_leading(*row) for row in zip(batch.ids.tolist(), batch.visual.tolist(), batch.mask.tolist(), strict=True)]
     common = rows[0][: min(shared_length(rows[0], row) for row in rows)]
     texts = list(takewhile(lambda piece: not is_image(piece), preamble(model.spec.prompt)))
     of_recipe = encode(texts, lm=model.lm, num_visual=0).ids if texts else []
     length = shared_length(common, of_recipe)
     if length >= SHORTEST:
-        return common[:length]
-    return common if len(common) >= SHORTEST and len(common) * (len(rows) - 1) >= SAVED else []
+        return common[:length], True
+    return (common if len(common) >= SHORTEST and len(common) * (len(rows) - 1) >= SAVED else []), False
 
 
 def _leading(ids: list[int], visual: list[bool], mask: list[int]) -> list[int]:

@@ -56,7 +56,8 @@ def train(
     except Interrupted as error:
         typer.echo(f"mllm: {error}", err=True)
         raise typer.Exit(error.status) from None
-    typer.echo(f"Trained: {run.path} (losses in {run.path / 'loss.png'})")
+    plot = run.path / "loss.png"
+    typer.echo(f"Trained: {run.path}" + (f" (losses in {plot})" if plot.is_file() else ""))
 
 
 def _name_missing(recipe: str, overrides: list[str] | None) -> bool:

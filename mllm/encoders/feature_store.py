@@ -60,21 +60,24 @@ class FeatureStore:
 
     def __call__(self, images: Sequence[Any]) -> Tensor:
         """Return the features ``(U, P, D_vis)`` of images' tiles, in order, on the model's device."""
-        return self._features(images, self._model.encoder.tiles)
+        return self._features(images, self._model.encoder.tiles, lambda opened: self._model.tiles_of([opened]))
 
     def whole(self, images: Sequence[Any]) -> Tensor:
         """Return features ``(I, P, D_vis)`` of whole images; further tiles of theirs are not encoded."""
         tiling = self._model.tiling
         if not isinstance(tiling, Tiling):
             return whole_images(self(images), self._model.layouts(images))
-        return self._features(images, lambda opened: [tiling.whole(opened)], "whole/")
+        return self._features(images, lambda opened: [tiling.whole(opened)], lambda _: 1, "whole/")
 
-    def _features(self, images: Sequence[Any], cut: Callable[[Any], list[Any]], prefix: str = "") -> Tensor:
-        """Return the features ``(U, P, D_vis)`` of the tiles that images are cut into.
+    def _features(
+        self, images: Sequence[Any], cut: Callable[[Any], list[Any]], count: Callable[[Any], int], prefix: str = ""
+    ) -> Tensor:
+        """Return the features ``(U, P, D_vis)`` of the units that images are cut into.
 
         Args:
             images: in any accepted form.
-            cut: returns the tiles of an opened image.
+            cut: returns what the encoder takes of an opened image.
+            count: returns of how many units an opened image gets features.
             prefix: of the keys under which they are cached.
         """
         sources = [source_of(image) for image in images]
@@ -85,9 +88,8 @@ class FeatureStore:
         for start in range(0, len(names), self._chunk):
             chunk = names[start : start + self._chunk]
             opened = [self.opened(missing[key]) for key in chunk]
-            tiles = [cut(image) for image in opened]
-            counts = [1 if prefix else self._model.tiles_of([image]) for image in opened]
-            rows = self._encoded([tile for of_image in tiles for tile in of_image]).split(counts)
+            tiles = [tile for image in opened for tile in cut(image)]
+            rows = self._encoded(tiles).split(list(map(count, opened)))
             for key, row in zip(chunk, rows, strict=True):
                 features[key] = row.flatten(0, 1)
                 self._cache(key, features[key])

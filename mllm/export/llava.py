@@ -61,28 +61,51 @@ def llava(model: Model) -> StockModel:
         lambda: projector(model),
         lambda: hidden_state(model),
         lambda: check_whole_images(model),
-        lambda: check_adapters(model),
-        lambda: check_vocabulary(model),
-        lambda: check_output_layer(model),
-        lambda: check_prompt(model),
+        *checks(model),
     )
     lm = merged_lm(model)
     (image,), tokenizer = with_image_token(model)
     processor = make_processor(model, tokenizer, template, patch=int(tower.config.patch_size), strategy=strategy)
-    text = text_config(model, lm)
     config = LlavaConfig(
-        vision_config=tower.config,
-        text_config=text,
+        **configuration(model, lm, tower, layer, strategy, layers),
         image_token_index=image,
         image_seq_length=model.connector.num_tokens,
-        vision_feature_layer=layer,
-        vision_feature_select_strategy=strategy,
-        projector_hidden_act=layers.act,
-        tie_word_embeddings=text.tie_word_embeddings,
     )
     stock = build_stock(lambda: LlavaForConditionalGeneration(config))
     fill(stock, tower, lm, layers)
     return finished(stock, model, [image], processor)
+
+
+def checks(model: Model) -> list[Any]:
+    """Return the checks of what all classes of LLaVA's build lack, of which the last returns the chat template."""
+    return [
+        lambda: check_adapters(model),
+        lambda: check_vocabulary(model),
+        lambda: check_output_layer(model),
+        lambda: check_prompt(model),
+    ]
+
+
+def configuration(model: Model, lm: Any, tower: Any, layer: int, strategy: str, layers: Layers) -> dict[str, Any]:
+    """Return the keys that the configurations of all classes of LLaVA's build have.
+
+    Args:
+        model: the model.
+        lm: its language model, as the class holds it.
+        tower: the vision tower.
+        layer: of the tower, whose hidden states are the features.
+        strategy: which of them are selected, by the name that `transformers` has for it.
+        layers: between tower and language model.
+    """
+    text = text_config(model, lm)
+    return {
+        "vision_config": tower.config,
+        "text_config": text,
+        "vision_feature_layer": layer,
+        "vision_feature_select_strategy": strategy,
+        "projector_hidden_act": layers.act,
+        "tie_word_embeddings": text.tie_word_embeddings,
+    }
 
 
 def fill(stock: Any, tower: Any, lm: Any, layers: Layers) -> None:

@@ -17,19 +17,15 @@ from transformers import (
 
 from mllm.encoders.base import sizes_of
 from mllm.errors import MLLMError
-from mllm.export.llava import check_output_layer, fill, hidden_state, projector
+from mllm.export.llava import checks, configuration, fill, hidden_state, projector
 from mllm.export.processors import internvl_processor, next_processor, onevision_processor, pinpoints
 from mllm.export.stock import (
     VIDEO,
     StockModel,
     build_stock,
-    check_adapters,
-    check_prompt,
-    check_vocabulary,
     each,
     finished,
     merged_lm,
-    text_config,
     with_image_token,
 )
 from mllm.media.tilings import AnyResolution, DynamicResolution
@@ -51,27 +47,21 @@ def llava_next(model: Model) -> StockModel:
         lambda: _rows_of_tiles(model, reduced=False),
         lambda: projector(model),
         lambda: _tower(model),
-        *_checks(model),
+        *checks(model),
     )
     lm = merged_lm(model)
     (image,), tokenizer = with_image_token(model)
     patch = int(tower.config.patch_size)
     processor = next_processor(model, tiling, tokenizer, template, patch=patch, strategy=strategy)
-    text = text_config(model, lm)
     config = LlavaNextConfig(
-        vision_config=tower.config,
-        text_config=text,
+        **configuration(model, lm, tower, layer, strategy, layers),
         image_token_index=image,
         image_seq_length=model.connector.num_tokens,
         image_grid_pinpoints=pinpoints(tiling),
-        vision_feature_layer=layer,
-        vision_feature_select_strategy=strategy,
-        projector_hidden_act=layers.act,
-        tie_word_embeddings=text.tie_word_embeddings,
     )
     stock = build_stock(lambda: LlavaNextForConditionalGeneration(config))
     fill(stock, tower, lm, layers)
-    stock.model.image_newline = nn.Parameter(model.connector.newline.detach(), requires_grad=False)
+    _add_newline(stock, model)
     return finished(stock, model, [image], processor)
 
 
@@ -85,27 +75,21 @@ def llava_onevision(model: Model) -> StockModel:
         lambda: _rows_of_tiles(model, reduced=True),
         lambda: projector(model),
         lambda: _tower(model),
-        *_checks(model),
+        *checks(model),
     )
     lm = merged_lm(model)
     (image, video), tokenizer = with_image_token(model, VIDEO)
     processor = onevision_processor(model, tiling, tokenizer, template, strategy=strategy)
-    text = text_config(model, lm)
     config = LlavaOnevisionConfig(
-        vision_config=tower.config,
-        text_config=text,
+        **configuration(model, lm, tower, layer, strategy, layers),
         image_token_index=image,
         video_token_index=video,
         image_grid_pinpoints=pinpoints(tiling),
         vision_aspect_ratio=processor.vision_aspect_ratio,
-        vision_feature_layer=layer,
-        vision_feature_select_strategy=strategy,
-        projector_hidden_act=layers.act,
-        tie_word_embeddings=text.tie_word_embeddings,
     )
     stock = build_stock(lambda: LlavaOnevisionForConditionalGeneration(config))
     fill(stock, tower, lm, layers)
-    stock.model.image_newline = nn.Parameter(model.connector.newline.detach(), requires_grad=False)
+    _add_newline(stock, model)
     return finished(stock, model, [image, video], processor, several=SEVERAL)
 
 
@@ -119,36 +103,24 @@ def internvl(model: Model) -> StockModel:
         lambda: _dynamic_tiles(model),
         lambda: projector(model, shuffled=True),
         lambda: _internvit(model),
-        *_checks(model),
+        *checks(model),
     )
     lm = merged_lm(model)
     (image, video), tokenizer = with_image_token(model, VIDEO)
     processor = internvl_processor(model, tiling, tokenizer, template)
-    text = text_config(model, lm)
     config = InternVLConfig(
-        vision_config=tower.config,
-        text_config=text,
+        **configuration(model, lm, tower, layer, strategy, layers),
         image_token_id=image,
         image_seq_length=model.connector.num_tokens,
         downsample_ratio=1 / layers.shuffle,
-        vision_feature_layer=layer,
-        vision_feature_select_strategy=strategy,
-        projector_hidden_act=layers.act,
-        tie_word_embeddings=text.tie_word_embeddings,
     )
     stock = build_stock(lambda: InternVLForConditionalGeneration(config))
     fill(stock, tower, lm, layers)
     return finished(stock, model, [image, video], processor)
 
 
-def _checks(model: Model) -> list[Any]:
-    """Return the checks that all classes have, of which the last returns the chat template."""
-    return [
-        lambda: check_adapters(model),
-        lambda: check_vocabulary(model),
-        lambda: check_output_layer(model),
-        lambda: check_prompt(model),
-    ]
+def _add_newline(stock: Any, model: Model) -> None:
+    stock.model.image_newline = nn.Parameter(model.connector.newline.detach(), requires_grad=False)
 
 
 def _rows_of_tiles(model: Model, *, reduced: bool) -> AnyResolution:

@@ -117,7 +117,7 @@ def open_image(image: Any) -> Image.Image:
     )
 
 
-def size_of(image: ImageBytes) -> tuple[int, int]:
+def declared_size(image: ImageBytes) -> tuple[int, int]:
     """Return the width and height that a file declares, without decoding it.
 
     Raises:

@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from mllm.media.formats import formats_of
-from mllm.media.images import ImageBytes, ImageFile, ImageSource, open_image
-from mllm.media.images import size_of as declared_size
+from mllm.media.images import ImageBytes, ImageFile, ImageSource, declared_size, open_image
 from mllm.media.pixels import DAMAGED, ORIENTATION
 from mllm.system import open_regular
 
 HEADER = 64  # bytes, of which the format is known
+PNG = b"\x89PNG\r\n\x1a\n"
+TEXTS = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")  # chunks of a PNG
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 
 
@@ -96,7 +98,27 @@ def _header_size(file: Any, label: str) -> tuple[int, int] | None:
 
 def _upright(image: Image.Image) -> tuple[int, int]:
     try:
-        sideways = image.getexif().get(ORIENTATION) in SIDEWAYS
+        # The method of a PNG decodes the pixels, to find Exif that stands behind them.
+        ends_early = isinstance(image, PngImageFile) and not _text_behind_pixels(image.fp)
+        exif = Image.Image.getexif(image) if ends_early else image.getexif()
+        sideways = exif.get(ORIENTATION) in SIDEWAYS
     except DAMAGED:
         sideways = False
     return (image.height, image.width) if sideways else image.size
+
+
+def _text_behind_pixels(file: Any) -> bool:
+    """Whether a PNG has chunks that may hold Exif behind its pixels; the file's position does not change."""
+    if file is None:  # the pixels are decoded already
+        return True
+    start, in_pixels = file.tell(), False
+    try:
+        file.seek(len(PNG))
+        while len(header := file.read(8)) == 8:
+            if in_pixels and header[4:] in TEXTS:
+                return True
+            in_pixels |= header[4:] == b"IDAT"
+            file.seek(int.from_bytes(header[:4]) + 4, os.SEEK_CUR)  # the chunk and its checksum
+        return False
+    finally:
+        file.seek(start)

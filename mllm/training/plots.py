@@ -36,8 +36,7 @@ def loss_plot(log: Path, out: Path, notes: Sequence[str] = ()) -> None:
 
     Args:
         log: JSON lines, ``{"stage", "step", "loss"}`` in training and ``{"stage", "step", "val_loss"}`` in validation;
-            ``step`` counts inside the stage, and rows with neither loss are passed over. A log
-            without any loss (every stage was a closed-form fit) gives a plot that says so.
+            ``step`` counts inside the stage, and rows with neither loss are passed over.
         out: the PNG to write.
         notes: lines below the plot, such as the data of the two losses where they differ.
 
@@ -100,8 +99,6 @@ def loss_figure(curves: dict[str, Curve], notes: Sequence[str] = ()) -> Figure:
             ha="center", va="bottom", fontsize=9, color=GREY, parse_math=False,
         )  # fmt: skip
         start += curve.steps
-    if not curves:
-        axes.text(0.5, 0.5, "no loss was logged", transform=axes.transAxes, ha="center", color=GREY)
     below = "\n".join(textwrap.fill(note, 150) for note in notes)
     figure.text(0.01, -0.01, below, fontsize=7, color=GREY, va="top", parse_math=False)
     axes.set(xlabel="step", ylabel="loss", xlim=(0, max(start, 1)))

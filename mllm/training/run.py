@@ -23,7 +23,7 @@ from mllm.config.yaml_text import mapping_of, parse_yaml, read_text
 from mllm.errors import MLLMError
 from mllm.processes import in_main_process, processes
 from mllm.system import Lock, parse_json, read_json, read_regular, remove_partial, write
-from mllm.training.plots import loss_plot
+from mllm.training.plots import loss_plot, read_log
 from mllm.training.signals import Signals
 
 COMPLETE = "model/assembly.json"  # it is written last
@@ -189,9 +189,9 @@ class Run:
         self.record(path.name, {**known, stage: sources})
 
     def plot(self) -> Path:
-        """Draw ``loss.png`` from the log."""
+        """Draw ``loss.png`` from the log, if it has losses: a closed-form fit has none."""
         out = self.path / "loss.png"
-        if self.writes and (self.path / "log.jsonl").is_file():
+        if self.writes and (self.path / "log.jsonl").is_file() and read_log(self.path / "log.jsonl"):
             with self._written(out.name):
                 notes = data_notes(load(str(self.path / "recipe.yaml")))
                 write(out, lambda file: loss_plot(self.path / "log.jsonl", file, notes))

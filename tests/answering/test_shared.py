@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 import mllm
 from mllm.answering.decode import answer, candidate_ids, for_prompts, make_decoding
@@ -235,10 +235,13 @@ def test_a_batch_shares_a_long_beginning_of_its_own(tiny_parts, tmp_path):
     assert [rows for rows, _ in passes] == [2]
 
 
-def test_few_beginnings_are_kept(llama):
+def test_few_beginnings_are_kept_and_none_of_a_batch_alone(llama):
     for number in range(KEPT + 2):
         opening = f"{number} is what all of these prompts begin with, which is a different one for each batch. "
         llama.generate([[opening, tiny_image(row)] for row in range(6)], max_new_tokens=1)
+    assert len(llama.prefixes) == 0
+    for number in range(KEPT + 2):
+        llama.prefixes.of([number], llama, DynamicCache)
     assert len(llama.prefixes) == KEPT
 
 

@@ -32,7 +32,7 @@ SIZES = (0, 1, 10, 100, 1000, 3000, 10_000, 30_000, 100_000)
 
 
 @contextlib.contextmanager
-def full_disk(size: int) -> Iterator[None]:
+def full_disk(size: int = 0) -> Iterator[None]:
     """Let no file grow beyond a number of bytes, which is refused as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))

@@ -136,6 +136,7 @@ def test_a_recipe_trains_as_it_is_built(name: str, places: dict[str, str], tmp_p
     assert {bool(row.keys() & {"loss", "explained", "correlation"}) for row in rows if row["stage"] == stages[-1]} >= {
         True
     }
+    assert (run.path / "loss.png").is_file() == any(stage.train for stage in config.stages)
     frozen = json.loads((run.path / "frozen.json").read_text())
     assert all(found["before"] == found["after"] for found in frozen.values())
 

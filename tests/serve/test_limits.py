@@ -27,7 +27,7 @@ import mllm
 from mllm.__main__ import main
 from mllm.errors import MLLMError
 from mllm.lms.sampling import StopStrings
-from mllm.media.images import MAX_SIDE, ImageBytes, size_of
+from mllm.media.images import MAX_SIDE, ImageBytes, declared_size
 from mllm.serve.budget import Budget
 from mllm.serve.connection import bind
 from mllm.serve.schema import Limits
@@ -162,7 +162,7 @@ def test_an_image_that_is_too_long_or_large_is_refused_by_its_header(model, monk
 def test_the_declared_size_is_that_of_the_decoded_image(tmp_path):
     tiny_image(1, size=(30, 20)).save(tmp_path / "a.webp")
     data = (tmp_path / "a.webp").read_bytes()
-    assert size_of(ImageBytes(data, "a.webp")) == ImageBytes(data, "a.webp").open().size == (30, 20)
+    assert declared_size(ImageBytes(data, "a.webp")) == ImageBytes(data, "a.webp").open().size == (30, 20)
 
 
 def test_bodies_of_all_requests_share_a_budget(model, served):

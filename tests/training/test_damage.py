@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from mllm.planning.check import problems
 from mllm.testing import tiny_encoder, tiny_image, tiny_lm
 from mllm.training.checkpoint import NAME, Checkpoints, TrainingState
 from mllm.transfer import transfer
+from tests.fuzz.folders import killed_after
 
 
 def flipped(path: Path, position: int, bit: int = 0) -> None:
@@ -145,31 +146,17 @@ stages:
     return str(tmp_path / "recipe.yaml")
 
 
-class Killed(BaseException):
-    """Ends training as a signal would."""
-
-
 @pytest.fixture
-def interrupted(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Path]]:
+def interrupted(recipe: str, tmp_path: Path) -> Callable[[int], Path]:
     """Return a function that trains until so many checkpoints are written."""
 
     def train(checkpoints: int) -> Path:
-        written = 0
-        write = TrainingState.write
-
-        def counted(state: TrainingState, folder: Path) -> None:
-            nonlocal written
-            write(state, folder)
-            written += 1
-            if written == checkpoints:
-                raise Killed
-
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(TrainingState, "write", counted)
+        with killed_after(checkpoints):
             mllm.train(recipe, out=tmp_path / "run")
+            pytest.fail("it was not killed")
         return tmp_path / "run"
 
-    yield train
+    return train
 
 
 def edited(path: Path, **values: Any) -> None:

@@ -5,10 +5,8 @@ The system refuses to let files grow (RLIMIT_FSIZE), as it does on a full disk.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -26,19 +24,9 @@ from mllm.scorers.index import ImageIndex
 from mllm.testing import tiny_image
 from mllm.training.checkpoint import TrainingState
 from mllm.training.run import Run
+from tests.fuzz.disk import full_disk
 
 Journal: Any = import_module("mllm.eval.journal").Journal
-
-
-@contextlib.contextmanager
-def full_disk(size: int = 0) -> Iterator[None]:
-    """Let no file grow beyond ``size`` bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def _flush(model: Any, folder: Path) -> None:

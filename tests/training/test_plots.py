@@ -91,14 +91,6 @@ def test_a_png_is_written(tmp_path: Path) -> None:
     assert colours is not None and {(43, 108, 143), (200, 112, 42)} <= {colour for _, colour in colours}
 
 
-def test_a_log_without_losses_gives_a_plot_that_says_so(tmp_path: Path) -> None:
-    path = log(tmp_path, ROWS[:1])
-    loss_plot(path, tmp_path / "loss.png")
-    (axes,) = loss_figure(read_log(path)).axes
-    assert [text.get_text() for text in axes.texts] == ["no loss was logged"]
-    assert (tmp_path / "loss.png").stat().st_size > 0
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
