@@ -56,7 +56,10 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "retrieval": "mllm.scorers.retrieval:RetrievalScorer",
         "matching": "mllm.scorers.matching:MatchingScorer",
     },
+    "guides": {"run": "mllm.guides.run:run"},
     "objectives": {
+        "align": "mllm.objectives.align:Align",
+        "kl-to-base": "mllm.objectives.kl_to_base:KLToBase",
         "caption": "mllm.objectives.caption:Caption",
         "contrastive": "mllm.objectives.contrastive:SentenceContrastive",
         "patch-contrastive": "mllm.objectives.contrastive:PatchContrastive",

@@ -13,6 +13,7 @@ import operator
 import types
 import typing
 import warnings
+from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -97,6 +98,20 @@ def lookup(group: str, name: str) -> Any:
             f"The part {name!r} of mllm.{group} is {targets[name]} of another package, and cannot be imported: "
             f"{error}. Repair or uninstall that package."
         ) from error
+
+
+def group_of(name: str, groups: Sequence[str]) -> str:
+    """Return the first of several groups that has a part of a name.
+
+    Raises:
+        MLLMError: none of them has; the near matches are listed.
+    """
+    names = {part: group for group in reversed(groups) for part in table(group)}
+    if name not in names:
+        raise MLLMError(
+            f"No part called {name!r} in {', '.join(f'mllm.{group}' for group in groups)}. {near(name, names)}"
+        )
+    return names[name]
 
 
 def made(cls: Any, label: str, *inside: Any, **options: Any) -> Any:

@@ -11,6 +11,7 @@ from mllm.assembly import Assembly
 from mllm.build import build_encoder, build_lm, join
 from mllm.config.recipe import Stage
 from mllm.errors import MLLMError
+from mllm.training.guides import assembly_of
 
 
 def meta_model(stage: Stage) -> Assembly:
@@ -34,7 +35,7 @@ def assembled(stage: Stage, problems: list[str]) -> Assembly | None:
     """
     encoder = lm = None
     with noted(problems):
-        spec = stage.assembly
+        spec = assembly_of(stage)
         lm_spec = spec.lm and spec.lm.model_copy(update={"init": "random", "quantize": None})
         spec = spec.model_copy(update={"lm": lm_spec})
         with torch.device("meta"):
