@@ -269,7 +269,7 @@ def open_guide(model: Model | None, name: str, spec: PartSpec | None) -> Any:
     if spec is None:
         assert model is not None
         return own_scorer(model)
-    device = torch.get_default_device() if model is None else model.device
+    device = None if model is None else model.device
     if model is not None and name == SCORER and spec.type in REQUIRED_PARTS and "model" not in spec.options():
         return open_part(("scorers",), spec, device, model=model)
     try:
@@ -284,4 +284,6 @@ def open_part(groups: Sequence[str], spec: PartSpec, device: torch.device | None
     group = group_of(spec.type, groups)
     cls = lookup(group, spec.type)
     label = f"{group.removesuffix('s').replace('_', ' ')} {spec.type}"
+    if on_meta():
+        return made(cls, label, **own, **with_runs(cls, spec.options(), None))
     return made(cls, label, **own, **with_runs(cls, spec.options(), device)).to(device)
