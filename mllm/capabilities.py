@@ -10,12 +10,20 @@ Shapes: as in `mllm.slots`; r tokens that a head reads, L x W a condition of an 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from mllm.prompts.pieces import Piece
 from mllm.slots import Head
+
+
+@runtime_checkable
+class EmbedsTexts(Protocol):
+    """An encoder that also embeds texts: ``encoder: {type: dual-encoder, model: ...}``."""
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Return vectors ``(N, D_vis)`` in the space of the features."""
 
 
 @runtime_checkable
@@ -64,62 +72,6 @@ class ReadsNoPrompt(Protocol):
     """
 
     reads_no_prompt: Literal[True]
-
-
-@runtime_checkable
-class ReadsNoAnswer(Protocol):
-    """An objective, or a closed form, that items without answers serve, too: ``objectives: [{type: align}]``."""
-
-    @property
-    def reads_no_answer(self) -> bool:
-        """Whether it is so with its options."""
-
-
-@runtime_checkable
-class FindsProblems(Protocol):
-    """An objective that a model, or its guides, may not suit: ``objectives: [{type: align}]``."""
-
-    def problems(self, model: Any) -> list[str]:
-        """Return why a stage cannot train it; called on the meta device, too, with the guides that it asks opened."""
-
-
-class Ask(NamedTuple):
-    """What is asked of a stage's guides: one that is of a kind, and its name, unless it is the only one."""
-
-    kinds: tuple[type, ...]  # each will do
-    name: str | None = None
-
-
-@runtime_checkable
-class AsksGuides(Protocol):
-    """An objective, a reward or a closed form that asks guides: ``objectives: [{type: align, guide: NAME}]``."""
-
-    @property
-    def asks(self) -> Sequence[Ask]:
-        """Return what it asks, of frozen models that `mllm.model.Model.guide` returns."""
-
-
-@runtime_checkable
-class EmbedsImages(Protocol):
-    """A guide that embeds images: ``guides: {NAME: {type: run, model: RUN}}``, or a scorer, such as a dual encoder.
-
-    Its vectors have the width ``dim``.
-    """
-
-    @property
-    def dim(self) -> int:
-        """Return D."""
-
-    def embed_images(self, images: Sequence[Any]) -> Tensor:
-        """Return vectors ``(I, D)``, or ``(I, Q, D)``."""
-
-
-@runtime_checkable
-class EmbedsTexts(Protocol):
-    """A guide that embeds texts: ``guides: {NAME: {type: dual-encoder, model: ...}}``; or an encoder that does."""
-
-    def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Return vectors ``(N, D)``, of an encoder in the space of the features."""
 
 
 @runtime_checkable

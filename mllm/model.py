@@ -11,10 +11,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from mllm.capabilities import Ask, CrossAttention
+from mllm.capabilities import CrossAttention
 from mllm.config.parts import FROZEN, SCORER, AssemblySpec
 from mllm.errors import MLLMError
 from mllm.guides.base import Guides
+from mllm.guides.contracts import Ask
 from mllm.lms.cross_attention import embed_with_memory
 from mllm.lms.shared_prefix import SharedPrefixes
 from mllm.media.native import together

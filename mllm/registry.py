@@ -178,9 +178,10 @@ def fulfilled(contract: type[Slot], label: str, part: Any) -> Slot:
         MLLMError: it does not; it is a part of another package.
     """
     if not isinstance(part, contract):
+        name = f"{contract.__module__}.{contract.__name__}"
         raise MLLMError(
-            f"The {label} is a {type(part).__name__}, and not an mllm.slots.{contract.__name__}: inherit from that "
-            "class, or give it the methods that are listed there."
+            f"The {label} is a {type(part).__name__}, and not an {name}: inherit from that class, or give it the "
+            "methods that are listed there."
         )
     return part
 

@@ -22,7 +22,7 @@ inputs
 slots capabilities lms
 encoders model parts guides
 readout adapters
-objectives data saving evaluation
+objectives rewards data saving evaluation
 fits scorers decoders export transfer
 answering
 assembly serve

@@ -14,12 +14,13 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from mllm.capabilities import Ask, EmbedsImages, EmbedsTexts, RemembersTexts, SentenceModel
+from mllm.capabilities import EmbedsTexts, RemembersTexts, SentenceModel
 from mllm.data.items import Item
 from mllm.errors import MLLMError
 from mllm.fits.base import ClosedForm, Material
 from mllm.fits.regression import Moments, NormalEquations
 from mllm.fits.targets import TARGETS, GuideTargets, Targets, WordTargets
+from mllm.guides.contracts import Ask, EmbedsImages
 from mllm.lms.vocabulary import lexicon
 from mllm.model import Model
 from mllm.registry import Count, NonNegative

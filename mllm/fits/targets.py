@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from mllm.capabilities import EmbedsImages, SpeaksWords
+from mllm.capabilities import SpeaksWords
 from mllm.data.items import Item
 from mllm.errors import MLLMError
+from mllm.guides.contracts import EmbedsImages
 from mllm.lms.stop_words import content_words
 from mllm.lms.words import NEUTRAL, ordered_words, token_ids
 from mllm.model import Model

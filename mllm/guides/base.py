@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from mllm.capabilities import Ask, missing
+from mllm.capabilities import missing
 from mllm.config.base import PartSpec
 from mllm.config.parts import SCORER
 from mllm.errors import MLLMError, near
+from mllm.guides.contracts import Ask
 
 if TYPE_CHECKING:  # named in signatures alone: the model stands above this page
     from mllm.model import Model

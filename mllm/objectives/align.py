@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from mllm.capabilities import Ask, EmbedsImages, EmbedsTexts, SentenceModel
+from mllm.capabilities import SentenceModel
 from mllm.devices import has_values
 from mllm.errors import MLLMError
+from mllm.guides.contracts import Ask, EmbedsImages, EmbedsTexts
 from mllm.model import Model
 from mllm.objectives.contrastive import captions_of
 from mllm.prompts.batch import Batch

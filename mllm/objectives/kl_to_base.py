@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mllm.capabilities import Ask
 from mllm.errors import MLLMError
+from mllm.guides.contracts import Ask
 from mllm.model import Model
 from mllm.objectives.caption import Caption
 from mllm.prompts.batch import IGNORED, Batch, Encoded, collate

@@ -50,8 +50,9 @@ def assembled(stage: Stage, problems: list[str]) -> Assembly | None:
 
 @contextlib.contextmanager
 def noted(problems: list[str]) -> Iterator[None]:
-    """Add an error that a user can correct to ``problems``, and continue."""
+    """Add an error that a user can correct to ``problems``, once, and continue."""
     try:
         yield
     except MLLMError as error:
-        problems.append(str(error))
+        if str(error) not in problems:
+            problems.append(str(error))

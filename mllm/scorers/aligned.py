@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mllm.capabilities import EmbedsImages, SentenceModel
+from mllm.capabilities import SentenceModel
 from mllm.errors import MLLMError
+from mllm.guides.contracts import EmbedsImages
 from mllm.model import Model
 from mllm.slots import Connector, Scorer
 

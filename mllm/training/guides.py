@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from mllm.build import guides_of
-from mllm.capabilities import Ask, AsksGuides, EmbedsImages, FindsProblems, ReadsNoAnswer
 from mllm.config.parts import AssemblySpec
 from mllm.config.recipe import Stage
 from mllm.errors import MLLMError
 from mllm.fits.build import fit_of
+from mllm.guides.contracts import Ask, AsksGuides, EmbedsImages, FindsProblems, ReadsNoAnswer
 from mllm.hub.fingerprints import tensor_hash
 from mllm.model import Model
 from mllm.objectives.build import objectives_of
