@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
@@ -171,7 +172,11 @@ def with_runs(cls: Any, options: dict[str, Any], device: torch.device | None) ->
 
 def build_encoder(spec: AssemblySpec) -> Any:
     """Return the encoder; None where the specification has none."""
-    return None if spec.encoder is None else encoder_of(spec.encoder, seed=spec.seed_of("encoder"))
+    if spec.encoder is None:
+        return None
+    here = torch.device("cpu")  # until the parts are joined
+    runs = functools.partial(with_runs, device=here)
+    return encoder_of(spec.encoder, seed=spec.seed_of("encoder"), runs=runs)
 
 
 def build_lm(spec: AssemblySpec, *, device: torch.device | None = None) -> Any:
@@ -259,6 +264,8 @@ def fit_of(stage: Stage) -> ClosedForm:
     assert stage.fit is not None
     path = stage.fit.part
     types = {"connector": "connector", **{f"heads.{head.name}": head.type for head in stage.heads}}
+    if stage.encoder is not None:
+        types["encoder.project"] = stage.encoder.type
     name = types.get(path, path.removeprefix("heads."))
     fit: ClosedForm = made(lookup("fits", name), f"fit of {path}", part=path, **stage.fit.options())
     return fit

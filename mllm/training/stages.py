@@ -32,6 +32,7 @@ from mllm.training.monitor import Monitor, shown_items
 from mllm.training.run import Run
 from mllm.training.setup import Objectives, accelerator_for, engine_for, parameter_groups
 from mllm.training.sharding import divide_where_asked, divided, loading_device
+from mllm.training.texts import check_texts, collect_texts
 from mllm.training.validation import Validation, validation_rows
 from mllm.transfer import complete, transfer
 
@@ -93,7 +94,9 @@ def run_stage(run: Run, model: Assembly, stage: Stage, state: TrainingState) -> 
     """Fit or train one stage, and record that what it does not train hashes the same afterwards."""
     return_memory()  # of loading and of the stage before
     state.fingerprints = fingerprints_of(model)
+    check_texts(stage, model)
     store = open_store(model, stage.feature_cache)
+    collect_texts(model, stage, store)
     trained = [stage.fit.part] if stage.fit else list(stage.train)
     before = _hashes(model, trained)
     if stage.fit:
