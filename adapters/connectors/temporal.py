@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from mllm.capabilities import ReadsQuestions
 from mllm.errors import MLLMError
 from mllm.registry import Count, lookup, made
 from mllm.slots import Connector
@@ -68,6 +70,8 @@ class Temporal(Connector):
         inner = (grid[0] // frames, grid[1]) if grid else None
         self.then: Any = made(lookup("connectors", kind), f"connector {kind}", **widths, grid=inner, **options)
         self.num_tokens = self.then.num_tokens
+        if isinstance(self.then, ReadsQuestions):
+            self.reads_questions = True
 
     def linear(self) -> nn.Linear | None:
         """Return the linear layer that ends the next connector; None: it has none."""
@@ -79,9 +83,9 @@ class Temporal(Connector):
         last: nn.Module | None = self.then.output()
         return last
 
-    def body(self, features: Tensor) -> Tensor:
+    def body(self, features: Tensor, *questions: Sequence[str]) -> Tensor:
         """Return the inputs of the next connector's linear layer."""
-        inner: Tensor = self.then.body(self.pooled(features))
+        inner: Tensor = self.then.body(self.pooled(features), *questions)
         return inner
 
     def pooled(self, features: Tensor) -> Tensor:
@@ -90,6 +94,6 @@ class Temporal(Connector):
         attended = self.leave(self.layers(self.enter(rows) + self.times))  # ((B P), T, D_vis)
         return rearrange((rows + attended).mean(1), "(b p) d -> b p d", b=len(features))
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Return visual tokens ``(B, Q, D_lm)`` of features ``(B, T * P, D_vis)``."""
-        return self.then(self.pooled(features))
+    def forward(self, features: Tensor, *questions: Sequence[str]) -> Tensor:
+        """Return visual tokens ``(B, Q, D_lm)`` of features ``(B, T * P, D_vis)``, and maybe of questions."""
+        return self.then(self.pooled(features), *questions)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from mllm.capabilities import EmbedsTexts, RemembersTexts, SentenceModel, SpeaksWords
-from mllm.data.items import Item
+from mllm.data.items import Item, pieces_of
 from mllm.errors import MLLMError
 from mllm.fits.base import ClosedForm, Material
 from mllm.fits.regression import Moments, NormalEquations
@@ -115,7 +115,8 @@ class ConnectorFit(ClosedForm):
             return
         target = self._target(model, data.captioned)
         for items, features in data.with_features(self.chunk):
-            yield self._row_for_each(model.connector.body(model.connector.cast(features)).mean(1), target(items))
+            inputs = model.connector.body(model.connector.cast(features), *_questions(model, items))
+            yield self._row_for_each(inputs.mean(1), target(items))
 
     def _target(self, model: Model, items: Sequence[Item]) -> Targets:
         """Return the function from items to their targets."""
@@ -243,6 +244,12 @@ def _linear(model: Model) -> nn.Linear:
     linear: nn.Linear | None = model.connector.linear()
     assert linear is not None
     return linear
+
+
+def _questions(model: Model, items: Sequence[Item]) -> tuple[Sequence[str], ...]:
+    """Return what the connector's body takes after the features of the items' first images."""
+    asked = [model.questions([pieces_of(item, model.spec.prompt)]) for item in items]
+    return () if asked[0] is None else ([each[0] for each in asked if each],)
 
 
 def _shared(model: Model) -> bool:
