@@ -57,7 +57,7 @@ class Words(nn.Module):
             left_out = set(words[: max(len(ids) - longest, 0)])
             rows.append(torch.tensor([token for index, token in enumerate(ids) if index not in left_out]))
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-        ids = pad_sequence(rows, batch_first=True, padding_value=self.table.word_embeddings.padding_idx)
+        ids = pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id)
         return ids.to(self.bias.device), mask.to(self.bias.device)
 
     def logits(self, states: Tensor) -> Tensor:
