@@ -77,6 +77,17 @@ class ReadsText(Protocol):
 
 
 @runtime_checkable
+class ReadsQuestions(Protocol):
+    """A connector that reads an image's question beside it: ``connector: {type: qformer, questions: true}``.
+
+    Its ``forward`` takes the question of each image (`mllm.prompts.questions`) after the features. Without questions it
+    reads the images alone, as where there is no prompt: a scorer, or nearest words.
+    """
+
+    reads_questions: Literal[True]
+
+
+@runtime_checkable
 class SpeaksWords(Protocol):
     """A connector whose output is expressed in words: ``connector: {type: ..., vocabulary: true}``."""
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from mllm.media.tiles import Layout, whole_images
 from mllm.prompts.batch import Batch
 from mllm.prompts.pieces import Piece, images_of
+from mllm.prompts.questions import for_units
 
 if TYPE_CHECKING:  # named in signatures alone: the model stands above this page
     from mllm.model import Model
@@ -38,6 +39,11 @@ class Inputs:
     def layouts(self) -> list[Layout] | None:
         """The tiles of each image; None where images are not cut."""
         return self.model.layouts([image for pieces in self.rows for image in images_of(pieces)])
+
+    @cached_property
+    def questions(self) -> list[str] | None:
+        """The question of each image; None where the connector reads images alone."""
+        return self.model.questions(self.rows)
 
     @cached_property
     def features(self) -> Tensor | None:
@@ -67,7 +73,7 @@ class Inputs:
         """The connector's output ``(U, Q, D_lm)``, computed once for all objectives."""
         vocabulary = getattr(self.model.connector, "vocabulary", None)
         if self.tiles is None or vocabulary is None:
-            return None if self.tiles is None else self.model.connect(self.tiles, self.layouts)
+            return None if self.tiles is None else self.model.connect(self.tiles, self.layouts, self.questions)
         return vocabulary(self._unreplaced)
 
     @cached_property
@@ -75,4 +81,5 @@ class Inputs:
         connector = self.model.connector
         if self.tiles is None or getattr(connector, "vocabulary", None) is None:
             return self._connected
-        return connector.before_words(self.model.arranged(self.tiles, self.layouts))
+        asked = for_units(connector, self.questions, self.layouts)
+        return connector.before_words(self.model.arranged(self.tiles, self.layouts), *asked)

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from mllm.capabilities import CrossAttention
+from mllm.capabilities import CrossAttention, ReadsQuestions
 from mllm.config.parts import FROZEN, SCORER, AssemblySpec
 from mllm.encoders.texts import features_of
 from mllm.errors import MLLMError
@@ -25,6 +25,7 @@ from mllm.parts import Parts
 from mllm.prompts.batch import Batch, Encoded, collate, encode
 from mllm.prompts.length import too_long
 from mllm.prompts.pieces import Counts, Piece, images_of
+from mllm.prompts.questions import for_units, questions_of
 from mllm.slots import ImageDecoder, Inputs, LanguageModel, Objective
 
 
@@ -123,9 +124,14 @@ class Model(Parts):
         layouts = self.layouts(opened) if self.joint else None
         return self.whole(self.connect(self.encoded(opened), layouts), layouts)
 
-    def connect(self, features: Tensor, layouts: Sequence[Layout] | None) -> Tensor:
+    def connect(self, features: Tensor, layouts: Sequence[Layout] | None, questions: list[str] | None = None) -> Tensor:
         """Return the connector's output ``(U, Q, D_lm)`` of features ``(U, P, D_vis)`` of images' units."""
-        return self.connector(self.arranged(features, layouts))
+        return self.connector(self.arranged(features, layouts), *for_units(self.connector, questions, layouts))
+
+    def questions(self, prompts: Sequence[Sequence[Piece]]) -> list[str] | None:
+        """Return the question of each image of prompts; None: the connector reads images alone."""
+        reads = isinstance(self.connector, ReadsQuestions)
+        return [question for pieces in prompts for question in questions_of(pieces)] if reads else None
 
     def arranged(self, features: Tensor, layouts: Sequence[Layout] | None) -> Tensor:
         """Return features ``(U, P, D_vis)`` of images' units as the connector takes them."""
@@ -159,13 +165,19 @@ class Model(Parts):
         """Return images' visual tokens as `embed` takes them, of those of their tiles ``(U, Q, D_lm)``."""
         return tokens if layouts is None else self.connector.in_order(tokens, layouts)
 
-    def see_images(self, images: Sequence[Any]) -> Tensor | None:
+    def image_features(self, images: Sequence[Any]) -> Tensor:
+        """Return the encoder's features ``(U, P, D_vis)`` of all units of images."""
+        return self.encoded([tile for image in images for tile in self.encoder.tiles(image)])
+
+    def see_images(
+        self, images: Sequence[Any], questions: list[str] | None = None, features: Tensor | None = None
+    ) -> Tensor | None:
         """Return images' visual tokens as `embed` takes them; None: there are no images."""
         if not images:
             return None
-        features = self.encoded([tile for image in images for tile in self.encoder.tiles(image)])
         layouts = self.layouts(images)
-        return self.in_order(self.connect(features, layouts), layouts)
+        features = self.image_features(images) if features is None else features
+        return self.in_order(self.connect(features, layouts, questions), layouts)
 
     def forward(
         self,
@@ -246,15 +258,21 @@ class Model(Parts):
             raise too_long(pieces, len(encoded.ids), self.lm.context, self.counts)
         return encoded
 
-    def prepare(self, prompts: Sequence[Sequence[Piece]]) -> tuple[Any, Batch]:
-        """Return embeddings (see `embed`) and the padded batch of interleaved prompts."""
-        return self.embedded(prompts, [self.encode(pieces) for pieces in prompts])
+    def prepare(self, prompts: Sequence[Sequence[Piece]], features: Tensor | None = None) -> tuple[Any, Batch]:
+        """Return embeddings (see `embed`) and the padded batch of interleaved prompts.
+
+        ``features``: `image_features` of their images, if these are known.
+        """
+        return self.embedded(prompts, [self.encode(pieces) for pieces in prompts], features)
 
     @torch.no_grad()
-    def embedded(self, prompts: Sequence[Sequence[Piece]], encoded: Sequence[Encoded]) -> tuple[Any, Batch]:
+    def embedded(
+        self, prompts: Sequence[Sequence[Piece]], encoded: Sequence[Encoded], features: Tensor | None = None
+    ) -> tuple[Any, Batch]:
         """Return embeddings (see `embed`) and the padded batch of prompts that are already encoded."""
         batch = collate(encoded, self.lm.pad).to(self.device)
-        visual = self.see_images([image for pieces in prompts for image in images_of(pieces)])
+        images = [image for pieces in prompts for image in images_of(pieces)]
+        visual = self.see_images(images, self.questions(prompts), features)
         return self.embed(visual, batch), batch
 
     @property

@@ -131,9 +131,9 @@ class Connector(nn.Module):
         weights = (parameter.dtype for parameter in self.parameters() if parameter.is_floating_point())
         return features.to(next(weights, features.dtype))
 
-    def before_words(self, features: Tensor) -> Tensor:
-        """Return the visual tokens ``(B, Q, D_lm)`` before a vocabulary, if there is one, replaces them."""
-        return self.forward(self.cast(features))
+    def before_words(self, features: Tensor, *questions: Sequence[str]) -> Tensor:
+        """Return what `forward` returns, ``(B, Q, D_lm)``, before a vocabulary, if there is one, replaces it."""
+        return self.forward(self.cast(features), *questions)
 
     def mask_of(self, features: Tensor) -> Tensor | None:
         """Return which features are no padding ``(B, P)``; None: all."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from mllm.capabilities import ReadsQuestions
 from mllm.registry import lookup, made
 from mllm.slots import Connector
 
@@ -31,6 +33,8 @@ class Before(Connector):
         kind = options.pop("type", "linear")
         self.then = made(lookup("connectors", kind), f"connector {kind}", **widths, **options)
         self.num_tokens, self.token_grid = self.then.num_tokens, self.then.token_grid
+        if isinstance(self.then, ReadsQuestions):
+            self.reads_questions = True
 
     def linear(self) -> nn.Linear | None:
         """Return the linear layer that ends the next connector; None: it has none."""
@@ -46,12 +50,12 @@ class Before(Connector):
         """Return the features that the next connector is given."""
         raise NotImplementedError
 
-    def body(self, features: Tensor) -> Tensor:
+    def body(self, features: Tensor, *questions: Sequence[str]) -> Tensor:
         """Return the inputs of the next connector's linear layer."""
-        inputs: Tensor = self.then.body(self.changed(features))
+        inputs: Tensor = self.then.body(self.changed(features), *questions)
         return inputs
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Return visual tokens ``(B, Q, D_lm)`` of features ``(B, P, D_vis)``."""
-        tokens: Tensor = self.then(self.changed(features))
+    def forward(self, features: Tensor, *questions: Sequence[str]) -> Tensor:
+        """Return visual tokens ``(B, Q, D_lm)`` of features ``(B, P, D_vis)``, and of questions where it reads them."""
+        tokens: Tensor = self.then(self.changed(features), *questions)
         return tokens

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from einops import repeat
@@ -35,6 +36,8 @@ class QFormer(Connector):
             and ``ffn``; None: random weights.
         norm: add a LayerNorm on the features; false where the encoder's output is normalized already.
         words: a part, folder or hub id of a tokenizer: the transformer reads text too (`joint`); None: images only.
+        questions: the visual tokens depend on the image's question, which the transformer reads beside the queries
+            (InstructBLIP, arXiv:2305.06500); it needs ``words``.
         causal: a query attends only to itself and earlier queries (SEED's tokenizer, arXiv:2307.08041).
         dropout: in the transformer.
 
@@ -43,7 +46,7 @@ class QFormer(Connector):
         project: the linear layer to the language model's width.
 
     Raises:
-        MLLMError: ``init`` is not a BERT of these sizes.
+        MLLMError: ``init`` is not a BERT of these sizes, or there are ``questions`` without ``words``.
     """
 
     reads_whole = True
@@ -63,10 +66,16 @@ class QFormer(Connector):
         init: str | None = None,
         norm: bool = True,
         words: str | None = None,
+        questions: bool = False,
         causal: bool = False,
         dropout: Dropout = 0.0,
     ) -> None:
         super().__init__()
+        if questions and (words is None or causal):
+            raise MLLMError(
+                "connector.questions needs a tokenizer, and queries that all attend to a text: set connector.words to "
+                "that of a BERT, and leave out connector.causal."
+            )
         config = Blip2QFormerConfig(
             hidden_size=dim,
             num_hidden_layers=layers,
@@ -142,9 +151,31 @@ class TextQFormer(QFormer):
         return states
 
 
-def qformer(*, words: str | None = None, **options: Any) -> QFormer:
-    """Return a `QFormer`; with ``words``, a `TextQFormer`. The arguments are those of `QFormer`."""
-    return QFormer(**options) if words is None else TextQFormer(words=words, **options)
+class QuestionQFormer(TextQFormer):
+    """A Q-Former whose queries read the question of their image (InstructBLIP)."""
+
+    reads_questions: Literal[True] = True
+
+    def body(self, features: Tensor, questions: Sequence[str] | None = None) -> Tensor:
+        """Return the queries' states ``(B, Q, dim)`` after cross-attention to the features.
+
+        Args:
+            features: ``(B, P, D_vis)``.
+            questions: B texts, to which the queries attend; None: they read the images alone.
+        """
+        if questions is None:
+            return super().body(features)
+        return self.joint(features, *self.words.tokenize_ends(questions), "matching")[0]
+
+    def forward(self, features: Tensor, questions: Sequence[str] | None = None) -> Tensor:
+        """Return visual tokens ``(B, Q, D_lm)`` of features ``(B, P, D_vis)`` and their questions."""
+        return self.project(self.body(features, questions))
+
+
+def qformer(*, words: str | None = None, questions: bool = False, **options: Any) -> QFormer:
+    """Return the Q-Former that reads images, and texts (``words``) or ``questions``, of `QFormer`'s arguments."""
+    kind = QuestionQFormer if questions else QFormer if words is None else TextQFormer
+    return kind(words=words, questions=questions, **options)
 
 
 qformer.__signature__ = inspect.signature(QFormer)  # type: ignore[attr-defined]

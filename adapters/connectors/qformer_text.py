@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer
 from transformers.models.blip_2.modeling_blip_2 import Blip2TextEmbeddings
 
@@ -46,6 +47,18 @@ class Words(nn.Module):
         encoded = self.tokenizer(list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt")
         device = self.bias.device
         return encoded["input_ids"].to(device), encoded["attention_mask"].to(device)
+
+    def tokenize_ends(self, texts: Sequence[str], longest: int = 128) -> tuple[Tensor, Tensor]:
+        """Return ids ``(B, T)`` and their mask as `tokenize` does; a longer text loses its beginning."""
+        encoded = self.tokenizer(list(texts), return_special_tokens_mask=True)
+        rows = []
+        for ids, special in zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True):
+            words = [index for index, is_special in enumerate(special) if not is_special]
+            left_out = set(words[: max(len(ids) - longest, 0)])
+            rows.append(torch.tensor([token for index, token in enumerate(ids) if index not in left_out]))
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        ids = pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id)
+        return ids.to(self.bias.device), mask.to(self.bias.device)
 
     def logits(self, states: Tensor) -> Tensor:
         """Return logits ``(B, T, V)`` of states ``(B, T, dim)``, by the tied output layer."""

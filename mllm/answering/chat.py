@@ -32,7 +32,7 @@ from mllm.outputs import Output
 from mllm.prompts.batch import Encoded, collate
 from mllm.prompts.chat_template import uses_template
 from mllm.prompts.messages import checked_messages, message, text_part, turns
-from mllm.prompts.pieces import counted, images_of
+from mllm.prompts.pieces import Piece, counted, images_of
 from mllm.system import write
 
 Messages = Sequence[dict[str, Any]]
@@ -160,15 +160,15 @@ class Chat:
             decoding = for_encoded(model, encoded, decoding)
         except MLLMError as error:
             raise MLLMError(f"{error} Drop the oldest turns (chat.drop(2)), or start over (chat.reset()).") from None
-        content = _content(encoded, images, counts)
+        content = _content(encoded, images, counts, model.questions([pieces]))
         known = self._mask_changes(content)
         if self._cache is None or any(encoded.visual[known:]):  # images come in as embeddings, not as ids
-            self._prefill(encoded, content, images)
+            self._prefill(encoded, content, pieces)
             known = len(self._cached)
         length = len(self._mask) + len(encoded.ids) - known + (decoding.max_new_tokens or 0)
         if 0 in self._mask and (model.lm.exceeds_window(length) or exceeds(model.lm, length)):  # masked ones count
             self._forget()
-            self._prefill(encoded, content, images)
+            self._prefill(encoded, content, pieces)
             known = len(self._cached)
         rest = encoded.ids[known:]
         mask = torch.tensor([self._mask + [1] * len(rest)], device=model.device)
@@ -196,14 +196,15 @@ class Chat:
         return same
 
     @torch.no_grad()
-    def _prefill(self, encoded: Encoded, content: list[int | str], images: Sequence[Any]) -> None:
+    def _prefill(self, encoded: Encoded, content: list[int | str], pieces: Sequence[Piece]) -> None:
         """Extend the cache to all of the conversation but its last token."""
         model, known, end = self._model, len(self._cached), len(encoded.ids) - 1
         part = Encoded(encoded.ids[known:end], encoded.visual[known:end], encoded.labels[known:end])
-        ends = accumulate(counted(images, model.counts))
-        new = [image for image, end in zip(images, ends, strict=True) if end > sum(encoded.visual[:known])]
+        images, questions = images_of(pieces), model.questions([pieces])
+        before = sum(encoded.visual[:known])
+        first = sum(end <= before for end in accumulate(counted(images, model.counts)))
         batch = collate([part], model.lm.pad).to(model.device)
-        embeds = model.embed(model.see_images(new), batch)
+        embeds = model.embed(model.see_images(images[first:], questions and questions[first:]), batch)
         if self._cache is None:
             self._cache, _ = prefilled(model, embeds, batch)
         else:
@@ -226,10 +227,16 @@ def _with_kind(text: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return {"kind": "question" if text.strip() else "caption", **options}
 
 
-def _content(encoded: Encoded, images: Sequence[Any], counts: Sequence[int]) -> list[int | str]:
-    """Return a prompt's ids, with its images' hashes in place of visual tokens, as many as each image takes."""
-    sources = map(source_of, images)
-    keys = iter([key for source, count in zip(sources, counts, strict=True) for key in [source.key()] * count])
+def _content(
+    encoded: Encoded, images: Sequence[Any], counts: Sequence[int], questions: Sequence[str] | None
+) -> list[int | str]:
+    """Return a prompt's ids, with its images' hashes in place of visual tokens, as many as each image takes.
+
+    Where the connector reads an image's question, that is part of the hash.
+    """
+    texts = [""] * len(images) if questions is None else questions
+    each = zip(images, texts, counts, strict=True)
+    keys = iter([key for image, text, count in each for key in [f"{source_of(image).key()} {text}"] * count])
     return [next(keys) if visual else token for token, visual in zip(encoded.ids, encoded.visual, strict=True)]
 
 

@@ -131,11 +131,15 @@ def generate_ids(
 
 
 def answer(
-    model: Model, prompts: Sequence[Sequence[Piece]], decodings: Sequence[Decoding], streamer: Any = None
+    model: Model,
+    prompts: Sequence[Sequence[Piece]],
+    decodings: Sequence[Decoding],
+    streamer: Any = None,
+    features: Any = None,
 ) -> list[Output]:
-    """Return the answer to each prompt, as text alone."""
+    """Return the answer to each prompt, as text alone; ``features`` are those of their images, if they are known."""
     decodings = for_prompts(model, prompts, decodings)
-    embeds, batch = model.prepare(prompts)
+    embeds, batch = model.prepare(prompts, features)
     cache = started(model, batch, decodings)
     rows = generate_ids(model, prompts, decodings, batch.mask, streamer=streamer, cache=cache, inputs_embeds=embeds)
     return [

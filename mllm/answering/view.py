@@ -2,7 +2,8 @@
 
 Notable: several prompts are encoded in one batch and asked in one batch, a row for each question. Text at the end of a
 prefix may be tokenized differently once a question follows ("," and "," + " why"); such tokens are masked out in the
-cache, and those of the whole text are encoded instead, so an answer is always that of the whole prompt.
+cache, and those of the whole text are encoded instead, so an answer is always that of the whole prompt. A connector
+that reads questions makes other visual tokens for each, so that only the encoder's features are kept.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from mllm.answering.decode import check_candidates, for_prompts, generate_ids, make_decoding
+from mllm.answering.decode import answer, check_candidates, for_prompts, generate_ids, make_decoding
 from mllm.answering.generate import answer_prompts
 from mllm.answering.shared import prefilled
 from mllm.errors import MLLMError, renamed_method
@@ -21,7 +22,7 @@ from mllm.lms.decoding import Decoding
 from mllm.lms.generation import exceeds
 from mllm.model import Model
 from mllm.prompts.batch import IGNORED, Encoded, continued
-from mllm.prompts.pieces import Piece, answer_text, trailing_text
+from mllm.prompts.pieces import Piece, answer_text, images_of, trailing_text
 
 
 class Views(Sequence["View"]):
@@ -38,8 +39,9 @@ class Views(Sequence["View"]):
         self.prompts = [[*view.prompt, *new] for view, new in zip(before or [], prompts, strict=False)] or [
             list(prompt) for prompt in prompts
         ]
-        if before is None or not self._continue_views(before, prompts):
-            embeds, batch = model.prepare(self.prompts)
+        self.features = self._features()
+        if before is None or self.features or not self._continue_views(before, prompts):
+            embeds, batch = model.prepare(self.prompts, self._features_of(range(len(self))))
             self.mask = batch.mask  # (N, T)
             self.cache, self.next = prefilled(model, embeds, batch)  # and the next token's logits (N, V)
         tails = [trailing_text(prompt) for prompt in self.prompts]
@@ -86,7 +88,7 @@ class Views(Sequence["View"]):
         model, prompts = self.model, self._whole_prompts(rows)
         new = [self.following(view, text) for view, text in rows]
         # An image at the end with nothing after it leaves no token to start from.
-        if decoding.selects or not all(ids for _, ids in new):
+        if decoding.selects or self.features or not all(ids for _, ids in new):
             return self._from_whole_prompts(rows, decoding)
         names = [f"Text {number} ({text[-40:]!r})" for number, (_, text) in enumerate(rows)]
         decodings = for_prompts(model, prompts, [decoding] * len(rows), names)
@@ -107,7 +109,22 @@ class Views(Sequence["View"]):
 
     def _from_whole_prompts(self, rows: Sequence[tuple[int, str]], decoding: Decoding) -> list[str]:
         """Answer without the KV cache."""
-        return [str(output) for output in answer_prompts(self.model, self._whole_prompts(rows), decoding)]
+        model, prompts = self.model, self._whole_prompts(rows)
+        if decoding.selects or not self.features:
+            return [str(output) for output in answer_prompts(model, prompts, decoding)]
+        features = self._features_of([view for view, _ in rows])
+        return [str(output) for output in answer(model, prompts, [decoding] * len(rows), features=features)]
+
+    def _features(self) -> dict[int, Tensor]:
+        """Return the features of the images of each prompt that has some, if the connector reads their questions."""
+        model = self.model
+        images = {} if model.questions(self.prompts) is None else dict(enumerate(map(images_of, self.prompts)))
+        return {number: model.image_features(each) for number, each in images.items() if each}
+
+    def _features_of(self, views: Sequence[int]) -> Tensor | None:
+        """Return the features of some views' images together; None: they are not kept."""
+        kept = [self.features[view] for view in views if view in self.features]
+        return torch.cat(kept) if kept else None
 
     def _whole_prompts(self, rows: Sequence[tuple[int, str]]) -> list[list[Piece]]:
         return [[*self.prompts[view], text] for view, text in rows]

@@ -10,7 +10,7 @@ from mllm.config.prompt import PromptSpec
 from mllm.media.images import ImageSource
 from mllm.prompts.formatting import SEPARATOR, preamble, query_text, solved
 from mllm.prompts.messages import rendered
-from mllm.prompts.pieces import Piece, Target, answer_text, arrange
+from mllm.prompts.pieces import Given, Piece, Target, answer_text, arrange
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def before(item: Item, prompt: PromptSpec, separator: str = SEPARATOR) -> tuple[
 
     Each shot has its most frequent answer.
     """
-    pieces = preamble(prompt) + ([item.induction + separator] if item.induction else [])
+    pieces = preamble(prompt) + ([Given(item.induction + separator)] if item.induction else [])
     for shot in item.shots:
         given = [answer for answer in shot.answers if answer.strip()] or shot.answers
         answer = Counter(given).most_common(1)[0][0]

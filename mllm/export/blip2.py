@@ -15,6 +15,7 @@ from transformers import (
     ViTModel,
 )
 
+from mllm.capabilities import ReadsQuestions
 from mllm.errors import MLLMError
 from mllm.export.stock import (
     StockModel,
@@ -78,6 +79,8 @@ def _qformer_config(model: Model) -> Any:
     connector = model.connector
     if model.spec.connector.type != "qformer":
         raise MLLMError(f"The connector is {model.spec.connector.type!r}; this class has a qformer.")
+    if isinstance(connector, ReadsQuestions):
+        raise MLLMError("The Q-Former reads questions (connector.questions); in this class it reads images alone.")
     if connector.causal:
         raise MLLMError("The queries attend causally (connector.causal); in this class they all attend to one another.")
     return Blip2QFormerConfig(**connector.qformer.config.to_diff_dict())

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mllm.capabilities import EncodesTexts, RemembersTexts, SentenceModel
-from mllm.data.items import Item
+from mllm.data.items import Item, pieces_of
 from mllm.errors import MLLMError
 from mllm.fits.base import ClosedForm, Material
 from mllm.fits.regression import Moments, NormalEquations
@@ -137,7 +137,8 @@ class ConnectorFit(ClosedForm):
         material = data.shown if self.targets == "guide" else data.captioned
         target = self._target(model, material)
         for items, features in data.with_features(self.chunk, material):
-            yield self._row_for_each(model.connector.body(model.connector.cast(features)).mean(1), target(items))
+            inputs = model.connector.body(model.connector.cast(features), *_questions(model, items))
+            yield self._row_for_each(inputs.mean(1), target(items))
 
     def _target(self, model: Model, items: Sequence[Item]) -> Targets:
         """Return the function from items to their targets."""
@@ -186,6 +187,12 @@ def _linear(model: Model) -> nn.Linear:
     linear: nn.Linear | None = model.connector.linear()
     assert linear is not None
     return linear
+
+
+def _questions(model: Model, items: Sequence[Item]) -> tuple[Sequence[str], ...]:
+    """Return what the connector's body takes after the features of the items' first images."""
+    asked = [model.questions([pieces_of(item, model.spec.prompt)]) for item in items]
+    return () if asked[0] is None else ([each[0] for each in asked if each],)
 
 
 def _shared(model: Model) -> bool:

@@ -40,5 +40,5 @@ class DecisionFit(Ridge):
         for start in data.track(range(0, len(examples), self.chunk)):
             prompts, labels = zip(*examples[start : start + self.chunk], strict=True)
             images = [image for prompt in prompts for image in images_of(prompt)]
-            states = states_at(model, prompts, model.see_images(images))
+            states = states_at(model, prompts, model.see_images(images, model.questions(prompts)))
             yield states.float(), torch.eye(len(DECISIONS))[list(labels)]

@@ -13,7 +13,7 @@ from typing import Any
 
 from mllm.config.prompt import PromptSpec
 from mllm.errors import MLLMError
-from mllm.prompts.pieces import Piece, Target, Template
+from mllm.prompts.pieces import Given, Piece, Target, Template
 from mllm.prompts.places import Place, places
 from mllm.prompts.rendering import Form, Renderer, Unfit
 
@@ -161,6 +161,8 @@ def _pieces(text: str, parts: Sequence[Place], learned: Sequence[Range], without
         elif place.role == "assistant":
             ends = place.turn in without_end and last_texts[place.turn] is place
             pieces.append(Target(text[start:end], ends=ends))
+        elif place.role == "system":
+            pieces.append(Given(text[start:end]))
         else:
             pieces.append(text[start:end])
     return pieces

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from mllm.config.prompt import PromptSpec
 from mllm.media.images import source_of
-from mllm.prompts.pieces import Piece, answer_text, arrange
+from mllm.prompts.pieces import Given, Piece, answer_text, arrange
 
 SEPARATOR = "\n"  # between an example and the next
 
@@ -25,7 +25,7 @@ def formatted(prompt: PromptSpec, images: Sequence[Piece], text: str = "") -> li
 
 def preamble(prompt: PromptSpec) -> list[Piece]:
     """Return the recipe's system prompt and its solved examples, as pieces; words stand in an image's place."""
-    pieces: list[Piece] = [prompt.system] if prompt.system else []
+    pieces: list[Piece] = [Given(prompt.system)] if prompt.system else []
     for example in prompt.examples:
         shown = answer_text(example.words) if example.image is None else source_of(example.image)
         pieces += solved(prompt, [shown], example.question, example.answer)
@@ -36,4 +36,4 @@ def solved(
     prompt: PromptSpec, images: Sequence[Piece], question: str | None, answer: str, separator: str = SEPARATOR
 ) -> list[Piece]:
     """Return one solved example; ``question`` None: its answer is a caption."""
-    return [*arrange(prompt.template, images, query_text(prompt, question)), answer_text(answer) + separator]
+    return [*arrange(prompt.template, images, query_text(prompt, question)), Given(answer_text(answer) + separator)]

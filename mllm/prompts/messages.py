@@ -13,7 +13,7 @@ from mllm.media.images import open_image, source_of
 from mllm.media.videos import MAX_BYTES, VideoBytes, video_source_of
 from mllm.prompts.chat_template import templated, uses_template
 from mllm.prompts.formatting import preamble
-from mllm.prompts.pieces import Piece, Target, arrange, is_image, joined
+from mllm.prompts.pieces import Given, Piece, Target, arrange, is_image, joined
 
 ROLES = ("system", "user", "assistant")
 
@@ -121,9 +121,9 @@ def _plain(messages: Sequence[dict[str, Any]], prompt: PromptSpec, learn: bool) 
     for message in messages:
         parts = _words(message)
         if message["role"] == "assistant":
-            pieces += [*_answer(parts, learn), "\n"]
+            pieces += [*_answer(parts, learn), Given("\n")]
         elif message["role"] == "system":
-            pieces += [*parts, "\n"]
+            pieces += [*parts, Given("\n")]
         else:
             leading = list(itertools.takewhile(is_image, parts))
             words = _question(parts[len(leading) :], prompt)
@@ -165,6 +165,6 @@ def _answer(parts: list[Piece], learn: bool) -> list[Piece]:
         parts = [f" {parts[0]}", *parts[1:]]
     last = max((index for index, part in enumerate(parts) if isinstance(part, str)), default=-1)
     return [
-        Target(part, ends=index == last) if learn and isinstance(part, str) else part
+        part if is_image(part) else Target(part, ends=index == last) if learn else Given(part)
         for index, part in enumerate(parts)
     ]

@@ -18,6 +18,13 @@ class Target:
     ends: bool = True
 
 
+class Given(str):
+    """Text that asks nothing: a system prompt, a solved example's answer, an assistant's earlier turn.
+
+    It ends a turn: what an image is asked stands in the same turn (`mllm.prompts.questions`).
+    """
+
+
 @dataclass(frozen=True)
 class Control:
     """Text in which control tokens are recognised."""

@@ -38,6 +38,7 @@ SMALLER: dict[str, dict[str, Any]] = {
     "llava": {"stages.1.adapters": LORA},
     "blip2-caption": {"init.from": None},
     "blip2-retrieval": {"init.from": None},
+    "blip2-vqa": {"init.from": None},
     "sitta-cpu": {"scorer": None},  # a run of emoji-scorer, which training does not read
     "ziya-vl": {"stages.0.init.from": None},
     "llava-cpu": {"adapters": LORA},
