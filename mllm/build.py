@@ -93,8 +93,7 @@ def build(
 
     Args:
         spec: the specification.
-        device: see `mllm.devices.choose_device`.
-        dtype: of the frozen weights; None: as they are stored, or as the specification says.
+        device, dtype: as in `load`.
         engine: what will run the language model's layers, which are then not loaded here.
     """
     check_condition(spec)
@@ -191,10 +190,7 @@ def build_encoder(spec: AssemblySpec) -> Any:
 def build_lm(spec: AssemblySpec, *, device: torch.device | None = None, engine: Engine | None = None) -> Any:
     """Return the language model; None where the specification has none.
 
-    Args:
-        spec: the specification.
-        device: on which quantized weights are built; None: the CPU.
-        engine: what will run its layers; None: it does so itself.
+    Quantized weights are built on ``device`` (None: the CPU), and an ``engine`` will run the layers, if there is one.
     """
     if spec.lm is None:
         return None
@@ -235,13 +231,11 @@ def load(
         dtype: of the frozen weights (``float32``, ``bfloat16``, ``float16``); None: as in training.
         trust_remote_code: the parts (``encoder``, ``lm``) that may run code of their models' repositories. A folder may
             come from somebody else, so what its recipe allowed is not enough.
-        engine: what runs the language model's layers: ``transformers`` (here), ``vllm``, URLs of vLLM's server, or a
-            mapping with options (docs/engines.md).
+        engine: what runs the language model's layers (`mllm.engines.choose.engine_of`); None: `transformers`, here.
 
     Raises:
         MLLMError: there is no model, or one of another format; a part needs code that is not allowed; the frozen parts
-            are not those that it was trained on; tensors are missing, unknown or damaged; or the engine is not there,
-            has another language model, or cannot run this one.
+            are not those that it was trained on; tensors are missing or damaged; or the engine cannot run the model.
     """
     path = find_folder(Path(folder))
     about = read_about(path)

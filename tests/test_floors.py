@@ -20,7 +20,7 @@ config media hub
 prompts outputs
 inputs
 slots capabilities lms
-encoders model parts
+encoders model parts engines
 readout adapters
 objectives data saving evaluation
 fits scorers decoders export transfer

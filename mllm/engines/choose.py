@@ -31,16 +31,22 @@ def engine_of(given: EngineName) -> Engine | None:
     """
     if given is None or isinstance(given, Engine):
         return given
-    if isinstance(given, str) and given.lstrip().startswith("{"):
-        given = parse_yaml(f"engine: {given}", "--engine")["engine"]
-    if isinstance(given, str):
-        given = [given] if "://" in given else {"type": given}
-    if not isinstance(given, Mapping):
-        given = {"type": "url", "urls": [url.strip() for text in given for url in text.split(",")]}
-    options = dict(given)
+    options = _options_of(given)
     if not isinstance(name := options.pop("type", None), str):
-        raise MLLMError(f"The engine is {dict(given)!r}: expected a 'type', such as vllm.")
+        raise MLLMError(f"The engine is {options!r}: expected a 'type', such as vllm.")
     engine = made(lookup("engines", name), f"engine {name}", **options)
     if engine is not None and not isinstance(engine, Engine):
         raise MLLMError(f"The engine {name} is a {type(engine).__name__}: inherit from mllm.engines.base.Engine.")
     return engine
+
+
+def _options_of(given: str | Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
+    """Return the engine that a user names as a mapping, with its name as ``type``."""
+    if isinstance(given, str) and given.lstrip().startswith("{"):
+        given = dict(parse_yaml(f"engine: {given}", "--engine")["engine"])
+    if isinstance(given, Mapping):
+        return dict(given)
+    if isinstance(given, str) and "://" not in given:
+        return {"type": given}
+    urls = [given] if isinstance(given, str) else given
+    return {"type": "url", "urls": [url.strip() for text in urls for url in str(text).split(",")]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import itertools
 from collections.abc import AsyncIterator
@@ -29,9 +30,12 @@ class InProcess(Engine):
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
-        self._options, self._llm, self._source = options, None, None
+        self._options = options
+        self._llm: Any = None  # vLLM's AsyncLLM, while it runs
+        self._source: Source | None = None
         self._numbers = itertools.count()
         self._starting = asyncio.Lock()
+        atexit.register(self.close)  # its process would outlive this one, and write of its loss
 
     async def start(self, source: Source) -> int | None:
         """Load the layers; see `mllm.engines.base.Engine.start`."""
@@ -63,6 +67,15 @@ class InProcess(Engine):
         except EngineDeadError:
             self._stop(llm)
             raise EngineError("The engine vllm ended. It is started again for the next request.") from None
+
+    def close(self) -> None:
+        """End vLLM's process, if it runs."""
+
+        async def end() -> None:
+            if self._llm is not None:
+                self._stop(self._llm)
+
+        self.run(end())
 
     async def _running(self) -> Any:
         """Return the engine, which is started if it is not running."""

@@ -28,6 +28,8 @@ class Stock(ThreadingHTTPServer):
         pause: seconds before each token.
         most: tokens after which the process of the engine ends; None: it does not.
         away: a status that every completion gets.
+        budget: prompts of embeddings after which ``away`` is 503; None: there is no end.
+        loads: whether a LoRA can be loaded while it runs.
     """
 
     daemon_threads = True
@@ -36,7 +38,8 @@ class Stock(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), Handler)
         self.lm: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        self.options = {"root": folder, "context": 256, "pause": 0.0, "most": None, "away": None, "loads": False}
+        self.options: dict[str, Any] = {"root": folder, "context": 256, "pause": 0.0, "most": None, "away": None}
+        self.options |= {"budget": None, "loads": False}
         self.options |= options
         self.asked: list[dict[str, Any]] = []
         self.running, self.most_running, self.cancelled, self.lock = 0, 0, 0, threading.Lock()
@@ -92,10 +95,16 @@ class Handler(BaseHTTPRequestHandler):
             self.reply({"tokens": self.server.tokenizer(body["prompt"], add_special_tokens=False).input_ids})
         elif self.path == "/v1/load_lora_adapter":
             self.reply({"object": "error", "message": "The route is turned off."}, 200 if self.loads else 404)
-        elif self.server.options["away"]:
-            self.reply({"error": {"message": "no room"}}, self.server.options["away"])
+        elif status := self.away:
+            self.reply({"error": {"message": "no room"}}, status)
         else:
             self.complete(body)
+
+    @property
+    def away(self) -> int | None:
+        budget = self.server.options["budget"]
+        away: int | None = self.server.options["away"]
+        return 503 if budget is not None and len(self.server.asked) >= budget else away
 
     @property
     def loads(self) -> bool:
