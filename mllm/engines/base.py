@@ -45,6 +45,7 @@ class Source:
         embed: returns the embeddings ``(T, D_lm)`` of ids.
         lora: a folder with the files of a LoRA of peft, which is applied to every request; None: there is none.
         rank: of the LoRA.
+        targets: the names of the layers that it changes.
         trust_remote_code: whether code of the model's repository may run.
     """
 
@@ -57,6 +58,7 @@ class Source:
     embed: Callable[[Sequence[int]], Tensor]
     lora: Path | None = None
     rank: int = 0
+    targets: tuple[str, ...] = ()
     trust_remote_code: bool = False
 
 

@@ -10,12 +10,10 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from mllm.engines.base import Engine, EngineError, Request, Source
-from mllm.engines.options import check_options, sampling_of
+from mllm.engines.options import check_options, rank_for, sampling_of
 from mllm.engines.probe import check_embeddings
 from mllm.errors import MLLMError, first_line
 from mllm.lms.decoding import Decoding
-
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of LoRAs, which vLLM makes room for
 
 
 class InProcess(Engine):
@@ -100,7 +98,11 @@ class InProcess(Engine):
                 f"The engine vllm needs {error.name}, which is not installed: pip install 'mllm-assembly[vllm]', in an "
                 "environment of its own, or give the URL of a server of vLLM."
             ) from None
-        lora = {"enable_lora": True, "max_lora_rank": next(rank for rank in RANKS if rank >= source.rank)}
+        lora = {
+            "enable_lora": True,
+            "max_lora_rank": rank_for(source.rank),
+            "lora_target_modules": list(source.targets),  # else the embedding table, too, is given ids alone
+        }
         options = {
             "model": source.folder,
             "dtype": source.dtype,

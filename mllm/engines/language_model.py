@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -76,12 +75,11 @@ class EngineLanguageModel(LanguageModel):
         limits = [limit for limit in (super().context, self._limit) if limit is not None]
         return min(limits) if limits else None
 
-    def open(self, lora: Path | None = None, rank: int = 0) -> None:
+    def open(self, **lora: Any) -> None:
         """Start the engine, when the embedding table and the adapters have their weights.
 
         Args:
-            lora: the folder of a LoRA of peft; None: there is none.
-            rank: its rank.
+            lora: the fields of `mllm.engines.base.Source` on a LoRA of peft; none: there is no LoRA.
 
         Raises:
             MLLMError: it cannot be started, or has another language model.
@@ -94,8 +92,7 @@ class EngineLanguageModel(LanguageModel):
             fingerprint=fingerprint(self._folder),
             tokenize=self.tokenize,
             embed=self._embedded,
-            lora=lora,
-            rank=rank,
+            **lora,
             **self._code,
         )
         limit = self.engine.open(source)

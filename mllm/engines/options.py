@@ -12,6 +12,7 @@ from mllm.lms.sampling import NEUTRAL
 
 WARPERS = ("temperature", "top_p", "top_k", "min_p")  # that vLLM has, under the same names
 WITHOUT = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}  # their values that change nothing
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of LoRAs, that vLLM makes room for
 COLDEST = 0.01  # a temperature, 0 aside
 INSTEAD = "Leave it out, or answer with engine: transformers."
 REASONS = {
@@ -75,6 +76,11 @@ def sampling_of(decoding: Decoding, ends: Sequence[int]) -> dict[str, Any]:
         "include_stop_str_in_output": True,
         "skip_special_tokens": False,  # a stop string may be a control word
     }
+
+
+def rank_for(rank: int) -> int:
+    """Return the rank that vLLM has to make room for, for a LoRA of this rank."""
+    return next((largest for largest in RANKS if largest >= rank), rank)
 
 
 def _changing(decoding: Decoding) -> dict[str, Any]:

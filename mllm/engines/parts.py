@@ -6,6 +6,7 @@ Parts are refused by what they are, on the meta device, before anything is loade
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from mllm.capabilities import CachePrefix, PeftAdapter, PrefixAdapter
 from mllm.engines.peft_files import peft_folder
@@ -32,10 +33,12 @@ def start(model: Model) -> None:
     Raises:
         MLLMError: it cannot be started, or has another language model.
     """
+    lora: dict[str, Any] = {}
     for adapter in model.find_all(PeftAdapter).values():
-        model.lm.open(peft_folder(adapter, model.spec.lm.model), int(adapter.peft_config.r))
-        return
-    model.lm.open()
+        config = adapter.peft_config
+        lora = {"lora": peft_folder(adapter, model.spec.lm.model), "rank": int(config.r)}
+        lora["targets"] = tuple(sorted(config.target_modules))
+    model.lm.open(**lora)
 
 
 def _problems(model: Model) -> Iterator[str]:

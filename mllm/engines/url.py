@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mllm.engines.base import Engine, EngineError, Request, Source
 from mllm.engines.http import HTTPError, opened, read_json
-from mllm.engines.options import check_options, sampling_of
+from mllm.engines.options import check_options, rank_for, sampling_of
 from mllm.engines.probe import TEXT, check_embeddings
 from mllm.errors import MLLMError
 from mllm.hub.fingerprints import fingerprint
@@ -64,7 +64,7 @@ class AtURLs(Engine):
             base = next((entry for entry in models if not entry.get("parent")), models[0])
             _check_identity(url, base, source)
             await self._check_vocabulary(url, base, source)
-            model = str(base["id"]) if source.lora is None else await self._lora(url, models, source.lora)
+            model = str(base["id"]) if source.lora is None else await self._lora(url, models, source, source.lora)
             if self._model and model != self._model:
                 raise MLLMError(f"{url} serves {model!r}, and {self._urls[0]} {self._model!r}: give both one name.")
             self._model = model
@@ -160,7 +160,7 @@ class AtURLs(Engine):
                 f"{source.name}. Start it with that: {START.format(name=source.name)}"
             )
 
-    async def _lora(self, url: str, models: Sequence[dict[str, Any]], folder: Path) -> str:
+    async def _lora(self, url: str, models: Sequence[dict[str, Any]], source: Source, folder: Path) -> str:
         """Return the name of a run's LoRA at a URL, which is loaded there if it is not.
 
         Raises:
@@ -175,8 +175,8 @@ class AtURLs(Engine):
         except (HTTPError, *BROKEN) as error:
             raise MLLMError(
                 f"The engine at {url} does not have the run's LoRA, and does not load it ({_reason(error)}). Start it "
-                f"with --enable-lora --max-lora-rank RANK --lora-modules {folder.name}={folder}, a folder that is "
-                "written already."
+                f"with --enable-lora --max-lora-rank {rank_for(source.rank)} --lora-target-modules "
+                f"{' '.join(source.targets)} --lora-modules {folder.name}={folder}, a folder that is written already."
             ) from None
 
 

@@ -80,7 +80,6 @@ class LanguageModel(nn.Module):
             _ = self.fingerprint  # before anything in it trains
 
     def _load(self, folder: str, **options: Any) -> Any:
-        """Return the model of `transformers`."""
         return hub.load_model(hub.language_class(folder, **self._code), folder, **self._code, **options)
 
     def _choose_runner(self) -> Runner:

@@ -134,7 +134,8 @@ def test_a_lora_reaches_the_engine_as_files_that_peft_reads(
 ) -> None:
     engine = Recording()
     model = load(with_lora.folder, engine=engine)
-    assert engine.source.rank == 4 and json.loads((engine.source.lora / "adapter_config.json").read_text())["r"] == 4
+    assert engine.source.rank == 4 and engine.source.targets == ("down_proj", "q_proj")
+    assert json.loads((engine.source.lora / "adapter_config.json").read_text())["r"] == 4
     bare = AutoModelForCausalLM.from_pretrained(tiny_parts[1], dtype=torch.float32, trust_remote_code=False)
     adapted = PeftModel.from_pretrained(bare, str(engine.source.lora))
     ids = torch.tensor([[5, 6, 7, 8]])
@@ -151,7 +152,9 @@ def test_an_engine_at_a_url_without_the_lora_says_how_to_give_it(
     with_lora: Any, stock: Any, tiny_parts: tuple[str, str]
 ) -> None:
     with stock(tiny_parts[1]) as server:
-        with pytest.raises(MLLMError, match="--enable-lora --max-lora-rank RANK --lora-modules mllm-"):
+        with pytest.raises(
+            MLLMError, match="--max-lora-rank 8 --lora-target-modules down_proj q_proj --lora-modules mllm-"
+        ):
             load(with_lora.folder, engine=server.url)
         server.options["loads"] = True
         assert load(with_lora.folder, engine=server.url).lm.engine._model.startswith("mllm-")
