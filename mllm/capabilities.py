@@ -160,6 +160,32 @@ class CrossAttention(Protocol):
         """Return how many tokens of the sequence an image takes; 0 while the adapter is off: the connector's number."""
 
 
+@runtime_checkable
+class PeftAdapter(Protocol):
+    """An adapter that peft loads from files, and an engine with it: ``adapters: [{type: lora}]``."""
+
+    peft_config: Any  # a peft.PeftConfig
+
+    def peft_tensors(self) -> dict[str, Tensor]:
+        """Return its tensors on the CPU, by the names that they have in peft's files."""
+
+
+@runtime_checkable
+class RunsOnEngine(Protocol):
+    """A language model whose layers an engine runs: ``mllm.load(run, engine="vllm")``."""
+
+    engine: Any  # an mllm.engines.base.Engine
+
+    def check(self, decoding: Any) -> None:
+        """Refuse a decoding that the engine does not have."""
+
+    def submit(self, mask: Tensor, decodings: Any, *, puts: Any = None, **inputs: Any) -> list[Any]:
+        """Queue sequences, and return futures of their new ids; `mllm.engines.language_model` has the arguments."""
+
+    def answer_ids(self, future: Any) -> list[int]:
+        """Wait for an answer, and return its ids without its end."""
+
+
 class ImageTokenHead(Head):
     """A head whose tokens stand for an image in an answer: ``heads: [{type: retrieval}]``."""
 

@@ -83,6 +83,13 @@ def cast(module: nn.Module, dtype: torch.dtype) -> None:
                 tensor.data = tensor.data.to(dtype)
 
 
+def give_memory(module: nn.Module, device: torch.device) -> None:
+    """Give a module's tensors on the meta device memory on another one, without values; others stay as they are."""
+    for part in module.modules():
+        if any(tensor.is_meta for tensor in (*part.parameters(recurse=False), *part.buffers(recurse=False))):
+            part.to_empty(device=device, recurse=False)
+
+
 def has_values(tensor: Tensor) -> bool:
     """Whether a tensor has values: not on the meta device, nor where a plan only traces shapes."""
     return not (tensor.is_meta or isinstance(tensor, FakeTensor))

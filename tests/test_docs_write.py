@@ -28,6 +28,7 @@ from mllm.builtin import BUILT_IN
 from mllm.config.data import DataSpec
 from mllm.data.items import Item
 from mllm.data.sources import read
+from mllm.engines.base import Engine
 from mllm.errors import MLLMError
 from mllm.evaluation import Report, Score, evaluate, metric
 from mllm.guides import contracts
@@ -169,6 +170,7 @@ def members(contract: Any) -> set[str]:
         ("metric", Score),
         ("suite", "suite:Suite"),
         ("answer-mode", "answers.base:AnswerMode"),
+        ("engine", Engine),
     ],
 )
 def test_a_page_names_all_that_the_contract_asks_for(page: str, contract: Any) -> None:
@@ -301,3 +303,14 @@ def test_answer_mode(install: Any, images: Path, tiny_model: Callable[..., Assem
     counts = Counter(samples)
     assert len(counts) == 2, "five samples of one token from two candidates: one of them has the majority"
     assert report.rows[0]["prediction"] == counts.most_common(1)[0][0]
+
+
+def test_engine(install: Any, tiny_model: Callable[..., Assembly]) -> None:
+    part = install("engine")
+    folder = tiny_model().save("model")
+    model = mllm.load(folder, engine="threads")
+    prompts: list[list[Any]] = [["Once"], [square("red"), "A picture of"]]
+    assert type(model.lm.engine) is part
+    assert [*map(str, model.generate(prompts))] == [*map(str, mllm.load(folder).generate(prompts))]
+    with pytest.raises(MLLMError, match="greedily"):
+        model.generate(prompts, seed=1)

@@ -20,7 +20,7 @@ config media hub
 prompts outputs
 inputs
 slots capabilities lms
-encoders model parts guides
+encoders model parts guides engines
 readout adapters
 objectives rewards data saving evaluation
 fits scorers decoders export transfer

@@ -9,7 +9,7 @@ from typing import Any
 
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 
 from mllm.errors import MLLMError, near
 from mllm.registry import Count, Dropout
@@ -75,6 +75,19 @@ class LoRA(nn.Module):
         for layer in _lora_layers(model):
             layer.set_adapter([*layer.lora_A])  # all of them: peft activates the last alone
         self.layers.float()  # the language model may be in half precision; the adapter is not
+        names = sorted({name.rpartition("/")[2] for name in self.layers})
+        self.peft_config = LoraConfig(
+            r=r, lora_alpha=alpha, target_modules=names, use_dora=dora, task_type="CAUSAL_LM", inference_mode=True
+        )
+
+    def peft_tensors(self) -> dict[str, Tensor]:
+        """Return the tensors on the CPU, by the names that they have in peft's files."""
+        tensors = {}
+        for name, tensor in self.layers.state_dict().items():
+            layer, _, part = name.partition(".")
+            part = part.replace(f".{self._name}.", ".").removesuffix(f".{self._name}")
+            tensors[f"base_model.model.{layer.replace('/', '.')}.{part}"] = tensor.detach().cpu().contiguous()
+        return tensors
 
     @contextlib.contextmanager
     def off(self) -> Iterator[None]:

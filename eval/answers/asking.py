@@ -7,10 +7,12 @@ all of them, and every query that is the same under two conditions.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 from accelerate.utils import gather_object
 from mllm.eval.answers.base import Context
@@ -20,12 +22,15 @@ from rich.progress import Progress
 from mllm.answering.decode import image_free_prompt
 from mllm.answering.view import Views
 from mllm.assembly import Assembly
+from mllm.capabilities import RunsOnEngine
 from mllm.config.prompt import PromptSpec
 from mllm.data.items import Item, before
 from mllm.errors import MLLMError
 from mllm.media.images import ImageSource
 from mllm.processes import processes, progress
 from mllm.prompts.pieces import Piece, arrange
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,7 @@ class Asking:
         self._context, self._queries, self._reply, self._grouped = context, queries, reply, grouped
         self._replies: dict[tuple[Assembly, Query], Reply] = {}
         self._start: tuple[Any, Any] = (None, None)  # the model and the examples that were encoded last, and their view
+        self._encoding = threading.Lock()
 
     def replies(self, model: Assembly, items: Sequence[Item]) -> dict[str, list[list[Reply]]]:
         """Return the replies to each item's queries, by the name of the condition."""
@@ -129,12 +135,23 @@ class Asking:
         names = {query: item.id for item, group in zip(items, queries, strict=True) for query in group}
         state, computed = processes(), {}
         task = bar.add_task(name, total=len(new), note="")
-        for number in range(state.process_index, len(batches), state.num_processes):
-            computed[number] = self._replied(f"{name}/{number}", model, batches[number], names)
+
+        def replied(number: int) -> tuple[int, list[Reply]]:
+            return number, self._replied(f"{name}/{number}", model, batches[number], names)
+
+        numbers = range(state.process_index, len(batches), state.num_processes)
+        for number, replies in finished(replied, numbers, self._at_once(model)):
+            computed[number] = replies
             bar.update(task, advance=len(_queries_of(batches[number])) * state.num_processes)
         for number, replies in gather_object(list(computed.items())):
             keys = [(model, query) for query in _queries_of(batches[number])]
             self._replies.update(zip(keys, replies, strict=True))
+
+    def _at_once(self, model: Assembly) -> int:
+        """Return how many batches are asked at the same time: as many as keep an engine busy; without one, one."""
+        if not isinstance(model.lm, RunsOnEngine):
+            return 1
+        return max(2, model.lm.engine.in_flight // self._context.suite.batch_size)
 
     def _batches(self, queries: Sequence[Query], template: str) -> Iterator[list[Group]]:
         """Yield groups, with some ``batch_size`` queries at a time.
@@ -159,7 +176,9 @@ class Asking:
         """Return the replies to a batch, from the journal if it has them."""
         replies = self._context.journal.get(key)
         if replies is None:
-            replies = self._reply(self._views(model, batch), batch)
+            with self._encoding:  # an engine has the views' embeddings while others are encoded
+                views = self._views(model, batch)
+            replies = self._reply(views, batch)
             for query, reply in zip(_queries_of(batch), replies, strict=True):
                 if isinstance(reply, dict) and not all(map(math.isfinite, reply.values())):
                     raise MLLMError(
@@ -180,6 +199,22 @@ class Asking:
         if (model, shared) != self._start[0]:
             self._start = (model, shared), model.see(list(shared))
         return Views(model, [prompt[len(shared) :] for prompt, _ in batch], before=[self._start[1]] * len(batch))
+
+
+def finished(call: Callable[[int], Result], numbers: Sequence[int], at_once: int) -> Iterator[Result]:
+    """Yield the result of a function for each number, as it comes; ``at_once`` are computed at the same time.
+
+    Where one fails, those that have not begun are not computed any more.
+    """
+    if at_once == 1:
+        yield from map(call, numbers)
+        return
+    with ThreadPoolExecutor(at_once) as pool:
+        futures = [pool.submit(call, number) for number in numbers]
+        try:
+            yield from (future.result() for future in as_completed(futures))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _queries_of(batch: Sequence[Group]) -> list[Query]:

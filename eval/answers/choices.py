@@ -10,7 +10,7 @@ from mllm.eval.answers.asking import Asking, Group, Queries, Query, unanswerable
 from mllm.eval.answers.base import Context
 from mllm.eval.baselines import offered
 
-from mllm.answering.decode import check_candidates
+from mllm.answering.decode import check_candidates, check_scoring
 from mllm.answering.view import Views
 from mllm.assembly import Assembly
 from mllm.config.prompt import PromptSpec
@@ -50,6 +50,7 @@ class Choose:
 
     def unanswerable(self, model: Assembly, items: Sequence[Item], context: Context) -> dict[int, str]:
         """Return the items of which the prompt and a choice do not fit into the language model's context."""
+        check_scoring(model.lm)
 
         def check(prompt: list[Piece], query: Query) -> None:
             check_candidates(model.lm, len(model.encode(prompt).ids), query.choices)

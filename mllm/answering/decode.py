@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, Literal
 
 from mllm.answering.shared import started
+from mllm.capabilities import RunsOnEngine
 from mllm.config.parts import KINDS
 from mllm.errors import MLLMError, renamed_options
 from mllm.lms.decoding import Decoding, check_batch
@@ -38,7 +40,10 @@ def make_decoding(model: Model, options: Mapping[str, Any]) -> Decoding:
         raise MLLMError(f"The decoding option 'kind' is {kind!r}; expected {' or '.join(KINDS)}.")
     over = _of_kind({name: value for name, value in options.items() if name != "kind"}, kind)
     merged = {**_of_kind(model.spec.decoding, kind), **over}
-    return Decoding.of(merged, table("decoding"), shorten=over.get("max_new_tokens") is None)
+    decoding = Decoding.of(merged, table("decoding"), shorten=over.get("max_new_tokens") is None)
+    if isinstance(model.lm, RunsOnEngine):
+        model.lm.check(decoding)
+    return decoding
 
 
 def _of_kind(options: Mapping[str, Any], kind: str | None) -> dict[str, Any]:
@@ -84,6 +89,19 @@ def for_encoded(model: Model, encoded: Encoded, decoding: Decoding) -> Decoding:
 def candidate_ids(lm: Any, candidate: str) -> list[int]:
     """Return the ids of a candidate as the whole answer: with the space before it, as in training, and its end."""
     return [*lm.tokenize(answer_text(candidate)), lm.eos]
+
+
+def check_scoring(lm: Any) -> None:
+    """Refuse log-likelihoods of a language model whose layers an engine runs.
+
+    Raises:
+        MLLMError: an engine runs them: it returns tokens, and no log-probabilities of prompts that are embeddings.
+    """
+    if isinstance(lm, RunsOnEngine):
+        raise MLLMError(
+            "An engine returns tokens, and no log-likelihoods of given answers after prompts that are embeddings "
+            "(scores, the answer modes choose, order and match). Use engine: transformers."
+        )
 
 
 def check_candidates(lm: Any, length: int, candidates: Sequence[str]) -> None:
@@ -142,10 +160,32 @@ def answer(
     embeds, batch = model.prepare(prompts, features)
     cache = started(model, batch, decodings)
     rows = generate_ids(model, prompts, decodings, batch.mask, streamer=streamer, cache=cache, inputs_embeds=embeds)
-    return [
-        Output([Text(model.lm.decode(ids).strip())], finish_reason(model, ids, decoding), len(ids))
-        for ids, decoding in zip(rows, decodings, strict=True)
-    ]
+    return [output_of(model, ids, decoding) for ids, decoding in zip(rows, decodings, strict=True)]
+
+
+def submitted(
+    model: Model,
+    prompts: Sequence[Sequence[Piece]],
+    decodings: Sequence[Decoding],
+    puts: Sequence[Callable[[list[int]], Any]],
+) -> list[tuple[Future[list[int]], Decoding]]:
+    """Queue prompts at the model's engine, and return a future of each one's ids, and its decoding.
+
+    Args:
+        model: a model with an engine (`mllm.capabilities.RunsOnEngine`).
+        prompts: interleaved prompts.
+        decodings: of each prompt.
+        puts: are called with each answer's new ids as they are generated.
+    """
+    decodings = for_prompts(model, prompts, decodings)
+    embeds, batch = model.prepare(prompts)
+    futures = model.lm.submit(batch.mask, decodings, puts=puts, inputs_embeds=embeds)
+    return list(zip(futures, decodings, strict=True))
+
+
+def output_of(model: Model, ids: Sequence[int], decoding: Decoding) -> Output:
+    """Return an answer of ids, as text alone."""
+    return Output([Text(model.lm.decode(ids).strip())], finish_reason(model, ids, decoding), len(ids))
 
 
 def finish_reason(model: Model, ids: Sequence[int], decoding: Decoding) -> Literal["stop", "length"]:

@@ -14,7 +14,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from mllm.answering.decode import answer, check_candidates, for_prompts, generate_ids, make_decoding
+from mllm.answering.decode import answer, check_candidates, check_scoring, for_prompts, generate_ids, make_decoding
 from mllm.answering.generate import answer_prompts
 from mllm.answering.shared import prefilled
 from mllm.errors import MLLMError, renamed_method
@@ -215,6 +215,7 @@ class View:
         if not candidates or not all(candidate.strip() for candidate in candidates):
             raise MLLMError(f"Expected candidate answers, none of them empty; got {list(candidates)!r}.")
         lm = self.views.model.lm
+        check_scoring(lm)
         check_candidates(lm, int(self.views.mask[self.row].sum()), candidates)
         tail, _ = self.views.tails[self.row]
         rows = [[*continued([tail, answer_text(candidate)], lm)[-1], lm.eos] for candidate in candidates]

@@ -17,6 +17,7 @@ from mllm.cli.options import (
     DeviceName,
     DTypeName,
     Eager,
+    EngineOption,
     ImageLogitBias,
     Index,
     Lines,
@@ -45,11 +46,12 @@ def caption(
     show: Shown = Path("shown"),
     device: DeviceName = None,
     dtype: DTypeName = None,
+    engine: EngineOption = None,
     trust_remote_code: Trusted = None,
 ) -> None:
     """Caption images."""
     options = _image_options(run, index, image_logit_bias, eager)
-    model = load_run(run, device, dtype, trust_remote_code)
+    model = load_run(run, device, dtype, trust_remote_code, engine)
     options |= {"kind": "caption", **_decoding(max_new_tokens)}
     _print_answers(model, images, model.spec.prompt.caption, jsonl, words, show, **options)
 
@@ -67,11 +69,12 @@ def ask(
     show: Shown = Path("shown"),
     device: DeviceName = None,
     dtype: DTypeName = None,
+    engine: EngineOption = None,
     trust_remote_code: Trusted = None,
 ) -> None:
     """Ask a question about one image or several."""
     options = _image_options(run, index, image_logit_bias, eager)
-    model = load_run(run, device, dtype, trust_remote_code)
+    model = load_run(run, device, dtype, trust_remote_code, engine)
     text = model.spec.prompt.question.format(question=question)
     options |= {"kind": "question", **_decoding(max_new_tokens)}
     _print_answers(model, [image], text, jsonl, words, show, **options)
@@ -89,6 +92,7 @@ def chat(
     show: Shown = Path("shown"),
     device: DeviceName = None,
     dtype: DTypeName = None,
+    engine: EngineOption = None,
     trust_remote_code: Trusted = None,
 ) -> None:
     """Chat about images; /help lists the commands of the chat."""
@@ -97,7 +101,7 @@ def chat(
 
     messages = read_history(history) if history else []
     options = _image_options(run, index, image_logit_bias, eager)
-    model = load_run(run, device, dtype, trust_remote_code)
+    model = load_run(run, device, dtype, trust_remote_code, engine)
     with_images = {"folder": show, **options} if options or can_draw(model) else None
     converse(model.chat(system, messages), images or [], with_images, **_decoding(max_new_tokens))
 
@@ -109,7 +113,9 @@ def serve(
     token: Annotated[
         str | None, typer.Option(envvar="MLLM_TOKEN", help="A bearer token that requests must send.")
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Maximum batch size.")] = 16,
+    batch: Annotated[
+        int, typer.Option(min=1, help="Maximum batch size; with an engine, requests at the same time.")
+    ] = 16,
     waiting: Annotated[int, typer.Option(min=1, help="Maximum queued requests; more get status 429.")] = 64,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens of an answer.")] = 512,
     max_images: Annotated[int, typer.Option(min=0, help="Maximum images of a request.")] = 8,
@@ -125,6 +131,7 @@ def serve(
     eager: Eager = None,
     device: DeviceName = None,
     dtype: DTypeName = None,
+    engine: EngineOption = None,
     trust_remote_code: Trusted = None,
 ) -> None:
     """Serve a model over HTTP: OpenAI's chat completions API, and a chat page at /."""
@@ -156,7 +163,7 @@ def serve(
     options = _image_options(run, index, image_logit_bias, eager)
     share_heap()
     with bind(host, port) as bound:  # before the model is loaded, which takes a while
-        model = load_run(run, device, dtype, trust_remote_code)
+        model = load_run(run, device, dtype, trust_remote_code, engine)
         show = {"index": None, "image_logit_bias": 0.0, **options} if options or can_draw(model) else None
         run_server(create_app(model, run.resolve().name, limits, show), limits, bound)
 

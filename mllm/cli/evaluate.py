@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mllm.cli.loading import load_run
-from mllm.cli.options import DataFolder, DeviceName, DTypeName, RunPath, SuiteName, SuiteOverrides, Trusted
+from mllm.cli.options import (
+    DataFolder,
+    DeviceName,
+    DTypeName,
+    EngineOption,
+    RunPath,
+    SuiteName,
+    SuiteOverrides,
+    Trusted,
+)
 from mllm.errors import MLLMError
 
 if TYPE_CHECKING:
@@ -34,6 +43,7 @@ def evaluate(
     ] = None,
     device: DeviceName = None,
     dtype: DTypeName = None,
+    engine: EngineOption = None,
     trust_remote_code: Trusted = None,
 ) -> None:
     """Run a suite on a model and its baselines; an evaluation that was stopped or killed continues."""
@@ -42,7 +52,7 @@ def evaluate(
 
     suites = [SuiteSpec(suite=suite)] if suite else _suites_of(run)
     with _stoppable():
-        model = load_run(run, device, dtype, trust_remote_code)
+        model = load_run(run, device, dtype, trust_remote_code, engine)
         for each in suites:
             folder = run / "eval" / each.folder if out is None else out if suite else out / each.folder
             report = run_suite(

@@ -10,7 +10,13 @@ if TYPE_CHECKING:
     from mllm.assembly import Assembly
 
 
-def load_run(run: Path, device: str | None, dtype: str | None, trusted: Sequence[str] | None = None) -> Assembly:
+def load_run(
+    run: Path,
+    device: str | None,
+    dtype: str | None,
+    trusted: Sequence[str] | None = None,
+    engine: str | None = None,
+) -> Assembly:
     """Return a run's model; whatever else the command loads is on the same device.
 
     Raises:
@@ -20,4 +26,4 @@ def load_run(run: Path, device: str | None, dtype: str | None, trusted: Sequence
     from mllm.devices import use_device
 
     use_device(device)
-    return load(run, dtype=dtype, trust_remote_code=trusted or ())
+    return load(run, dtype=dtype, trust_remote_code=trusted or (), engine=engine)

@@ -76,3 +76,12 @@ Trusted = Annotated[
         "--trust-remote-code", help="A part (encoder or lm) that may run Python code from its model's repository."
     ),
 ]
+
+
+EngineOption = Annotated[
+    str | None,
+    typer.Option(
+        "--engine",
+        help="What runs the language model's layers: transformers, vllm, or URLs of vLLM's server, with commas.",
+    ),
+]

@@ -37,7 +37,7 @@ def fingerprint(folder: str) -> str:
         MLLMError: there are no weight files.
     """
     digest = hashlib.sha256()
-    for file in _weight_files(folder):
+    for file in weight_files(folder):
         digest.update(bytes.fromhex(file_hash(file)))
     return digest.hexdigest()
 
@@ -72,7 +72,12 @@ def hash_of_tensors(tensors: Mapping[str, Tensor], text: str = "") -> str:
     return digest.hexdigest()
 
 
-def _weight_files(folder: str) -> list[Path]:
+def weight_files(folder: str) -> list[Path]:
+    """Return the weight files of ``folder`` (a folder, or a Hub id in the local cache).
+
+    Raises:
+        MLLMError: there are none.
+    """
     if not os.path.isdir(folder):
         from huggingface_hub import snapshot_download
 

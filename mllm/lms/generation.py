@@ -56,7 +56,7 @@ def generate(
         by_row |= zip(group.rows, answers, strict=True)
     answers = [by_row[row] for row in range(len(mask))]
     if split and streamer is not None:  # it takes one token of each row at a time
-        _stream(streamer, answers, lm.eos)
+        stream_rows(streamer, answers, lm.eos)
     return answers
 
 
@@ -122,7 +122,7 @@ def _with_ids(decoding: Decoding, row: int, mask: Tensor, cache: Any, inputs: di
     return replace(decoding, prompt=tuple(inputs["input_ids"][row][mask[row].bool()].tolist()))
 
 
-def _stream(streamer: Any, rows: Sequence[Sequence[int]], eos: int) -> None:
+def stream_rows(streamer: Any, rows: Sequence[Sequence[int]], eos: int) -> None:
     """Send a streamer answers that are complete already, token by token."""
     streamer.put(torch.empty(len(rows), 0, dtype=torch.long))  # the prompt
     for index in range(max(map(len, rows)) + 1):
@@ -133,7 +133,7 @@ def _stream(streamer: Any, rows: Sequence[Sequence[int]], eos: int) -> None:
 def _generate_group(lm: LanguageModel, group: Group, decodings: Sequence[Decoding], streamer: Any) -> list[list[int]]:
     """Return the new ids of rows that run together."""
     first, model, text = decodings[0], lm.runner.model, lm.text
-    options = {**_defaults(model), **first.generation}
+    options = {**model_defaults(model), **first.generation}
     processors: list[Any] = [*first.processors]
     if constraints := active(options):
         rows = [_row(lm, decoding, options) for decoding in decodings]
@@ -189,7 +189,7 @@ def _row(lm: LanguageModel, decoding: Decoding, options: dict[str, Any]) -> Row:
     return Row(ids, encoder_ids, lm.text.ends, begin, start + int(decoding.max_new_tokens or 0))
 
 
-def _defaults(model: Any) -> dict[str, Any]:
+def model_defaults(model: Any) -> dict[str, Any]:
     """Return the options of beams and constraints that a model's ``generation_config.json`` sets."""
     values = {name: getattr(model.generation_config, name, None) for name in (*BEAMS, *PROCESSORS)}
     return {name: value for name, value in values.items() if value is not None and name != "num_beams"}

@@ -71,15 +71,19 @@ class LanguageModel(nn.Module):
         if quantize is not None:
             # Without a map, transformers puts them on a GPU where there is one, whatever the rest of the model does.
             options |= {"quantization_config": quantization(quantize), "device_map": {"": device}}
-        self.model = frozen(
-            hub.load_model(hub.language_class(folder, **code), folder, init=init, seed=seed, **code, **options)
-        )
-        self.text = TextTokenizer(tokenizer, self.model)
         self._folder, self._init, self._code = folder, init, code
+        self.model = frozen(self._load(folder, init=init, seed=seed, **options))
+        self.text = TextTokenizer(tokenizer, self.model)
         self._prefix_length = 0  # of adapters
-        self.runner: Runner = choose_runner(self.model, self.text.end_of_text)
+        self.runner = self._choose_runner()
         if init == "random" and self.model.device.type != "meta":
             _ = self.fingerprint  # before anything in it trains
+
+    def _load(self, folder: str, **options: Any) -> Any:
+        return hub.load_model(hub.language_class(folder, **self._code), folder, **self._code, **options)
+
+    def _choose_runner(self) -> Runner:
+        return choose_runner(self.model, self.text.end_of_text)
 
     @functools.cached_property
     def fingerprint(self) -> str:

@@ -11,10 +11,12 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.responses import HTMLResponse, PlainTextResponse
 
+from mllm.capabilities import RunsOnEngine
 from mllm.model import Model
 from mllm.serve.batcher import Batcher
 from mllm.serve.completions import Completions
 from mllm.serve.entrance import Entrance
+from mllm.serve.forwarder import Forwarder
 from mllm.serve.memory import trimmed
 from mllm.serve.metrics import Metrics
 from mllm.serve.responses import chat_page, handle_errors
@@ -35,7 +37,8 @@ def create_app(model: Model, name: str, limits: Limits | None = None, show: Mapp
     """
     limits, metrics = limits or Limits(), Metrics()
     about = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "mllm"}
-    batcher = Batcher(model, size=limits.batch, show=show, metrics=metrics)
+    decoder = Forwarder if isinstance(model.lm, RunsOnEngine) else Batcher
+    batcher = decoder(model, size=limits.batch, show=show, metrics=metrics)
     metrics.watch(
         {
             "queue_length": lambda: batcher.waiting,

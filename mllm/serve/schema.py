@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 
+from mllm.engines.base import EngineError
 from mllm.errors import MLLMError
 from mllm.media.images import MAX_PIXELS
 from mllm.outputs import data_url
@@ -150,7 +151,9 @@ def server_sent_event(body: dict[str, Any]) -> str:
 
 
 def refusal(error: Exception) -> Refused:
-    """Return an error as a response: 400 where the request is wrong, 500 where the model failed."""
+    """Return an error as a response: 400 where the request is wrong, 503 without an engine, 500 for other failures."""
+    if isinstance(error, EngineError):
+        return Refused(503, str(error), "engine_unavailable")
     if isinstance(error, MLLMError):
         return invalid_request(str(error))
     return Refused(500, f"The model failed: {type(error).__name__}.", "failed")
@@ -168,7 +171,9 @@ def usage_of(answer: Answer) -> dict[str, int]:
 
 def error_response(error: Refused) -> JSONResponse:
     """Return an error in OpenAI's schema."""
-    headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}.get(error.status)
+    headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503: {"Retry-After": "1"}}.get(
+        error.status
+    )
     return JSONResponse({"error": error_body(error)}, error.status, headers=headers)
 
 
