@@ -92,7 +92,7 @@ def _moved(thing: Thing, way: str, reach: int, frame: int, middle: int) -> Thing
 
 
 def _visible(number: int, way: str, random: Random) -> range:
-    """Return the frames that show an object which appears or disappears, in half of the videos the one in the middle."""
+    """Return the frames that show what appears or disappears, in half of the videos also the frame in the middle."""
     early, late = (1, number // 2), (number // 2 + 1, number - 1)
     change = random.randint(*random.choice((early, late)))
     return range(change, number) if way == "appears" else range(change)
