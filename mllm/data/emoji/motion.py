@@ -18,7 +18,7 @@ from mllm.errors import MLLMError, near
 from mllm.media.videos import Clip
 
 SPLITS = ("train", "val", "kinds")
-TASKS = ("captions", "questions", "both")
+TASKS = ("captions", "questions", "both", "name")
 FRAMES = (4, 16)  # of a video
 SIZE = (56, 88)  # of the object, in pixels
 REACH = (36, 60)  # of a path from its middle, in pixels
@@ -32,7 +32,8 @@ def emoji_motion(*, split: str, task: str = "questions", size: int = 500, seed: 
     Args:
         split: "train"; "val", new videos of the same kinds; "kinds", videos of kinds that "train" never shows.
         task: "questions": which way an object moves, or whether it appears or disappears (kind "direction" or
-            "change"); "captions", which say so; or "both", consecutive.
+            "change"); "captions", which say so; "both", consecutive; or "name": the one word of a question's answer, as a
+            caption.
         size: the number of items.
         seed: other seeds give other videos of the same split.
 
@@ -56,6 +57,8 @@ def _items(split: str, task: str, seed: int) -> Iterator[Item]:
         video = Clip(_frames(scene, way, random), name)
         if task in ("captions", "both"):
             yield Item(f"{name}/caption" if task == "both" else name, (video,), _captions(scene, way), kind=_kind(way))
+        if task == "name":
+            yield Item(name, (video,), (way,), kind=_kind(way))
         if task in ("questions", "both"):
             noun = scene.things[0].kind.name
             asked = f"Does the {noun} appear or disappear?" if way in CHANGES else f"Which way does the {noun} move?"
