@@ -101,6 +101,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
     },
     "readers": {
         "emoji-scenes": "mllm.data.emoji.scenes:emoji_scenes",
+        "emoji-motion": "mllm.data.emoji.motion:emoji_motion",
         "easy-vqa": "mllm.data.readers.easy_vqa:easy_vqa",
         "coco-captions": "mllm.data.readers.captions:coco_captions",
         "karpathy": "mllm.data.readers.captions:karpathy",

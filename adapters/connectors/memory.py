@@ -31,6 +31,7 @@ class Memory(Connector):
         texts: S, the most texts.
         cells: 1: the mean of all features is looked up. A larger square number: the grid is average-pooled to that many
             cells, each of which is looked up by itself.
+        shuffle: a side s: s x s neighboring patches are concatenated first, so that it counts where something is.
         threshold: where no score is higher, the output is neutral words alone. Fitted scores are about 1 for the right
             text and 0 for the others.
 
@@ -53,6 +54,7 @@ class Memory(Connector):
         tokens: Count = 4,
         texts: Count = 1024,
         cells: Count = 1,
+        shuffle: Count | None = None,
         threshold: float = 0.2,
     ) -> None:
         super().__init__()
@@ -60,10 +62,12 @@ class Memory(Connector):
             raise MLLMError(
                 "The connector memory needs a language model's width, and there is no lm. Add one: lm: {model: ...}."
             )
-        self.cells = Reduce(vis_dim=vis_dim, num_patches=num_patches, grid=grid, tokens=cells) if cells > 1 else None
+        reduced = cells > 1 or shuffle is not None
+        options = {"vis_dim": vis_dim, "num_patches": num_patches, "grid": grid}
+        self.cells = Reduce(**options, tokens=cells, shuffle=shuffle) if reduced else None
         self.num_tokens = tokens * cells
         self.threshold = threshold
-        self.keys = nn.Linear(vis_dim, texts)
+        self.keys = nn.Linear(self.cells.dim if self.cells is not None else vis_dim, texts)
         self.values = nn.Embedding(texts + 1, tokens * lm_dim)
 
     def linear(self) -> nn.Linear:

@@ -159,6 +159,8 @@ class Chat:
             encoded = model.encode(pieces)
             decoding = for_encoded(model, encoded, decoding)
         except MLLMError as error:
+            if all(message["role"] != "assistant" for message in messages):  # there are no earlier turns to drop
+                raise
             raise MLLMError(f"{error} Drop the oldest turns (chat.drop(2)), or start over (chat.reset()).") from None
         content = _content(encoded, images, counts, model.questions([pieces]))
         known = self._mask_changes(content)

@@ -34,8 +34,9 @@ class Video(Encoder):
     Args:
         of: the image encoder.
         frames: T, the number of frames sampled from a clip, or of a segment; None: 4, or 1 of a segment.
-        pool: ``mean`` over the frames: P features; ``none``: T * P, frame by frame; ``merge``: at each patch position,
-            the most similar features of neighbouring frames are averaged until ``keep`` frames remain.
+        pool: ``mean`` over the frames: P features; ``slope``: P, how the features change from frame to frame;
+            ``none``: T * P, frame by frame; ``merge``: at each patch position, the most similar features of
+            neighbouring frames are averaged until ``keep`` frames remain.
         keep: the number of frames that remain with ``merge``.
         fps: frames that are sampled per second; None: as many for every video, or ``most``.
         least: with ``fps`` or ``most``: the least number of frames of a video.
@@ -57,7 +58,7 @@ class Video(Encoder):
         *,
         of: Sequence[nn.Module],
         frames: Count | None = None,
-        pool: Literal["mean", "none", "merge"] = "mean",
+        pool: Literal["mean", "slope", "none", "merge"] = "mean",
         keep: int = 1,
         fps: Positive | None = None,
         least: Count = 1,
@@ -67,16 +68,16 @@ class Video(Encoder):
         super().__init__()
         varying = fps is not None or most is not None
         frames = (1 if varying else 4) if frames is None else frames
-        if len(of) != 1 or pool not in ("mean", "none", "merge") or not 1 <= keep <= frames:
+        remaining = {"mean": 1, "slope": 1, "none": frames, "merge": keep}
+        if len(of) != 1 or pool not in remaining or not 1 <= keep <= frames:
             raise MLLMError(
                 f"encoder.of has {len(of)} encoders, encoder.pool is {pool!r}, encoder.keep is {keep}: expected "
-                f"one image encoder, pool mean, none or merge, and keep from 1 to frames={frames}. Correct it."
+                f"one image encoder, pool mean, slope, none or merge, and keep from 1 to frames={frames}. Correct it."
             )
         self.of, self.frames, self.pool, self.keep = of[0], frames, pool, keep
-        remaining = {"mean": 1, "none": frames, "merge": keep}[pool]
-        self.dim, self.num_patches = self.of.dim, remaining * self.of.num_patches
+        self.dim, self.num_patches = self.of.dim, remaining[pool] * self.of.num_patches
         grid = self.of.grid
-        self.grid = (remaining * grid[0], grid[1]) if grid else None  # the frames' grids, one below the other
+        self.grid = (remaining[pool] * grid[0], grid[1]) if grid else None  # the frames' grids, one below the other
         self.cacheable = self.of.cacheable
         self.shape = (frames, *self.of.shape)
         if varying:
@@ -121,6 +122,8 @@ class Video(Encoder):
         features = rearrange(self.of(pixels.flatten(0, 1)), "(b t) p d -> b t p d", t=self.frames)
         if self.pool == "mean":
             return features.mean(1)
+        if self.pool == "slope":
+            return slopes(features)
         if self.pool == "merge":
             features = merged(features, self.keep)
         return rearrange(features, "b t p d -> b (t p) d")
@@ -138,6 +141,16 @@ def _sampling(frames: int, fps: float | None, least: int, most: int, max_tokens:
             "be more than encoder.most. Correct them."
         )
     return Sampling(frames, fps, least, most, max_tokens)
+
+
+def slopes(features: Tensor) -> Tensor:
+    """Return the slopes ``(B, P, D)`` over time of features ``(B, T, P, D)``, by least squares; 0 of one frame.
+
+    They are per half of the clip's length and not per frame, so that they are as large in a longer clip.
+    """
+    times = torch.linspace(-1, 1, features.shape[1], device=features.device, dtype=features.dtype)
+    times = times - times.mean()
+    return torch.einsum("t,btpd->bpd", times / times.square().sum().clamp(min=1e-6), features)
 
 
 def merged(features: Tensor, keep: int) -> Tensor:

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 from PIL import Image
 
 from mllm.errors import MLLMError
-from mllm.media.images import MAX_PIXELS, ImageBytes, ImageFile, open_image, source_of, stream_of
+from mllm.media.images import MAX_PIXELS, ImageBytes, ImageFile, ImageSource, open_image, source_of, stream_of
 
 MAX_BYTES = 2 * 2**30
 MAX_FRAMES = 100_000  # about an hour at 25 frames per second
@@ -31,28 +31,29 @@ RATE = 25.0  # frames per second of a video that names no rate: FFmpeg's assumpt
 
 @dataclass(frozen=True, eq=False)
 class Clip:
-    """The frames of a video as images, in order.
+    """The frames of a video, in order.
 
     Args:
-        frames: the images.
+        frames: the images, or image sources, which are opened where they are sampled.
         label: the video's name, for messages.
     """
 
-    frames: tuple[Image.Image, ...]
+    frames: tuple[Any, ...]
     label: str = "the list of frames"
 
-    def open(self) -> Clip:
-        """Return the clip itself: it is already open."""
-        return self
+    def open(self) -> Image.Image:
+        """Return the frame in the middle, for what shows a video as an image; encoders open it as a clip."""
+        return open_clip(self, 1).frames[0]
 
     def key(self) -> str:
-        """Return a hash of the frames' sizes and pixels."""
-        parts = [f"{frame.size}".encode() + frame.tobytes() for frame in self.frames]
+        """Return a hash of the frames' sizes and pixels, or of the sources' keys."""
+        frames = self.frames
+        parts = [f.key().encode() if isinstance(f, ImageSource) else f"{f.size}".encode() + f.tobytes() for f in frames]
         return hashlib.sha256(b"".join(parts)).hexdigest()
 
     def at(self, indices: list[int]) -> Clip:
-        """Return the clip of the frames at indices."""
-        return Clip(tuple(self.frames[index] for index in indices), self.label)
+        """Return the clip of the opened frames at indices."""
+        return Clip(tuple(open_image(self.frames[index]) for index in indices), self.label)
 
 
 @dataclass(frozen=True)
@@ -193,6 +194,8 @@ def _video(piece: Any) -> Iterator[tuple[BinaryIO, str]]:
     with stream:
         try:
             yield stream, label
+        except MLLMError:
+            raise
         except (FFmpegError, *DAMAGED) as error:
             reason = getattr(error, "strerror", None) or error
             raise MLLMError(f"{label} is not a readable video: {reason}. Is the file complete?") from None
@@ -229,7 +232,8 @@ def _length(piece: Any, stream: BinaryIO, label: str, *, trust: bool) -> Length:
     """
     with _container(stream) as container:
         if not container.streams.video:
-            raise MLLMError(f"{label} has no video stream, only sound. Give a file with a video.")
+            streams = "only sound" if container.streams.audio else "so no frames"
+            raise MLLMError(f"{label} has no video stream, {streams}. Give a file with a video.")
         video = container.streams.video[0]
         if video.codec_context is None:
             raise MLLMError(f"{label} is not a readable video: its codec is not known. Is the file complete?")

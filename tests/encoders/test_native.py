@@ -33,13 +33,9 @@ from mllm.encoders.feature_store import FeatureStore, features_folder
 from mllm.errors import MLLMError
 from mllm.media.native import from_cells, most_cells, to_cells
 from mllm.media.sizes import size_of
-from mllm.objectives.caption import Caption
 from mllm.planning.plan import plan
-from mllm.prompts.batch import collate
-from mllm.prompts.pieces import Target, images_of
 from mllm.slots import Inputs
 from mllm.testing import tiny_encoder, tiny_lm
-from mllm.training.batches import split
 
 RANDOM = np.random.default_rng(0)
 SIZES = [(97, 33), (40, 31), (31, 40), (64, 64), (20, 90), (300, 200), (7, 9), (1, 1), (6, 200), (200, 6), (33, 32)]
@@ -322,19 +318,6 @@ def test_a_chat_has_images_of_different_sizes_in_any_turn(model: Any) -> None:
         before = list(chat.messages)
         answer = chat.send(text, images, max_new_tokens=5)
         assert answer == model.chat(messages=before).send(text, images, max_new_tokens=5)
-
-
-def test_parts_of_a_batch_have_their_own_cells(model: Any) -> None:
-    rows = [[*prompt[:-1], prompt[-1], Target(" x y")] for prompt in QUESTIONS]
-    batch = collate([model.encode(pieces) for pieces in rows], model.lm.pad)
-    features = FeatureStore(model)([image for row in rows for image in images_of(row)])
-
-    def loss(rows: Any, features: Any, batch: Any) -> Any:
-        return model(rows, features, batch, [Caption()])[0]
-
-    parts = split(rows, features, batch, size=3, tiles=model.tiles_of)
-    assert len(parts) == 5
-    torch.testing.assert_close(sum(loss(*part) for part in parts), loss(rows, features, batch), atol=1e-3, rtol=1e-5)
 
 
 def test_what_reads_whole_images_reads_the_mean_of_their_cells(model: Any) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -272,6 +273,11 @@ stages:
 BAD: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
     "no frames": (lambda folder, video: [], "clip has no frames"),
     "no clip frames": (lambda folder, video: Clip(()), "clip has no frames"),
+    "no frames in a file": (lambda folder, video: without_frames(folder / "one.avi"), r"^\S*one\.avi has no frames: "),
+    "no stream": (
+        lambda folder, video: without_frames(folder / "one.mp4"),
+        r"^\S*one\.mp4 has no video stream, so no frames\. Give a file with a video\.$",
+    ),
     "half": (lambda folder, video: written(folder, video.read_bytes()[:600]), r"one\.mp4 is not a readable video"),
     "empty": (lambda folder, video: written(folder, b""), r"one\.mp4 is not a readable video"),
     "text": (lambda folder, video: written(folder, b"words " * 99), r"one\.mp4 is not a readable video"),
@@ -279,6 +285,14 @@ BAD: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
     "bytes": (lambda folder, video: VideoBytes(b"\0" * 99, "the clip"), "the clip is not a readable video"),
     "folder": (lambda folder, video: folder, "There is no video file"),
 }
+
+
+def without_frames(path: Path) -> Path:
+    """Write a video's header alone: of AVI it names a stream of 0 frames, of MP4 none."""
+    with av.open(str(path), "w") as container:
+        container.add_stream("mpeg4", rate=10)
+        container.start_encoding()
+    return path
 
 
 def written(folder: Path, data: bytes) -> Path:

@@ -38,15 +38,12 @@ from mllm.export.export import export
 from mllm.media.images import ImageBytes, ImageFile, open_image
 from mllm.media.sizes import size_of
 from mllm.model import Model
-from mllm.objectives.caption import Caption
 from mllm.objectives.contrastive import PatchContrastive
 from mllm.planning.data_check import inspect
 from mllm.planning.plan import plan
-from mllm.prompts.batch import collate
-from mllm.prompts.pieces import Target, images_of
+from mllm.prompts.pieces import Target
 from mllm.slots import Inputs
 from mllm.testing import tiny_lm
-from mllm.training.batches import split
 
 SIDE = 32
 RANDOM = np.random.default_rng(0)
@@ -254,20 +251,6 @@ def test_a_chat_has_images_of_different_sizes_in_any_turn(model: Any) -> None:
         answer = chat.send(text, images, max_new_tokens=5)
         assert answer == model.chat(messages=before).send(text, images, max_new_tokens=5)
     assert chat._cache is not None  # the first turns are in it
-
-
-def test_parts_of_a_batch_have_their_own_tiles(model: Any) -> None:
-    rows = [[*prompt[:-1], prompt[-1], Target(" x y")] for prompt in QUESTIONS]
-    batch = collate([model.encode(pieces) for pieces in rows], model.lm.pad)
-    features = model.features([tile for row in rows for image in images_of(row) for tile in model.encoder.tiles(image)])
-    assert len(features) == model.tiles_of([image for row in rows for image in images_of(row)]) > 2 * len(rows)
-
-    def loss(rows: Any, features: Any, batch: Any) -> Any:
-        return model(rows, features, batch, [Caption()])[0]
-
-    parts = split(rows, features, batch, size=3, tiles=model.tiles_of)
-    assert len(parts) == 5
-    torch.testing.assert_close(sum(loss(*part) for part in parts), loss(rows, features, batch), atol=1e-3, rtol=1e-5)
 
 
 def test_objectives_on_whole_images_read_the_tile_that_shows_all_of_it(model: Any) -> None:

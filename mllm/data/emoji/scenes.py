@@ -100,7 +100,7 @@ def _check(split: str, task: str, size: int, max_objects: int) -> None:
 def _items(split: str, task: str, seed: int, max_objects: int, still: bool) -> Iterator[Item]:
     for index in count():
         random = Random(f"{split}/{seed}/{index}")
-        scene = _scene(split, max_objects, random, still)
+        scene = random_scene(split, max_objects, random, still=still)
         name = f"emoji-scenes/{split}/{seed}/{index}{'/still' if still else ''}"
         if task == "name":
             yield Item(name, (scene,), (phrase(scene.things),), kind="single", choices=_choices(split))
@@ -121,8 +121,8 @@ def _items(split: str, task: str, seed: int, max_objects: int, still: bool) -> I
                 yield Item(f"{name}/{number}", (scene,), (question.answer,), question.text, question.type)
 
 
-def _scene(split: str, max_objects: int, random: Random, still: bool) -> Scene:
-    """Generate random scenes until one belongs to the split."""
+def random_scene(split: str, max_objects: int, random: Random, *, still: bool = False) -> Scene:
+    """Return a random scene of a split; see `emoji_scenes`. They are generated until one belongs to it."""
     while True:
         several = split == "combinations" or random.random() < 0.5
         num_things = random.randint(2, max_objects) if several and max_objects > 1 else 1
