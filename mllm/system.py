@@ -207,6 +207,23 @@ def return_memory() -> None:
         trim(0)
 
 
+def checked_text(text: str) -> str:
+    """Return a text that tokenizers can read.
+
+    Raises:
+        MLLMError: it has a lone surrogate, which is no character: JSON can escape one, and bytes of an argument that
+            are no UTF-8 become some.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        around = text[max(0, error.start - 20) : error.start + 20]
+        raise MLLMError(
+            f"The text {around!r} has a lone surrogate, which is no character. Write it in UTF-8."
+        ) from None
+    return text
+
+
 def cache_dir() -> Path:
     """Return the folder that keeps the parts: ``$MLLM_CACHE``, else ``mllm`` in the user's cache folder."""
     if folder := os.environ.get("MLLM_CACHE"):

@@ -172,6 +172,7 @@ def test_one_seed_draws_the_same_connector_and_another_seed_another(tiny_parts):
         ([[]], "expected a list of texts"),
         ([["x"], [""]], "Prompt 1"),
         ([["x", 3]], "int is not an image"),
+        ([["x", "half \ud83d"]], "lone surrogate"),
         ([["x" * 300]], "300 tokens"),
     ],
 )
@@ -185,6 +186,16 @@ def test_empty_candidates_are_refused(model):
         model.score([A], [])
     with pytest.raises(MLLMError, match="candidate"):
         model.score([A], ["x", " "])
+    with pytest.raises(MLLMError, match="candidate"):
+        model.score([A], ["x", 3])
+
+
+def test_a_text_that_is_no_unicode_is_one_message_wherever_it_is_read(model):
+    acts = [lambda: model.score([A, "x"], ["half \ud83d"]), lambda: model.see([A, "\udcff"]).score(["x"]),
+            lambda: model.chat().send("\udcff"), lambda: model.lm.tokenize("\udcff", control=True)]  # fmt: skip
+    for act in acts:
+        with pytest.raises(MLLMError, match=r"lone surrogate.*UTF-8\.$"):
+            act()
 
 
 def test_a_connector_argument_that_does_not_exist_is_named(tiny_parts):

@@ -33,7 +33,7 @@ from mllm.prompts.batch import Encoded, collate
 from mllm.prompts.chat_template import uses_template
 from mllm.prompts.messages import checked_messages, message, text_part, turns
 from mllm.prompts.pieces import Piece, counted, images_of
-from mllm.system import write
+from mllm.system import checked_text, write
 
 Messages = Sequence[dict[str, Any]]
 Generation = Callable[..., list[list[int]]]  # generates the ids of one prompt; takes a streamer
@@ -67,7 +67,7 @@ class Chat:
         """Send a message, with images, and return the answer.
 
         Raises:
-            MLLMError: the message is empty, an image cannot be read, or the conversation outgrows the context; the
+            MLLMError: the message is empty or no Unicode, an image cannot be read, or the conversation is too long; the
                 conversation is then as it was.
         """
         decode = functools.partial(self._answer, self._decoding(text, decoding), _decode_at_once)
@@ -133,7 +133,7 @@ class Chat:
 
     def _turn(self, text: str, images: Sequence[Any], answer: Callable[[Messages], Iterator[str]]) -> Iterator[str]:
         """Yield the answer to a new message, then add both to the conversation."""
-        if not text.strip() and not images:
+        if not checked_text(text).strip() and not images:
             raise MLLMError("The message is empty: give a text, an image, or both.")
         sources = [_source_of(self._model, image) for image in images]
         question = message("user", [*({"type": "image", "image": source} for source in sources), text_part(text)])

@@ -212,8 +212,9 @@ class View:
         Raises:
             MLLMError: no candidate, an empty one, or one that does not fit into the context after the prompt.
         """
-        if not candidates or not all(candidate.strip() for candidate in candidates):
-            raise MLLMError(f"Expected candidate answers, none of them empty; got {list(candidates)!r}.")
+        texts = [isinstance(candidate, str) and bool(candidate.strip()) for candidate in candidates]
+        if not texts or not all(texts):
+            raise MLLMError(f"Expected candidate answers, texts that are not empty; got {list(candidates)!r}.")
         lm = self.views.model.lm
         check_scoring(lm)
         check_candidates(lm, int(self.views.mask[self.row].sum()), candidates)

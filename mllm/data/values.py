@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mllm.errors import MLLMError
+from mllm.system import checked_text
 
 
 def text_in(value: Any, what: str, *, numbers: bool = False, empty: bool = False) -> str:
@@ -86,8 +87,8 @@ def absent(value: Any) -> bool:
 def _encodable(text: str) -> bool:
     """Return whether a text has no surrogates, which JSON can escape and UTF-8 cannot encode."""
     try:
-        text.encode()
-    except UnicodeEncodeError:
+        checked_text(text)
+    except MLLMError:
         return False
     return True
 

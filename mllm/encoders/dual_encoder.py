@@ -17,6 +17,7 @@ from mllm.hub import identity
 from mllm.hub import loading as hub
 from mllm.hub.fingerprints import fingerprint
 from mllm.media.images import open_image
+from mllm.system import checked_text
 
 
 class JointSpace(EncodesTexts):
@@ -153,7 +154,11 @@ class DualEncoder(nn.Module):
             self._processor.tokenizer.model_max_length, self.model.config.get_text_config().max_position_embeddings
         )
         inputs = self._processor(
-            text=list(texts), return_tensors="pt", padding="max_length", truncation=True, max_length=max_length
+            text=[checked_text(text) for text in texts],
+            return_tensors="pt",
+            padding="max_length",
+            truncation=True,
+            max_length=max_length,
         )
         return self.model.get_text_features(**_on(inputs, self.model))
 

@@ -14,6 +14,7 @@ from mllm.errors import MLLMError
 from mllm.hub import loading as hub
 from mllm.hub.fingerprints import fingerprint, tensor_hash
 from mllm.hub.identity import of_language_model
+from mllm.system import checked_text
 
 _BATCH = 64
 
@@ -76,6 +77,7 @@ class SentenceEncoder(nn.Module):
 
     def sentences(self, texts: Sequence[str]) -> Tensor:
         """Return vectors ``(N, D_lm)`` of length 1; a text that is too long is truncated."""
+        texts = [checked_text(text) for text in texts]
         batches = [texts[start : start + _BATCH] for start in range(0, len(texts), _BATCH)]
         return torch.cat([self._vectors(list(batch)) for batch in batches])
 

@@ -9,6 +9,7 @@ from typing import Any
 from mllm.errors import MLLMError
 from mllm.lms.whole_text import WholeText
 from mllm.prompts.pieces import Part, Token
+from mllm.system import checked_text
 
 
 class TextTokenizer:
@@ -99,16 +100,25 @@ class TextTokenizer:
 
         ``control``: control words in it are recognised. They are special tokens, added ones such as ``<think>``, and
         new ones.
+
+        Raises:
+            MLLMError: the text has a lone surrogate, or a token has no embedding.
         """
         if not control:
-            ids = list(self.tokenizer(text, add_special_tokens=False).input_ids)
+            ids = list(self.tokenizer(checked_text(text), add_special_tokens=False).input_ids)
             if not self.whole_text.holds_control(ids):
                 return self._checked(ids)
         tokens = self.tokenize_parts([Part(text, "all" if control else "none")])
         return [token.id for token in tokens if token.id is not None]
 
     def tokenize_parts(self, parts: Sequence[Part]) -> list[Token]:
-        """Return the tokens of texts and images that stand next to each other, tokenized as a whole."""
+        """Return the tokens of texts and images that stand next to each other, tokenized as a whole.
+
+        Raises:
+            MLLMError: a text has a lone surrogate, or a token has no embedding.
+        """
+        for part in parts:
+            checked_text(part.text or "")
         tokens = self.whole_text.tokens(parts, self.new_tokens)
         self._checked([token.id for token in tokens if token.id is not None])
         return tokens

@@ -71,6 +71,8 @@ class _Meter(TorchDispatchMode):
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:  # most calls: torch asks each tensor for its device many times
+            return func(*args)
         kwargs = kwargs or {}
         if func._overloadpacket in _INDEXED and len(args) > 1:
             args = (args[0], _counted(args[1]), *args[2:])

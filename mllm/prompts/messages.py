@@ -14,6 +14,7 @@ from mllm.media.videos import MAX_BYTES, VideoBytes, video_source_of
 from mllm.prompts.chat_template import templated, uses_template
 from mllm.prompts.formatting import preamble
 from mllm.prompts.pieces import Given, Piece, Target, arrange, is_image, joined
+from mllm.system import checked_text
 
 ROLES = ("system", "user", "assistant")
 
@@ -90,9 +91,7 @@ def _checked(original: Any) -> dict[str, Any]:
 def _part(part: Any) -> dict[str, Any]:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text" and isinstance(part.get("text"), str):
-        if any("\ud800" <= character <= "\udfff" for character in part["text"]):
-            raise MLLMError(f"A text of a message has half of a character (a surrogate): {part['text'][:40]!r}.")
-        return text_part(part["text"])
+        return text_part(checked_text(part["text"]))
     if kind == "image" and "image" in part:
         return {"type": "image", "image": source_of(part["image"])}
     if kind == "image_url" and isinstance(part.get("image_url"), dict):

@@ -86,6 +86,8 @@ def test_caption_and_ask_answer_on_stdout_and_say_nothing_else(mllm: Mllm, model
     assert out.count(f"{picture}: ") == 2
     status, out, err = mllm("ask", model, picture, "What is it?", "--max-new-tokens", 3)
     assert (status, err) == (0, "")
+    latin = "What is this caf\udce9?"  # how Python gives bytes that are no UTF-8
+    fails(mllm("ask", model, picture, latin), "lone surrogate")
 
 
 @pytest.mark.parametrize("vocabulary", [{}, {"vocabulary": True}])

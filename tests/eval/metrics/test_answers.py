@@ -76,6 +76,7 @@ def test_rankings_are_what_scikit_learn_says():
         label_ranking_average_precision_score(alone, scores)
     )
     assert mllm.metric("retrieval/map")(["b"], [["a", "b"]]).value == 0.5  # a missed id counts
+    assert mllm.metric("retrieval/mrr")(["b", "b a"], [["a"], ["a"]]).per_item == [0.0, 0.5]  # one is missed
     with pytest.raises(MLLMError, match="has an id twice"):
         mllm.metric("retrieval/mrr")(["a b a"], [["a"]])
 
