@@ -159,8 +159,8 @@ class Model(Parts):
         return tokens if layouts is None else self.connector.in_order(tokens, layouts)
 
     def see_images(self, images: Sequence[Any]) -> Tensor | None:
-        """Return images' visual tokens as `embed` takes them; None: there are no images."""
-        if not images:
+        """Return images' visual tokens as `embed` takes them; None: there are no images, or no encoder reads them."""
+        if not images or self.encoder is None:
             return None
         features = self.encoded([tile for image in images for tile in self.encoder.tiles(image)])
         layouts = self.layouts(images)
