@@ -143,7 +143,10 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "parquet": "mllm.data.readers.tables:parquet",
         "saved-dataset": "mllm.data.readers.tables:saved_dataset",
     },
-    "decoding": {"contrastive": "mllm.answering.contrastive:Contrastive"},
+    "decoding": {
+        "contrastive": "mllm.answering.contrastive:Contrastive",
+        "guided": "mllm.answering.guided:Guided",
+    },
     "answers": {
         "generate": "mllm.eval.answers.text:Generate",
         "choose": "mllm.eval.answers.choices:Choose",

@@ -172,8 +172,8 @@ class Model(Parts):
     def see_images(
         self, images: Sequence[Any], questions: list[str] | None = None, features: Tensor | None = None
     ) -> Tensor | None:
-        """Return images' visual tokens as `embed` takes them; None: there are no images."""
-        if not images:
+        """Return images' visual tokens as `embed` takes them; None: there are no images, or no encoder reads them."""
+        if not images or self.encoder is None:
             return None
         layouts = self.layouts(images)
         features = self.image_features(images) if features is None else features

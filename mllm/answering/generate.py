@@ -13,7 +13,7 @@ from mllm.answering.rerank import answer_best
 from mllm.answering.with_images import answer_with_images
 from mllm.errors import MLLMError, renamed_options
 from mllm.lms.decoding import Decoding
-from mllm.media.images import source_of
+from mllm.media.images import open_image, source_of
 from mllm.model import Model
 from mllm.outputs import Output
 from mllm.prompts.formatting import formatted
@@ -144,10 +144,16 @@ def _read(model: Model, pieces: Any, decoding: Decoding | None = None) -> list[P
             or all(isinstance(piece, str) and not piece for piece in pieces)
         ):
             raise MLLMError(f"The prompt is {pieces!r}: expected a list of texts and images, not empty.")
+        if model.encoder is None and not (decoding and decoding.compares) and any(map(is_image, pieces)):
+            raise MLLMError(
+                "This model has no encoder and connector, so it takes no images: send text alone, or let a scorer "
+                "compare answers with them, guided={} or candidates=4."
+            )
         pieces = with_entities(model, pieces)
         encoded = model.encode(pieces)
         if decoding is not None and decoding.nearest_words is None:  # which makes other prompts
             for_encoded(model, encoded, decoding)
-        return [model.encoder.open(piece) if is_image(piece) else piece for piece in pieces]
+        opened = open_image if model.encoder is None else model.encoder.open
+        return [opened(piece) if is_image(piece) else piece for piece in pieces]
     except MLLMError as error:
         return error

@@ -116,6 +116,11 @@ class Decoding:
         return self.candidates > 1 or self.nearest_words is not None
 
     @property
+    def compares(self) -> bool:
+        """Whether a scorer compares answers with the prompt's image, which a language model alone need not read."""
+        return self.candidates > 1 or "guided" in self.parts
+
+    @property
     def for_batch(self) -> tuple[Any, ...]:
         """Return the fields in which the prompts of a batch must agree."""
         return self.candidates, self.nearest_words, self.parts, self.processors, self.generation
