@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from mllm.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from mllm.assembling import assemble as assemble
     from mllm.assembly import Assembly as Assembly
-    from mllm.build import assemble as assemble
     from mllm.build import load as load
     from mllm.errors import MLLMError as MLLMError
     from mllm.evaluation import evaluate as evaluate
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "Assembly": "mllm.assembly",
     "MLLMError": "mllm.errors",
-    "assemble": "mllm.build",
+    "assemble": "mllm.assembling",
     "evaluate": "mllm.evaluation",
     "load": "mllm.build",
     "metric": "mllm.evaluation",

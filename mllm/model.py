@@ -11,25 +11,20 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from mllm.capabilities import CrossAttention, ReadsQuestions
 from mllm.config.parts import FROZEN, SCORER, AssemblySpec
-from mllm.encoders.texts import features_of
 from mllm.errors import MLLMError
 from mllm.guides.base import Guides
 from mllm.guides.contracts import Ask
 from mllm.lms.cross_attention import embed_with_memory
 from mllm.lms.shared_prefix import SharedPrefixes
-from mllm.media.native import together
-from mllm.media.tiles import Cutting, Layout, whole_images
-from mllm.parts import Parts
 from mllm.prompts.batch import Batch, Encoded, collate, encode
 from mllm.prompts.length import too_long
-from mllm.prompts.pieces import Counts, Piece, images_of
-from mllm.prompts.questions import for_units, questions_of
+from mllm.prompts.pieces import Piece, images_of
 from mllm.slots import ImageDecoder, Inputs, LanguageModel, Objective
+from mllm.vision import Vision
 
 
-class Model(Parts):
+class Model(Vision):
     """A multimodal language model joined from parts. A part that is absent is None.
 
     Args:
@@ -69,11 +64,6 @@ class Model(Parts):
         self.calibrated = False  # whether the connector's output has been scaled to the language model's embeddings
         self.eval()
 
-    @property
-    def device(self) -> torch.device:
-        """Return the device of the parameters."""
-        return next(self.parameters()).device
-
     def train(self, mode: bool = True) -> Model:
         """Set training mode for trained parts; frozen parts stay in evaluation mode.
 
@@ -108,77 +98,6 @@ class Model(Parts):
         """Whether parameters inside the language model train, so that gradients flow through all of its inputs."""
         return any(p.requires_grad for part in (self.lm, self.adapters) for p in part.parameters())
 
-    def encoded(self, tiles: Sequence[Any]) -> Tensor:
-        """Return the encoder's features ``(U, P, D_vis)`` of images' tiles (`mllm.slots.Encoder.tiles`)."""
-        with torch.no_grad():
-            return features_of(self.encoder, tiles, self.device)
-
-    def features(self, images: Sequence[Any]) -> Tensor:
-        """Return the encoder's features ``(I, P, D_vis)`` of images in any accepted form, each as a whole."""
-        features = self.encoded([self.encoder.open(image) for image in images])
-        return whole_images(features, self.layouts(images)) if self.joint else features
-
-    def overview(self, images: Sequence[Any]) -> Tensor:
-        """Return the visual tokens ``(I, Q, D_lm)`` of images in any accepted form, each as a whole."""
-        opened = [self.encoder.open(image) for image in images]
-        layouts = self.layouts(opened) if self.joint else None
-        return self.whole(self.connect(self.encoded(opened), layouts), layouts)
-
-    def connect(self, features: Tensor, layouts: Sequence[Layout] | None, questions: list[str] | None = None) -> Tensor:
-        """Return the connector's output ``(U, Q, D_lm)`` of features ``(U, P, D_vis)`` of images' units."""
-        return self.connector(self.arranged(features, layouts), *for_units(self.connector, questions, layouts))
-
-    def questions(self, prompts: Sequence[Sequence[Piece]]) -> list[str] | None:
-        """Return the question of each image of prompts; None: the connector reads images alone."""
-        reads = isinstance(self.connector, ReadsQuestions)
-        return [question for pieces in prompts for question in questions_of(pieces)] if reads else None
-
-    def arranged(self, features: Tensor, layouts: Sequence[Layout] | None) -> Tensor:
-        """Return features ``(U, P, D_vis)`` of images' units as the connector takes them."""
-        return features if layouts is None or not self.connector.padded else together(features, layouts)
-
-    def whole(self, tokens: Tensor, layouts: Sequence[Layout] | None) -> Tensor:
-        """Return the visual tokens ``(I, Q, D_lm)`` of whole images, of the connector's output."""
-        return tokens if self.connector.padded else whole_images(tokens, layouts)
-
-    @property
-    def joint(self) -> bool:
-        """Whether the encoder makes cells of an image as a whole (`mllm.media.native`)."""
-        return self.tiling is not None and self.tiling.joint
-
-    @property
-    def tiling(self) -> Cutting | None:
-        """Return how images are cut into tiles, or videos into segments; None: they are not."""
-        tiling: Cutting | None = None if self.encoder is None else self.encoder.tiling
-        return tiling
-
-    def layouts(self, images: Sequence[Any]) -> list[Layout] | None:
-        """Return how images are cut into tiles; None: they are not."""
-        return None if self.encoder is None else self.encoder.layouts(images)
-
-    def tiles_of(self, images: Sequence[Any]) -> int:
-        """Return the number of tiles of images together."""
-        layouts = self.layouts(images)
-        return len(images) if layouts is None else sum(layout.tiles for layout in layouts)
-
-    def in_order(self, tokens: Tensor, layouts: Sequence[Layout] | None) -> Tensor:
-        """Return images' visual tokens as `embed` takes them, of those of their tiles ``(U, Q, D_lm)``."""
-        return tokens if layouts is None else self.connector.in_order(tokens, layouts)
-
-    def image_features(self, images: Sequence[Any]) -> Tensor:
-        """Return the encoder's features ``(U, P, D_vis)`` of all units of images."""
-        return self.encoded([tile for image in images for tile in self.encoder.tiles(image)])
-
-    def see_images(
-        self, images: Sequence[Any], questions: list[str] | None = None, features: Tensor | None = None
-    ) -> Tensor | None:
-        """Return images' visual tokens as `embed` takes them; None: there are no images, or no encoder reads them."""
-        if not images or self.encoder is None:
-            return None
-        layouts = self.layouts(images)
-        features = self.image_features(images) if features is None else features
-        return self.in_order(self.connect(features, layouts, questions), layouts)
-
     def forward(
         self,
         rows: Sequence[Sequence[Piece]],
@@ -198,33 +117,6 @@ class Model(Parts):
             features = self.encoder(features)
         inputs = Inputs(self, rows, features, batch)
         return [objective(inputs) for objective in objectives]
-
-    @property
-    def cross_attention(self) -> CrossAttention | None:
-        """Return the cross-attention adapter; None where the visual tokens are part of the sequence."""
-        return next((adapter for adapter in self.find_all(CrossAttention).values() if adapter.tokens_per_image), None)
-
-    @property
-    def tokens_per_image(self) -> int:
-        """Return the tokens of the sequence per image; where `encoder.tiles` cuts images, the most of any image."""
-        if self.connector is None:
-            return 0
-        if (adapter := self.cross_attention) is not None:
-            return adapter.tokens_per_image
-        return max(map(self.connector.tokens_of, [None] if self.tiling is None else self.tiling.fullest))
-
-    @property
-    def counts(self) -> Counts:
-        """Return the tokens of the sequence of an image: a number, or a function of the image."""
-        tiling = self.tiling
-        if tiling is None or self.connector is None:
-            return self.tokens_per_image
-        return lambda image: self.connector.tokens_of(tiling.of(image))
-
-    @property
-    def tiles_per_image(self) -> int:
-        """Return the tiles of an image; where `encoder.tiles` cuts images, the most of any image."""
-        return 1 if self.tiling is None else max(layout.tiles for layout in self.tiling.fullest)
 
     def embed(self, visual: Tensor | None, batch: Batch) -> Any:
         """Return embeddings ``(B, T, D_lm)`` of the text, with visual tokens of `see_images` at the image positions.

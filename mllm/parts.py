@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 
 from mllm.capabilities import missing
@@ -30,6 +31,11 @@ class Parts(nn.Module):
     adapters: nn.ModuleList
     heads: nn.ModuleDict
     prefixes: SharedPrefixes  # the KV caches of what many prompts begin with
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device of the parameters."""
+        return next(self.parameters()).device
 
     def slot(self, name: str) -> nn.Module | None:
         """Return the part in a slot (``encoder``, ``connector``, ``lm``, ``decoder``), or None where it is absent."""

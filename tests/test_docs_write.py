@@ -28,6 +28,7 @@ from mllm.builtin import BUILT_IN
 from mllm.config.data import DataSpec
 from mllm.data.items import Item
 from mllm.data.sources import read
+from mllm.encoders.texts import EncodesTexts
 from mllm.engines.base import Engine
 from mllm.errors import MLLMError
 from mllm.evaluation import Report, Score, evaluate, metric
@@ -157,7 +158,7 @@ def members(contract: Any) -> set[str]:
     [
         ("connector", slots.Connector),
         ("encoder", slots.Encoder),
-        ("encoder", capabilities.EncodesTexts),
+        ("encoder", EncodesTexts),
         ("language-model", slots.LanguageModel),
         ("language-model", capabilities.SentenceModel),
         ("head", slots.Head),

@@ -20,13 +20,13 @@ config media hub
 prompts outputs
 inputs
 slots capabilities lms
-encoders model parts guides engines
+encoders model vision parts guides engines
 readout adapters
 objectives rewards data saving evaluation
 fits scorers decoders export transfer
 answering
 assembly serve
-build
+build assembling
 training
 planning
 eval

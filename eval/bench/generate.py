@@ -15,8 +15,8 @@ import torch
 from mllm.eval.bench.shapes import LM, image_token, llava, noise_images
 from mllm.eval.bench.table import Row, paired, ratio, report
 
+from mllm.assembling import assemble
 from mllm.assembly import Assembly
-from mllm.build import assemble
 from mllm.errors import MLLMError
 from mllm.prompts.pieces import arrange
 from mllm.serve.batcher import Batcher

@@ -18,8 +18,8 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
+from mllm.assembling import assemble
 from mllm.assembly import Assembly
-from mllm.build import assemble
 from mllm.hub import embedded as parts
 
 LM = "mllm/smollm2-135m"

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModel, AutoProcessor, BatchEncoding
 
-from mllm.capabilities import EncodesTexts
+from mllm.encoders.texts import EncodesTexts
 from mllm.errors import MLLMError
 from mllm.hub import identity
 from mllm.hub import loading as hub

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mllm.capabilities import EncodesTexts
+from mllm.encoders.texts import EncodesTexts
 from mllm.errors import MLLMError
 from mllm.hub.identity import joined, weights_of
 from mllm.media.images import ImageSource

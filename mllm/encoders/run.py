@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from mllm.capabilities import EncodesTexts, SentenceModel
+from mllm.capabilities import SentenceModel
+from mllm.encoders.texts import EncodesTexts
 from mllm.errors import MLLMError
 from mllm.media.images import ImageSource
 from mllm.media.texts import TextSource

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
-from mllm.capabilities import EncodesTexts
+from mllm.encoders.texts import EncodesTexts
 from mllm.errors import MLLMError
 from mllm.hub import loading as hub
 from mllm.hub.fingerprints import fingerprint, tensor_hash

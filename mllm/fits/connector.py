@@ -14,8 +14,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from mllm.capabilities import EncodesTexts, RemembersTexts, SentenceModel
+from mllm.capabilities import RemembersTexts, SentenceModel
 from mllm.data.items import Item, pieces_of
+from mllm.encoders.texts import EncodesTexts
 from mllm.errors import MLLMError
 from mllm.fits.base import ClosedForm, Material
 from mllm.fits.regression import Moments, NormalEquations

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mllm.capabilities import ImaginesFeatures, missing
+from mllm.capabilities import missing
+from mllm.encoders.texts import ImaginesFeatures
 from mllm.fits.base import Material, Ridge
 from mllm.model import Model
 

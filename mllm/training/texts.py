@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import random
 
-from mllm.capabilities import CollectsTexts, EncodesTexts, ImaginesFeatures
+from mllm.capabilities import CollectsTexts
 from mllm.config.recipe import Stage
 from mllm.encoders.feature_store import FeatureStore
+from mllm.encoders.texts import EncodesTexts, ImaginesFeatures
 from mllm.errors import MLLMError
 from mllm.media.texts import TextSource
 from mllm.model import Model
