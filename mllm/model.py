@@ -5,16 +5,18 @@ Shapes: B batch, T text tokens, I images, U tiles of them (`mllm.slots`), P patc
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from mllm.capabilities import CrossAttention, ReadsQuestions
-from mllm.config.parts import FROZEN, AssemblySpec
+from mllm.config.parts import FROZEN, SCORER, AssemblySpec
+from mllm.encoders.texts import features_of
 from mllm.errors import MLLMError
+from mllm.guides.base import Guides
+from mllm.guides.contracts import Ask
 from mllm.lms.cross_attention import embed_with_memory
 from mllm.lms.shared_prefix import SharedPrefixes
 from mllm.media.native import together
@@ -25,6 +27,8 @@ from mllm.prompts.length import too_long
 from mllm.prompts.pieces import Counts, Piece, images_of
 from mllm.prompts.questions import for_units, questions_of
 from mllm.slots import ImageDecoder, Inputs, LanguageModel, Objective
+
+Rows = Sequence[Sequence[Piece]]  # interleaved prompts
 
 
 class Model(Parts):
@@ -39,7 +43,7 @@ class Model(Parts):
         tokens: new tokens, whose embeddings are trained.
         decoder: an image decoder; frozen.
         spec: the specification that the parts were built from, saved with the trained tensors.
-        open_scorer: loads the model's scorer when it is first needed.
+        guides: frozen models that answers or a stage ask, such as the scorer; they are neither trained nor saved.
     """
 
     def __init__(
@@ -53,7 +57,7 @@ class Model(Parts):
         tokens: nn.Module | None = None,
         decoder: ImageDecoder | None = None,
         spec: AssemblySpec,
-        open_scorer: Callable[[Model], Any],
+        guides: Guides,
     ) -> None:
         super().__init__()
         self.encoder, self.connector, self.lm = encoder, connector, lm
@@ -61,7 +65,7 @@ class Model(Parts):
         self.heads = nn.ModuleDict(heads)
         self.tokens, self.decoder = tokens, decoder
         self.spec = spec
-        self.open_scorer = open_scorer
+        self.guides = guides
         self.source = self.fingerprint = ""  # of a loaded model: its folder, and a hash of its tensors and frozen parts
         self.prefixes = SharedPrefixes()
         self.calibrated = False  # whether the connector's output has been scaled to the language model's embeddings
@@ -109,7 +113,7 @@ class Model(Parts):
     def encoded(self, tiles: Sequence[Any]) -> Tensor:
         """Return the encoder's features ``(U, P, D_vis)`` of images' tiles (`mllm.slots.Encoder.tiles`)."""
         with torch.no_grad():
-            return self.encoder(self.encoder.preprocess(tiles).to(self.device))
+            return features_of(self.encoder, tiles, self.device)
 
     def features(self, images: Sequence[Any]) -> Tensor:
         """Return the encoder's features ``(I, P, D_vis)`` of images in any accepted form, each as a whole."""
@@ -126,7 +130,7 @@ class Model(Parts):
         """Return the connector's output ``(U, Q, D_lm)`` of features ``(U, P, D_vis)`` of images' units."""
         return self.connector(self.arranged(features, layouts), *for_units(self.connector, questions, layouts))
 
-    def questions(self, prompts: Sequence[Sequence[Piece]]) -> list[str] | None:
+    def questions(self, prompts: Rows) -> list[str] | None:
         """Return the question of each image of prompts; None: the connector reads images alone."""
         reads = isinstance(self.connector, ReadsQuestions)
         return [question for pieces in prompts for question in questions_of(pieces)] if reads else None
@@ -178,11 +182,7 @@ class Model(Parts):
         return self.in_order(self.connect(features, layouts, questions), layouts)
 
     def forward(
-        self,
-        rows: Sequence[Sequence[Piece]],
-        features: Tensor | None,
-        batch: Batch | None,
-        objectives: Sequence[Objective],
+        self, rows: Rows, features: Tensor | None, batch: Batch | None, objectives: Sequence[Objective]
     ) -> list[Tensor]:
         """Return each objective's summed loss.
 
@@ -256,24 +256,27 @@ class Model(Parts):
             raise too_long(pieces, len(encoded.ids), self.lm.context, self.counts)
         return encoded
 
-    def prepare(self, prompts: Sequence[Sequence[Piece]], features: Tensor | None = None) -> tuple[Any, Batch]:
-        """Return embeddings (see `embed`) and the padded batch of interleaved prompts.
-
-        ``features``: `image_features` of their images, if these are known.
-        """
+    def prepare(self, prompts: Rows, features: Tensor | None = None) -> tuple[Any, Batch]:
+        """Return embeddings (see `embed`) and the padded batch of interleaved prompts."""
         return self.embedded(prompts, [self.encode(pieces) for pieces in prompts], features)
 
     @torch.no_grad()
-    def embedded(
-        self, prompts: Sequence[Sequence[Piece]], encoded: Sequence[Encoded], features: Tensor | None = None
-    ) -> tuple[Any, Batch]:
-        """Return embeddings (see `embed`) and the padded batch of prompts that are already encoded."""
+    def embedded(self, prompts: Rows, encoded: Sequence[Encoded], features: Tensor | None = None) -> tuple[Any, Batch]:
+        """Return embeddings and batch as `prepare`, of prompts as ids; ``features``: `image_features`, where known."""
         batch = collate(encoded, self.lm.pad).to(self.device)
         images = [image for pieces in prompts for image in images_of(pieces)]
-        visual = self.see_images(images, self.questions(prompts), features)
-        return self.embed(visual, batch), batch
+        return self.embed(self.see_images(images, self.questions(prompts), features), batch), batch
 
-    @functools.cached_property
+    @property
     def scorer(self) -> Any:
-        """Return the scorer, which is loaded when it is first needed; it is neither trained nor saved."""
-        return self.open_scorer(self)
+        """Return the guide that answers are chosen by: the recipe's ``scorer``, or else the model itself."""
+        return self.guides.open(SCORER, self)
+
+    def guide(self, ask: Ask) -> Any:
+        """Return the guide that is asked for; see `mllm.guides.base.Guides.find`."""
+        return self.guides.find(ask, self)
+
+    @property
+    def width(self) -> int | None:
+        """Return D_lm: the language model's, or without one the connector's own; None: there is neither."""
+        return self.lm.dim if self.lm is not None else self.spec.connector and self.spec.connector.width

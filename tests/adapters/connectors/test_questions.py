@@ -145,6 +145,15 @@ def test_every_tile_of_an_image_is_read_with_its_question(words: str, tiny_parts
     torch.testing.assert_close(together[batch.visual], torch.cat(alone), atol=1e-5, rtol=1e-5)
 
 
+def test_a_connector_in_front_hands_the_question_on(words: str, tiny_parts: tuple[str, str]) -> None:
+    plain = {key: value for key, value in connector(words).items() if key != "type"}
+    noisy = {"type": "noisy", "std": 0.1, "then": {"type": "qformer", **plain}}
+    model = mllm.assemble({"model": tiny_parts[0], "select": "all"}, tiny_parts[1], noisy)
+    spread(model.connector, 0.3)
+    (red, count), batch = model.prepare([[A, RED], [A, COUNT]])
+    assert not torch.allclose(red[batch.visual[0]], count[batch.visual[1]], atol=1e-2)
+
+
 def test_blip2s_class_reads_no_questions(model: Any, tmp_path: Path) -> None:
     with pytest.raises(MLLMError, match=r"connector\.questions"):
         export(model, tmp_path / "out", to="hf-blip2")
