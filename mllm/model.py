@@ -23,6 +23,8 @@ from mllm.prompts.pieces import Piece, images_of
 from mllm.slots import ImageDecoder, Inputs, LanguageModel, Objective
 from mllm.vision import Vision
 
+Rows = Sequence[Sequence[Piece]]  # interleaved prompts
+
 
 class Model(Vision):
     """A multimodal language model joined from parts. A part that is absent is None.
@@ -99,11 +101,7 @@ class Model(Vision):
         return any(p.requires_grad for part in (self.lm, self.adapters) for p in part.parameters())
 
     def forward(
-        self,
-        rows: Sequence[Sequence[Piece]],
-        features: Tensor | None,
-        batch: Batch | None,
-        objectives: Sequence[Objective],
+        self, rows: Rows, features: Tensor | None, batch: Batch | None, objectives: Sequence[Objective]
     ) -> list[Tensor]:
         """Return each objective's summed loss.
 
@@ -150,22 +148,16 @@ class Model(Vision):
             raise too_long(pieces, len(encoded.ids), self.lm.context, self.counts)
         return encoded
 
-    def prepare(self, prompts: Sequence[Sequence[Piece]], features: Tensor | None = None) -> tuple[Any, Batch]:
-        """Return embeddings (see `embed`) and the padded batch of interleaved prompts.
-
-        ``features``: `image_features` of their images, if these are known.
-        """
+    def prepare(self, prompts: Rows, features: Tensor | None = None) -> tuple[Any, Batch]:
+        """Return embeddings (see `embed`) and the padded batch of interleaved prompts."""
         return self.embedded(prompts, [self.encode(pieces) for pieces in prompts], features)
 
     @torch.no_grad()
-    def embedded(
-        self, prompts: Sequence[Sequence[Piece]], encoded: Sequence[Encoded], features: Tensor | None = None
-    ) -> tuple[Any, Batch]:
-        """Return embeddings (see `embed`) and the padded batch of prompts that are already encoded."""
+    def embedded(self, prompts: Rows, encoded: Sequence[Encoded], features: Tensor | None = None) -> tuple[Any, Batch]:
+        """Return embeddings and batch as `prepare`, of prompts as ids; ``features``: `image_features`, where known."""
         batch = collate(encoded, self.lm.pad).to(self.device)
         images = [image for pieces in prompts for image in images_of(pieces)]
-        visual = self.see_images(images, self.questions(prompts), features)
-        return self.embed(visual, batch), batch
+        return self.embed(self.see_images(images, self.questions(prompts), features), batch), batch
 
     @property
     def scorer(self) -> Any:

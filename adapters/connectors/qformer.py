@@ -165,7 +165,8 @@ class QuestionQFormer(TextQFormer):
         """
         if questions is None:
             return super().body(features)
-        return self.joint(features, *self.words.tokenize_ends(questions), "matching")[0]
+        ids, mask = self.words.tokenize_ends(questions)
+        return self.joint(features, ids, mask, "matching")[0]
 
     def forward(self, features: Tensor, questions: Sequence[str] | None = None) -> Tensor:
         """Return visual tokens ``(B, Q, D_lm)`` of features ``(B, P, D_vis)`` and their questions."""

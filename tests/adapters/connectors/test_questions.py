@@ -145,6 +145,15 @@ def test_every_tile_of_an_image_is_read_with_its_question(words: str, tiny_parts
     torch.testing.assert_close(together[batch.visual], torch.cat(alone), atol=1e-5, rtol=1e-5)
 
 
+def test_a_connector_in_front_hands_the_question_on(words: str, tiny_parts: tuple[str, str]) -> None:
+    plain = {key: value for key, value in connector(words).items() if key != "type"}
+    noisy = {"type": "noisy", "std": 0.1, "then": {"type": "qformer", **plain}}
+    model = mllm.assemble({"model": tiny_parts[0], "select": "all"}, tiny_parts[1], noisy)
+    spread(model.connector, 0.3)
+    (red, count), batch = model.prepare([[A, RED], [A, COUNT]])
+    assert not torch.allclose(red[batch.visual[0]], count[batch.visual[1]], atol=1e-2)
+
+
 def test_blip2s_class_reads_no_questions(model: Any, tmp_path: Path) -> None:
     with pytest.raises(MLLMError, match=r"connector\.questions"):
         export(model, tmp_path / "out", to="hf-blip2")
@@ -204,7 +213,7 @@ def test_training_caches_features_and_a_loaded_model_is_the_saved_one(
     A.save(tmp_path / "a.png")
     rows = [{"image": "a.png", "question": text, "answer": answer} for text, answer in [("red?", "no"), ("dots?", "2")]]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    content = {
+    content: dict[str, Any] = {
         "name": "questions",
         "encoder": {"model": tiny_parts[0], "select": "all"},
         "lm": {"model": tiny_parts[1]},
@@ -216,7 +225,12 @@ def test_training_caches_features_and_a_loaded_model_is_the_saved_one(
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     encoded: list[int] = []
     features = Model.encoded
-    monkeypatch.setattr(Model, "encoded", lambda self, tiles: [encoded.append(len(tiles)), features(self, tiles)][1])
+
+    def counted(model: Model, tiles: Any) -> torch.Tensor:
+        encoded.append(len(tiles))
+        return features(model, tiles)
+
+    monkeypatch.setattr(Model, "encoded", counted)
     run = mllm.train(str(tmp_path / "recipe.yaml"), out=tmp_path / "run")
     assert encoded == [1]  # one image, which two steps ask two questions about
     trained, start = mllm.load(run.path), mllm.assemble(content["encoder"], content["lm"], connector(words))
@@ -243,7 +257,7 @@ def test_a_question_is_all_text_of_its_turn_and_no_answer() -> None:
 
 
 @pytest.mark.parametrize("chat", ["plain", "own"])
-def test_questions_of_conversations(tiny_parts: tuple[str, str], chat: str) -> None:
+def test_questions_of_conversations(tiny_parts: tuple[str, str], chat: Any) -> None:
     lm = mllm.assemble(*tiny_parts).lm
     lm.tokenizer.chat_template = (
         "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] | trim }}</s>\n{% endfor %}"
