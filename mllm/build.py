@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -180,7 +181,11 @@ def with_runs(cls: Any, options: dict[str, Any], device: torch.device | None) ->
 
 def build_encoder(spec: AssemblySpec) -> Any:
     """Return the encoder; None where the specification has none."""
-    return None if spec.encoder is None else encoder_of(spec.encoder, seed=spec.seed_of("encoder"))
+    if spec.encoder is None:
+        return None
+    here = torch.device("cpu")  # until the parts are joined
+    runs = functools.partial(with_runs, device=here)
+    return encoder_of(spec.encoder, seed=spec.seed_of("encoder"), runs=runs)
 
 
 def build_lm(spec: AssemblySpec, *, device: torch.device | None = None) -> Any:

@@ -16,6 +16,9 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "video": "mllm.encoders.video:Video",
         "native": "mllm.encoders.native:NativeEncoder",
         "audio": "mllm.encoders.audio:AudioModel",
+        "run": "mllm.encoders.run:RunEncoder",
+        "text": "mllm.encoders.text:TextTower",
+        "imagined": "mllm.encoders.imagined:Imagined",
     },
     "lms": {"transformers": "mllm.lms.language_model:LanguageModel", "sentences": "mllm.lms.sentences:SentenceEncoder"},
     "connectors": {
@@ -26,6 +29,8 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "qformer": "mllm.adapters.connectors.qformer:qformer",
         "memory": "mllm.adapters.connectors.memory:Memory",
         "temporal": "mllm.adapters.connectors.temporal:Temporal",
+        "noisy": "mllm.adapters.connectors.noisy:Noisy",
+        "nearest-texts": "mllm.adapters.connectors.nearest_texts:NearestTexts",
         "token-merge": "mllm.adapters.connectors.token_merge:TokenMerge",
     },
     "adapters": {
@@ -87,6 +92,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "affine": "mllm.fits.affine:AffineFit",
         "pixels": "mllm.fits.pixels:PixelsFit",
         "decision": "mllm.fits.decision:DecisionFit",
+        "imagined": "mllm.fits.imagined:ImaginedFit",
     },
     "readers": {
         "emoji-scenes": "mllm.data.emoji.scenes:emoji_scenes",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mllm.capabilities import CrossAttention
 from mllm.config.parts import FROZEN, SCORER, AssemblySpec
+from mllm.encoders.texts import features_of
 from mllm.errors import MLLMError
 from mllm.guides.base import Guides
 from mllm.guides.contracts import Ask
@@ -109,7 +110,7 @@ class Model(Parts):
     def encoded(self, tiles: Sequence[Any]) -> Tensor:
         """Return the encoder's features ``(U, P, D_vis)`` of images' tiles (`mllm.slots.Encoder.tiles`)."""
         with torch.no_grad():
-            return self.encoder(self.encoder.preprocess(tiles).to(self.device))
+            return features_of(self.encoder, tiles, self.device)
 
     def features(self, images: Sequence[Any]) -> Tensor:
         """Return the encoder's features ``(I, P, D_vis)`` of images in any accepted form, each as a whole."""

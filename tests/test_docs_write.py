@@ -156,7 +156,7 @@ def members(contract: Any) -> set[str]:
     [
         ("connector", slots.Connector),
         ("encoder", slots.Encoder),
-        ("encoder", capabilities.EmbedsTexts),
+        ("encoder", capabilities.EncodesTexts),
         ("language-model", slots.LanguageModel),
         ("language-model", capabilities.SentenceModel),
         ("head", slots.Head),

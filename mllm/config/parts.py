@@ -232,6 +232,12 @@ class Parts(Spec):
                 allowed[path] = str(spec.model)
         return allowed
 
+    @model_validator(mode="after")
+    def _entities_have_a_scorer(self) -> Parts:
+        if self.prompt.entities is not None and self.scorer is None:
+            raise ValueError("prompt.entities are found by a scorer when the model answers: give scorer: {type: ...}")
+        return self
+
     @field_validator("decoding")
     @classmethod
     def _by_kind(cls, value: dict[str, Any]) -> dict[str, Any]:

@@ -140,7 +140,8 @@ class Stage(Settings):
     def assembly(self) -> AssemblySpec:
         """Return the specification of the stage's model, with what earlier stages and this one train."""
         parts = {key: getattr(self, key) for key in Parts.model_fields}
-        spec = AssemblySpec(**parts, trained=[path for path in self.train if part_of(path) in FROZEN])
+        paths = [*self.train, *([self.fit.part] if self.fit else [])]
+        spec = AssemblySpec(**parts, trained=[path for path in paths if part_of(path) in FROZEN])
         return spec if self._before is None else spec.following(self._before)
 
     @property

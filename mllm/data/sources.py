@@ -18,6 +18,7 @@ from typing import Any, get_type_hints
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
 from mllm.config.data import DataSpec
+from mllm.data.as_text import as_text, in_texts
 from mllm.data.items import Item
 from mllm.data.lazy import Lazy
 from mllm.data.reading import Reading, Report
@@ -71,7 +72,7 @@ def _bound(spec: DataSpec, skip: float = 0.0) -> tuple[Callable[..., Sequence[It
     _check_types(function, options, spec.format)
     if "missing" in parameters and not hasattr(function, "body"):  # of another package, which treats it itself
         options["missing"] = missing
-    return function, Reading(skip=skip, missing=missing), options
+    return function, Reading(skip=skip, missing=missing, images=spec.see == "image"), options
 
 
 def _check_types(function: Callable[..., Any], options: Mapping[str, Any], name: str) -> None:
@@ -124,6 +125,8 @@ def read_source(
         items = _changed(items, partial(_with_answer, spec.answer), f"answer {spec.answer}")
     if not spec.answers:
         items = _changed(items, _without_answers, "no answers")
+    if spec.see == "text":  # a lazy item's caption is chosen with its answer (`mllm.data.stream`)
+        items = _changed(items, as_text, "see text") if isinstance(items, Lazy) else in_texts(items)
     if spec.fraction < 1:
         order = list(range(len(items)))
         random.Random(f"{seed}/fraction").shuffle(order)

@@ -16,6 +16,8 @@ def fit_of(stage: Stage) -> ClosedForm:
     assert stage.fit is not None
     path = stage.fit.part
     types = {"connector": "connector", **{f"heads.{head.name}": head.type for head in stage.heads}}
+    if stage.encoder is not None:
+        types["encoder.project"] = stage.encoder.type
     name = types.get(path, path.removeprefix("heads."))
     fit: ClosedForm = made(lookup("fits", name), f"fit of {path}", part=path, **stage.fit.options())
     return fit

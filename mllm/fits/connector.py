@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from mllm.capabilities import EmbedsTexts, RemembersTexts, SentenceModel
+from mllm.capabilities import EncodesTexts, RemembersTexts, SentenceModel
 from mllm.data.items import Item
 from mllm.errors import MLLMError
 from mllm.fits.base import ClosedForm, Material
@@ -94,8 +94,8 @@ class ConnectorFit(ClosedForm):
             )
         if model.connector is not None and isinstance(model.connector, RemembersTexts) != (self.targets == "texts"):
             problems.append("fits a memory to texts, and nothing else: set connector.type=memory and targets=texts.")
-        if self.targets == "tokens" and not model.has(EmbedsTexts):
-            problems.append("fits tokens, and this encoder does not embed text: set encoder.type=dual-encoder.")
+        if self.targets == "tokens" and not model.has(EncodesTexts):
+            problems.append("fits tokens, and this encoder encodes no texts: set encoder.type=dual-encoder.")
         if self.targets == "guide":
             problems += self._misfits(model)
         elif self._guide.name is not None:
@@ -174,7 +174,7 @@ class ConnectorFit(ClosedForm):
         words = lexicon(model.lm)
         for start in data.track(range(0, len(words), self.chunk)):
             chunk = words[start : start + self.chunk]
-            features = model.encoder.embed_texts([text for _, text in chunk])[:, None]  # (N, 1, D_vis)
+            features = model.encoder.encode_texts([text for _, text in chunk])  # (N, P, D_vis)
             y = model.lm.embed(torch.tensor([token for token, _ in chunk], device=model.lm.model.device))
             yield self._row_for_each(model.connector.body(model.connector.cast(features)).mean(1), y[:, None])
 

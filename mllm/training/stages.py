@@ -35,6 +35,7 @@ from mllm.training.monitor import Monitor, shown_items
 from mllm.training.run import Run
 from mllm.training.setup import Objectives, accelerator_for, engine_for, parameter_groups
 from mllm.training.sharding import divide_where_asked, divided, loading_device
+from mllm.training.texts import check_texts, collect_texts
 from mllm.training.validation import Validation, validation_rows
 from mllm.transfer import complete, transfer
 
@@ -97,7 +98,9 @@ def run_stage(run: Run, model: Assembly, stage: Stage, state: TrainingState) -> 
     return_memory()  # of loading and of the stage before
     guides = _opened(run, model, stage, state)
     state.fingerprints = {**fingerprints_of(model), **guide_hashes(guides)}
+    check_texts(stage, model)
     store = open_store(model, stage.feature_cache)
+    collect_texts(model, stage, store)
     trained = [stage.fit.part] if stage.fit else list(stage.train)
     before = {**_hashes(model, trained), **guide_hashes(guides)}
     if stage.fit:
