@@ -114,10 +114,7 @@ class ConnectorFit(ClosedForm):
 
     def _misfits(self, model: Model) -> list[str]:
         """Return why the connector cannot be fitted to the guide."""
-        try:
-            width = model.guide(self._guide).dim
-        except MLLMError as error:
-            return [f"fits a guide's vectors. {error}"]
+        width = model.guide(self._guide).dim
         if model.width == width:
             return []
         return [f"fits a guide's vectors, of width {width}, and the connector's is {model.width}: set connector.width."]

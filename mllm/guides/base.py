@@ -55,7 +55,7 @@ class Guides:
         return self.opened[name]
 
     def find(self, ask: Ask, model: Model | None = None) -> Any:
-        """Return the guide of a name, or the only one of a kind.
+        """Return the guide of a name, or the only one of a kind; the scorer if there are no others.
 
         Raises:
             MLLMError: it is not of that kind, there is none, or there are several.
@@ -68,7 +68,8 @@ class Guides:
             if not isinstance(guide := self.open(ask.name, model), ask.kinds):
                 raise MLLMError(f"The guide {ask.name!r} is a {type(guide).__name__}: expected {wanted}.")
             return guide
-        guides = {name: guide for name in self._specs if isinstance(guide := self.open(name, model), ask.kinds)}
+        named = [name for name in self._specs if name != SCORER] or [*self._specs]
+        guides = {name: guide for name in named if isinstance(guide := self.open(name, model), ask.kinds)}
         if len(guides) == 1:
             return next(iter(guides.values()))
         if not guides:

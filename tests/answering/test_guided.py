@@ -43,7 +43,7 @@ def clip(tiny_clip: str) -> Callable[..., torch.Tensor]:
 
 def searched(model: Any, lm: str, clip: Any, image: Any, query: torch.Tensor, *, k: int, weight: float) -> str:
     """Return the text of a plain loop: stock logits of the whole sequence, the k likeliest, CLIP's cosines."""
-    stock, ids = AutoModelForCausalLM.from_pretrained(lm), []
+    stock, ids = AutoModelForCausalLM.from_pretrained(lm), list[int]()
     with torch.no_grad():
         visual = torch.empty(0, 32) if image is None else model.connector(model.features([image]))[0]
         for _ in range(LENGTH):

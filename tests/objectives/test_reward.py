@@ -109,12 +109,13 @@ def test_the_gradient_is_that_of_rewards_times_log_likelihoods(model: Any, basel
         caught.extend(sampled(*arguments))
         return caught
 
-    objective._sampled = catching  # type: ignore[method-assign]
+    objective._sampled = catching  # type: ignore[assignment,method-assign]
     loss = loss_of(model, objective)
     loss.backward()
     gradient = model.connector.project.weight.grad.clone()
     model.connector.zero_grad()
-    rewards, expected = torch.tensor([letters(model.lm.decode(ids).strip()) for ids in caught]).view(2, 3), 0.0
+    rewards = torch.tensor([letters(model.lm.decode(ids).strip()) for ids in caught]).view(2, 3)
+    expected = torch.tensor(0.0)
     for row, prompt in enumerate(ROWS):
         for k in range(3):
             others = [rewards[row, j] for j in range(3) if baseline == "mean" or j != k]
@@ -125,14 +126,14 @@ def test_the_gradient_is_that_of_rewards_times_log_likelihoods(model: Any, basel
             logits = model.lm.model(inputs_embeds=whole).logits[0, -len(ids) - 1 : -1]
             likelihood = -cross_entropy(logits, ids, reduction="sum")
             expected = expected - (rewards[row, k] - sum(others) / len(others)) * likelihood / 3
-    expected.backward()  # type: ignore[attr-defined]
+    expected.backward()
     torch.testing.assert_close(gradient, model.connector.project.weight.grad, atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(loss.detach(), -rewards.mean(1).sum())
     assert gradient.abs().max() > 0 and len({tuple(ids) for ids in caught}) > 2
 
 
 def test_samples_are_those_of_generate_with_the_generators_seeds(model: Any) -> None:
-    objective, texts = RewardLoss(of=LENGTHS, samples=2, length=6), []
+    objective, texts = RewardLoss(of=LENGTHS, samples=2, length=6), list[str]()
 
     class Noting(Letters):
         def __call__(self, samples: Samples) -> torch.Tensor:

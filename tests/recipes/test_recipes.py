@@ -40,6 +40,9 @@ SMALLER: dict[str, dict[str, Any]] = {
     "blip2-retrieval": {"init.from": None},
     "blip2-vqa": {"init.from": None},
     "sitta-cpu": {"scorer": None},  # a run of emoji-scorer, which training does not read
+    "esper": {"connector.tokens": 4},
+    "text-to-concept": {"scorer": None},
+    "text-to-concept-cpu": {"scorer": None},  # a run of emoji-scorer, too
     "ziya-vl": {"stages.0.init.from": None},
     "llava-cpu": {"adapters": LORA},
     "peft-captioning": {"init.from": None, "adapters": [*LORA, {"type": "lora", "r": 3}]},
@@ -52,7 +55,7 @@ SMALLER: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def places(tmp_path_factory: pytest.TempPathFactory, tiny_decoder: str) -> dict[str, str]:
+def places(tmp_path_factory: pytest.TempPathFactory, tiny_decoder: str, tiny_clip: str) -> dict[str, str]:
     """The folders of tiny parts, and tables of captions, of videos and of conversations."""
     folder = tmp_path_factory.mktemp("recipes")
     tiny_tokenizer().save_pretrained(folder / "words")
@@ -74,7 +77,8 @@ def places(tmp_path_factory: pytest.TempPathFactory, tiny_decoder: str) -> dict[
     (folder / "labels.json").write_text(json.dumps(labels))
     encoder, lm = tiny_encoder(folder / "encoder"), tiny_lm(folder / "lm")
     words = str(folder / "words")
-    return {"folder": str(folder), "encoder": encoder, "lm": lm, "words": words, "decoder": tiny_decoder}
+    parts = {"encoder": encoder, "lm": lm, "decoder": tiny_decoder, "clip": tiny_clip}
+    return {"folder": str(folder), "words": words, **parts}
 
 
 def tiny(name: str, places: dict[str, str]) -> dict[str, Any]:
@@ -93,6 +97,7 @@ def tiny(name: str, places: dict[str, str]) -> dict[str, Any]:
     found: dict[str, Any] = {"encoder": encoder, "data.train": captions}
     if config.lm:
         found |= {"lm.model": places["lm"]}
+    found |= {f"guides.{name}": {"type": "dual-encoder", "model": places["clip"]} for name in config.guides}
     if config.data.val:
         found |= {"data.val": captions}
     if config.connector and config.connector.type == "qformer":
