@@ -18,7 +18,6 @@ from mllm.media.tilings import AnyResolution, DynamicResolution, Split
 from mllm.registry import fulfilled, lookup, made
 from mllm.slots import Connector, Encoder
 
-
 Runs = Callable[[Any, dict[str, Any]], dict[str, Any]]  # a class and its options, to the options with runs loaded
 
 

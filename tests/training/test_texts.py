@@ -1,4 +1,4 @@
-"""Training on captions alone: no image is opened, the model answers for images, and what does not fit is one message."""
+"""Training on captions alone: no image is opened, the model answers for images; misfits are one message."""
 
 from __future__ import annotations
 
@@ -179,7 +179,10 @@ def test_check_and_plan_know_the_recipe(recipe):
             ["encoder={{type: text, model: {bert}}}", "data.train.see=image", "connector={{type: linear, tokens: 4}}"],
             r"encodes texts alone, and a source shows images",
         ),
-        (["stages.1.train={{encoder: 0.1}}"], r"trains the encoder on texts, which is possible with encoder\.type=text"),
+        (
+            ["stages.1.train={{encoder: 0.1}}"],
+            r"trains the encoder on texts, which is possible with encoder\.type=text",
+        ),
         (
             [IMAGINED],
             r"map from texts to features is not fitted yet.*fit: {{part: encoder\.project}}",
@@ -229,8 +232,9 @@ def test_a_text_tower_trains_and_each_text_is_masked_anew(recipe, tmp_path, tiny
     options = [f"encoder={{type: text, model: {tiny_bert}, mask: 0.25}}", "connector={type: linear, tokens: 4}"]
     run = mllm.train(recipe, [*options, f"stages=[{stage}]"], out=tmp_path / "run")
     assert len(losses(run)) == 3
-    saved, fresh = mllm.load(run.path), mllm.assemble(
-        {"type": "text", "model": tiny_bert}, tiny_parts[1], {"type": "linear", "tokens": 4}
+    saved, fresh = (
+        mllm.load(run.path),
+        mllm.assemble({"type": "text", "model": tiny_bert}, tiny_parts[1], {"type": "linear", "tokens": 4}),
     )
     texts = ["a dog"]
     with torch.no_grad():
@@ -250,4 +254,3 @@ def test_imagined_images_train_a_connector(recipe, folder, tmp_path, tiny_parts,
     frozen = json.loads((run.path / "frozen.json").read_text())
     assert set(frozen["align"]["before"]) == {"encoder", "lm"}
     assert problems(recipe, options) == [] and len(plan(recipe, options).stages) == 3
-
