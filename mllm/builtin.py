@@ -61,7 +61,17 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "retrieval": "mllm.scorers.retrieval:RetrievalScorer",
         "matching": "mllm.scorers.matching:MatchingScorer",
     },
+    "guides": {"run": "mllm.guides.run:run"},
+    "rewards": {
+        "closeness": "mllm.rewards.closeness:Closeness",
+        "fluency": "mllm.rewards.fluency:Fluency",
+        "repetition": "mllm.rewards.repetition:Repetition",
+        "metric": "mllm.rewards.metric:MetricReward",
+    },
     "objectives": {
+        "align": "mllm.objectives.align:Align",
+        "kl-to-base": "mllm.objectives.kl_to_base:KLToBase",
+        "reward": "mllm.objectives.reward:RewardLoss",
         "caption": "mllm.objectives.caption:Caption",
         "contrastive": "mllm.objectives.contrastive:SentenceContrastive",
         "patch-contrastive": "mllm.objectives.contrastive:PatchContrastive",

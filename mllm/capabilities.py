@@ -260,7 +260,11 @@ class ReadsPrompts(Protocol):
 SEVERAL: tuple[type, ...] = (ImageTokenHead,)  # kinds that a model may have several parts of, which work together
 
 
-def missing(kind: type) -> str:
-    """Return what a model lacks that has no part of a kind, and how a recipe names one."""
+def missing(*kinds: type) -> str:
+    """Return what a model lacks that has no part of one of these kinds, and how a recipe names one."""
+    return ", or ".join(map(_described, kinds))
+
+
+def _described(kind: type) -> str:
     first = (kind.__doc__ or "").split("\n\n")[0].split(". ")[0].strip().rstrip(".").replace("``", "")
     return " ".join(first.split())[:1].lower() + " ".join(first.split())[1:] or kind.__name__

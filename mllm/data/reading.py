@@ -176,7 +176,7 @@ class Reading:
         return kept
 
     def available(self, image: Any) -> bool:
-        """Return whether an image is kept: it need not be there, is no file, exists, or is an error in the end."""
+        """Return whether an image is kept: one that is not needed, is no file, exists, or is an error in the end."""
         if not self._images or not isinstance(image, ImageFile):
             return True
         name = str(image.path)

@@ -118,11 +118,13 @@ def read_source(
             reader.
     """
     function, reading, options = _bound(spec, skip)
-    items = reading.run(function, options, check)
+    items = reading.run(function, options, check if spec.answers else None)
     if spec.blank:
         items = _changed(items, _blank, "black")
     if spec.answer is not None:
         items = _changed(items, partial(_with_answer, spec.answer), f"answer {spec.answer}")
+    if not spec.answers:
+        items = _changed(items, _without_answers, "no answers")
     if spec.see == "text":  # a lazy item's caption is chosen with its answer (`mllm.data.stream`)
         items = _changed(items, as_text, "see text") if isinstance(items, Lazy) else in_texts(items)
     if spec.fraction < 1:
@@ -174,6 +176,16 @@ def _with_answer(number: int, item: Item) -> Item:
     last = len(item.answers) - 1
     index = max(0, min(number, last) if number >= 0 else last + 1 + number)
     return replace(item, answers=item.answers[index : index + 1])
+
+
+def _without_answers(item: Item) -> Item:
+    """Return an item with its images, and its question if it has one, alone."""
+    if item.messages or item.document:
+        raise MLLMError(
+            f"data: the item {item.id!r} is a conversation or a document, but 'answers: false' is for captions and "
+            "questions. Leave it out."
+        )
+    return replace(item, answers=())
 
 
 def read_all(specs: Sequence[DataSpec], *, seed: int = 0, skip: float = 0.0) -> list[Source]:

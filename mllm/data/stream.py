@@ -148,7 +148,8 @@ class Stream:
             parts = [items[other + (other >= position.index)], item]
         pieces: list[Piece] = []
         for part in parts:
-            check_learnable(part)
+            if spec.answers:
+                check_learnable(part)
             check_combinable(part, spec)
             answers = [answer for answer in part.answers if answer.strip()]  # some annotators may have left it empty
             answer = generator.choice(answers) if answers else None

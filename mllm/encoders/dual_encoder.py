@@ -110,6 +110,13 @@ class DualEncoder(nn.Module):
         batches = [inputs[start : start + _BATCH] for start in range(0, len(inputs), _BATCH)]
         return torch.cat([nn.functional.normalize(_vectors(encode(batch)).float(), dim=-1) for batch in batches])
 
+    @functools.cached_property
+    def dim(self) -> int:
+        """The width D of the embeddings."""
+        side = self.model.config.vision_config.image_size
+        with torch.no_grad():
+            return int(self.image_vectors(torch.zeros(1, 3, side, side, device=self.model.device)).shape[-1])
+
     @property
     def ready(self) -> bool:
         """Whether images and texts can be encoded; not if only a published model's configuration is available."""

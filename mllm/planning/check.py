@@ -10,9 +10,10 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from mllm.answering.decode import make_decoding
 from mllm.assembly import Assembly
-from mllm.build import fit_of
 from mllm.capabilities import SEVERAL, ImageTokenHead, missing
 from mllm.config import loading
 from mllm.config.data import DataSpec
@@ -21,6 +22,7 @@ from mllm.config.recipe import Recipe, Stage
 from mllm.data.sources import reader
 from mllm.errors import MLLMError
 from mllm.evaluation import check_suite
+from mllm.fits.build import fit_of
 from mllm.lms.decoding import check_batch
 from mllm.objectives.build import objectives_of
 from mllm.parts import trained_module
@@ -30,6 +32,7 @@ from mllm.prompts.chat_template import uses_template
 from mllm.prompts.entities import vocabulary_of
 from mllm.readout.tokens import image_tokens
 from mllm.training.batches import check_augmentation
+from mllm.training.guides import check_answers, open_guides, problems_of
 from mllm.training.texts import check_texts
 from mllm.transfer import check_source
 
@@ -93,6 +96,12 @@ def _of_model(model: Assembly, stage: Stage) -> list[str]:
         if stage.prompt.entities is not None:
             vocabulary_of(stage.prompt.entities)
     wrong += [f"Stage {stage.name}: {problem}" for problem in unmet(model, stage)]
+    with noted(wrong):
+        check_answers(stage)
+    with noted(wrong):
+        with torch.device("meta"):
+            open_guides(model, stage)
+        wrong += [f"Stage {stage.name}: {problem}" for problem in problems_of(model, stage)]
     with noted(wrong):
         if stage.fit is not None:
             wrong += [f"Stage {stage.name} {problem}" for problem in fit_of(stage).problems(model)]

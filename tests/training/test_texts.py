@@ -1,4 +1,4 @@
-"""Training on captions alone: no image is opened, the model answers for images; misfits are one message."""
+"""Training on captions alone: no image is opened, the model answers for images, what does not fit is one message."""
 
 from __future__ import annotations
 
