@@ -40,7 +40,8 @@ class Imagined(EncodesTexts):
                 "dual-encoder or run). Set encoder={type: imagined, of: [{model: ...}, {type: text, model: ...}]}."
             )
         self.of: Any = nn.ModuleList(of)
-        images, texts = self.of
+        images: Any = of[0]
+        texts = of[1]
         self.dim, self.num_patches, self.grid, self.shape = images.dim, images.num_patches, images.grid, images.shape
         self.reads_images, self.reads_videos = images.reads_images, images.reads_videos
         self.project = nn.Linear(texts.dim, images.num_patches * images.dim)

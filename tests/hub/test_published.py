@@ -25,12 +25,18 @@ SIZES = {
 }
 LM_SIZES = {
     "EleutherAI/gpt-j-6b": 6_050,
+    "openai-community/gpt2": 124.4,
+    "facebook/opt-1.3b": 1_316,
     "facebook/opt-2.7b": 2_700,
     "facebook/opt-6.7b": 6_700,
     "huggyllama/llama-7b": 6_738,
     "lmsys/vicuna-7b-v1.5": 6_738,
     "01-ai/Yi-6B-Chat": 6_061,
 }
+
+ATTENTION, NORM = 4 * (512 * 512 + 512), 2 * 512  # of width 512
+# A layer of ClipCap's mapper: attention, a feed-forward layer of 2 x 768, and two LayerNorms.
+CLIPCAP = 4 * (768 * 768 + 768) + (768 * 1536 + 1536) + (1536 * 768 + 768) + 2 * 2 * 768
 
 GILL_HEADS = [  # without the one of the last stage
     {"type": "retrieval", "dim": 256, "token": "[IMG0]"},
@@ -47,6 +53,10 @@ TRAINED = [
     ("magma", {}, 12_587_008 + 2 * 4096 + 235_024_384, 144),  # the prefix, its LayerNorm, the adapters
     ("fromage", {}, 5_513_729, 1),  # with [RET]'s row and the scale
     ("gill", {"heads": GILL_HEADS}, 50_096_385, 4),  # with eight rows and the scale
+    ("viecap", {}, 513 * 7680 + 10 * 768 + 8 * CLIPCAP + 769 * 768, 10),  # its vectors, queries, layers and output
+    # its input, queries, two attentions, ffn, norms and output
+    ("maccap", {}, 513 * 512 + 32 * 512 + 2 * ATTENTION + 2 * 512 * 2048 + 2560 + 4 * NORM + 513 * 2048, 32),
+    ("zeronlg", {}, 513 * 768, 1),
     ("llava", {"stages.1.adapters": []}, 1024 * 4096 + 4096 + 4096 * 4096 + 4096, 576),
 ]
 
@@ -71,6 +81,10 @@ def built(name: str, overrides: dict[str, object]) -> Assembly:
 def test_encoders_have_their_published_size(name: str) -> None:
     model = built("limber", {"encoder": {"model": name}})
     assert size(model.get_submodule("encoder")) / 1e6 == pytest.approx(SIZES[name], rel=0.01)
+
+
+def test_a_dual_encoder_has_its_published_size() -> None:
+    assert size(built("viecap", {}).get_submodule("encoder")) == 151_277_313  # CLIP ViT-B/32 as released
 
 
 @pytest.mark.parametrize("name", LM_SIZES)

@@ -50,6 +50,9 @@ SMALLER: dict[str, dict[str, Any]] = {
     "cg-vlm-cpu": {"adapters": LORA},
     "internvl": {"data.pack": None},
     "llava-next": {"prompt.system": ""},
+    "viecap": {"connector.then": {"type": "mapper", "tokens": 4, "expand": 2, "dim": 16, "layers": 1, "heads": 2}},
+    "maccap": {"connector.then": {"type": "mapper", "tokens": 4, "dim": 16, "layers": 1, "heads": 2, "ffn": 16}},
+    "synth2": {"connector": {"type": "resampler", "tokens": 4, "depth": 1, "heads": 2}},
     "yi-vl": {"prompt.system": ""},  # longer than the tiny language model's context
 }
 
@@ -95,6 +98,15 @@ def tiny(name: str, places: dict[str, str]) -> dict[str, Any]:
         encoder = {"type": "video", "frames": 2, "pool": config.encoder.options()["pool"], "of": encoder}
     captions = {"format": "table", "path": f"{folder}/{'videos' if video else 'captions'}.json", "images": folder}
     found: dict[str, Any] = {"encoder": encoder, "data.train": captions}
+    if config.data.train and config.data.train[-1].see == "text":
+        of_texts = {"type": "dual-encoder", "model": places["clip"]}
+        imagined = config.encoder is not None and config.encoder.type == "imagined"
+        found["encoder"] = (
+            {"type": "imagined", "of": [{"model": places["encoder"]}, of_texts]} if imagined else of_texts
+        )
+        found |= {"data.train": {**captions, "see": "text"}, "scorer": of_texts}
+    if config.prompt.entities:
+        found["prompt.entities.of"] = list(COLOURS)
     if config.lm:
         found |= {"lm.model": places["lm"]}
     found |= {f"guides.{name}": {"type": "dual-encoder", "model": places["clip"]} for name in config.guides}
@@ -114,7 +126,7 @@ def tiny(name: str, places: dict[str, str]) -> dict[str, Any]:
         if "data" in _own(name, index):
             talks = {"path": f"{folder}/talks.json", "format": "llava", "images": folder, "task": "conversations"}
             said = stage.data.train[0].format in ("llava", "messages")
-            found[f"{at}.data.train"] = talks if said else captions
+            found[f"{at}.data.train"] = talks if said else {**captions, "see": stage.data.train[-1].see}
             if "heads.decision" in (*stage.train, stage.fit and stage.fit.part):
                 found[f"{at}.data.train"] = {**captions, "path": f"{folder}/labels.json"}
         if "encoder" in _own(name, index):
