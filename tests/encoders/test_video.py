@@ -15,7 +15,7 @@ import mllm
 from mllm.build import encoder_of
 from mllm.config.messages import checked
 from mllm.config.parts import EncoderSpec
-from mllm.encoders.video import merged
+from mllm.encoders.video import merged, slopes
 from mllm.errors import MLLMError
 from mllm.media.images import ImageFile, source_of
 from mllm.media.videos import Clip, frame_indices, open_clip
@@ -95,7 +95,8 @@ def test_unreadable_videos_are_refused(clip: Path, tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize(
-    ("pool", "patches", "grid"), [("mean", 16, (4, 4)), ("none", 48, (12, 4)), ("merge", 32, (8, 4))]
+    ("pool", "patches", "grid"),
+    [("mean", 16, (4, 4)), ("slope", 16, (4, 4)), ("none", 48, (12, 4)), ("merge", 32, (8, 4))],
 )
 def test_frames_go_through_the_image_encoder(image_encoder: str, pool: str, patches: int, grid: Any) -> None:
     video = built(image_encoder, frames=3, pool=pool, keep=2 if pool == "merge" else 1)
@@ -105,11 +106,19 @@ def test_frames_go_through_the_image_encoder(image_encoder: str, pool: str, patc
     per_frame = torch.stack([video.of(video.of.preprocess(clip.frames)) for clip in clips])  # (B, T, P, D_vis)
     expected = {
         "mean": per_frame.mean(1),
+        "slope": torch.tensor(np.polyfit([-1, 0, 1], per_frame.detach().transpose(0, 1).flatten(1), 1)[0]),
         "none": per_frame.flatten(1, 2),
         "merge": merged(per_frame, 2).flatten(1, 2),
     }[pool]
-    torch.testing.assert_close(features, expected)
+    torch.testing.assert_close(features, expected.view_as(features).to(features.dtype), atol=1e-5, rtol=1e-4)
     assert features.shape == (2, patches, 24)
+
+
+def test_slopes_say_what_comes_and_what_goes() -> None:
+    one, other = torch.eye(2)
+    frames = torch.stack([one, one, other, other])[None, :, None]  # (1, 4, 1, 2)
+    assert torch.equal(slopes(frames), -slopes(frames.flip(1))) and slopes(frames)[0, 0].tolist()[0] < 0
+    assert not slopes(frames[:, :1]).any() and slopes(frames[:, :1].expand(-1, 5, -1, -1)).abs().max() < 1e-6
 
 
 def test_merging_averages_the_most_similar_frames_and_keeps_the_order() -> None:
@@ -150,7 +159,7 @@ def test_a_model_answers_about_a_file_alike_in_a_batch_and_alone(
 def test_wrong_settings_are_refused_on_the_meta_device(image_encoder: str) -> None:
     with torch.device("meta"):
         assert built(image_encoder, frames=3, pool="none").num_patches == 48
-        with pytest.raises(MLLMError, match="pool mean, none or merge"):
+        with pytest.raises(MLLMError, match="pool mean, slope, none or merge"):
             built(image_encoder, pool="max")
         with pytest.raises(MLLMError, match=r"encoder\.keep is 5.*keep from 1 to frames=4"):
             built(image_encoder, pool="merge", keep=5)

@@ -16,6 +16,7 @@ from mllm.errors import MLLMError
 from mllm.fits.base import Material
 from mllm.fits.connector import ConnectorFit
 from mllm.media.images import source_of
+from mllm.registry import lookup
 from mllm.testing import tiny_image
 
 CAPTIONS = ["red", "a cat", "blue", "dog", "on", "no cats", "as", "left"]
@@ -133,3 +134,19 @@ def test_what_it_remembers_is_saved(tiny_parts, items, tmp_path):
     model = fitted(assembled(tiny_parts), items)
     model.save(tmp_path / "model")
     assert shown(mllm.load(tmp_path / "model"), [items[1].images[0]]) == [padded("a cat")]
+
+
+@torch.no_grad()
+def test_with_a_shuffle_it_counts_where_something_is():
+    sizes = {"vis_dim": 3, "lm_dim": 2, "num_patches": 4, "grid": (2, 2), "tokens": 1, "texts": 4}
+    memory = lookup("connectors", "memory")(**sizes, shuffle=2, threshold=0.5)
+    memory.remember([torch.full((1, 2), float(n)) for n in range(4)], torch.full((2,), 9.0))
+    memory.keys.weight.copy_(torch.eye(4).repeat_interleave(3, dim=1))  # text n scores where patch n is bright
+    memory.keys.bias.zero_()
+    for n in range(4):
+        features = torch.zeros(1, 4, 3)
+        features[0, n] = 1.0
+        assert memory(features).tolist() == [[[n, n]]]
+    assert memory(torch.zeros(1, 4, 3)).tolist() == [[[9, 9]]]
+    with pytest.raises(MLLMError, match=r"connector\.shuffle is 3"):
+        lookup("connectors", "memory")(**sizes, shuffle=3)

@@ -32,8 +32,7 @@ def emoji_motion(*, split: str, task: str = "questions", size: int = 500, seed: 
     Args:
         split: "train"; "val", new videos of the same kinds; "kinds", videos of kinds that "train" never shows.
         task: "questions": which way an object moves, or whether it appears or disappears (kind "direction" or
-            "change"); "captions", which say so; "both", consecutive; or "name": a question's one-word answer as a
-            caption.
+            "change"); "captions", which say so; "both", consecutive; or "name": captions of one word, the answer.
         size: the number of items.
         seed: other seeds give other videos of the same split.
 
