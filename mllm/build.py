@@ -10,11 +10,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from mllm.answering.decode import make_decoding
+from mllm.answering.on_engine import start
 from mllm.assembly import Assembly
 from mllm.config.base import PartSpec
 from mllm.config.messages import checked
-from mllm.config.parts import KINDS, SCORER, AssemblySpec
+from mllm.config.parts import SCORER, AssemblySpec
 from mllm.decoders.condition import check_condition
 from mllm.devices import DeviceName, DTypeName, cast, choose_device, dtype_of, give_memory
 from mllm.encoders.base import on_meta
@@ -22,8 +22,8 @@ from mllm.encoders.specified import cut_for, newline_for
 from mllm.encoders.specified import encoder_of as encoder_of
 from mllm.engines.base import Engine
 from mllm.engines.choose import EngineName, engine_of
-from mllm.engines.language_model import EngineLanguageModel
-from mllm.engines.parts import check_parts, start
+from mllm.engines.choose import build_lm as build_lm
+from mllm.engines.parts import check_parts
 from mllm.errors import MLLMError
 from mllm.guides.base import GROUPS, Guides
 from mllm.lms.insert import build_adapters, build_tokens
@@ -51,8 +51,7 @@ def build(
     """Return the model of a specification, on a device; the trained parts' weights are initialized at random.
 
     Args:
-        spec: the specification.
-        device, dtype: as in `load`.
+        spec, device, dtype: the specification; the rest is as in `load`.
         engine: what will run the language model's layers, which are then not loaded here.
     """
     check_condition(spec)
@@ -101,9 +100,10 @@ def _joined(spec: AssemblySpec, *, encoder: Any, lm: Any, device: torch.device) 
         trained_module(model, path)
     if model.generates_text:
         lm.text.turn_end = end_of_turn(spec.prompt, lm)
-    if not on_meta():
-        give_memory(model.adapters, device)  # those inside layers that an engine has
-    return model if on_meta() else model.to(device)
+    if on_meta():
+        return model
+    give_memory(model.adapters, device)  # those inside layers that an engine has
+    return model.to(device)
 
 
 def _build_seeded(
@@ -158,21 +158,6 @@ def build_encoder(spec: AssemblySpec) -> Any:
     here = torch.device("cpu")  # until the parts are joined
     runs = functools.partial(with_runs, device=here)
     return encoder_of(spec.encoder, seed=spec.seed_of("encoder"), runs=runs)
-
-
-def build_lm(spec: AssemblySpec, *, device: torch.device | None = None, engine: Engine | None = None) -> Any:
-    """Return the language model; None where the specification has none.
-
-    Quantized weights are built on ``device`` (None: the CPU), and an ``engine`` will run the layers, if there is one.
-    """
-    if spec.lm is None:
-        return None
-    cls, options = lookup("lms", spec.lm.type), spec.lm.options()
-    if engine is not None:
-        cls, options["engine"] = EngineLanguageModel, engine
-    if device is not None and "device" in inspect.signature(cls).parameters:
-        options["device"] = device
-    return made(cls, f"language model {spec.lm.model}", **options, seed=spec.seed_of("lm"))
 
 
 def build_connector(spec: AssemblySpec, *, encoder: Any, lm: Any) -> Connector:
@@ -234,8 +219,6 @@ def load(
         restore(model, path)
     model.source, model.fingerprint = str(folder), about.fingerprint
     if runs_layers is not None:
-        for kind in (None, *KINDS):
-            make_decoding(model, {"kind": kind})  # which refuses options that the engine does not have
         start(model)
     return model
 

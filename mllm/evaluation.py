@@ -19,7 +19,13 @@ if TYPE_CHECKING:
     from mllm.assembly import Assembly
     from mllm.data.items import Item
 
-BENCHES = {"train": "train", "generate": "generate", "eval": "evaluate", "matrix": "matrix"}  # name -> module
+BENCHES = {  # name -> module
+    "train": "train",
+    "generate": "generate",
+    "eval": "evaluate",
+    "serve": "serve",
+    "matrix": "matrix",
+}
 
 
 @dataclass(frozen=True)

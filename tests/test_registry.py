@@ -12,7 +12,7 @@ from mllm import registry
 from mllm.builtin import BUILT_IN, RENAMED
 from mllm.errors import MLLMError
 
-GROUPS = "encoders lms connectors adapters heads image_decoders scorers objectives fits readers decoding "
+GROUPS = "encoders lms engines connectors adapters heads image_decoders scorers objectives fits readers decoding "
 GROUPS += "answers suites metrics"
 PARTS = [(group, name) for group, parts in BUILT_IN.items() for name in parts]
 

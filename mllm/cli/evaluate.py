@@ -136,11 +136,12 @@ def compare(
 
 
 def bench(
-    what: Annotated[str, typer.Argument(metavar="train|generate|eval|matrix", help="What to measure.")],
+    what: Annotated[str, typer.Argument(metavar="train|generate|eval|serve|matrix", help="What to measure.")],
     out: Annotated[Path, typer.Option(help="Folder of the results, as JSON.")] = Path("runs/bench"),
     repeats: Annotated[int, typer.Option(min=1, help="Pairs of runs; the table has medians.")] = 3,
     only: Annotated[str | None, typer.Option(help="Only for train: llava, heavy, target or share.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Only for train: steps of an epoch, 4 by default.")] = None,
+    engine: Annotated[str | None, typer.Option(help="Only for serve: the engine, vllm by default.")] = None,
     device: DeviceName = None,
 ) -> None:
     """Measure speed next to the alternatives, on an otherwise idle machine, or try all parts together (matrix)."""
@@ -150,9 +151,13 @@ def bench(
     if device is not None and what == "train":
         raise MLLMError("`mllm bench train` compares on the CPU, so it takes no --device. Leave it out.")
     use_device("cpu" if what == "train" else device)
-    options = {key: value for key, value in (("only", only), ("steps", steps)) if value is not None}
+    options: dict[str, Any] = {key: value for key, value in (("only", only), ("steps", steps)) if value is not None}
     if options and what != "train":
         raise MLLMError(f"--{next(iter(options))} is for `mllm bench train`. Leave it out.")
+    if engine is not None:
+        if what != "serve":
+            raise MLLMError("--engine is for `mllm bench serve`. Leave it out.")
+        options["engine"] = engine
     run_bench(what, out=out, repeats=repeats, progress=typer.echo, **options)
 
 

@@ -1,12 +1,20 @@
-"""Return the engine that a user names: a name of the registry group ``engines``, URLs, or a mapping with options."""
+"""Return the engine that a user names, and the language model whose layers it runs.
+
+An engine is a name of the registry group ``engines``, URLs, or a mapping with options.
+"""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
+from mllm.config.parts import AssemblySpec
 from mllm.config.yaml_text import parse_yaml
 from mllm.engines.base import Engine
+from mllm.engines.language_model import EngineLanguageModel
 from mllm.errors import MLLMError
 from mllm.registry import lookup, made
 
@@ -50,3 +58,18 @@ def _options_of(given: str | Sequence[str] | Mapping[str, Any]) -> dict[str, Any
         return {"type": given}
     urls = [given] if isinstance(given, str) else given
     return {"type": "url", "urls": [url.strip() for text in urls for url in str(text).split(",")]}
+
+
+def build_lm(spec: AssemblySpec, *, device: torch.device | None = None, engine: Engine | None = None) -> Any:
+    """Return the language model; None where the specification has none.
+
+    Quantized weights are built on ``device`` (None: the CPU), and an ``engine`` will run the layers, if there is one.
+    """
+    if spec.lm is None:
+        return None
+    cls, options = lookup("lms", spec.lm.type), spec.lm.options()
+    if engine is not None:
+        cls, options["engine"] = EngineLanguageModel, engine
+    if device is not None and "device" in inspect.signature(cls).parameters:
+        options["device"] = device
+    return made(cls, f"language model {spec.lm.model}", **options, seed=spec.seed_of("lm"))

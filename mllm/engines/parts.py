@@ -1,15 +1,10 @@
-"""Say which parts of a model an engine can run, and start it with those that it needs.
-
-Parts are refused by what they are, on the meta device, before anything is loaded.
-"""
+"""Say which parts of a model an engine cannot run, by what the parts are; asked before anything is loaded."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from mllm.capabilities import CachePrefix, PeftAdapter, PrefixAdapter
-from mllm.engines.peft_files import peft_folder
 from mllm.errors import MLLMError
 from mllm.model import Model
 
@@ -25,20 +20,6 @@ def check_parts(model: Model) -> None:
     """
     if problems := list(_problems(model)):
         raise MLLMError(f"An engine cannot run this model: {'; '.join(problems)}. Use engine: transformers.")
-
-
-def start(model: Model) -> None:
-    """Start the engine of a model whose trained weights are loaded, with the model's LoRA if it has one.
-
-    Raises:
-        MLLMError: it cannot be started, or has another language model.
-    """
-    lora: dict[str, Any] = {}
-    for adapter in model.find_all(PeftAdapter).values():
-        config = adapter.peft_config
-        lora = {"lora": peft_folder(adapter, model.spec.lm.model), "rank": int(config.r)}
-        lora["targets"] = tuple(sorted(config.target_modules))
-    model.lm.open(**lora)
 
 
 def _problems(model: Model) -> Iterator[str]:

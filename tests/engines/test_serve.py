@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -162,3 +163,13 @@ def test_an_image_of_a_request_is_encoded_here(saved: str, port: int, served: An
     with served(mllm.load(saved)) as here:
         expected = content(post(here, "", messages=message))
     assert content(post(port, "", messages=message)) == expected
+
+
+def test_the_bench_counts_clients_of_both(saved: str, engine: Any) -> None:
+    models = [mllm.load(saved, engine=engine.url), mllm.load(saved)]
+    bench = import_module("mllm.eval.bench.serve")
+    lines: list[str] = []
+    rate, late = bench.measured(models, 3, repeats=1, progress=lines.append, tokens=4)
+    assert len(lines) == 4 and "engine" in lines[0] and "transformers" in lines[1]
+    assert rate.ours < 3 / 0.04 and late.ours < 1 / 0.01  # its engine waits 0.01 seconds before each token
+    assert rate.ratio == pytest.approx(rate.ours / rate.alternative)
