@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -196,6 +197,20 @@ def test_a_text_that_is_no_unicode_is_one_message_wherever_it_is_read(model):
     for act in acts:
         with pytest.raises(MLLMError, match=r"lone surrogate.*UTF-8\.$"):
             act()
+
+
+def test_calls_from_several_threads_answer_as_one_after_another(model):
+    def call(number):
+        prompt = [[A, B][number % 2], "what is it?"]
+        if number % 3 == 0:
+            return [str(model.generate([prompt], max_new_tokens=3, temperature=float(number % 2), seed=number)[0])]
+        return model.score(prompt, ["yes", "a dog"]) if number % 3 == 1 else [model.see(prompt).ask("colour")]
+
+    alone = [call(number) for number in range(9)]
+    with ThreadPoolExecutor(4) as threads:
+        together = list(threads.map(call, range(9)))
+    for one, other in zip(alone, together, strict=True):
+        assert one == (other if isinstance(other[0], str) else pytest.approx(other, abs=1e-4))
 
 
 def test_a_connector_argument_that_does_not_exist_is_named(tiny_parts):

@@ -48,14 +48,14 @@ def tiny_encoder(folder: Path, *, seed: int = 0, dim: int = 24, side: int = 32, 
     return str(folder)
 
 
-def tiny_lm(folder: Path, *, seed: int = 0, dim: int = 32, context: int = 256) -> str:
-    """Save a two-layer Llama over bytes (258 tokens, width 32) with its tokenizer, and return its folder."""
+def tiny_lm(folder: Path, *, seed: int = 0, dim: int = 32, context: int = 256, layers: int = 2) -> str:
+    """Save a Llama over bytes (two layers, 258 tokens, width 32) with its tokenizer, and return its folder."""
     torch.manual_seed(seed)
     tokenizer = tiny_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=dim,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         intermediate_size=2 * dim,

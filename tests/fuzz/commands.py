@@ -9,7 +9,7 @@ import os
 import random
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ class Commands:
         self._commands = dict(_leaves(typer.main.get_command(app), ()))
 
     def named(self) -> dict[str, Act]:
-        """Return each command with nothing, with one odd value, and with one for each of its options."""
+        """Return each command with nothing, with one odd value, and with one for each of its arguments and options."""
         lines: list[list[str]] = [[], [""], ["x"], ["--x"], ["--debug"], ["train" + "n" * 300]]
         for name, command in self._commands.items():
             words = name.split()
@@ -72,6 +72,7 @@ class Commands:
             if name not in STARTING:
                 lines += [[*words, *self._arguments(command), option, value] for option in _options(command)
                           for value in ("", "-1", "x" * 300)]  # fmt: skip
+                lines += [[*words, *odd] for odd in _replaced(self._arguments(command))]
         lines += [
             ["plan", self._recipe, "--flops", "0"],
             ["plan", self._recipe, "--flops", "-1"],
@@ -155,6 +156,13 @@ def run(line: Sequence[str]) -> tuple[int, str, str]:
         os.environ.clear()
         os.environ.update(kept[2])
     return status, out.getvalue(), err.getvalue()
+
+
+def _replaced(arguments: Sequence[str]) -> Iterator[list[str]]:
+    """Yield arguments of which one is odd: empty, far too long, or bytes that are no UTF-8."""
+    for position in range(len(arguments)):
+        for value in ("", "x" * 300, "caf\udce9"):
+            yield [*arguments[:position], value, *arguments[position + 1 :]]
 
 
 def _leaves(command: Any, names: tuple[str, ...]) -> list[tuple[str, Any]]:

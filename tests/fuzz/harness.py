@@ -18,7 +18,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -44,7 +44,7 @@ class Fuzzer(Protocol):
 
 
 class _Slow(BaseException):
-    """A case took too long."""
+    """A case took too long, of the process's time or on the clock."""
 
 
 def judge(act: Act) -> str:
@@ -58,7 +58,7 @@ def judge(act: Act) -> str:
     except MLLMError as error:
         outcome = _of_message(str(error))
     except _Slow as error:
-        return f"slow: at {_place(traceback.extract_tb(error.__traceback__))}"
+        return f"slow: {error}, at {_place(traceback.extract_tb(error.__traceback__)[:-1])}"
     except AssertionError as error:
         outcome = f"wrong: {str(error)[:600]} at {_place(traceback.extract_tb(error.__traceback__))}"
     except BaseException as error:
@@ -83,8 +83,8 @@ def _of_message(message: str) -> str:
 def _alarm() -> Iterator[None]:
     """Raise `_Slow` in a case that takes too long."""
 
-    def ring(*_: Any) -> None:
-        raise _Slow
+    def ring(number: int, _: Any) -> None:
+        raise _Slow("of the process" if number == signal.SIGPROF else "on the clock")
 
     timers = ((signal.SIGPROF, signal.ITIMER_PROF, SECONDS), (signal.SIGALRM, signal.ITIMER_REAL, WAITING))
     before = [signal.signal(number, ring) for number, _, _ in timers]
@@ -98,7 +98,7 @@ def _alarm() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _place(frames: traceback.StackSummary) -> str:
+def _place(frames: Sequence[traceback.FrameSummary]) -> str:
     """Return the last line of this package in a traceback, and the last of all."""
     ours = [frame for frame in frames if "site-packages" not in frame.filename and "/lib/python" not in frame.filename]
     chosen = [*ours[-1:], *(frames[-1:] if frames and (not ours or frames[-1] != ours[-1]) else [])]
@@ -169,7 +169,7 @@ def _child(
                 report.write(json.dumps({"label": label, "outcome": outcome}) + "\n")
                 report.truncate()
                 report.flush()
-                if outcome.startswith("slow: at"):  # it was cut off wherever it was, and may have left anything behind
+                if outcome.startswith("slow: o"):  # it was cut off wherever it was, and may have left anything behind
                     os._exit(RENEWED)
         os._exit(0)
     except BaseException:

@@ -23,7 +23,8 @@ from mllm.errors import MLLMError
 from mllm.planning.check import problems
 from mllm.planning.examples import first_examples
 from mllm.planning.plan import plan
-from tests.fuzz.fixtures import parts, plain_recipe, rich_recipe, save_yaml, suite, write_data
+from mllm.testing import tiny_encoder, tiny_lm
+from tests.fuzz.fixtures import plain_recipe, rich_recipe, save_yaml, suite, write_data
 from tests.fuzz.harness import Act
 from tests.fuzz.mutate import ODD, changed, damaged, difference
 
@@ -38,7 +39,10 @@ class Recipes:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        encoder, lm = parts(folder)
+        encoder, lm = (
+            tiny_encoder(folder / "encoder"),
+            tiny_lm(folder / "lm", layers=1),
+        )  # each layer is traced by `plan`
         self._data = write_data(folder / "data")
         self._bases = [plain_recipe(encoder, lm, self._data), rich_recipe(encoder, lm, self._data)]
         for base in self._bases:

@@ -13,10 +13,11 @@ from mllm.errors import MLLMError
 from mllm.lms.tokenizer import TextTokenizer
 from mllm.prompts.batch import IGNORED, Encoded, encode
 from mllm.prompts.chat_template import end_of_turn, uses_template
-from mllm.prompts.length import length_of, shortened
+from mllm.prompts.length import length_of, shortened, with_short_answers
 from mllm.prompts.messages import checked_messages, rendered
-from mllm.prompts.pieces import images_of
+from mllm.prompts.pieces import Target, images_of
 from mllm.testing import tiny_image
+from mllm.testing.lms import tiny_tokenizer
 
 VISUAL = 3
 IMAGE = {"type": "image", "image": tiny_image(1)}
@@ -288,6 +289,7 @@ def test_a_template_that_loses_a_turn_is_refused(text, reason):
         pytest.param("{{ m['content'] | capitalize }}", id="capitalize"),
         pytest.param("{{ m['content'] | title }}", id="title"),
         pytest.param("{% if m['content'].startswith('  W') %}!{% endif %}{{ m['content'] }}", id="startswith"),
+        pytest.param("{% if m['content'].endswith('? \n') %}!{% endif %}{{ m['content'] }}", id="endswith"),
         pytest.param("{{ m['content'].split('</think>')[-1] }}", id="thinking-left-out"),
     ],
 )
@@ -313,6 +315,41 @@ def test_a_users_text_that_looks_like_the_template_does_not_move_its_borders():
 def test_half_a_character_is_refused():
     with pytest.raises(MLLMError, match="surrogate"):
         checked_messages([said("user", "a\ud800")])
+
+
+@pytest.mark.parametrize(
+    "original",
+    [
+        pytest.param("hello", id="text"),
+        pytest.param({"content": "x"}, id="no-role"),
+        pytest.param({"role": "robot", "content": "x"}, id="another-role"),
+        pytest.param({"role": "user"}, id="no-content"),
+        pytest.param(
+            {"role": "user", "content": [{"type": "image_url", "image_url": "data:,"}]}, id="url-that-is-no-object"
+        ),
+        pytest.param(
+            {"role": "user", "content": [{"type": "video_url", "video_url": 3}]}, id="video-that-is-no-object"
+        ),
+        pytest.param({"role": "user", "content": [{"type": "image"}]}, id="part-without-an-image"),
+        pytest.param({"role": "user", "content": ["x"]}, id="part-that-is-a-text"),
+    ],
+)
+def test_what_is_no_message_is_refused(original):
+    with pytest.raises(MLLMError, match="message"):
+        checked_messages([original])
+
+
+def test_a_conversation_without_an_answer_has_nothing_to_learn():
+    questions, spec, lm = [said("user", "a"), said("user", "b")], PromptSpec(chat="plain"), tiny_lm(CHATML)
+    assert rendered(checked_messages(questions), spec, lm, learn=True) == rendered([], spec, lm, learn=True)
+
+
+def test_a_long_answer_is_cut_after_the_last_whole_word_that_fits():
+    lm, text = TextTokenizer(tiny_tokenizer()), "It is a red dog. It is yes"  # a token is a character
+    for limit in range(1, len(text)):
+        words = text[: limit + 1].rpartition(" ")[0]
+        assert with_short_answers([Target(text)], limit, lm) == [Target(words or text[:limit], ends=False)]
+    assert with_short_answers([Target(text)], len(text), lm) == [Target(text)]
 
 
 # Settings.
