@@ -59,14 +59,28 @@ class Material:
             )
         return items
 
-    def with_features(self, chunk: int) -> Iterator[tuple[Sequence[Item], Tensor]]:
-        """Yield captioned items in chunks, with the features ``(I, P, D_vis)`` of their first images.
+    @property
+    def answered(self) -> list[Item]:
+        """Return the items with captions, and those with answers to questions.
 
         Raises:
-            MLLMError: no captioned item has an image.
+            MLLMError: there are none.
+        """
+        items = [item for item in self.items if item.answers]
+        if not items:
+            raise MLLMError(
+                "stages.fit needs captions or answers, and the training data has none. Add a source with some."
+            )
+        return items
+
+    def with_features(self, items: Sequence[Item], chunk: int) -> Iterator[tuple[Sequence[Item], Tensor]]:
+        """Yield items in chunks, with the features ``(I, P, D_vis)`` of their first images.
+
+        Raises:
+            MLLMError: no item has an image.
         """
         assert self.features is not None
-        items = [item for item in self.captioned if item.images]
+        items = [item for item in items if item.images]
         if not items:
             raise MLLMError(
                 "stages.fit needs images with captions, and no caption of the training data has an image. Add a source "

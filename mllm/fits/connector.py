@@ -13,6 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from mllm.capabilities import EmbedsTexts, RemembersTexts, SentenceModel, Speaks
 from mllm.data.items import Item
 from mllm.errors import MLLMError
 from mllm.fits.base import ClosedForm, Material
-from mllm.fits.regression import Moments, NormalEquations
+from mllm.fits.regression import Apart, Moments, NormalEquations
 from mllm.lms.stop_words import content_words
 from mllm.lms.vocabulary import lexicon
 from mllm.lms.words import NEUTRAL, ordered_words, token_ids
@@ -45,9 +46,10 @@ class ConnectorFit(ClosedForm):
         solver: see `mllm.fits.regression.NormalEquations.solve`.
         targets: ``caption-words``; ``words-in-order``: visual token q is the caption's q-th token, and a neutral word
             after its end, for a linear map that returns all visual tokens of one pooled feature vector; ``texts``: the
-            scores of a memory's texts are 1 for the first caption and 0 for other captions' texts; ``content-words``: a
-            row for each different token of the captions' words that are no stop words; ``sentences``, the vectors of a
-            sentence encoder; or ``tokens``: lexical matching, which needs neither images nor captions.
+            scores of a memory's texts are 1 for the first caption and 0 for other captions' texts, and likewise those
+            of further memories for the answers to a question each; ``content-words``: a row for each different token
+            of the captions' words that are no stop words; ``sentences``, the
+            vectors of a sentence encoder; or ``tokens``: lexical matching, which needs neither images nor captions.
         stop_words: whether ``caption-words`` are English function words, too.
         standardize: as SITTA's code: features are standardized by their mean and deviation over the images, and
             embeddings by those of the language model's whole table; between these, the map has no intercept.
@@ -100,12 +102,13 @@ class ConnectorFit(ClosedForm):
             problems.append("standardizes embeddings of words: leave out stages.fit.standardize, or fit words.")
         return problems
 
-    def sums(self, model: Model) -> NormalEquations:
+    def sums(self, model: Model) -> NormalEquations | Apart:
         """Return empty sums."""
+        inputs = _linear(model).in_features
+        if self.targets == "texts":
+            return Apart(inputs, model.connector.sizes)
         tokens = model.connector.num_tokens if self.targets == "words-in-order" else 1
-        linear = _linear(model)
-        outputs = linear.out_features if self.targets == "texts" else tokens * model.lm.dim
-        return NormalEquations(linear.in_features, outputs)
+        return NormalEquations(inputs, tokens * model.lm.dim)
 
     def rows(self, model: Model, data: Material) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield inputs of the linear map ``(N, X)``, and target embeddings ``(N, D_lm)``."""
@@ -113,8 +116,9 @@ class ConnectorFit(ClosedForm):
         if self.targets == "tokens":
             yield from self._tokens(model, data)
             return
-        target = self._target(model, data.captioned)
-        for items, features in data.with_features(self.chunk):
+        captions = data.answered if self.targets == "texts" else data.captioned
+        target = self._target(model, captions)
+        for items, features in data.with_features(captions, self.chunk):
             yield self._row_for_each(model.connector.body(model.connector.cast(features)).mean(1), target(items))
 
     def _target(self, model: Model, items: Sequence[Item]) -> Targets:
@@ -129,15 +133,15 @@ class ConnectorFit(ClosedForm):
         counts = torch.tensor([len(each) for each in targets], device=x.device)
         return x.repeat_interleave(counts, 0), torch.cat(list(targets))
 
-    def solve(self, model: Model, sums: NormalEquations) -> tuple[Tensor, Tensor]:
+    def solve(self, model: Model, sums: NormalEquations | Apart) -> tuple[Tensor, Tensor]:
         """Return weights ``(X, D_lm)`` and intercept ``(D_lm,)``."""
-        if not self.standardize:
+        if not self.standardize or isinstance(sums, Apart):
             return sums.solve(self.solver, self.strength)
         table = Moments(model.lm.dim)
         table.add(model.lm.model.get_input_embeddings().weight)
         return sums.solve(self.solver, self.strength, by=(self._inputs, table))
 
-    def quality(self, sums: NormalEquations, solution: tuple[Tensor, Tensor]) -> float:
+    def quality(self, sums: NormalEquations | Apart, solution: tuple[Tensor, Tensor]) -> float:
         """Return the share of the targets' variance that the map explains (R^2)."""
         return sums.explained(*solution)
 
@@ -202,19 +206,27 @@ class _OrderedTargets:
 
 
 class _TextTargets:
-    """One-hot vectors ``(1, S)`` of items' first captions, which the connector remembers."""
+    """One-hot vectors ``(1, S)`` of items' first answers, which the connector remembers: a memory for each question."""
 
     def __init__(self, model: Model, items: Sequence[Item]) -> None:
         self.outputs = _linear(model).out_features
-        texts = sorted({item.answers[0] for item in items})
-        self.numbers = {text: number for number, text in enumerate(texts)}
+        questions = dict.fromkeys(item.question for item in items)  # None: captions
+        texts = [sorted({item.answers[0] for item in items if item.question == question}) for question in questions]
         device = model.lm.model.device
-        embeddings = [model.lm.embed(torch.tensor(token_ids(model.lm, text), device=device)) for text in texts]
         neutral = torch.tensor(token_ids(model.lm, NEUTRAL)[-1:], device=device)
+        embeddings = [
+            [model.lm.embed(torch.tensor(token_ids(model.lm, text), device=device)) for text in each] for each in texts
+        ]
         model.connector.remember(embeddings, model.lm.embed(neutral)[0])
+        starts = accumulate(model.connector.sizes, initial=0)
+        self.numbers = {
+            (question, text): start + number
+            for question, each, start in zip(questions, texts, starts, strict=False)
+            for number, text in enumerate(each)
+        }
 
     def __call__(self, items: Sequence[Item]) -> Sequence[Tensor]:
-        numbers = torch.tensor([self.numbers[item.answers[0]] for item in items])
+        numbers = torch.tensor([self.numbers[item.question, item.answers[0]] for item in items])
         return one_hot(numbers, self.outputs).float().split(1)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -99,6 +101,45 @@ class NormalEquations:
         residual = total - 2 * (weights * cross).sum() + (weights * (covariance @ weights)).sum()
         residual += (y - x @ weights - intercept).square().sum()
         return float(1 - residual / total.clamp(min=1e-12))
+
+
+class Apart:
+    """The sums of several regressions, each with columns of Y of its own: a row belongs to those where it is not zero.
+
+    Args:
+        x_dim: X.
+        y_dims: the columns of each.
+    """
+
+    def __init__(self, x_dim: int, y_dims: Sequence[int]) -> None:
+        self._sums = [NormalEquations(x_dim, y_dim) for y_dim in y_dims]
+
+    @property
+    def count(self) -> int:
+        """Return the number of rows of the regression that has the fewest."""
+        return min(sums.count for sums in self._sums)
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Add rows x ``(N, X)`` and y ``(N, Y)``."""
+        for sums, columns in zip(self._sums, y.split([sums.y_dim for sums in self._sums], dim=1), strict=True):
+            rows = columns.ne(0).any(1)
+            sums.add(x[rows], columns[rows])
+
+    def merge(self, other: Apart) -> None:
+        """Add the rows of other sums."""
+        for mine, others in zip(self._sums, other._sums, strict=True):
+            mine.merge(others)
+
+    def solve(self, solver: str, strength: float) -> tuple[Tensor, Tensor]:
+        """Return weights ``(X, Y)`` and intercept ``(Y,)``; see `NormalEquations.solve`."""
+        weights, intercepts = zip(*(sums.solve(solver, strength) for sums in self._sums), strict=True)
+        return torch.cat(weights, dim=1), torch.cat(intercepts)
+
+    def explained(self, weights: Tensor, intercept: Tensor) -> float:
+        """Return the mean R^2 of the regressions; see `NormalEquations.explained`."""
+        sizes = [sums.y_dim for sums in self._sums]
+        parts = zip(self._sums, weights.split(sizes, dim=1), intercept.split(sizes), strict=True)
+        return fmean(sums.explained(*solution) for sums, *solution in parts)
 
 
 def _solve(

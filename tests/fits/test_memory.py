@@ -113,7 +113,44 @@ def test_a_gradient_moves_keys_and_values(tiny_parts, items):
     torch.testing.assert_close(output, expected)
     output.square().sum().backward()
     assert model.connector.keys.weight.grad.abs().sum() > 0
-    assert model.connector.values.weight.grad.abs().sum() > 0
+    assert model.connector.values[0].weight.grad.abs().sum() > 0
+
+
+COLOURS = ["rot", "blau", "rot", "rot", "blau", "gelb", "gelb", "rot"]
+
+
+@pytest.fixture
+def answered(items: list[Item]) -> list[Item]:
+    """The same images with captions and with answers to a question, in another order."""
+    questions = [Item(f"{item.id}?", item.images, (COLOURS[n],), "Which?") for n, item in enumerate(items)]
+    return [*items, *questions[::-1]]
+
+
+@torch.no_grad()
+def test_the_answers_to_a_question_are_a_memory_of_their_own(tiny_parts, items, answered):
+    model = fitted(assembled(tiny_parts, tokens=[4, 3], texts=[10, 3]), answered)
+    images = [item.images[0] for item in items]
+    both = [padded(caption) + padded(colour, 3) for caption, colour in zip(CAPTIONS, COLOURS, strict=True)]
+    assert shown(model, images) == both
+    assert model.connector.num_tokens == 7
+    assert shown(model, images[4:5]) == both[4:5]
+
+
+@torch.no_grad()
+def test_each_memory_has_the_keys_that_it_has_alone(tiny_parts, items, answered):
+    together = fitted(assembled(tiny_parts, tokens=[4, 3], texts=[8, 3]), answered, strength=0.02).connector
+    captions = fitted(assembled(tiny_parts, texts=8), items, strength=0.02).connector
+    colours = fitted(assembled(tiny_parts, texts=3), answered[8:], strength=0.02).connector
+    for keys, rows in ((captions.keys, slice(0, 8)), (colours.keys, slice(8, 11))):
+        torch.testing.assert_close(together.keys.weight[rows], keys.weight)
+        torch.testing.assert_close(together.keys.bias[rows], keys.bias)
+
+
+def test_as_many_memories_as_questions_are_wanted(tiny_parts, answered):
+    with pytest.raises(MLLMError, match=r"places for 10 texts, and the data has \[8,3\].*connector\.texts=\[8,3\]"):
+        fitted(assembled(tiny_parts), answered)
+    with pytest.raises(MLLMError, match="Give lists of the same length"):
+        assembled(tiny_parts, texts=[10, 3])
 
 
 def test_more_texts_than_places_are_refused(tiny_parts, items):
