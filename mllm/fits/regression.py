@@ -38,16 +38,18 @@ class NormalEquations:
     """The sums of a linear regression with intercept, Y ~ X W + b, accumulated chunk by chunk; float64."""
 
     def __init__(self, x_dim: int, y_dim: int) -> None:
-        self.count, self.x_dim, self.y_dim = 0, x_dim, y_dim
+        self.x_dim, self.y_dim = x_dim, y_dim
+        self.count = torch.zeros((), dtype=torch.float64)
         self.x, self.y = torch.zeros(x_dim, dtype=torch.float64), torch.zeros(y_dim, dtype=torch.float64)
         self.xx = torch.zeros(x_dim, x_dim, dtype=torch.float64)
         self.xy = torch.zeros(x_dim, y_dim, dtype=torch.float64)
         self.yy = torch.zeros(y_dim, dtype=torch.float64)  # only the diagonal is needed
 
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """Add rows x ``(N, X)`` and y ``(N, Y)``."""
-        x, y = x.double(), y.double()
-        self.count += len(x)
+    def add(self, x: Tensor, y: Tensor, kept: Tensor | None = None) -> None:
+        """Add rows x ``(N, X)`` and y ``(N, Y)``, or those of them that are ``kept (N,)``."""
+        kept = torch.ones(len(x), 1) if kept is None else kept[:, None]
+        x, y = x.double() * kept, y.double() * kept
+        self.count += kept.sum()
         self.x += x.sum(0)
         self.y += y.sum(0)
         self.xx += x.T @ x
@@ -56,12 +58,11 @@ class NormalEquations:
 
     def merge(self, other: NormalEquations) -> None:
         """Add the rows of other sums."""
-        self.count += other.count
         for mine, others in zip(self._sums(), other._sums(), strict=True):
             mine += others
 
     def _sums(self) -> tuple[Tensor, ...]:
-        return self.x, self.y, self.xx, self.xy, self.yy
+        return self.count, self.x, self.y, self.xx, self.xy, self.yy
 
     def solve(self, solver: str, strength: float, by: tuple[Moments, Moments] | None = None) -> tuple[Tensor, Tensor]:
         """Return weights ``(X, Y)`` and intercept ``(Y,)``.
@@ -112,18 +113,18 @@ class Apart:
     """
 
     def __init__(self, x_dim: int, y_dims: Sequence[int]) -> None:
+        self.x_dim, self.y_dim = x_dim, sum(y_dims)
         self._sums = [NormalEquations(x_dim, y_dim) for y_dim in y_dims]
 
     @property
-    def count(self) -> int:
+    def count(self) -> Tensor:
         """Return the number of rows of the regression that has the fewest."""
-        return min(sums.count for sums in self._sums)
+        return torch.stack([sums.count for sums in self._sums]).min()
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Add rows x ``(N, X)`` and y ``(N, Y)``."""
         for sums, columns in zip(self._sums, y.split([sums.y_dim for sums in self._sums], dim=1), strict=True):
-            rows = columns.ne(0).any(1)
-            sums.add(x[rows], columns[rows])
+            sums.add(x, columns, columns.ne(0).any(1))
 
     def merge(self, other: Apart) -> None:
         """Add the rows of other sums."""
