@@ -11,6 +11,7 @@ from mllm.adapters.connectors.reduce import Reduce
 from torch import Tensor, nn
 
 from mllm.errors import MLLMError
+from mllm.media.tiles import Layout
 from mllm.registry import Count
 from mllm.slots import Connector
 
@@ -35,11 +36,14 @@ class Memory(Connector):
         texts: S, the most texts; of each memory.
         cells: 1: the mean of all features is looked up. A larger square number: the grid is average-pooled to that many
             cells, each of which is looked up by itself.
+        distinct: of an image that is cut into tiles, each text once, those of most tiles first, and then neutral words;
+            otherwise the texts of one tile after another.
         threshold: where no score is higher, the output is neutral words alone. Fitted scores are about 1 for the right
             text and 0 for the others.
 
     Attributes:
         num_tokens: Q, ``cells`` times the sum of ``tokens``.
+        lengths: ``tokens`` of each memory.
         sizes: S of each memory.
         keys: the linear map to the scores of the texts of all memories.
         values: of each memory the word embeddings ``(S + 1, tokens D_lm)`` of the texts, one after another; the neutral
@@ -60,6 +64,7 @@ class Memory(Connector):
         tokens: Count | list[Count] = 4,
         texts: Count | list[Count] = 1024,
         cells: Count = 1,
+        distinct: bool = False,
         threshold: float = 0.2,
     ) -> None:
         super().__init__()
@@ -74,8 +79,8 @@ class Memory(Connector):
                 "memory. Give lists of the same length."
             )
         self.cells = Reduce(vis_dim=vis_dim, num_patches=num_patches, grid=grid, tokens=cells) if cells > 1 else None
-        self.num_tokens = sum(tokens) * cells
-        self.threshold = threshold
+        self.lengths, self.num_tokens = tokens, sum(tokens) * cells
+        self.distinct, self.threshold = distinct, threshold
         self.keys = nn.Linear(vis_dim, sum(self.sizes))
         self.values = nn.ModuleList(
             nn.Embedding(size + 1, num * lm_dim) for size, num in zip(self.sizes, tokens, strict=True)
@@ -122,13 +127,27 @@ class Memory(Connector):
         words = torch.cat(list(starmap(self._best, parts)), dim=-1)  # (B, cells, tokens D_lm)
         return rearrange(words, "b c (t d) -> b (c t) d", t=self.num_tokens // scores.shape[1])
 
+    def in_order(self, tokens: Tensor, layouts: Sequence[Layout] | None) -> Tensor:
+        """Return the visual tokens ``(N, D_lm)`` of images, of those of their tiles ``(U, Q, D_lm)``."""
+        if layouts is None or not self.distinct:
+            return super().in_order(tokens, layouts)
+        return torch.cat([self._gathered(tiles) for tiles in tokens.split([layout.tiles for layout in layouts])])
+
+    def _gathered(self, tiles: Tensor) -> Tensor:
+        """Return the texts of an image's tiles ``(U, Q, D_lm)`` as ``(U Q, D_lm)``, one memory after another."""
+        cells = rearrange(tiles, "u (c t) d -> (u c) t d", t=sum(self.lengths))
+        parts = zip(cells.split(self.lengths, dim=1), self.values, strict=True)
+        return torch.cat(
+            [_each_once(texts, table.weight[-1].view_as(texts[0])).flatten(0, 1) for texts, table in parts]
+        )
+
     def _best(self, scores: Tensor, table: nn.Embedding) -> Tensor:
         """Return the values ``(B, cells, tokens D_lm)`` of a memory, of its scores ``(B, cells, S)``."""
         scores = torch.cat([scores, scores.new_full((*scores.shape[:-1], 1), self.threshold)], dim=-1)
         words: Tensor = table(scores.argmax(-1))
         if torch.is_grad_enabled():
             soft = scores.softmax(-1) @ table.weight
-            words = words.detach() + soft - soft.detach()
+            words = words.detach() + (soft - soft.detach())  # exactly the text's words
         return words
 
 
@@ -139,6 +158,16 @@ def _remember(table: Tensor, texts: Sequence[Tensor], neutral: Tensor) -> None:
     for row, embeddings in zip(table, texts, strict=False):
         kept = embeddings[:tokens].flatten()
         row[: len(kept)] = kept
+
+
+def _each_once(texts: Tensor, neutral: Tensor) -> Tensor:
+    """Return texts ``(N, tokens, D_lm)`` without repetitions, the most frequent first, filled up with neutral words."""
+    same = (texts[:, None] == texts).flatten(2).all(-1)  # (N, N)
+    counts, firsts = same.sum(1).tolist(), same.int().argmax(1).tolist()
+    empty = (texts == neutral).flatten(1).all(1).tolist()
+    kept = [index for index, first in enumerate(firsts) if first == index and not empty[index]]
+    kept.sort(key=lambda index: -counts[index])
+    return torch.cat([texts[kept], neutral.expand(len(texts) - len(kept), -1, -1)])
 
 
 def _listed(numbers: Sequence[int]) -> str:

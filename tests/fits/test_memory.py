@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -102,6 +103,32 @@ def test_tiles_are_looked_up_one_by_one_and_only_whole_images_are_fitted(tiny_pa
     alone = shown(untiled, [mosaic, *parts])
     assert shown(model, [mosaic]) == ["".join(alone)]
     assert len(model.words([mosaic])[0]) == model.connector.num_tokens * 5
+
+
+@torch.no_grad()
+def test_distinct_texts_stand_once_those_of_most_tiles_first(tiny_parts, items, answered):
+    options: dict[str, Any] = {"tokens": [4, 3], "texts": [10, 3], "threshold": 0.5}
+    model = fitted(assembled(tiny_parts, tiles=TILES, distinct=True, **options), answered)
+    untiled = assembled(tiny_parts, **options)
+    untiled.connector.load_state_dict(model.connector.state_dict())
+    side = model.encoder.tiling.side
+    mosaics = []
+    for numbers in ([0, 1, 1, 2], [3, 3, 3, 3], [6, 5, 4, 5]):
+        mosaic = Image.new("RGB", (2 * side, 2 * side))
+        for place, number in enumerate(numbers):
+            mosaic.paste(items[number].images[0].open().resize((side, side)), (place % 2 * side, place // 2 * side))
+        tiles = [mosaic, *(mosaic.crop((x, y, x + side, y + side)) for y in (0, side) for x in (0, side))]
+        words = shown(untiled, tiles)
+        expected = [*once([text[:4] for text in words], "...."), *once([text[4:] for text in words], "...")]
+        assert shown(model, [mosaic]) == ["".join(expected)]
+        mosaics.append((mosaic, "".join(expected)))
+    assert shown(model, [mosaic for mosaic, _ in mosaics]) == [text for _, text in mosaics]
+
+
+def once(texts: list[str], neutral: str) -> list[str]:
+    """Each text once, the most frequent first and of equally frequent ones the first, and then neutral ones."""
+    frequent = [text for text, _ in Counter(texts).most_common() if text != neutral]
+    return frequent + [neutral] * (len(texts) - len(frequent))
 
 
 def test_a_gradient_moves_keys_and_values(tiny_parts, items):
