@@ -116,7 +116,7 @@ def untrained(model: Assembly, items: Sequence[Item]) -> Assembly:
         lm=model.lm,
         adapters=list(model.adapters),
         spec=model.spec,
-        open_scorer=model.open_scorer,
+        guides=model.guides.unopened(),
     )
     images = [image for item in items for image in item.images][:16]
     if images:

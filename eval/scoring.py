@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from mllm.build import with_runs
+from mllm.build import open_part
 from mllm.config.base import PartSpec
 from mllm.data.items import Item
 from mllm.devices import choose_device
 from mllm.errors import MLLMError
 from mllm.evaluation import Score
-from mllm.registry import lookup, made
+from mllm.registry import lookup
 
 RESAMPLES = 2000
 MODEL = "model"  # the condition that is evaluated; the others are what it is compared with
@@ -55,10 +55,7 @@ class Helpers:
     def scorer(self) -> Any:
         """The suite's scorer, or else the evaluated model's own."""
         if self._scorer is not None:
-            cls = lookup("scorers", self._scorer.type)
-            device = choose_device(self._device)
-            options = with_runs(cls, self._scorer.options(), device)
-            return made(cls, f"scorer {self._scorer.type}", **options).to(device)
+            return open_part(("scorers",), self._scorer, choose_device(self._device))
         if self._default is not None:
             return self._default()
         raise MLLMError("This suite needs a scorer: set scorer={type: dual-encoder, model: ...} (CLIP, ...).")

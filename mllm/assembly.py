@@ -15,7 +15,7 @@ from mllm.answering.with_images import retrieve
 from mllm.model import Model
 from mllm.outputs import ImagePart
 from mllm.prompts.formatting import formatted
-from mllm.prompts.pieces import Piece, without_images
+from mllm.prompts.pieces import Piece, is_image
 from mllm.readout.words import visual_words
 from mllm.saving import save
 
@@ -116,8 +116,12 @@ class Assembly(Model):
 
     def see_each(self, prompts: Sequence[Sequence[Piece]]) -> Views:
         """Encode several prompts in one batch, for many questions each; see `mllm.answering.view.Views`."""
-        read = generating.read(self, prompts)
-        return Views(self, [p if without_images(p) else formatted(self.spec.prompt, p) for p in read])
+        return Views(self, generating.read(self, [self._formatted(pieces) for pieces in prompts]))
+
+    def _formatted(self, pieces: Any) -> Any:
+        """Return images alone in the recipe's prompt format, and anything else as it is."""
+        alone = isinstance(pieces, Sequence) and pieces and all(map(is_image, pieces))
+        return formatted(self.spec.prompt, pieces) if alone else pieces
 
     def score(
         self,

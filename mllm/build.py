@@ -2,35 +2,35 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from mllm.assembly import Assembly
-from mllm.capabilities import ConditionHead
 from mllm.config.base import PartSpec
 from mllm.config.messages import checked
-from mllm.config.parts import AssemblySpec
-from mllm.config.recipe import Stage
+from mllm.config.parts import SCORER, AssemblySpec
+from mllm.decoders.condition import check_condition
 from mllm.devices import DeviceName, DTypeName, cast, choose_device, dtype_of
 from mllm.encoders.base import on_meta
 from mllm.encoders.specified import cut_for, newline_for
 from mllm.encoders.specified import encoder_of as encoder_of
 from mllm.errors import MLLMError
-from mllm.fits.base import ClosedForm
+from mllm.guides.base import GROUPS, Guides
 from mllm.lms.insert import build_adapters, build_tokens
 from mllm.lms.words import bind
 from mllm.model import Model
 from mllm.parts import trained_module
 from mllm.prompts.chat_template import end_of_turn
-from mllm.readout.tokens import every_token, heads_on_meta
-from mllm.registry import fulfilled, lookup, made
+from mllm.readout.tokens import every_token
+from mllm.registry import fulfilled, group_of, lookup, made
 from mllm.saving import check_trust, find_folder, read_about, restore
-from mllm.scorers.own import own_scorer
-from mllm.slots import Connector, Head, ImageDecoder
+from mllm.scorers.own import REQUIRED_PARTS, own_scorer
+from mllm.slots import Connector, Head, ImageDecoder, Scorer
 from mllm.system import return_memory
 
 Slot = TypeVar("Slot")
@@ -125,7 +125,7 @@ def _joined(spec: AssemblySpec, *, encoder: Any, lm: Any, device: torch.device) 
         heads=heads,
         decoder=decoder,
         spec=spec,
-        open_scorer=open_scorer,
+        guides=guides_of(spec.scorer),
     )
     for path in spec.trained:
         trained_module(model, path)
@@ -163,15 +163,29 @@ def _build_seeded(
 
 
 def with_runs(cls: Any, options: dict[str, Any], device: torch.device | None) -> dict[str, Any]:
-    """Return a part's options with runs loaded: an argument is a run where the part annotates it as `Model`."""
-    parameters = inspect.signature(cls).parameters
-    runs = {name for name in options if name in parameters and parameters[name].annotation in (Model, "Model")}
-    return {name: load(value, device=device) if name in runs else value for name, value in options.items()}
+    """Return a part's options with the models that they name.
+
+    An argument is a run where the part annotates it as `Model`, and a scorer's mapping where it does as `Scorer`.
+    """
+    kinds = {name: parameter.annotation for name, parameter in inspect.signature(cls).parameters.items()}
+
+    def value_of(name: str, value: Any) -> Any:
+        if kinds.get(name) in (Model, "Model"):
+            return load(value, device=device)
+        if kinds.get(name) in (Scorer, "Scorer | None") and value is not None:
+            return open_part(("scorers",), checked(PartSpec, value, f"The argument {name}"), device)
+        return value
+
+    return {name: value_of(name, value) for name, value in options.items()}
 
 
 def build_encoder(spec: AssemblySpec) -> Any:
     """Return the encoder; None where the specification has none."""
-    return None if spec.encoder is None else encoder_of(spec.encoder, seed=spec.seed_of("encoder"))
+    if spec.encoder is None:
+        return None
+    here = torch.device("cpu")  # until the parts are joined
+    runs = functools.partial(with_runs, device=here)
+    return encoder_of(spec.encoder, seed=spec.seed_of("encoder"), runs=runs)
 
 
 def build_lm(spec: AssemblySpec, *, device: torch.device | None = None) -> Any:
@@ -190,9 +204,21 @@ def build_lm(spec: AssemblySpec, *, device: torch.device | None = None) -> Any:
 
 
 def build_connector(spec: AssemblySpec, *, encoder: Any, lm: Any) -> Connector:
-    """Return the connector; with ``lm`` None, without the projection to a language model's width."""
+    """Return the connector; without a language model and a width of its own, it has no last projection.
+
+    Raises:
+        MLLMError: its width is not the language model's, or arguments that it does not take.
+    """
     assert spec.connector is not None
-    lm_dim = None if lm is None else lm.dim
+    width = spec.connector.width
+    assert not isinstance(width, str), "the width of a guide is taken before (mllm.training.guides.assembly_of)"
+    lm_dim = width
+    if lm is not None:
+        lm_dim = lm.dim
+        if width not in (None, lm_dim):
+            raise MLLMError(
+                f"connector.width is {width}, and the language model's width is {lm_dim}: leave out connector.width."
+            )
     widths = {"vis_dim": encoder.dim, "lm_dim": lm_dim, "num_patches": encoder.num_patches, "grid": encoder.grid}
     connector = _build_seeded(spec, Connector, "connector", spec.connector, **widths)
     cut_for(encoder, connector)
@@ -232,46 +258,37 @@ def load(
     return model
 
 
-def check_condition(spec: AssemblySpec) -> None:
-    """Compare the shape of the heads' conditions with that of the image decoder's; nothing is loaded.
+def guides_of(scorer: PartSpec | None, guides: Mapping[str, PartSpec] | None = None) -> Guides:
+    """Return the guides of a model: its scorer, and those that a stage names besides."""
+    return Guides({**(guides or {}), **({} if scorer is None else {SCORER: scorer})}, open_guide)
+
+
+def open_guide(model: Model | None, name: str, spec: PartSpec | None) -> Any:
+    """Build a guide, frozen and on a model's device.
+
+    A scorer without a specification is the model itself, and so is the run of a scorer that names none.
 
     Raises:
-        MLLMError: the shapes differ, or the decoder's files are missing.
+        MLLMError: an unknown type, arguments that it does not take, or a run that is not there.
     """
-    if spec.decoder is None:
-        return
-    label = f"image decoder {spec.decoder.type}"
-    expected = made(lookup("image_decoders", spec.decoder.type).shape, label, **spec.decoder.options())
-    for name, head in heads_on_meta(spec.heads).items():
-        if isinstance(head, ConditionHead) and head.condition != expected:
-            raise MLLMError(
-                f"The head {name} makes conditions of {head.condition[0]} x {head.condition[1]}, and the image decoder "
-                f"takes {expected[0]} x {expected[1]}. Set the head's length and width to that, or use another decoder."
-            )
-
-
-def fit_of(stage: Stage) -> ClosedForm:
-    """Return the closed-form fit of a stage, which is found by the type of the part that it fits.
-
-    Raises:
-        MLLMError: a part that the stage does not have or that has no closed form, or an option that it does not take.
-    """
-    assert stage.fit is not None
-    path = stage.fit.part
-    types = {"connector": "connector", **{f"heads.{head.name}": head.type for head in stage.heads}}
-    name = types.get(path, path.removeprefix("heads."))
-    fit: ClosedForm = made(lookup("fits", name), f"fit of {path}", part=path, **stage.fit.options())
-    return fit
-
-
-def open_scorer(model: Model) -> Any:
-    """Load the scorer of a model's specification; without one, use the model as its own scorer.
-
-    Raises:
-        MLLMError: the specification has no scorer, and the model cannot be its own.
-    """
-    if model.spec.scorer is None:
+    if spec is None:
+        assert model is not None
         return own_scorer(model)
-    cls = lookup("scorers", model.spec.scorer.type)
-    options = with_runs(cls, model.spec.scorer.options(), model.device)
-    return made(cls, f"scorer {model.spec.scorer.type}", **options).to(model.device)
+    device = None if model is None else model.device
+    if model is not None and name == SCORER and spec.type in REQUIRED_PARTS and "model" not in spec.options():
+        return open_part(("scorers",), spec, device, model=model)
+    try:
+        guide = open_part(("scorers",) if name == SCORER else GROUPS, spec, device)
+    except MLLMError as error:
+        raise MLLMError(str(error) if name == SCORER else f"The guide {name!r}: {error}") from None
+    return guide.requires_grad_(False).eval()
+
+
+def open_part(groups: Sequence[str], spec: PartSpec, device: torch.device | None, **own: Any) -> Any:
+    """Return a frozen part of one of several registry groups, with the runs that its options name."""
+    group = group_of(spec.type, groups)
+    cls = lookup(group, spec.type)
+    label = f"{group.removesuffix('s').replace('_', ' ')} {spec.type}"
+    if on_meta():
+        return made(cls, label, **own, **with_runs(cls, spec.options(), None))
+    return made(cls, label, **own, **with_runs(cls, spec.options(), device)).to(device)

@@ -16,6 +16,9 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "video": "mllm.encoders.video:Video",
         "native": "mllm.encoders.native:NativeEncoder",
         "audio": "mllm.encoders.audio:AudioModel",
+        "run": "mllm.encoders.run:RunEncoder",
+        "text": "mllm.encoders.text:TextTower",
+        "imagined": "mllm.encoders.imagined:Imagined",
     },
     "lms": {"transformers": "mllm.lms.language_model:LanguageModel", "sentences": "mllm.lms.sentences:SentenceEncoder"},
     "connectors": {
@@ -26,6 +29,8 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "qformer": "mllm.adapters.connectors.qformer:qformer",
         "memory": "mllm.adapters.connectors.memory:Memory",
         "temporal": "mllm.adapters.connectors.temporal:Temporal",
+        "noisy": "mllm.adapters.connectors.noisy:Noisy",
+        "nearest-texts": "mllm.adapters.connectors.nearest_texts:NearestTexts",
         "token-merge": "mllm.adapters.connectors.token_merge:TokenMerge",
     },
     "adapters": {
@@ -56,7 +61,17 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "retrieval": "mllm.scorers.retrieval:RetrievalScorer",
         "matching": "mllm.scorers.matching:MatchingScorer",
     },
+    "guides": {"run": "mllm.guides.run:run"},
+    "rewards": {
+        "closeness": "mllm.rewards.closeness:Closeness",
+        "fluency": "mllm.rewards.fluency:Fluency",
+        "repetition": "mllm.rewards.repetition:Repetition",
+        "metric": "mllm.rewards.metric:MetricReward",
+    },
     "objectives": {
+        "align": "mllm.objectives.align:Align",
+        "kl-to-base": "mllm.objectives.kl_to_base:KLToBase",
+        "reward": "mllm.objectives.reward:RewardLoss",
         "caption": "mllm.objectives.caption:Caption",
         "contrastive": "mllm.objectives.contrastive:SentenceContrastive",
         "patch-contrastive": "mllm.objectives.contrastive:PatchContrastive",
@@ -77,6 +92,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "affine": "mllm.fits.affine:AffineFit",
         "pixels": "mllm.fits.pixels:PixelsFit",
         "decision": "mllm.fits.decision:DecisionFit",
+        "imagined": "mllm.fits.imagined:ImaginedFit",
     },
     "readers": {
         "emoji-scenes": "mllm.data.emoji.scenes:emoji_scenes",

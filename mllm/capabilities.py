@@ -14,16 +14,51 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from mllm.media.texts import TextSource
 from mllm.prompts.pieces import Piece
-from mllm.slots import Head
+from mllm.slots import Encoder, Head
+
+
+class EncodesTexts(Encoder):
+    """An encoder that also encodes texts: ``encoder: {type: dual-encoder, model: ...}``.
+
+    A text in an image's place (``see: text``) gets features of the same shape, in the same space. Only an encoder of
+    texts alone is given the texts, as `TextSource`s, by `preprocess`, and may train on them.
+
+    Attributes:
+        texts_alone: whether it encodes nothing but texts.
+    """
+
+    texts_alone = False
+
+    def open(self, piece: Any) -> Any:
+        """Return a text as it is, and an image opened."""
+        return piece if isinstance(piece, TextSource) else super().open(piece)
+
+    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+        """Return features ``(N, P, D_vis)`` of texts."""
+        raise NotImplementedError
 
 
 @runtime_checkable
-class EmbedsTexts(Protocol):
-    """An encoder that also embeds texts: ``encoder: {type: dual-encoder, model: ...}``."""
+class ImaginesFeatures(Protocol):
+    """An encoder with a fitted map from texts to features: ``encoder: {type: imagined, of: [...]}``."""
 
-    def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Return vectors ``(N, D_vis)`` in the space of the features."""
+    project: Any  # nn.Linear, of the texts' vectors (N, X) to the features (N, P D_vis)
+
+    def read_texts(self, texts: Sequence[str]) -> Tensor:
+        """Return vectors ``(N, X)`` of texts."""
+
+
+@runtime_checkable
+class CollectsTexts(Protocol):
+    """A connector that compares features with those of training captions: ``connector: {type: nearest-texts}``."""
+
+    places: int  # the most texts
+    collected: Tensor  # how many there are
+
+    def collect(self, features: Tensor) -> None:
+        """Set the texts' features ``(N, P, D_vis)``; N is at most ``places``."""
 
 
 @runtime_checkable
@@ -225,7 +260,11 @@ class ReadsPrompts(Protocol):
 SEVERAL: tuple[type, ...] = (ImageTokenHead,)  # kinds that a model may have several parts of, which work together
 
 
-def missing(kind: type) -> str:
-    """Return what a model lacks that has no part of a kind, and how a recipe names one."""
+def missing(*kinds: type) -> str:
+    """Return what a model lacks that has no part of one of these kinds, and how a recipe names one."""
+    return ", or ".join(map(_described, kinds))
+
+
+def _described(kind: type) -> str:
     first = (kind.__doc__ or "").split("\n\n")[0].split(". ")[0].strip().rstrip(".").replace("``", "")
     return " ".join(first.split())[:1].lower() + " ".join(first.split())[1:] or kind.__name__

@@ -5,16 +5,18 @@ Shapes: B batch, T text tokens, I images, U tiles of them (`mllm.slots`), P patc
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from mllm.capabilities import CrossAttention
-from mllm.config.parts import FROZEN, AssemblySpec
+from mllm.config.parts import FROZEN, SCORER, AssemblySpec
+from mllm.encoders.texts import features_of
 from mllm.errors import MLLMError
+from mllm.guides.base import Guides
+from mllm.guides.contracts import Ask
 from mllm.lms.cross_attention import embed_with_memory
 from mllm.lms.shared_prefix import SharedPrefixes
 from mllm.media.native import together
@@ -38,7 +40,7 @@ class Model(Parts):
         tokens: new tokens, whose embeddings are trained.
         decoder: an image decoder; frozen.
         spec: the specification that the parts were built from, saved with the trained tensors.
-        open_scorer: loads the model's scorer when it is first needed.
+        guides: frozen models that answers or a stage ask, such as the scorer; they are neither trained nor saved.
     """
 
     def __init__(
@@ -52,7 +54,7 @@ class Model(Parts):
         tokens: nn.Module | None = None,
         decoder: ImageDecoder | None = None,
         spec: AssemblySpec,
-        open_scorer: Callable[[Model], Any],
+        guides: Guides,
     ) -> None:
         super().__init__()
         self.encoder, self.connector, self.lm = encoder, connector, lm
@@ -60,7 +62,7 @@ class Model(Parts):
         self.heads = nn.ModuleDict(heads)
         self.tokens, self.decoder = tokens, decoder
         self.spec = spec
-        self.open_scorer = open_scorer
+        self.guides = guides
         self.source = self.fingerprint = ""  # of a loaded model: its folder, and a hash of its tensors and frozen parts
         self.prefixes = SharedPrefixes()
         self.calibrated = False  # whether the connector's output has been scaled to the language model's embeddings
@@ -108,7 +110,7 @@ class Model(Parts):
     def encoded(self, tiles: Sequence[Any]) -> Tensor:
         """Return the encoder's features ``(U, P, D_vis)`` of images' tiles (`mllm.slots.Encoder.tiles`)."""
         with torch.no_grad():
-            return self.encoder(self.encoder.preprocess(tiles).to(self.device))
+            return features_of(self.encoder, tiles, self.device)
 
     def features(self, images: Sequence[Any]) -> Tensor:
         """Return the encoder's features ``(I, P, D_vis)`` of images in any accepted form, each as a whole."""
@@ -255,7 +257,16 @@ class Model(Parts):
         visual = self.see_images([image for pieces in prompts for image in images_of(pieces)])
         return self.embed(visual, batch), batch
 
-    @functools.cached_property
+    @property
     def scorer(self) -> Any:
-        """Return the scorer, which is loaded when it is first needed; it is neither trained nor saved."""
-        return self.open_scorer(self)
+        """Return the guide that answers are chosen by: the recipe's ``scorer``, or else the model itself."""
+        return self.guides.open(SCORER, self)
+
+    def guide(self, ask: Ask) -> Any:
+        """Return the guide that is asked for; see `mllm.guides.base.Guides.find`."""
+        return self.guides.find(ask, self)
+
+    @property
+    def width(self) -> int | None:
+        """Return D_lm: the language model's, or without one the connector's own; None: there is neither."""
+        return self.lm.dim if self.lm is not None else self.spec.connector and self.spec.connector.width

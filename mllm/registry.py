@@ -13,6 +13,7 @@ import operator
 import types
 import typing
 import warnings
+from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -99,6 +100,20 @@ def lookup(group: str, name: str) -> Any:
         ) from error
 
 
+def group_of(name: str, groups: Sequence[str]) -> str:
+    """Return the first of several groups that has a part of a name.
+
+    Raises:
+        MLLMError: none of them has; the near matches are listed.
+    """
+    names = {part: group for group in reversed(groups) for part in table(group)}
+    if name not in names:
+        raise MLLMError(
+            f"No part called {name!r} in {', '.join(f'mllm.{group}' for group in groups)}. {near(name, names)}"
+        )
+    return names[name]
+
+
 def made(cls: Any, label: str, *inside: Any, **options: Any) -> Any:
     """Return an instance of a part's class; what its constructor raises is the user's error.
 
@@ -163,9 +178,10 @@ def fulfilled(contract: type[Slot], label: str, part: Any) -> Slot:
         MLLMError: it does not; it is a part of another package.
     """
     if not isinstance(part, contract):
+        name = f"{contract.__module__}.{contract.__name__}"
         raise MLLMError(
-            f"The {label} is a {type(part).__name__}, and not an mllm.slots.{contract.__name__}: inherit from that "
-            "class, or give it the methods that are listed there."
+            f"The {label} is a {type(part).__name__}, and not an {name}: inherit from that class, or give it the "
+            "methods that are listed there."
         )
     return part
 

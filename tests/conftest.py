@@ -157,6 +157,24 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a tiny BERT over bytes that has a mask token."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    from mllm.testing import tiny_tokenizer
+
+    folder, tokenizer = tmp_path_factory.mktemp("tiny-bert"), tiny_tokenizer()
+    tokenizer.add_special_tokens({"mask_token": "[MASK]"})
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 32, "max_position_embeddings": 64, "vocab_size": len(tokenizer)}
+    BertModel(BertConfig(**sizes, pad_token_id=tokenizer.pad_token_id, initializer_range=0.3)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
 def tiny_decoder(tiny_parts: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> str:
     """The folder of a tiny image decoder: conditions of 1 x 32, images of 16 pixels."""
     from mllm.build import build

@@ -30,6 +30,7 @@ from mllm.data.items import Item
 from mllm.data.sources import read
 from mllm.errors import MLLMError
 from mllm.evaluation import Report, Score, evaluate, metric
+from mllm.guides import contracts
 from mllm.objectives.caption import Caption
 from mllm.planning.check import problems
 from mllm.prompts.batch import collate
@@ -155,11 +156,15 @@ def members(contract: Any) -> set[str]:
     [
         ("connector", slots.Connector),
         ("encoder", slots.Encoder),
-        ("encoder", capabilities.EmbedsTexts),
+        ("encoder", capabilities.EncodesTexts),
         ("language-model", slots.LanguageModel),
         ("language-model", capabilities.SentenceModel),
         ("head", slots.Head),
         ("objective", slots.Objective),
+        ("reward", contracts.Reward),
+        ("reward", contracts.ReadsNoAnswer),
+        ("reward", contracts.AsksGuides),
+        ("reward", contracts.Samples),
         ("reader", Item),
         ("metric", Score),
         ("suite", "suite:Suite"),
@@ -238,6 +243,14 @@ def test_objective(install: Any, tiny: dict[str, Any]) -> None:
     torch.testing.assert_close(half, (plain + uniform) / 2)
     assert part().count(rows, batch) == Caption().count(rows, batch) == sum(len(f" {c}") + 1 for c in COLOURS)
     assert isinstance(part().needs, tuple) and part().per_example
+
+
+def test_reward(install: Any, tiny: dict[str, Any]) -> None:
+    part = install("reward")
+    samples = contracts.Samples(None, ["a red square", "red", ""], [], [])
+    assert part(words=3)(samples).tolist() == [0.0, -2.0, -3.0]
+    assert isinstance(part(), contracts.Reward)
+    trained("reward", tiny)
 
 
 def test_reader(install: Any, tiny: dict[str, Any]) -> None:

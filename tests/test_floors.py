@@ -20,9 +20,9 @@ config media hub
 prompts outputs
 inputs
 slots capabilities lms
-encoders model parts
+encoders model parts guides
 readout adapters
-objectives data saving evaluation
+objectives rewards data saving evaluation
 fits scorers decoders export transfer
 answering
 assembly serve

@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 from einops import rearrange
+from mllm.adapters.connectors.before import Before
 from torch import Tensor, nn
 
 from mllm.errors import MLLMError
-from mllm.registry import Count, lookup, made
-from mllm.slots import Connector
+from mllm.registry import Count
 
 
-class Temporal(Connector):
+class Temporal(Before):
     """Features of T frames ``(B, T * P, D_vis)`` to those of one image ``(B, P, D_vis)``, then to another connector.
 
     The attention's output is added to the mean over the frames. The encoder must not pool the frames:
@@ -62,34 +62,12 @@ class Temporal(Connector):
         self.times = nn.Parameter(0.02 * torch.randn(frames, dim))
         layer = nn.TransformerEncoderLayer(dim, heads, 4 * dim, 0.0, "gelu", batch_first=True, norm_first=True)
         self.layers = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
-        options = dict(then or {"type": "linear"})
-        kind = options.pop("type", "linear")
-        widths = {"vis_dim": vis_dim, "lm_dim": lm_dim, "num_patches": num_patches // frames}
         inner = (grid[0] // frames, grid[1]) if grid else None
-        self.then: Any = made(lookup("connectors", kind), f"connector {kind}", **widths, grid=inner, **options)
-        self.num_tokens = self.then.num_tokens
+        self.hand_to(then, vis_dim=vis_dim, lm_dim=lm_dim, num_patches=num_patches // frames, grid=inner)
+        self.token_grid = None
 
-    def linear(self) -> nn.Linear | None:
-        """Return the linear layer that ends the next connector; None: it has none."""
-        linear: nn.Linear | None = self.then.linear()
-        return linear
-
-    def output(self) -> nn.Module | None:
-        """Return the last module with weights of the next connector."""
-        last: nn.Module | None = self.then.output()
-        return last
-
-    def body(self, features: Tensor) -> Tensor:
-        """Return the inputs of the next connector's linear layer."""
-        inner: Tensor = self.then.body(self.pooled(features))
-        return inner
-
-    def pooled(self, features: Tensor) -> Tensor:
+    def changed(self, features: Tensor) -> Tensor:
         """Return features ``(B, P, D_vis)`` pooled over the frames."""
         rows = rearrange(features, "b (t p) d -> (b p) t d", t=self.frames)
         attended = self.leave(self.layers(self.enter(rows) + self.times))  # ((B P), T, D_vis)
         return rearrange((rows + attended).mean(1), "(b p) d -> b p d", b=len(features))
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Return visual tokens ``(B, Q, D_lm)`` of features ``(B, T * P, D_vis)``."""
-        return self.then(self.pooled(features))

@@ -25,6 +25,7 @@ from mllm.data.sources import read
 from mllm.errors import MLLMError
 from mllm.prompts.batch import IGNORED, collate
 from mllm.prompts.pieces import images_of
+from mllm.training.guides import assembly_of
 
 WORDS = 12  # of a caption; COCO's have 11
 TOLERANCE = 1e-4  # of the mean loss, float32
@@ -73,7 +74,7 @@ def setup(folder: Path, recipe: dict[str, Any], stock: dict[str, Any], *, steps:
     recipe = {**recipe, "encoder": {**recipe["encoder"], "resize": "stretch"}}  # both use the whole image
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     config = recipes.load(str(folder / "recipe.yaml"))
-    model = build(config.stages[-1].assembly)
+    model = build(assembly_of(config.stages[-1]))
     stage = config.stages[-1]
     train, val = (
         [_row(model, pieces_of(item, stage.prompt, item.answers[0])) for spec in specs for item in read(spec)]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mllm.answering.decode import answer, for_encoded, make_decoding
+from mllm.answering.entities import with_entities
 from mllm.answering.in_words import answer_in_words
 from mllm.answering.rerank import answer_best
 from mllm.answering.with_images import answer_with_images
@@ -143,6 +144,7 @@ def _read(model: Model, pieces: Any, decoding: Decoding | None = None) -> list[P
             or all(isinstance(piece, str) and not piece for piece in pieces)
         ):
             raise MLLMError(f"The prompt is {pieces!r}: expected a list of texts and images, not empty.")
+        pieces = with_entities(model, pieces)
         encoded = model.encode(pieces)
         if decoding is not None and decoding.nearest_words is None:  # which makes other prompts
             for_encoded(model, encoded, decoding)

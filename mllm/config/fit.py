@@ -22,7 +22,10 @@ class FitSpec(Spec):
 
     part: str = "connector"  # or a head's path, heads.NAME
     solver: Literal["ridge", "least-squares", "procrustes", "correlation"] | None = None
-    targets: Literal["caption-words", "content-words", "words-in-order", "texts", "tokens", "sentences"] | None = None
+    targets: (
+        Literal["caption-words", "content-words", "words-in-order", "texts", "tokens", "sentences", "guide"] | None
+    ) = None
+    guide: str | None = None  # of targets: guide, its name; null: the only guide that embeds images
     strength: float | None = Field(default=None, gt=0)  # of the ridge, as a share of the features' mean variance
     stop_words: bool | None = None  # false: caption-words leave function words out
     standardize: bool | None = None  # features by the images' moments, embeddings by the vocabulary's; no intercept
@@ -31,7 +34,7 @@ class FitSpec(Spec):
     def _without_none(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out keys that a run of before did not have, so that it is resumed unchanged."""
         values: dict[str, Any] = write(self)
-        later = ("stop_words", "standardize")
+        later = ("stop_words", "standardize", "guide")
         return {key: value for key, value in values.items() if key not in later or value is not None}
 
     def options(self) -> dict[str, Any]:

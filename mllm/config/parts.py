@@ -27,6 +27,7 @@ FROZEN = ("encoder", "lm", "decoder")  # unless a stage's 'train' names them, or
 RESIZING = ("transformers", "timm", "open-clip")  # types of encoders that have 'resize'
 
 
+SCORER = "scorer"  # the guide that is saved with the model, since answers are chosen by it
 KINDS = ("caption", "question")  # of answers, for which 'decoding' may have options of their own
 
 
@@ -44,9 +45,14 @@ class VocabularySpec(Spec):
 
 
 class ConnectorSpec(PartSpec):
-    """A connector by its registry name, and whether its output is expressed in words; the rest are its arguments."""
+    """A connector by its registry name, its width, and whether its output is expressed in words.
+
+    The other keys are its arguments.
+    """
 
     vocabulary: VocabularySpec | None = None  # true: with its defaults
+    # Of visual tokens where there is no language model: a number, or the name of a guide, whose vectors have it.
+    width: Annotated[int, Field(ge=1)] | str | None = None
 
     @field_validator("vocabulary", mode="before")
     @classmethod
@@ -55,9 +61,10 @@ class ConnectorSpec(PartSpec):
 
     @model_serializer(mode="wrap")
     def _without_none(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out a vocabulary that is not named: a run that was written before is resumed unchanged."""
+        """Leave out a vocabulary and a width that are not named: a run that was written before is resumed unchanged."""
         values: dict[str, Any] = write(self)
-        return {key: value for key, value in values.items() if key != "vocabulary" or key in self.model_fields_set}
+        later = ("vocabulary", "width")
+        return {key: value for key, value in values.items() if key not in later or key in self.model_fields_set}
 
 
 class HeadSpec(PartSpec):
@@ -224,6 +231,12 @@ class Parts(Spec):
             if spec is not None and spec.trust_remote_code:
                 allowed[path] = str(spec.model)
         return allowed
+
+    @model_validator(mode="after")
+    def _entities_have_a_scorer(self) -> Parts:
+        if self.prompt.entities is not None and self.scorer is None:
+            raise ValueError("prompt.entities are found by a scorer when the model answers: give scorer: {type: ...}")
+        return self
 
     @field_validator("decoding")
     @classmethod

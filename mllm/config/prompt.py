@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from mllm.config.base import Spec
 
@@ -41,6 +41,29 @@ class ExampleSpec(Spec):
         return self
 
 
+class EntitiesSpec(Spec):
+    """Words of a vocabulary, behind a prompt's last image: those of its caption in training, then what a scorer finds.
+
+    A scorer's words are the most similar ones whose share of the softmax over the whole vocabulary is high enough.
+    """
+
+    of: list[Annotated[str, Field(min_length=1)]] | str = Field(min_length=1)  # words, or a file with one on each line
+    text: str = " There are {entities} in image."
+    none: str = "something"  # where there are no words
+    drop: float = Field(default=0.0, ge=0, lt=1)  # how often each word of a caption is left out in training
+    most: int = Field(default=10, ge=1)  # words of a caption
+    top: int = Field(default=3, ge=1)  # words of a scorer
+    threshold: float = Field(default=0.2, ge=0, le=1)
+    temperature: float = Field(default=0.01, gt=0)
+
+    @field_validator("text")
+    @classmethod
+    def _has_one_field(cls, value: str) -> str:
+        if value.count("{entities}") != 1 or set(value.replace("{entities}", "")) & set("{}"):
+            raise ValueError("expected {entities} once, and no other braces")
+        return value
+
+
 class PromptSpec(Spec):
     """The words around images and questions."""
 
@@ -52,6 +75,7 @@ class PromptSpec(Spec):
     turn: str = ""
     system: str = ""  # before every prompt, as it is, and before conversations without a system message
     examples: list[ExampleSpec] = []  # solved ones before every prompt
+    entities: EntitiesSpec | None = None
     # Conversations: in these words; in the language model's own chat template; or auto, in the template if there is one
     # and neither 'question' nor 'template' is given.
     chat: Literal["auto", "own", "plain"] = "auto"
@@ -99,7 +123,7 @@ class PromptSpec(Spec):
         So a run that was written before these keys is resumed unchanged.
         """
         values: dict[str, Any] = write(self)
-        unset = {key for key in ("examples", "chat_options", "turn", "system") if not values.get(key)}
+        unset = {key for key in ("examples", "chat_options", "turn", "system", "entities") if not values.get(key)}
         unset |= set(OWN_WORDS) if self.chat == "auto" else set()
         return {key: value for key, value in values.items() if key not in unset}
 

@@ -6,6 +6,7 @@ import itertools
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     Field,
     PrivateAttr,
@@ -14,12 +15,13 @@ from pydantic import (
     model_validator,
 )
 
-from mllm.config.base import Spec
+from mllm.config.base import PartSpec, Spec
 from mllm.config.data import Data
 from mllm.config.fit import FitSpec, InitSpec, ObjectiveSpec
 from mllm.config.parts import (
     FROZEN,
     PARTS,
+    SCORER,
     AssemblySpec,
     Name,
     Parts,
@@ -67,9 +69,20 @@ class OptimSpec(Spec):
         return self
 
 
+def _no_scorer(guides: dict[str, PartSpec]) -> dict[str, PartSpec]:
+    """Refuse a guide that is called as the scorer is."""
+    if SCORER in guides:
+        raise ValueError("the scorer is a guide by itself: give it as the recipe's own key, scorer: {type: ...}")
+    return guides
+
+
+Guides = Annotated[dict[Name, PartSpec], AfterValidator(_no_scorer)]
+
+
 class Settings(Parts):
     """The settings of a recipe for all stages, which a stage may override."""
 
+    guides: Guides = {}  # frozen models that a stage asks and its model does not contain, by name
     data: Data = Data()
     init: InitSpec = InitSpec()
     optim: OptimSpec = OptimSpec()
@@ -127,7 +140,8 @@ class Stage(Settings):
     def assembly(self) -> AssemblySpec:
         """Return the specification of the stage's model, with what earlier stages and this one train."""
         parts = {key: getattr(self, key) for key in Parts.model_fields}
-        spec = AssemblySpec(**parts, trained=[path for path in self.train if part_of(path) in FROZEN])
+        paths = [*self.train, *([self.fit.part] if self.fit else [])]
+        spec = AssemblySpec(**parts, trained=[path for path in paths if part_of(path) in FROZEN])
         return spec if self._before is None else spec.following(self._before)
 
     @property

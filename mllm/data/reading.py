@@ -72,12 +72,13 @@ class Reading:
     Args:
         skip: the share of the rows that may be bad and are skipped; 0: the first one is an error.
         missing: ``drop`` leaves out items with an image whose file is missing; ``raise``: an error that lists them.
+        images: whether images are needed; else none is missing.
     """
 
-    def __init__(self, *, skip: float = 0.0, missing: str = "raise") -> None:
+    def __init__(self, *, skip: float = 0.0, missing: str = "raise", images: bool = True) -> None:
         if missing not in get_args(Missing):
             raise MLLMError(f"data: missing is {missing!r}. {near(str(missing), get_args(Missing))}")
-        self._skip, self.missing = skip, missing
+        self._skip, self.missing, self._images = skip, missing, images
         self.report = Report()
         self._exists: dict[str, bool] = {}
 
@@ -175,8 +176,8 @@ class Reading:
         return kept
 
     def available(self, image: Any) -> bool:
-        """Return whether an image is kept: it is no file, its file exists, or a missing one is an error in the end."""
-        if not isinstance(image, ImageFile):
+        """Return whether an image is kept: one that is not needed, is no file, exists, or is an error in the end."""
+        if not self._images or not isinstance(image, ImageFile):
             return True
         name = str(image.path)
         if name not in self._exists:

@@ -18,6 +18,7 @@ from typing import Any, get_type_hints
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
 from mllm.config.data import DataSpec
+from mllm.data.as_text import as_text, in_texts
 from mllm.data.items import Item
 from mllm.data.lazy import Lazy
 from mllm.data.reading import Reading, Report
@@ -71,7 +72,7 @@ def _bound(spec: DataSpec, skip: float = 0.0) -> tuple[Callable[..., Sequence[It
     _check_types(function, options, spec.format)
     if "missing" in parameters and not hasattr(function, "body"):  # of another package, which treats it itself
         options["missing"] = missing
-    return function, Reading(skip=skip, missing=missing), options
+    return function, Reading(skip=skip, missing=missing, images=spec.see == "image"), options
 
 
 def _check_types(function: Callable[..., Any], options: Mapping[str, Any], name: str) -> None:
@@ -117,11 +118,15 @@ def read_source(
             reader.
     """
     function, reading, options = _bound(spec, skip)
-    items = reading.run(function, options, check)
+    items = reading.run(function, options, check if spec.answers else None)
     if spec.blank:
         items = _changed(items, _blank, "black")
     if spec.answer is not None:
         items = _changed(items, partial(_with_answer, spec.answer), f"answer {spec.answer}")
+    if not spec.answers:
+        items = _changed(items, _without_answers, "no answers")
+    if spec.see == "text":  # a lazy item's caption is chosen with its answer (`mllm.data.stream`)
+        items = _changed(items, as_text, "see text") if isinstance(items, Lazy) else in_texts(items)
     if spec.fraction < 1:
         order = list(range(len(items)))
         random.Random(f"{seed}/fraction").shuffle(order)
@@ -171,6 +176,16 @@ def _with_answer(number: int, item: Item) -> Item:
     last = len(item.answers) - 1
     index = max(0, min(number, last) if number >= 0 else last + 1 + number)
     return replace(item, answers=item.answers[index : index + 1])
+
+
+def _without_answers(item: Item) -> Item:
+    """Return an item with its images, and its question if it has one, alone."""
+    if item.messages or item.document:
+        raise MLLMError(
+            f"data: the item {item.id!r} is a conversation or a document, but 'answers: false' is for captions and "
+            "questions. Leave it out."
+        )
+    return replace(item, answers=())
 
 
 def read_all(specs: Sequence[DataSpec], *, seed: int = 0, skip: float = 0.0) -> list[Source]:

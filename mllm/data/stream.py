@@ -16,11 +16,13 @@ from PIL import Image
 
 from mllm.config.data import Data
 from mllm.config.prompt import PromptSpec
+from mllm.data.as_text import as_text
 from mllm.data.augmentation import augmented
 from mllm.data.items import Item, pieces_of
 from mllm.data.lazy import Lazy
 from mllm.data.sources import Source, check_combinable, check_learnable
 from mllm.errors import MLLMError
+from mllm.prompts.entities import behind_last_image, of_caption
 from mllm.prompts.formatting import SEPARATOR
 from mllm.prompts.length import length_of, shortened, with_short_answers
 from mllm.prompts.pieces import Counts, Piece
@@ -146,14 +148,18 @@ class Stream:
             parts = [items[other + (other >= position.index)], item]
         pieces: list[Piece] = []
         for part in parts:
-            check_learnable(part)
+            if spec.answers:
+                check_learnable(part)
             check_combinable(part, spec)
             answers = [answer for answer in part.answers if answer.strip()]  # some annotators may have left it empty
             answer = generator.choice(answers) if answers else None
+            part = as_text(part, answer) if spec.see == "text" else part
+            named = of_caption(prompt.entities, answer, generator) if prompt.entities and not part.question else ""
             given = ""
             if spec.caption_split and answer and part.question is None:
                 given, answer = split_at_random(answer, generator)
-            pieces += [*([SEPARATOR] if pieces else []), *pieces_of(part, prompt, answer, self._lm, given)]
+            example = behind_last_image(pieces_of(part, prompt, answer, self._lm, given), named)
+            pieces += [*([SEPARATOR] if pieces else []), *example]
             prompt = prompt.model_copy(update={"examples": [], "system": ""})  # once, at the start
         return pieces
 

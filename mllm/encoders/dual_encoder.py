@@ -11,16 +11,16 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModel, AutoProcessor, BatchEncoding
 
+from mllm.capabilities import EncodesTexts
 from mllm.errors import MLLMError
 from mllm.hub import identity
 from mllm.hub import loading as hub
 from mllm.hub.fingerprints import fingerprint
 from mllm.media.images import open_image
-from mllm.slots import Encoder
 
 
-class JointSpace(Encoder):
-    """A dual encoder of `transformers` (CLIP, SigLIP, ...); its features are the projected image embeddings.
+class JointSpace(EncodesTexts):
+    """A dual encoder of `transformers` (CLIP, SigLIP, ...); its features are the projected embeddings.
 
     Args:
         model: an installed part, a Hub id or a folder.
@@ -65,9 +65,9 @@ class JointSpace(Encoder):
         """Return L2-normalized features ``(B, 1, D_vis)``."""
         return nn.functional.normalize(self.pair.image_vectors(pixels), dim=-1)[:, None]
 
-    def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Return L2-normalized embeddings ``(N, D_vis)`` of texts, in the same space."""
-        return self.pair.embed_texts(texts)
+    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+        """Return L2-normalized features ``(N, 1, D_vis)`` of texts, in the same space; long texts are truncated."""
+        return self.pair.embed_texts(texts).to(self.pair.model.dtype)[:, None]
 
 
 _BATCH = 64
@@ -109,6 +109,13 @@ class DualEncoder(nn.Module):
     def _embed(self, inputs: Sequence[Any], encode: Callable[[Sequence[Any]], Any]) -> Tensor:
         batches = [inputs[start : start + _BATCH] for start in range(0, len(inputs), _BATCH)]
         return torch.cat([nn.functional.normalize(_vectors(encode(batch)).float(), dim=-1) for batch in batches])
+
+    @functools.cached_property
+    def dim(self) -> int:
+        """The width D of the embeddings."""
+        side = self.model.config.vision_config.image_size
+        with torch.no_grad():
+            return int(self.image_vectors(torch.zeros(1, 3, side, side, device=self.model.device)).shape[-1])
 
     @property
     def ready(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,15 +18,22 @@ from mllm.media.tilings import AnyResolution, DynamicResolution, Split
 from mllm.registry import fulfilled, lookup, made
 from mllm.slots import Connector, Encoder
 
+Runs = Callable[[Any, dict[str, Any]], dict[str, Any]]  # a class and its options, to the options with runs loaded
 
-def encoder_of(spec: EncoderSpec, *, seed: int) -> Encoder:
+
+def encoder_of(spec: EncoderSpec, *, seed: int, runs: Runs = lambda cls, options: options) -> Encoder:
     """Return the encoder of an `mllm.config.parts.EncoderSpec`; the encoders in its ``of`` are built first.
+
+    Args:
+        spec: the specification.
+        seed: of random weights.
+        runs: loads the runs that an encoder's options name.
 
     Raises:
         MLLMError: an unknown type or argument, or a model that cannot be loaded.
     """
     if spec.tiles is not None:
-        whole = encoder_of(spec.model_copy(update={"tiles": None, "resize": "stretch"}), seed=seed)
+        whole = encoder_of(spec.model_copy(update={"tiles": None, "resize": "stretch"}), seed=seed, runs=runs)
         whole.tiling = _tiling(spec.tiles, whole, spec.resolution)
         return whole
     config = (published.configuration(spec.model) if spec.model else None) or {}
@@ -33,20 +41,20 @@ def encoder_of(spec: EncoderSpec, *, seed: int) -> Encoder:
         return Shape(**config)
     options = spec.options()
     if spec.of is not None:
-        options["of"] = [_member(member, seed) for member in spec.of]
+        options["of"] = [_member(member, seed, runs) for member in spec.of]
     else:
         options["seed"] = seed
-    label = f"encoder {spec.model or spec.type}"
-    return fulfilled(Encoder, label, made(lookup("encoders", spec.type), label, **options))
+    label, cls = f"encoder {spec.model or spec.type}", lookup("encoders", spec.type)
+    return fulfilled(Encoder, label, made(cls, label, **runs(cls, options)))
 
 
-def _member(spec: EncoderSpec, seed: int) -> Encoder:
+def _member(spec: EncoderSpec, seed: int, runs: Runs) -> Encoder:
     """Return an encoder inside another one.
 
     Raises:
         MLLMError: its images do not all have one number of features.
     """
-    encoder = encoder_of(spec, seed=seed)
+    encoder = encoder_of(spec, seed=seed, runs=runs)
     if encoder.tiling is not None:
         raise MLLMError(
             f"encoder.of: {spec.label} gives images of different sizes different numbers of features, and an encoder "

@@ -73,14 +73,26 @@ class Material:
             )
         return items
 
-    def with_features(self, items: Sequence[Item], chunk: int) -> Iterator[tuple[Sequence[Item], Tensor]]:
-        """Yield items in chunks, with the features ``(I, P, D_vis)`` of their first images.
+    @property
+    def shown(self) -> list[Item]:
+        """Return the items with images, whatever is asked about them.
 
         Raises:
-            MLLMError: no item has an image.
+            MLLMError: there are none.
+        """
+        items = [item for item in self.items if item.images]
+        if not items:
+            raise MLLMError("stages.fit needs images, and the training data has none. Add a source with images.")
+        return items
+
+    def with_features(self, chunk: int, items: Sequence[Item] | None = None) -> Iterator[tuple[Sequence[Item], Tensor]]:
+        """Yield items in chunks, with the features ``(I, P, D_vis)`` of their first images; None: captioned ones.
+
+        Raises:
+            MLLMError: none of them has an image.
         """
         assert self.features is not None
-        items = [item for item in items if item.images]
+        items = [item for item in (self.captioned if items is None else items) if item.images]
         if not items:
             raise MLLMError(
                 "stages.fit needs images with captions, and no caption of the training data has an image. Add a source "

@@ -56,7 +56,7 @@ class RetrievalFit(ClosedForm):
     def rows(self, model: Model, data: Material) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield captions' states ``(N, D_lm)`` at the head's token, and images' mean features ``(N, D_vis)``."""
         position = image_tokens(model).index(self.part(model).tokens[0])
-        for items, features in data.with_features(data.captioned, self.chunk):
+        for items, features in data.with_features(self.chunk):
             texts = [answer_text(Random(f"{data.seed}/{item.id}").choice(item.answers)) for item in items]
             yield read_texts(model, texts)[0][:, position], features.float().mean(1)
 

@@ -10,9 +10,10 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from mllm.answering.decode import make_decoding
 from mllm.assembly import Assembly
-from mllm.build import fit_of
 from mllm.capabilities import SEVERAL, ImageTokenHead, missing
 from mllm.config import loading
 from mllm.config.data import DataSpec
@@ -21,14 +22,18 @@ from mllm.config.recipe import Recipe, Stage
 from mllm.data.sources import reader
 from mllm.errors import MLLMError
 from mllm.evaluation import check_suite
+from mllm.fits.build import fit_of
 from mllm.lms.decoding import check_batch
 from mllm.objectives.build import objectives_of
 from mllm.parts import trained_module
 from mllm.planning.needs import planned_needs
 from mllm.planning.paper import assembled, noted
 from mllm.prompts.chat_template import uses_template
+from mllm.prompts.entities import vocabulary_of
 from mllm.readout.tokens import image_tokens
 from mllm.training.batches import check_augmentation
+from mllm.training.guides import check_answers, open_guides, problems_of
+from mllm.training.texts import check_texts
 from mllm.transfer import check_source
 
 
@@ -87,7 +92,16 @@ def _of_model(model: Assembly, stage: Stage) -> list[str]:
     for path in stage.train:
         with noted(wrong):
             trained_module(model, path)
+    with noted(wrong):
+        if stage.prompt.entities is not None:
+            vocabulary_of(stage.prompt.entities)
     wrong += [f"Stage {stage.name}: {problem}" for problem in unmet(model, stage)]
+    with noted(wrong):
+        check_answers(stage)
+    with noted(wrong):
+        with torch.device("meta"):
+            open_guides(model, stage)
+        wrong += [f"Stage {stage.name}: {problem}" for problem in problems_of(model, stage)]
     with noted(wrong):
         if stage.fit is not None:
             wrong += [f"Stage {stage.name} {problem}" for problem in fit_of(stage).problems(model)]
@@ -96,6 +110,8 @@ def _of_model(model: Assembly, stage: Stage) -> list[str]:
             check_source(model, stage)
     with noted(wrong):
         check_augmentation(stage, model)
+    with noted(wrong):
+        check_texts(stage, model)
     with noted(wrong):
         if model.has(ImageTokenHead):
             image_tokens(model)
@@ -142,7 +158,7 @@ def unmet(model: Assembly, stage: Stage) -> list[str]:
 def _check_data(spec: DataSpec) -> None:
     """Check a source's arguments against its reader, and that the files it names exist."""
     reader(spec)
-    for key in ("annotations", "path", "images"):
+    for key in ("annotations", "path", *(["images"] if spec.see == "image" else [])):
         path = spec.options().get(key)
         pattern = "{" in str(path)  # of several files, which the reader looks for
         if path is not None and not pattern and not os.path.exists(path):

@@ -22,6 +22,7 @@ from mllm.data.stream import Stream
 from mllm.errors import MLLMError
 from mllm.evaluation import suite_items
 from mllm.media.images import ImageSource
+from mllm.media.texts import TextSource
 from mllm.model import Model
 from mllm.planning.needs import planned_needs
 from mllm.planning.paper import meta_model
@@ -151,7 +152,7 @@ def _open(item: Item, opened: dict[ImageSource, str]) -> list[str]:
     """Open an item's images, hash the pixels of each, and return the errors of those that fail."""
     errors = []
     for source in item.images:
-        if source not in opened:
+        if source not in opened and not isinstance(source, TextSource):
             opened[source] = ""
             try:
                 image = source.open()

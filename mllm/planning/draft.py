@@ -10,15 +10,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mllm.build import fit_of
 from mllm.config.parts import PARTS
 from mllm.config.recipe import Stage
 from mllm.encoders.feature_store import FeatureStore
+from mllm.fits.build import fit_of
 from mllm.planning.paper import meta_model
 from mllm.planning.sizes import cache_bytes, parameters_of
 from mllm.planning.trace import Cost, Paper, cost
 from mllm.planning.workload import Rows
 from mllm.training.batches import rows_at_once
+from mllm.training.guides import assembly_of, open_guides
 from mllm.training.setup import Objectives, optimizer_for, parameter_groups, precision, recompute
 
 Device = Literal["cpu", "gpu"]
@@ -40,13 +41,17 @@ class Draft:
         self.paper: Paper
         if before is not None and all(getattr(stage, part) == getattr(before.stage, part) for part in PARTS):
             self.model, self.paper = before.model, before.paper
-            self.model.spec = stage.assembly
+            self.model.spec = assembly_of(stage)
         else:
             self.model, self.paper = meta_model(stage), Paper()
             self.paper.put(self.model)
             if self.model.generates_text:
                 self.model.lm.runner.separable = True  # a probe compares values, which are not here
         self.model.requires_grad_(False)
+        with torch.device("meta"):
+            open_guides(self.model, stage)
+        for guide in self.model.guides.opened.values():
+            self.paper.put(guide)
         self.objectives = Objectives(stage)
         self.trained: list[nn.Parameter] = []
         if stage.train:

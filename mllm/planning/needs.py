@@ -10,6 +10,7 @@ from mllm.config.recipe import Recipe
 from mllm.errors import MLLMError
 from mllm.planning.paper import meta_model
 from mllm.saving import planned
+from mllm.training.guides import assembly_of
 from mllm.training.needs import Need, missing
 
 
@@ -28,6 +29,6 @@ def planned_needs(config: Recipe) -> Iterator[list[Need]]:
                 model = meta_model(stage)
             except MLLMError as error:
                 raise MLLMError(f"The recipe {need.recipe}, which {config.name} needs: {error}") from None
-            model.spec = stage.assembly
+            model.spec = assembly_of(stage)
             stack.enter_context(planned(need.folder, model))
         yield needs

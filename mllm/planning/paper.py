@@ -11,6 +11,7 @@ from mllm.assembly import Assembly
 from mllm.build import build_encoder, build_lm, join
 from mllm.config.recipe import Stage
 from mllm.errors import MLLMError
+from mllm.training.guides import assembly_of
 
 
 def meta_model(stage: Stage) -> Assembly:
@@ -34,7 +35,7 @@ def assembled(stage: Stage, problems: list[str]) -> Assembly | None:
     """
     encoder = lm = None
     with noted(problems):
-        spec = stage.assembly
+        spec = assembly_of(stage)
         lm_spec = spec.lm and spec.lm.model_copy(update={"init": "random", "quantize": None})
         spec = spec.model_copy(update={"lm": lm_spec})
         with torch.device("meta"):
@@ -49,8 +50,9 @@ def assembled(stage: Stage, problems: list[str]) -> Assembly | None:
 
 @contextlib.contextmanager
 def noted(problems: list[str]) -> Iterator[None]:
-    """Add an error that a user can correct to ``problems``, and continue."""
+    """Add an error that a user can correct to ``problems``, once, and continue."""
     try:
         yield
     except MLLMError as error:
-        problems.append(str(error))
+        if str(error) not in problems:
+            problems.append(str(error))

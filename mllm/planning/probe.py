@@ -17,6 +17,7 @@ from mllm.errors import MLLMError
 from mllm.planning.draft import Draft
 from mllm.planning.workload import workload
 from mllm.training.batches import parts
+from mllm.training.guides import assembly_of, open_guides
 from mllm.training.setup import Objectives, optimizer_for, parameter_groups, precision
 
 REPEATS = 3
@@ -37,7 +38,8 @@ def probe(recipe: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> tup
     if stage is None:
         raise MLLMError(f"{config.name} has no stage that trains: there is no step to time.")
     accelerator = Accelerator(mixed_precision=precision(stage))
-    model: Any = build(stage.assembly)
+    model: Any = build(assembly_of(stage))
+    open_guides(model, stage)
     optimizer = optimizer_for(model, stage, parameter_groups(model, stage))
     objectives = Objectives(stage)
     rows = workload(model, stage, processes=1, images=None, text=None).typical

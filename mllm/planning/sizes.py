@@ -39,7 +39,13 @@ def part_sizes(model: Model, stage: Stage, trained: Sequence[nn.Parameter]) -> l
         if mine:
             number = sum(p.numel() for p in mine if id(p) in training)
             sizes.append(PartSize(name, sum(p.numel() for p in mine), number, _bytes(model, stage, name, mine)))
-    return sizes
+    return sizes + [_guide_size(name, guide) for name, guide in model.guides.opened.items()]
+
+
+def _guide_size(name: str, guide: nn.Module) -> PartSize:
+    weights = list(guide.parameters())
+    size = sum(p.numel() * p.element_size() for p in weights)
+    return PartSize(f"guides.{name}", sum(p.numel() for p in weights), 0, size)
 
 
 def loading_bytes(stage: Stage, parts: Sequence[PartSize]) -> int:

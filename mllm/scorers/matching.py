@@ -43,6 +43,14 @@ class MatchingScorer(nn.Module):
         self._contrast = model.find(ContrastHead)
         self._features = FeatureStore(self.model).whole
 
+    @property
+    def dim(self) -> int:
+        """Return the width D of the vectors."""
+        encoder = self.model.encoder
+        features = torch.zeros(1, encoder.num_patches, encoder.dim, device=self.model.device)
+        with torch.no_grad():
+            return int(self._contrast.of_queries(self._connector.body(features)).shape[-1])
+
     def image_text(self, images: Sequence[Any], texts: Sequence[str]) -> Tensor:
         """Return the similarities ``(I, N)`` of images and texts: the maximum over the image's queries."""
         return (self.embed_images(images) @ self.embed_texts(texts).T).amax(1)

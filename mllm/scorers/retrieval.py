@@ -32,6 +32,14 @@ class RetrievalScorer(nn.Module):
         self.model = model
         model.find(RetrievalHead)
 
+    @property
+    def dim(self) -> int:
+        """Return the width D of the vectors."""
+        encoder = self.model.encoder
+        features = torch.zeros(1, encoder.num_patches, encoder.dim, device=self.model.device)
+        with torch.no_grad():
+            return int(self.model.find(RetrievalHead).of_features(features).shape[-1])
+
     def image_text(self, images: Sequence[Any], texts: Sequence[str]) -> Tensor:
         """Return the cosine similarities ``(I, N)`` of images and texts."""
         return self.embed_images(images) @ self.embed_texts(texts).T

@@ -8,9 +8,10 @@ from functools import partial
 from pathlib import Path
 
 from accelerate.utils import set_seed
+from torch import nn
 
 from mllm.assembly import Assembly
-from mllm.build import build_encoder, build_lm, fit_of, join
+from mllm.build import build_encoder, build_lm, join
 from mllm.config.parts import PARTS, AssemblySpec
 from mllm.config.recipe import Stage
 from mllm.data.skipping import Skipped
@@ -20,18 +21,21 @@ from mllm.devices import choose_device
 from mllm.encoders.feature_store import FeatureStore, open_store
 from mllm.errors import MLLMError
 from mllm.fits.base import Material
+from mllm.fits.build import fit_of
 from mllm.media.images import open_image
 from mllm.processes import progress
-from mllm.saving import fingerprints_of
+from mllm.saving import check_fingerprints, fingerprints_of
 from mllm.system import return_memory
 from mllm.training.batches import Batches, check_augmentation, check_packing, training_sources
 from mllm.training.calibration import calibrate_new
 from mllm.training.checkpoint import Checkpoints, TrainingState
+from mllm.training.guides import assembly_of, check_answers, guide_hashes, open_guides, problems_of
 from mllm.training.loop import Loop
 from mllm.training.monitor import Monitor, shown_items
 from mllm.training.run import Run
 from mllm.training.setup import Objectives, accelerator_for, engine_for, parameter_groups
 from mllm.training.sharding import divide_where_asked, divided, loading_device
+from mllm.training.texts import check_texts, collect_texts
 from mllm.training.validation import Validation, validation_rows
 from mllm.transfer import complete, transfer
 
@@ -45,7 +49,7 @@ def begin_stage(run: Run, model: Assembly, stage: Stage, seed: int) -> Assembly:
     """
     if stage.seed != seed:
         set_seed(stage.seed)
-    model = carry_over(model, stage.assembly, run)
+    model = carry_over(model, assembly_of(stage), run)
     if stage.init.source:
         transfer(model, Path(stage.init.source), stage.init.parts)
     return model
@@ -92,18 +96,37 @@ def carry_over(model: Assembly, spec: AssemblySpec, run: Run | None = None) -> A
 def run_stage(run: Run, model: Assembly, stage: Stage, state: TrainingState) -> None:
     """Fit or train one stage, and record that what it does not train hashes the same afterwards."""
     return_memory()  # of loading and of the stage before
-    state.fingerprints = fingerprints_of(model)
+    guides = _opened(run, model, stage, state)
+    state.fingerprints = {**fingerprints_of(model), **guide_hashes(guides)}
+    check_texts(stage, model)
     store = open_store(model, stage.feature_cache)
+    collect_texts(model, stage, store)
     trained = [stage.fit.part] if stage.fit else list(stage.train)
-    before = _hashes(model, trained)
+    before = {**_hashes(model, trained), **guide_hashes(guides)}
     if stage.fit:
         _fit(run, model, stage, store)
     else:
         prepare(run, model, stage, store, state)()
-    after = _hashes(model, trained)
+    after = {**_hashes(model, trained), **guide_hashes(guides)}
     state.frozen[stage.name] = {"before": before, "after": after}
     assert before == after, "a frozen part changed"
     store.flush()
+
+
+def _opened(run: Run, model: Assembly, stage: Stage, state: TrainingState) -> dict[str, nn.Module]:
+    """Open the guides that a stage asks, and compare them with those that it was begun with, if it continues.
+
+    Raises:
+        MLLMError: a guide that is not there, cannot do what is asked of it, or is another one.
+    """
+    check_answers(stage)
+    open_guides(model, stage)
+    guides = dict(model.guides.opened)
+    if state.step:
+        check_fingerprints(run.path, state.fingerprints, guide_hashes(guides), instead="start a new run with this one")
+    for problem in problems_of(model, stage):
+        raise MLLMError(f"Stage {stage.name}: {problem}")
+    return guides
 
 
 def prepare(run: Run, model: Assembly, stage: Stage, store: FeatureStore, state: TrainingState) -> Loop:
@@ -121,6 +144,7 @@ def prepare(run: Run, model: Assembly, stage: Stage, store: FeatureStore, state:
     if layers := divide_where_asked(model, stage, accelerator.device):
         run.log(stage=stage.name, step=state.step, divided_layers=layers)
     model.to(accelerator.device)
+    model.guides.to(accelerator.device)
     sources = training_sources(stage)
     share = {"rank": accelerator.process_index, "world": accelerator.num_processes}
     objectives = Objectives(stage)
@@ -148,6 +172,7 @@ def _fit(run: Run, model: Assembly, stage: Stage, store: FeatureStore) -> None:
     assert stage.fit is not None
     fit = fit_of(stage)
     model.to(choose_device())
+    model.guides.to(choose_device())
     with progress() as bar:
         task = bar.add_task(stage.name, total=None, note="")
         material = _material(run, model, stage, store)

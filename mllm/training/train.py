@@ -24,6 +24,7 @@ from mllm.processes import processes
 from mllm.saving import check_fingerprints, fingerprints_of, save
 from mllm.training.checkpoint import NAME as CHECKPOINT
 from mllm.training.checkpoint import TrainingState, explain_misfit, random_states, set_random_states
+from mllm.training.guides import assembly_of
 from mllm.training.needs import missing
 from mllm.training.run import Run, free_folder
 from mllm.training.sharding import loading_device
@@ -70,7 +71,8 @@ def train(
     if resume:
         run = Run.reopen(Path(resume), config, accept=accept_changes)
     else:
-        model = build(config.stages[0].assembly, device=loading_device())  # first: what does not fit leaves no folder
+        spec = assembly_of(config.stages[0])
+        model = build(spec, device=loading_device())  # first: what does not fit leaves no folder
         run = Run.create(_folder(out, config.name), config)
     with contextlib.closing(run), run.signals:
         try:
@@ -153,7 +155,7 @@ def _restored(run: Run, config: Recipe) -> tuple[Assembly, TrainingState]:
         raise MLLMError(
             f"The checkpoint of {run.path} is of stage {number + 1}, and the recipe has {len(names)} stages."
         )
-    model = build(config.stages[number].assembly, device=loading_device())
+    model = build(assembly_of(config.stages[number]), device=loading_device())
     if state.random:  # there is a checkpoint
         if state.model.keys() != model.trained_state().keys():
             raise MLLMError(f"The checkpoint of {run.path} is of another model: the recipe's parts changed.")

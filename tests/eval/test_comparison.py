@@ -21,17 +21,15 @@ from mllm.testing import tiny_image
 comparison: Any = import_module("mllm.eval.comparison")
 variations: Any = import_module("mllm.eval.variations")
 
-TOKENS = "connector.tokens=1,9"
+TOKENS, SUITES = "connector.tokens=1,9", "names.yaml,bleu.yaml"
 
 
-@pytest.fixture
-def recipe(tmp_path: Path, tiny_parts: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> str:
-    """A recipe on tiny parts, and two suites of three images, in the working directory."""
-    monkeypatch.chdir(tmp_path)
+def write_recipe(folder: Path, tiny_parts: tuple[str, str]) -> str:
+    """Write a recipe on tiny parts, and two suites of three images."""
     for index, name in enumerate("abc"):
-        tiny_image(index).save(tmp_path / f"{name}.png")
-    (tmp_path / "train.csv").write_text("image,caption\n" + "".join(f"{name}.png,noise {name}\n" for name in "abc"))
-    (tmp_path / "small.yaml").write_text(f"""
+        tiny_image(index).save(folder / f"{name}.png")
+    (folder / "train.csv").write_text("image,caption\n" + "".join(f"{name}.png,noise {name}\n" for name in "abc"))
+    (folder / "small.yaml").write_text(f"""
 name: small
 encoder: {{model: {tiny_parts[0]}}}
 lm: {{model: {tiny_parts[1]}}}
@@ -39,32 +37,41 @@ connector: {{type: linear, tokens: 4}}
 decoding: {{max_new_tokens: 8}}
 data: {{train: {{format: table, path: train.csv}}}}
 stages:
-  - {{name: align, train: {{connector: 0.1}}, steps: 60, batch_size: 2, checkpoint_every: 5, optim: {{warmup: 2}}}}
+  - {{name: align, train: {{connector: 0.1}}, steps: 12, batch_size: 2, checkpoint_every: 5, optim: {{warmup: 2}}}}
 eval: {{suites: [names.yaml]}}
 """)
     suite = {"name": "names", "about": "three", "data": {"format": "table", "path": "train.csv"}}
-    (tmp_path / "names.yaml").write_text(json.dumps(suite | {"metrics": ["caption/rouge-l", "caption/bleu-1"]}))
+    (folder / "names.yaml").write_text(json.dumps(suite | {"metrics": ["caption/rouge-l", "caption/bleu-1"]}))
     decided = {**suite, "name": "bleu", "metrics": ["caption/bleu-1"], "batch_size": 2}
-    (tmp_path / "bleu.yaml").write_text(json.dumps(decided))
-    return str(tmp_path / "small.yaml")
+    (folder / "bleu.yaml").write_text(json.dumps(decided))
+    return str(folder / "small.yaml")
 
 
-def summaries(folder: str) -> list[dict[str, Any]]:
-    return [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*/eval/*/summary.json"))]
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_parts: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """A recipe and its suites in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    return write_recipe(tmp_path, tiny_parts)
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory, tiny_parts: tuple[str, str]) -> Any:
+    """Two variations of a recipe, compared with it in ``whole``; the working directory is the recipe's."""
+    folder = tmp_path_factory.mktemp("compared")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        recipe = write_recipe(folder, tiny_parts)
+        yield comparison.compare_variations(recipe, vary=[TOKENS], suites=SUITES, seeds=(0, 1), out="whole")
 
 
 def predictions(folder: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path(folder, "predictions.jsonl").read_text().splitlines()]
 
 
-def test_killed_at_any_moment_it_continues_to_the_values_of_eval(
-    recipe: str, start: Callable[..., Any], tmp_path: Path
-) -> None:
-    arguments = ["recipes", "compare", recipe, "--vary", TOKENS, "--suites", "names.yaml,bleu.yaml", "--seeds", "2"]
-    whole = CliRunner().invoke(app, [*arguments, "--out", "whole"])
-    assert whole.exit_code == 0, whole.output
-    for lines in (7, 100, 190):  # in the first run, in the second, in the fourth
-        process, until = start(*arguments, "--out", tmp_path / "killed"), time.monotonic() + 120
+def test_killed_at_any_moment_it_continues_to_the_values_of_eval(compared: Any, start: Callable[..., Any]) -> None:
+    arguments = ["recipes", "compare", "small.yaml", "--vary", TOKENS, "--suites", SUITES, "--seeds", "2"]
+    for lines in (7, 20, 38):  # in the first run, in the second, in the fourth
+        process, until = start(*arguments, "--out", "killed"), time.monotonic() + 120
         while sum(len(log.read_text().splitlines()) for log in Path("killed").glob("runs/*/log.jsonl")) < lines:
             assert time.monotonic() < until and process.running(), process.finish()
             time.sleep(0.002)
@@ -83,21 +90,19 @@ def test_killed_at_any_moment_it_continues_to_the_values_of_eval(
     for row in content["rows"]:
         for suite in ("names", "bleu"):
             entries = row["results"][f"{suite}.yaml"]
-            runs = [Path(each).parent.parent for each in entries["evaluations"]]
-            for number, run in enumerate(runs):
-                options = ["--suite", f"{suite}.yaml", "--baselines", "none", "--out", f"{run}/again-{suite}"]
-                assert CliRunner().invoke(app, ["eval", str(run), *options]).exit_code == 0
-                summary = json.loads(Path(f"{run}/again-{suite}/summary.json").read_text())
-                assert [each["value"] for each in summary["metrics"]] == [
-                    entry["values"][number] for entry in entries["metrics"]
-                ]
+            run = Path(entries["evaluations"][0]).parent.parent
+            options = ["--suite", f"{suite}.yaml", "--baselines", "none", "--out", f"{run}/again-{suite}"]
+            assert CliRunner().invoke(app, ["eval", str(run), *options]).exit_code == 0
+            summary = json.loads(Path(f"{run}/again-{suite}/summary.json").read_text())
+            assert [each["value"] for each in summary["metrics"]] == [
+                entry["values"][0] for entry in entries["metrics"]
+            ]
 
 
-def test_the_gain_is_that_over_the_recipe_as_it_stands(recipe: str) -> None:
-    made = comparison.compare_variations(recipe, vary=[TOKENS], seeds=(0, 1), out="out")
+def test_the_gain_is_that_over_the_recipe_as_it_stands(compared: Any) -> None:
     score = metric("caption/rouge-l")
     means = []
-    for row in made.rows:
+    for row in compared.rows:
         answers = [predictions(folder) for folder in row.results["names.yaml"].evaluations]
         by_hand = [score([r["prediction"] for r in rows], [r["references"] for r in rows]).value for rows in answers]
         means.append(sum(by_hand) / 2)
@@ -105,8 +110,8 @@ def test_the_gain_is_that_over_the_recipe_as_it_stands(recipe: str) -> None:
         assert entry.value == pytest.approx(means[-1])
         assert entry.low - 1e-9 <= entry.value <= entry.high + 1e-9
     assert len({round(mean, 6) for mean in means}) > 1, "the variations answer alike, so nothing is shown"
-    assert made.rows[0].results["names.yaml"].metrics[0].gain is None
-    for row, mean in zip(made.rows[1:], means[1:], strict=True):
+    assert compared.rows[0].results["names.yaml"].metrics[0].gain is None
+    for row, mean in zip(compared.rows[1:], means[1:], strict=True):
         for entry in row.results["names.yaml"].metrics:  # bleu-1 is no mean over items
             assert entry.gain_low - 1e-9 <= entry.gain <= entry.gain_high + 1e-9
         assert row.results["names.yaml"].metrics[0].gain == pytest.approx(mean - means[0])

@@ -25,7 +25,7 @@ def test_the_encoder_is_the_scorers_image_side(model, tiny_clip):
     images = [tiny_image(seed) for seed in range(3)]
     scorer = DualEncoder(model=tiny_clip)
     torch.testing.assert_close(model.features(images)[:, 0], scorer.embed_images(images))
-    torch.testing.assert_close(model.encoder.embed_texts(["a cat"]), scorer.embed_texts(["a cat"]))
+    torch.testing.assert_close(model.encoder.encode_texts(["a cat"])[:, 0], scorer.embed_texts(["a cat"]))
     assert (model.encoder.num_patches, model.encoder.dim, model.encoder.grid) == (1, 12, None)
 
 
@@ -36,7 +36,7 @@ def test_it_is_least_squares_from_strings_to_embeddings(model):
         [chr(letter) for letter in (*range(65, 91), *range(97, 123))]
     )
     explained = ConnectorFit(targets="tokens", solver="least-squares", chunk=20)(model, Material())
-    x = model.encoder.embed_texts([text for _, text in words]).double()
+    x = model.encoder.encode_texts([text for _, text in words])[:, 0].double()
     y = model.lm.embed(torch.tensor([token for token, _ in words])).double()
     solution = torch.linalg.lstsq(torch.cat([x, torch.ones(len(x), 1).double()], dim=1), y).solution
     predicted = model.connector(x.float()[:, None])[:, 0].double()

@@ -11,7 +11,7 @@ import torch
 
 import mllm
 import mllm.config.loading
-import mllm.fits.connector
+import mllm.fits.targets
 import mllm.hub.loading
 import mllm.objectives.caption
 import mllm.prompts.pieces
@@ -208,7 +208,7 @@ def test_the_closed_form_start_points_features_at_their_words(tiny_parts):
     predicted = model.connector(model.features(pictures[16:])).mean(1)
     targets = torch.stack(
         [
-            mllm.fits.connector.words_embedding(model.lm, item, mllm.fits.connector.rarity(model.lm, items))
+            mllm.fits.targets.words_embedding(model.lm, item, mllm.fits.targets.rarity(model.lm, items))
             for item in items[:4]
         ]
     )

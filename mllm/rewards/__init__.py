@@ -1,0 +1,1 @@
+"""Reward sampled answers: by a guide's similarity, fluency, repetition, or a metric."""
