@@ -66,8 +66,8 @@ class SpeaksWords(Protocol):
 class RemembersTexts(Protocol):
     """A connector that looks up texts: ``connector: {type: memory}``."""
 
-    def remember(self, texts: Sequence[Tensor], neutral: Tensor) -> None:
-        """Set the texts: the word embeddings ``(T, D_lm)`` of each, and that of the neutral word ``(D_lm,)``."""
+    def remember(self, texts: Sequence[Sequence[Tensor]], neutral: Tensor) -> None:
+        """Set each memory's texts: the word embeddings ``(T, D_lm)`` of each; and the neutral word's ``(D_lm,)``."""
 
 
 @runtime_checkable

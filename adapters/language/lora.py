@@ -24,7 +24,8 @@ class LoRA(nn.Module):
         model: a language model of `transformers`; peft injects its layers into it, and the weights do not change.
         r: rank.
         alpha: the update is scaled by ``alpha / r``.
-        targets: names of the linear layers (``[q_proj, v_proj]``); ``all-linear``: all but the output embedding.
+        targets: names of the linear layers (``[q_proj, v_proj]``); ``all-linear``: all but the output embedding; or a
+            regular expression that matches whole paths.
         dropout: on the input of the update.
         dora: also learn the magnitudes of the weights (DoRA).
 

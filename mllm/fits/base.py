@@ -60,6 +60,20 @@ class Material:
         return items
 
     @property
+    def answered(self) -> list[Item]:
+        """Return the items with captions, and those with answers to questions.
+
+        Raises:
+            MLLMError: there are none.
+        """
+        items = [item for item in self.items if item.answers]
+        if not items:
+            raise MLLMError(
+                "stages.fit needs captions or answers, and the training data has none. Add a source with some."
+            )
+        return items
+
+    @property
     def shown(self) -> list[Item]:
         """Return the items with images, whatever is asked about them.
 

@@ -19,7 +19,7 @@ from mllm.data.items import Item, pieces_of
 from mllm.encoders.texts import EncodesTexts
 from mllm.errors import MLLMError
 from mllm.fits.base import ClosedForm, Material
-from mllm.fits.regression import Moments, NormalEquations
+from mllm.fits.regression import Apart, Moments, NormalEquations
 from mllm.fits.targets import TARGETS, GuideTargets, Targets, WordTargets
 from mllm.guides.contracts import Ask, EmbedsImages
 from mllm.lms.vocabulary import lexicon
@@ -40,10 +40,11 @@ class ConnectorFit(ClosedForm):
         solver: see `mllm.fits.regression.NormalEquations.solve`.
         targets: ``caption-words``; ``words-in-order``: visual token q is the caption's q-th token, and a neutral word
             after its end, for a linear map that returns all visual tokens of one pooled feature vector; ``texts``: the
-            scores of a memory's texts are 1 for the first caption and 0 for other captions' texts; ``content-words``: a
-            row for each different token of the captions' words that are no stop words; ``sentences``, the vectors of a
-            sentence encoder; ``guide``: what a guide makes of the image, which needs no captions; or ``tokens``:
-            lexical matching, which needs neither images nor captions.
+            scores of a memory's texts are 1 for the first caption and 0 for other captions' texts, and likewise those
+            of further memories for the answers to a question each; ``content-words``: a row for each different token
+            of the captions' words that are no stop words; ``sentences``, the vectors of a sentence encoder;
+            ``guide``: what a guide makes of the image, which needs no captions; or ``tokens``: lexical matching, which
+            needs neither images nor captions.
         stop_words: whether ``caption-words`` are English function words, too.
         standardize: as SITTA's code: features are standardized by their mean and deviation over the images, and
             embeddings by those of the language model's whole table; between these, the map has no intercept.
@@ -119,12 +120,13 @@ class ConnectorFit(ClosedForm):
             return []
         return [f"fits a guide's vectors, of width {width}, and the connector's is {model.width}: set connector.width."]
 
-    def sums(self, model: Model) -> NormalEquations:
+    def sums(self, model: Model) -> NormalEquations | Apart:
         """Return empty sums."""
+        inputs = _linear(model).in_features
+        if self.targets == "texts":
+            return Apart(inputs, model.connector.sizes)
         tokens = model.connector.num_tokens if self.targets == "words-in-order" else 1
-        linear = _linear(model)
-        outputs = linear.out_features if self.targets == "texts" else tokens * int(model.width or 0)
-        return NormalEquations(linear.in_features, outputs)
+        return NormalEquations(inputs, tokens * int(model.width or 0))
 
     def rows(self, model: Model, data: Material) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield inputs of the linear map ``(N, X)``, and target embeddings ``(N, D_lm)``."""
@@ -132,11 +134,17 @@ class ConnectorFit(ClosedForm):
         if self.targets == "tokens":
             yield from self._tokens(model, data)
             return
-        material = data.shown if self.targets == "guide" else data.captioned
+        material = self._material(data)
         target = self._target(model, material)
         for items, features in data.with_features(self.chunk, material):
             inputs = model.connector.body(model.connector.cast(features), *_questions(model, items))
             yield self._row_for_each(inputs.mean(1), target(items))
+
+    def _material(self, data: Material) -> list[Item]:
+        """Return the items that are fitted on."""
+        if self.targets == "guide":
+            return data.shown
+        return data.answered if self.targets == "texts" else data.captioned
 
     def _target(self, model: Model, items: Sequence[Item]) -> Targets:
         """Return the function from items to their targets."""
@@ -152,15 +160,15 @@ class ConnectorFit(ClosedForm):
         counts = torch.tensor([len(each) for each in targets], device=x.device)
         return x.repeat_interleave(counts, 0), torch.cat(list(targets))
 
-    def solve(self, model: Model, sums: NormalEquations) -> tuple[Tensor, Tensor]:
+    def solve(self, model: Model, sums: NormalEquations | Apart) -> tuple[Tensor, Tensor]:
         """Return weights ``(X, D_lm)`` and intercept ``(D_lm,)``."""
-        if not self.standardize:
+        if not self.standardize or isinstance(sums, Apart):
             return sums.solve(self.solver, self.strength)
         table = Moments(model.lm.dim)
         table.add(model.lm.model.get_input_embeddings().weight)
         return sums.solve(self.solver, self.strength, by=(self._inputs, table))
 
-    def quality(self, sums: NormalEquations, solution: tuple[Tensor, Tensor]) -> float:
+    def quality(self, sums: NormalEquations | Apart, solution: tuple[Tensor, Tensor]) -> float:
         """Return the share of the targets' variance that the map explains (R^2)."""
         return sums.explained(*solution)
 

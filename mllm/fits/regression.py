@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -36,16 +38,18 @@ class NormalEquations:
     """The sums of a linear regression with intercept, Y ~ X W + b, accumulated chunk by chunk; float64."""
 
     def __init__(self, x_dim: int, y_dim: int) -> None:
-        self.count, self.x_dim, self.y_dim = 0, x_dim, y_dim
+        self.x_dim, self.y_dim = x_dim, y_dim
+        self.count = torch.zeros((), dtype=torch.float64)
         self.x, self.y = torch.zeros(x_dim, dtype=torch.float64), torch.zeros(y_dim, dtype=torch.float64)
         self.xx = torch.zeros(x_dim, x_dim, dtype=torch.float64)
         self.xy = torch.zeros(x_dim, y_dim, dtype=torch.float64)
         self.yy = torch.zeros(y_dim, dtype=torch.float64)  # only the diagonal is needed
 
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """Add rows x ``(N, X)`` and y ``(N, Y)``."""
-        x, y = x.double(), y.double()
-        self.count += len(x)
+    def add(self, x: Tensor, y: Tensor, kept: Tensor | None = None) -> None:
+        """Add rows x ``(N, X)`` and y ``(N, Y)``, or those of them that are ``kept (N,)``."""
+        kept = torch.ones(len(x), 1) if kept is None else kept[:, None]
+        x, y = x.double() * kept, y.double() * kept
+        self.count += kept.sum()
         self.x += x.sum(0)
         self.y += y.sum(0)
         self.xx += x.T @ x
@@ -54,12 +58,11 @@ class NormalEquations:
 
     def merge(self, other: NormalEquations) -> None:
         """Add the rows of other sums."""
-        self.count += other.count
         for mine, others in zip(self._sums(), other._sums(), strict=True):
             mine += others
 
     def _sums(self) -> tuple[Tensor, ...]:
-        return self.x, self.y, self.xx, self.xy, self.yy
+        return self.count, self.x, self.y, self.xx, self.xy, self.yy
 
     def solve(self, solver: str, strength: float, by: tuple[Moments, Moments] | None = None) -> tuple[Tensor, Tensor]:
         """Return weights ``(X, Y)`` and intercept ``(Y,)``.
@@ -99,6 +102,45 @@ class NormalEquations:
         residual = total - 2 * (weights * cross).sum() + (weights * (covariance @ weights)).sum()
         residual += (y - x @ weights - intercept).square().sum()
         return float(1 - residual / total.clamp(min=1e-12))
+
+
+class Apart:
+    """The sums of several regressions, each with columns of Y of its own: a row belongs to those where it is not zero.
+
+    Args:
+        x_dim: X.
+        y_dims: the columns of each.
+    """
+
+    def __init__(self, x_dim: int, y_dims: Sequence[int]) -> None:
+        self.x_dim, self.y_dim = x_dim, sum(y_dims)
+        self._sums = [NormalEquations(x_dim, y_dim) for y_dim in y_dims]
+
+    @property
+    def count(self) -> Tensor:
+        """Return the number of rows of the regression that has the fewest."""
+        return torch.stack([sums.count for sums in self._sums]).min()
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Add rows x ``(N, X)`` and y ``(N, Y)``."""
+        for sums, columns in zip(self._sums, y.split([sums.y_dim for sums in self._sums], dim=1), strict=True):
+            sums.add(x, columns, columns.ne(0).any(1))
+
+    def merge(self, other: Apart) -> None:
+        """Add the rows of other sums."""
+        for mine, others in zip(self._sums, other._sums, strict=True):
+            mine.merge(others)
+
+    def solve(self, solver: str, strength: float) -> tuple[Tensor, Tensor]:
+        """Return weights ``(X, Y)`` and intercept ``(Y,)``; see `NormalEquations.solve`."""
+        weights, intercepts = zip(*(sums.solve(solver, strength) for sums in self._sums), strict=True)
+        return torch.cat(weights, dim=1), torch.cat(intercepts)
+
+    def explained(self, weights: Tensor, intercept: Tensor) -> float:
+        """Return the mean R^2 of the regressions; see `NormalEquations.explained`."""
+        sizes = [sums.y_dim for sums in self._sums]
+        parts = zip(self._sums, weights.split(sizes, dim=1), intercept.split(sizes), strict=True)
+        return fmean(sums.explained(*solution) for sums, *solution in parts)
 
 
 def _solve(

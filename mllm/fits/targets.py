@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -67,19 +68,27 @@ class _OrderedTargets:
 
 
 class _TextTargets:
-    """One-hot vectors ``(1, S)`` of items' first captions, which the connector remembers."""
+    """One-hot vectors ``(1, S)`` of items' first answers, which the connector remembers: a memory for each question."""
 
     def __init__(self, model: Model, items: Sequence[Item]) -> None:
         self.outputs = model.connector.linear().out_features
-        texts = sorted({item.answers[0] for item in items})
-        self.numbers = {text: number for number, text in enumerate(texts)}
+        questions = dict.fromkeys(item.question for item in items)  # None: captions
+        texts = [sorted({item.answers[0] for item in items if item.question == question}) for question in questions]
         device = model.lm.model.device
-        embeddings = [model.lm.embed(torch.tensor(token_ids(model.lm, text), device=device)) for text in texts]
         neutral = torch.tensor(token_ids(model.lm, NEUTRAL)[-1:], device=device)
+        embeddings = [
+            [model.lm.embed(torch.tensor(token_ids(model.lm, text), device=device)) for text in each] for each in texts
+        ]
         model.connector.remember(embeddings, model.lm.embed(neutral)[0])
+        starts = accumulate(model.connector.sizes, initial=0)
+        self.numbers = {
+            (question, text): start + number
+            for question, each, start in zip(questions, texts, starts, strict=False)
+            for number, text in enumerate(each)
+        }
 
     def __call__(self, items: Sequence[Item]) -> Sequence[Tensor]:
-        numbers = torch.tensor([self.numbers[item.answers[0]] for item in items])
+        numbers = torch.tensor([self.numbers[item.question, item.answers[0]] for item in items])
         return one_hot(numbers, self.outputs).float().split(1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -105,6 +106,32 @@ def test_tiles_are_looked_up_one_by_one_and_only_whole_images_are_fitted(tiny_pa
     assert len(model.words([mosaic])[0]) == model.connector.num_tokens * 5
 
 
+@torch.no_grad()
+def test_distinct_texts_stand_once_those_of_most_tiles_first(tiny_parts, items, answered):
+    options: dict[str, Any] = {"tokens": [4, 3], "texts": [10, 3], "threshold": 0.5}
+    model = fitted(assembled(tiny_parts, tiles=TILES, distinct=True, **options), answered)
+    untiled = assembled(tiny_parts, **options)
+    untiled.connector.load_state_dict(model.connector.state_dict())
+    side = model.encoder.tiling.side
+    mosaics = []
+    for numbers in ([0, 1, 1, 2], [3, 3, 3, 3], [6, 5, 4, 5]):
+        mosaic = Image.new("RGB", (2 * side, 2 * side))
+        for place, number in enumerate(numbers):
+            mosaic.paste(items[number].images[0].open().resize((side, side)), (place % 2 * side, place // 2 * side))
+        tiles = [mosaic, *(mosaic.crop((x, y, x + side, y + side)) for y in (0, side) for x in (0, side))]
+        words = shown(untiled, tiles)
+        expected = [*once([text[:4] for text in words], "...."), *once([text[4:] for text in words], "...")]
+        assert shown(model, [mosaic]) == ["".join(expected)]
+        mosaics.append((mosaic, "".join(expected)))
+    assert shown(model, [mosaic for mosaic, _ in mosaics]) == [text for _, text in mosaics]
+
+
+def once(texts: list[str], neutral: str) -> list[str]:
+    """Each text once, the most frequent first and of equally frequent ones the first, and then neutral ones."""
+    frequent = [text for text, _ in Counter(texts).most_common() if text != neutral]
+    return frequent + [neutral] * (len(texts) - len(frequent))
+
+
 def test_a_gradient_moves_keys_and_values(tiny_parts, items):
     model = fitted(assembled(tiny_parts), items)
     features = model.features([items[0].images[0]])
@@ -114,7 +141,44 @@ def test_a_gradient_moves_keys_and_values(tiny_parts, items):
     torch.testing.assert_close(output, expected)
     output.square().sum().backward()
     assert model.connector.keys.weight.grad.abs().sum() > 0
-    assert model.connector.values.weight.grad.abs().sum() > 0
+    assert model.connector.values[0].weight.grad.abs().sum() > 0
+
+
+COLOURS = ["rot", "blau", "rot", "rot", "blau", "gelb", "gelb", "rot"]
+
+
+@pytest.fixture
+def answered(items: list[Item]) -> list[Item]:
+    """The same images with captions and with answers to a question, in another order."""
+    questions = [Item(f"{item.id}?", item.images, (COLOURS[n],), "Which?") for n, item in enumerate(items)]
+    return [*items, *questions[::-1]]
+
+
+@torch.no_grad()
+def test_the_answers_to_a_question_are_a_memory_of_their_own(tiny_parts, items, answered):
+    model = fitted(assembled(tiny_parts, tokens=[4, 3], texts=[10, 3]), answered)
+    images = [item.images[0] for item in items]
+    both = [padded(caption) + padded(colour, 3) for caption, colour in zip(CAPTIONS, COLOURS, strict=True)]
+    assert shown(model, images) == both
+    assert model.connector.num_tokens == 7
+    assert shown(model, images[4:5]) == both[4:5]
+
+
+@torch.no_grad()
+def test_each_memory_has_the_keys_that_it_has_alone(tiny_parts, items, answered):
+    together = fitted(assembled(tiny_parts, tokens=[4, 3], texts=[8, 3]), answered, strength=0.02).connector
+    captions = fitted(assembled(tiny_parts, texts=8), items, strength=0.02).connector
+    colours = fitted(assembled(tiny_parts, texts=3), answered[8:], strength=0.02).connector
+    for keys, rows in ((captions.keys, slice(0, 8)), (colours.keys, slice(8, 11))):
+        torch.testing.assert_close(together.keys.weight[rows], keys.weight)
+        torch.testing.assert_close(together.keys.bias[rows], keys.bias)
+
+
+def test_as_many_memories_as_questions_are_wanted(tiny_parts, answered):
+    with pytest.raises(MLLMError, match=r"places for 10 texts, and the data has \[8,3\].*connector\.texts=\[8,3\]"):
+        fitted(assembled(tiny_parts), answered)
+    with pytest.raises(MLLMError, match="Give lists of the same length"):
+        assembled(tiny_parts, texts=[10, 3])
 
 
 def test_more_texts_than_places_are_refused(tiny_parts, items):

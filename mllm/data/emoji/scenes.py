@@ -13,12 +13,13 @@ from itertools import combinations, count, islice
 from random import Random
 
 from mllm.data.emoji.image import BACKGROUNDS, SIDE, Kind, Scene, Thing, kinds
-from mllm.data.emoji.text import article, captions, groups, noun, phrase, questions
+from mllm.data.emoji.text import COLOUR, article, captions, groups, noun, phrase, questions
 from mllm.data.items import Item
 from mllm.errors import MLLMError, near
 
 SPLITS = ("train", "val", "combinations", "kinds")
-TASKS = ("captions", "questions", "both", "name", "objects", "draw", "source")
+TASKS = ("captions", "questions", "both", "name", "colour", "objects", "draw", "source")
+SINGLE = ("name", "colour", "draw", "source")  # tasks whose scenes have one object
 MAX_KINDS = 3
 SIZES = {1: (96, 156), 2: (60, 104), 3: (52, 84), 4: (48, 76)}  # of an object in pixels, by number of objects
 STILL = (SIDE // 2, SIDE // 2, 180)  # x, y and size of the object in a still scene
@@ -43,7 +44,8 @@ def emoji_scenes(
             never shows together; "kinds", scenes of kinds that "train" never shows.
         task: "captions" (kind "single" or "multi": one object or several); "questions" (up to three per scene,
             consecutive; the kind is the question's type); "both"; "name": one object, captioned "a red apple", with
-            the captions of all kinds of the split as choices; "objects": several objects, the answers are their names;
+            the captions of all kinds of the split as choices; "colour": one object, and the question what colour the
+            background is; "objects": several objects, the answers are their names;
             "draw": one object, the question is a caption with the background, and the answer names the object that an
             image should show; or "source": the same question without the image, and the answer is the source of an
             image: "retrieve" for the half of the kinds that an index contains, by a fixed rule, else "generate".
@@ -62,7 +64,7 @@ def emoji_scenes(
             f"emoji-scenes has no still scenes of several objects (task {task!r}, split {split!r}): expected one. "
             "Leave out still."
         )
-    single = still or task in ("name", "draw", "source")
+    single = still or task in SINGLE
     return list(islice(_items(split, task, seed, 1 if single else max_objects, still), size))
 
 
@@ -90,7 +92,7 @@ def _check(split: str, task: str, size: int, max_objects: int) -> None:
         raise MLLMError(f"emoji-scenes cannot have size {size}: expected 0 or more. Set size to the number of items.")
     if max_objects not in SIZES:
         raise MLLMError(f"emoji-scenes cannot have max_objects {max_objects}: expected 1 to {max(SIZES)}. Choose one.")
-    if split == "combinations" and (task in ("name", "draw", "source") or max_objects == 1):
+    if split == "combinations" and (task in SINGLE or max_objects == 1):
         raise MLLMError(
             f"emoji-scenes has no scenes of one object in split 'combinations' (task {task!r}, max_objects "
             f"{max_objects}): expected at least two. Choose split 'val', or another task and max_objects from 2."
@@ -104,6 +106,8 @@ def _items(split: str, task: str, seed: int, max_objects: int, still: bool) -> I
         name = f"emoji-scenes/{split}/{seed}/{index}{'/still' if still else ''}"
         if task == "name":
             yield Item(name, (scene,), (phrase(scene.things),), kind="single", choices=_choices(split))
+        if task == "colour":
+            yield Item(name, (scene,), (scene.background,), COLOUR, kind="colour")
         if task in ("draw", "source"):
             description = f"{phrase(scene.things)} on {article(scene.background)} {scene.background} background"
             if task == "draw":

@@ -14,6 +14,7 @@ RELATIONS = {"left": "to the left of", "right": "to the right of", "above": "abo
 SOUNDS_LIKE_CONSONANT = ("one-", "unicorn")
 SOUNDS_LIKE_VOWEL = ("hourglass",)
 QUESTIONS_PER_SCENE = 3
+COLOUR = "What colour is the background?"
 
 
 class Question(NamedTuple):
@@ -156,7 +157,7 @@ def questions(scene: Scene, pool: Sequence[Kind], random: Random) -> list[Questi
 
 def _colour(scene: Scene, random: Random) -> Question | None:
     """Ask about the background in a third of the scenes only: the question is easy, and always possible."""
-    return Question("colour", "What colour is the background?", scene.background) if random.random() < 1 / 3 else None
+    return Question("colour", COLOUR, scene.background) if random.random() < 1 / 3 else None
 
 
 def _what(scene: Scene, random: Random) -> Question | None:

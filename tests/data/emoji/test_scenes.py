@@ -228,6 +228,13 @@ def test_every_type_of_question_is_asked(asked: list[Item]) -> None:
     assert min(counts.values()) > 200
 
 
+def test_the_colour_is_asked_of_the_scenes_that_are_named() -> None:
+    colours, names = (emoji_scenes(split="train", task=task, size=30) for task in ("colour", "name"))
+    assert [scene(item) for item in colours] == [scene(item) for item in names]
+    assert [item.answers for item in colours] == [(scene(item).background,) for item in names]
+    assert {item.question for item in colours} == {"What colour is the background?"}
+
+
 def test_answers_agree_with_the_scene(asked: list[Item]) -> None:
     for item in asked:
         things, question, (answer,) = scene(item).things, item.question or "", item.answers
@@ -289,6 +296,7 @@ def test_facts(name: str, question: str, expected: bool | None) -> None:
         ({"split": "train", "size": -1}, "size -1: expected 0 or more"),
         ({"split": "train", "max_objects": 5}, "max_objects 5: expected 1 to 4"),
         ({"split": "combinations", "task": "name"}, "expected at least two"),
+        ({"split": "combinations", "task": "colour"}, "expected at least two"),
         ({"split": "combinations", "max_objects": 1}, "expected at least two"),
     ],
 )
