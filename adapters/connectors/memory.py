@@ -90,6 +90,11 @@ class Memory(Connector):
             nn.Embedding(size + 1, num * lm_dim) for size, num in zip(self.sizes, tokens, strict=True)
         )
 
+    @property
+    def _tables(self) -> list[nn.Embedding]:
+        """Return the values of each memory."""
+        return [table for table in self.values if isinstance(table, nn.Embedding)]
+
     def linear(self) -> nn.Linear:
         """Return the keys."""
         return self.keys
@@ -121,13 +126,13 @@ class Memory(Connector):
                 f"{_listed(numbers)} different ones: captions are one memory, and the answers to a question are one "
                 f"each. Set connector.texts={_listed(numbers)}, and connector.tokens accordingly."
             )
-        for table, embeddings in zip(self.values, texts, strict=True):
+        for table, embeddings in zip(self._tables, texts, strict=True):
             _remember(table.weight, embeddings, neutral)
 
     def forward(self, features: Tensor) -> Tensor:
         """Return the word embeddings ``(B, Q, D_lm)`` of the best texts."""
         scores = self.keys(self.body(features))  # (B, cells, S of all memories)
-        parts = zip(scores.split(self.sizes, dim=-1), self.values, strict=True)
+        parts = zip(scores.split(self.sizes, dim=-1), self._tables, strict=True)
         words = torch.cat(list(starmap(self._best, parts)), dim=-1)  # (B, cells, tokens D_lm)
         return rearrange(words, "b c (t d) -> b (c t) d", t=self.num_tokens // scores.shape[1])
 
@@ -140,7 +145,7 @@ class Memory(Connector):
     def _gathered(self, tiles: Tensor) -> Tensor:
         """Return the texts of an image's tiles ``(U, Q, D_lm)`` as ``(U Q, D_lm)``, one memory after another."""
         cells = rearrange(tiles, "u (c t) d -> (u c) t d", t=sum(self.lengths))
-        parts = zip(cells.split(self.lengths, dim=1), self.values, strict=True)
+        parts = zip(cells.split(self.lengths, dim=1), self._tables, strict=True)
         return torch.cat(
             [_each_once(texts, table.weight[-1].view_as(texts[0])).flatten(0, 1) for texts, table in parts]
         )

@@ -140,7 +140,7 @@ class Apart:
         """Return the mean R^2 of the regressions; see `NormalEquations.explained`."""
         sizes = [sums.y_dim for sums in self._sums]
         parts = zip(self._sums, weights.split(sizes, dim=1), intercept.split(sizes), strict=True)
-        return fmean(sums.explained(*solution) for sums, *solution in parts)
+        return fmean(sums.explained(columns, bias) for sums, columns, bias in parts)
 
 
 def _solve(
