@@ -12,8 +12,8 @@ from mllm import registry
 from mllm.builtin import BUILT_IN, RENAMED
 from mllm.errors import MLLMError
 
-GROUPS = "encoders lms engines connectors adapters heads image_decoders scorers objectives fits readers decoding "
-GROUPS += "answers suites metrics"
+GROUPS = "encoders lms engines connectors adapters heads image_decoders scorers guides rewards objectives fits "
+GROUPS += "readers decoding answers suites metrics"
 PARTS = [(group, name) for group, parts in BUILT_IN.items() for name in parts]
 
 

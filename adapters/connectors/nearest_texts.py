@@ -13,7 +13,7 @@ from mllm.errors import MLLMError
 from mllm.registry import Count, Positive
 
 
-class NearestTexts(Before):  # type: ignore[misc]
+class NearestTexts(Before):
     """Features ``(B, P, D_vis)`` to the weighted mean of the most similar texts' features, then another connector.
 
     DeCap's projection: the weights are the softmax of ``sharpness`` times the cosines, and the mean has length 1. So a

@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 from mllm.registry import NonNegative
 
 
-class Noisy(Before):  # type: ignore[misc]
+class Noisy(Before):
     """Features plus noise ``(B, P, D_vis)``, then another connector: what is trained on texts reads images, too.
 
     A dual encoder's images are not where their captions are; noise lets the connector read what is around a text. It is

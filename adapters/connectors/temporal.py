@@ -13,7 +13,7 @@ from mllm.errors import MLLMError
 from mllm.registry import Count
 
 
-class Temporal(Before):  # type: ignore[misc]
+class Temporal(Before):
     """Features of T frames ``(B, T * P, D_vis)`` to those of one image ``(B, P, D_vis)``, then to another connector.
 
     The attention's output is added to the mean over the frames. The encoder must not pool the frames:

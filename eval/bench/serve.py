@@ -14,8 +14,9 @@ from mllm.eval.bench.generate import QUESTION, THINGS
 from mllm.eval.bench.shapes import LM, noise_images
 from mllm.eval.bench.table import Row, report
 
+from mllm.assembling import assemble
 from mllm.assembly import Assembly
-from mllm.build import assemble, load
+from mllm.build import load
 from mllm.capabilities import RunsOnEngine
 from mllm.prompts.pieces import arrange
 from mllm.serve.batcher import Batcher

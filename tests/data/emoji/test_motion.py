@@ -96,7 +96,7 @@ def test_a_video_takes_tokens_by_its_frames_of_which_the_sampled_ones_are_render
     encoder = {"type": "video", "most": 6, "of": {"model": tiny_encoder(tmp_path / "encoder")}}
     lm = tiny_lm(tmp_path / "lm", context=512)
     model: Any = mllm.assemble(encoder, lm, {"type": "linear", "tokens": 4}, device="cpu")
-    videos = [item.images[0] for item in emoji_motion(split="val", size=8)]
+    videos: list[Any] = [item.images[0] for item in emoji_motion(split="val", size=8)]
     counts = [model.encode([video]).visual.count(True) for video in videos]
     assert counts == [4 * min(6, len(frames(item))) for item in emoji_motion(split="val", size=8)]
     sampled = open_clip(videos[0], 2)

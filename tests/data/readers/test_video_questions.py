@@ -174,7 +174,7 @@ def test_a_part_of_a_video_is_shown(tmp_path: Path) -> None:
     """The rate is 10 frames per second: from 0.2 to 0.6 seconds are the frames 2 to 5."""
     item = items_of("mvbench", write_files(tmp_path, CASES["mvbench"][0]))[0]
     frames = open_clip(item.images[0], 4).frames
-    assert [round(sum(frame.getpixel((9, 9))) / 90) for frame in frames] == [2, 3, 4, 5]  # type: ignore[arg-type]
+    assert [round(sum(frame.getpixel((9, 9))) / 90) for frame in frames] == [2, 3, 4, 5]
     whole = VideoFile(item.images[0].path)  # type: ignore[attr-defined]
     assert whole.key() != item.images[0].key()
     with pytest.raises(MLLMError, match=r"ZS9XR\.mp4 has 0\.8 seconds, and the part of it starts at 9"):
