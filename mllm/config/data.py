@@ -34,15 +34,15 @@ class DataSpec(BaseModel):
     shots: int = Field(default=0, ge=0)  # solved examples before each item, which are no targets
     prompt: dict[str, Any] = {}  # of its training examples, over the recipe's prompt format, such as caption: ""
     caption_split: Literal["random"] | None = None  # a caption's words before a random one belong to the prompt
-    answers: bool = True  # false: answers are left out, for what is learned from images alone
+    unlabeled: bool = False  # answers are left out, for what is learned from images alone
     see: Literal["image", "text"] = "image"  # text: an item's caption stands in its image's place; no image is opened
 
     @model_validator(mode="after")
     def _one_way(self) -> DataSpec:
         if self.shots and self.concatenate:
             raise ValueError("a source has either 'shots' or 'concatenate': give one of the two")
-        if not self.answers and (self.shots or self.concatenate or self.caption_split or self.answer is not None):
-            raise ValueError("answers: false leaves none for 'answer', 'shots', 'concatenate' and 'caption_split'")
+        if self.unlabeled and (self.shots or self.concatenate or self.caption_split or self.answer is not None):
+            raise ValueError("unlabeled: true leaves none for 'answer', 'shots', 'concatenate' and 'caption_split'")
         if self.blank and self.see == "text":
             raise ValueError("a source has either 'blank' or 'see: text': give one of the two")
         return self
@@ -60,7 +60,13 @@ class DataSpec(BaseModel):
     def _without_none(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out what is not given of later keys: a run that was written before is resumed unchanged."""
         values: dict[str, Any] = write(self)
-        later: dict[str, Any] = {"answer": None, "prompt": {}, "caption_split": None, "answers": True, "see": "image"}
+        later: dict[str, Any] = {
+            "answer": None,
+            "prompt": {},
+            "caption_split": None,
+            "unlabeled": False,
+            "see": "image",
+        }
         return {key: value for key, value in values.items() if key not in later or value != later[key]}
 
     def prompt_over(self, prompt: PromptSpec) -> PromptSpec:

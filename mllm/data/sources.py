@@ -118,13 +118,13 @@ def read_source(
             reader.
     """
     function, reading, options = _bound(spec, skip)
-    items = reading.run(function, options, check if spec.answers else None)
+    items = reading.run(function, options, None if spec.unlabeled else check)
     if spec.blank:
         items = _changed(items, _blank, "black")
     if spec.answer is not None:
         items = _changed(items, partial(_with_answer, spec.answer), f"answer {spec.answer}")
-    if not spec.answers:
-        items = _changed(items, _without_answers, "no answers")
+    if spec.unlabeled:
+        items = _changed(items, _without_answers, "unlabeled")
     if spec.see == "text":  # a lazy item's caption is chosen with its answer (`mllm.data.stream`)
         items = _changed(items, as_text, "see text") if isinstance(items, Lazy) else in_texts(items)
     if spec.fraction < 1:
@@ -182,7 +182,7 @@ def _without_answers(item: Item) -> Item:
     """Return an item with its images, and its question if it has one, alone."""
     if item.messages or item.document:
         raise MLLMError(
-            f"data: the item {item.id!r} is a conversation or a document, but 'answers: false' is for captions and "
+            f"data: the item {item.id!r} is a conversation or a document, but 'unlabeled: true' is for captions and "
             "questions. Leave it out."
         )
     return replace(item, answers=())

@@ -148,7 +148,7 @@ class Stream:
             parts = [items[other + (other >= position.index)], item]
         pieces: list[Piece] = []
         for part in parts:
-            if spec.answers:
+            if not spec.unlabeled:
                 check_learnable(part)
             check_combinable(part, spec)
             answers = [answer for answer in part.answers if answer.strip()]  # some annotators may have left it empty

@@ -45,15 +45,15 @@ def check_answers(stage: Stage) -> None:
     """Check that what a stage learns from has answers, where it learns from answers.
 
     Raises:
-        MLLMError: a source has ``answers: false``.
+        MLLMError: a source has ``unlabeled: true``.
     """
-    if all(source.answers for source in (*stage.data.train, *stage.data.val)):
+    if not any(source.unlabeled for source in (*stage.data.train, *stage.data.val)):
         return
     for name, learner in _learners(stage):
         if not (isinstance(learner, ReadsNoAnswer) and learner.reads_no_answer):
             raise MLLMError(
-                f"Stage {stage.name}: a source has answers: false, and {name} learns from answers. Leave out answers: "
-                "false, or take what learns from images alone."
+                f"Stage {stage.name}: a source has unlabeled: true, and {name} learns from answers. Leave out "
+                "'unlabeled', or take what learns from images alone."
             )
 
 

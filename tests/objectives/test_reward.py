@@ -43,8 +43,8 @@ lm: {{model: {lm}}}
 connector: {{type: linear, tokens: 1, dropout: 0.1}}
 guides: {{judge: {{type: dual-encoder, model: {clip}}}}}
 data:
-  train: {{format: table, path: {data}/train.csv, answers: false}}
-  val: {{format: table, path: {data}/train.csv, answers: false, fraction: 0.3}}
+  train: {{format: table, path: {data}/train.csv, unlabeled: true}}
+  val: {{format: table, path: {data}/train.csv, unlabeled: true, fraction: 0.3}}
 optim: {{schedule: constant, warmup: 0}}
 stages:
   - name: reward
@@ -247,7 +247,7 @@ def test_a_killed_run_goes_on_bit_for_bit(folder: Path, tmp_path: Path, monkeypa
         ({"of": [{"type": "close"}]}, "No part called 'close' in mllm.rewards"),
         ({"of": [{"type": "closeness", "guide": "jugde"}]}, "No guide is called 'jugde'"),
         ({"of": [{"type": "closeness", "weight": "high"}]}, "has the weight 'high'"),
-        ({"of": [{"type": "metric", "name": "vqa/exact-match"}]}, "answers: false, and the objective 'reward' learns"),
+        ({"of": [{"type": "metric", "name": "vqa/exact-match"}]}, "unlabeled: true, and the objective 'reward' learns"),
         ({"baseline": "median"}, "expected leave-one-out or mean"),
         ({"of": [{"type": "no-number"}]}, "The reward no-number of the answer"),
     ],

@@ -38,7 +38,7 @@ name: guided
 encoder: {{model: {encoder}}}
 connector: {{type: linear, tokens: 1, width: judge}}
 guides: {{judge: {{type: dual-encoder, model: {clip}}}}}
-data: {{train: {{format: table, path: {data}/train.csv, answers: false}}}}
+data: {{train: {{format: table, path: {data}/train.csv, unlabeled: true}}}}
 optim: {{schedule: constant, warmup: 0}}
 cache: "off"
 stages:
@@ -165,7 +165,7 @@ def test_plan_counts_the_guides_weights(folder: Path, tiny_clip: str) -> None:
 
 def test_a_connector_is_fitted_to_the_guides_vectors(folder: Path, tiny_clip: str, tmp_path: Path) -> None:
     fit = {"stages": [{"name": "fit", "fit": {"targets": "guide", "solver": "least-squares"}}]}
-    data = {"data.train": {"format": "table", "path": str(folder / "train.csv"), "answers": False}}
+    data = {"data.train": {"format": "table", "path": str(folder / "train.csv"), "unlabeled": True}}
     pooled = {**fit, **data, "encoder.select": "pooled"}
     assert problems(str(folder / "recipe.yaml"), pooled) == []
     model = mllm.load(mllm.train(str(folder / "recipe.yaml"), pooled, out=tmp_path / "run").path)
@@ -245,7 +245,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"guides.other": {"type": "run", "model": "RUN"}}, "Several guides will do: judge, other"),
     ({"connector.width": 8}, "the guide's vectors have the width 12, and those of the model 8"),
     ({"guides.scorer": {"type": "dual-encoder", "model": "CLIP"}}, "the scorer is a guide by itself"),
-    ({"stages.0.objectives": [{"type": "align", "reads": "text"}]}, "answers: false, and the objective 'align' learns"),
+    (
+        {"stages.0.objectives": [{"type": "align", "reads": "text"}]},
+        "unlabeled: true, and the objective 'align' learns",
+    ),
     ({"stages.0.objectives": [{"type": "align", "distance": "l1"}]}, "expected mse or cosine"),
 ]
 
