@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from mllm import registry
 from mllm.builtin import BUILT_IN, RENAMED
+from mllm.config.data import DataSpec
 from mllm.errors import MLLMError
 
 GROUPS = "encoders lms engines connectors adapters heads image_decoders scorers guides rewards objectives fits "
@@ -42,6 +44,11 @@ def test_groups_are_those_of_the_design() -> None:
 @pytest.mark.parametrize(("group", "name"), PARTS)
 def test_built_in_part_imports(group: str, name: str) -> None:
     assert callable(registry.lookup(group, name))
+
+
+@pytest.mark.parametrize("name", BUILT_IN["readers"])
+def test_no_key_of_a_source_hides_an_argument_of_its_reader(name: str) -> None:
+    assert not inspect.signature(registry.lookup("readers", name)).parameters.keys() & DataSpec.model_fields.keys()
 
 
 def test_there_are_built_in_parts_to_look_up() -> None:

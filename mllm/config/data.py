@@ -60,13 +60,8 @@ class DataSpec(BaseModel):
     def _without_none(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out what is not given of later keys: a run that was written before is resumed unchanged."""
         values: dict[str, Any] = write(self)
-        later: dict[str, Any] = {
-            "answer": None,
-            "prompt": {},
-            "caption_split": None,
-            "unlabeled": False,
-            "see": "image",
-        }
+        later: dict[str, Any] = {"answer": None, "prompt": {}, "caption_split": None}
+        later |= {"unlabeled": False, "see": "image"}
         return {key: value for key, value in values.items() if key not in later or value != later[key]}
 
     def prompt_over(self, prompt: PromptSpec) -> PromptSpec:

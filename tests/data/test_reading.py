@@ -263,7 +263,7 @@ def test_missing_images_are_an_error_or_are_dropped_and_counted(format: str, fol
 
 
 def test_every_reader_has_the_policy() -> None:
-    embedded = {"emoji-scenes", "emoji-retrieval", "easy-vqa"}
+    embedded = {"emoji-scenes", "emoji-motion", "emoji-retrieval", "easy-vqa"}
     apart = {"vqa", "caption-folder", "classes", "parquet", "saved-dataset", "webdataset", "decisions"}  # tested below
     others = {"winoground", "sugarcrepe", "vist", "visdial"}  # test sets, with several images or files
     videos = {"msvd-qa", "activitynet-qa", "next-qa", "video-mme", "mvbench"}  # in test_video_questions.py

@@ -247,7 +247,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"guides.scorer": {"type": "dual-encoder", "model": "CLIP"}}, "the scorer is a guide by itself"),
     (
         {"stages.0.objectives": [{"type": "align", "reads": "text"}]},
-        "unlabeled: true, and the objective 'align' learns",
+        "unlabeled: true, and the objective 'align'",
     ),
     ({"stages.0.objectives": [{"type": "align", "distance": "l1"}]}, "expected mse or cosine"),
 ]
@@ -274,7 +274,7 @@ def test_a_language_model_that_trains_is_no_base(folder: Path, tiny_parts: tuple
     overrides = {
         "lm": {"model": tiny_parts[1]},
         "connector": {"type": "linear", "tokens": 1},
-        "data.train.answers": True,
+        "data.train.unlabeled": False,
         "stages.0.train": {"lm": 1.0e-4},
         "stages.0.objectives": [{"type": "kl-to-base"}],
     }
