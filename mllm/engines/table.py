@@ -29,7 +29,7 @@ def model_with_table(folder: str, *, trust_remote_code: bool, dtype: str | torch
     with torch.device("meta"):
         model = hub.load_model(hub.language_class(folder, **code), folder, **code)
     with contextlib.suppress(OSError):
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        model.generation_config = GenerationConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     table = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is table)
     with hub.explain_errors(folder):

@@ -6,11 +6,11 @@ import random
 import re
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 
 from mllm.config.prompt import EntitiesSpec
 from mllm.errors import MLLMError
 from mllm.prompts.pieces import Piece, is_image
+from mllm.system import read_regular
 
 
 def vocabulary_of(spec: EntitiesSpec) -> tuple[str, ...]:
@@ -60,7 +60,9 @@ def _pattern(vocabulary: tuple[str, ...]) -> re.Pattern[str]:
 @cache
 def _lines(file: str) -> list[str]:
     try:
-        return Path(file).read_text(encoding="utf-8").splitlines()
+        return read_regular(file).decode("utf-8-sig").splitlines()
+    except FileNotFoundError:
+        raise MLLMError(f"prompt.entities.of is {file!r}, and there is no such file or folder.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise MLLMError(
             f"prompt.entities.of is {file!r}, which cannot be read: {error}. Give a text file with a word on each line."

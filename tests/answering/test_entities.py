@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from typing import Any
 
@@ -112,8 +113,6 @@ def test_a_file_has_a_word_on_each_line(tmp_path):
     file = tmp_path / "words.txt"
     file.write_text("dog\n\n cat \ndog\n")
     assert vocabulary_of(EntitiesSpec(of=str(file))) == ("dog", "cat")
-    with pytest.raises(MLLMError, match=r"nowhere.*a word on each line"):
-        vocabulary_of(EntitiesSpec(of=str(tmp_path / "nowhere")))
 
 
 @pytest.mark.parametrize(
@@ -124,3 +123,11 @@ def test_what_does_not_fit_is_one_message(tiny_parts, changes, message):
     options = {"prompt": {"entities": ENTITIES}, "scorer": {"type": "dual-encoder", "model": "none"}, **changes}
     with pytest.raises(MLLMError, match=message):
         mllm.assemble(*tiny_parts, **options)
+
+
+def test_a_vocabulary_is_a_text_file_that_is_there(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "latin").write_bytes("caf\xe9".encode("latin-1"))
+    for name, message in (("none", "no such file or folder"), ("pipe", "cannot be read"), ("latin", "cannot be read")):
+        with pytest.raises(MLLMError, match=rf"prompt\.entities\.of is '.*{name}'.*{message}"):
+            vocabulary_of(EntitiesSpec(of=str(tmp_path / name)))

@@ -204,7 +204,7 @@ def test_what_it_remembers_is_saved(tiny_parts, items, tmp_path):
 def test_with_a_shuffle_it_counts_where_something_is():
     sizes = {"vis_dim": 3, "lm_dim": 2, "num_patches": 4, "grid": (2, 2), "tokens": 1, "texts": 4}
     memory = lookup("connectors", "memory")(**sizes, shuffle=2, threshold=0.5)
-    memory.remember([torch.full((1, 2), float(n)) for n in range(4)], torch.full((2,), 9.0))
+    memory.remember([[torch.full((1, 2), float(n)) for n in range(4)]], torch.full((2,), 9.0))
     memory.keys.weight.copy_(torch.eye(4).repeat_interleave(3, dim=1))  # text n scores where patch n is bright
     memory.keys.bias.zero_()
     for n in range(4):

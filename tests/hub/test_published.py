@@ -124,7 +124,7 @@ def test_every_configuration_can_be_loaded(path: Path) -> None:
 
 
 def test_other_models_have_no_bundled_configuration() -> None:
-    assert configuration("facebook/opt-1.3b") is None
+    assert configuration("facebook/opt-350m") is None
     assert configuration("gpt2") is None
 
 
