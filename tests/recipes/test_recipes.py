@@ -29,7 +29,7 @@ LORA = [{"type": "lora", "r": 2}]
 
 # What is too large for a test by its own arguments, and not by the parts it stands between.
 SMALLER: dict[str, dict[str, Any]] = {
-    "demo-long": {"connector.tokens": 5, "connector.texts": 400},  # captions alone, without questions
+    "demo-long": {"connector.tokens": 7, "connector.texts": 400, "adapters": LORA},  # captions alone, two layers
     "mapl": {"connector": {"type": "mapper", "tokens": 4, "dim": 16, "layers": 1, "heads": 2, "ffn": 16}},
     "mapl-cpu": {"connector": {"type": "mapper", "tokens": 4, "dim": 16, "layers": 1, "heads": 2, "ffn": 16}},
     "simvlg": {"connector": MERGE},
