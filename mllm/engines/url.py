@@ -109,9 +109,9 @@ class AtURLs(Engine):
         try:
             async with opened(f"{url}/v1/completions", body, self._key) as lines:
                 async for line in lines:
-                    if line.startswith(b"data:") and (ids := _ids_of(line)) is not None:
+                    if line.startswith("data:") and (ids := _ids_of(line)) is not None:
                         yield ids
-                    elif line.startswith(b"data: [DONE]"):
+                    elif line.startswith("data: [DONE]"):
                         return
             raise ConnectionError("the answer ended before its end")
         except HTTPError as error:
@@ -212,14 +212,14 @@ def _check_identity(url: str, base: dict[str, Any], source: Source) -> None:
         )
 
 
-def _ids_of(line: bytes) -> list[int] | None:
+def _ids_of(line: str) -> list[int] | None:
     """Return the ids of a server-sent event; None: it has none.
 
     Raises:
-        EngineError: it is an error.
+        ConnectionError: it is an error.
     """
-    text = line.removeprefix(b"data:").strip()
-    if text == b"[DONE]":
+    text = line.removeprefix("data:").strip()
+    if text == "[DONE]":
         return None
     event = json.loads(text)
     if "error" in event:

@@ -206,5 +206,5 @@ def test_a_url_of_something_else_is_one_message(saved: str) -> None:
             connection.close()
 
         threading.Thread(target=answer, daemon=True).start()
-        with pytest.raises(MLLMError, match="not HTTP"):
+        with pytest.raises(MLLMError, match="No engine answers at http"):
             mllm.load(saved, engine=f"http://127.0.0.1:{listening.getsockname()[1]}")
