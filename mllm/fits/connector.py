@@ -19,7 +19,7 @@ from mllm.data.items import Item, pieces_of
 from mllm.encoders.texts import EncodesTexts
 from mllm.errors import MLLMError
 from mllm.fits.base import ClosedForm, Material
-from mllm.fits.regression import Apart, Moments, NormalEquations
+from mllm.fits.regression import Moments, NormalEquations, SeparateRegressions
 from mllm.fits.targets import TARGETS, GuideTargets, Targets, WordTargets
 from mllm.guides.contracts import Ask, EmbedsImages
 from mllm.lms.vocabulary import lexicon
@@ -120,11 +120,11 @@ class ConnectorFit(ClosedForm):
             return []
         return [f"fits a guide's vectors, of width {width}, and the connector's is {model.width}: set connector.width."]
 
-    def sums(self, model: Model) -> NormalEquations | Apart:
+    def sums(self, model: Model) -> NormalEquations | SeparateRegressions:
         """Return empty sums."""
         inputs = _linear(model).in_features
         if self.targets == "texts":
-            return Apart(inputs, model.connector.sizes)
+            return SeparateRegressions(inputs, model.connector.sizes)
         tokens = model.connector.num_tokens if self.targets == "words-in-order" else 1
         return NormalEquations(inputs, tokens * int(model.width or 0))
 
@@ -160,15 +160,15 @@ class ConnectorFit(ClosedForm):
         counts = torch.tensor([len(each) for each in targets], device=x.device)
         return x.repeat_interleave(counts, 0), torch.cat(list(targets))
 
-    def solve(self, model: Model, sums: NormalEquations | Apart) -> tuple[Tensor, Tensor]:
+    def solve(self, model: Model, sums: NormalEquations | SeparateRegressions) -> tuple[Tensor, Tensor]:
         """Return weights ``(X, D_lm)`` and intercept ``(D_lm,)``."""
-        if not self.standardize or isinstance(sums, Apart):
+        if not self.standardize or isinstance(sums, SeparateRegressions):
             return sums.solve(self.solver, self.strength)
         table = Moments(model.lm.dim)
         table.add(model.lm.model.get_input_embeddings().weight)
         return sums.solve(self.solver, self.strength, by=(self._inputs, table))
 
-    def quality(self, sums: NormalEquations | Apart, solution: tuple[Tensor, Tensor]) -> float:
+    def quality(self, sums: NormalEquations | SeparateRegressions, solution: tuple[Tensor, Tensor]) -> float:
         """Return the share of the targets' variance that the map explains (R^2)."""
         return sums.explained(*solution)
 

@@ -104,7 +104,7 @@ class NormalEquations:
         return float(1 - residual / total.clamp(min=1e-12))
 
 
-class Apart:
+class SeparateRegressions:
     """The sums of several regressions, each with columns of Y of its own: a row belongs to those where it is not zero.
 
     Args:
@@ -126,7 +126,7 @@ class Apart:
         for sums, columns in zip(self._sums, y.split([sums.y_dim for sums in self._sums], dim=1), strict=True):
             sums.add(x, columns, columns.ne(0).any(1))
 
-    def merge(self, other: Apart) -> None:
+    def merge(self, other: SeparateRegressions) -> None:
         """Add the rows of other sums."""
         for mine, others in zip(self._sums, other._sums, strict=True):
             mine.merge(others)
