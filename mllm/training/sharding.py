@@ -73,9 +73,14 @@ def divide(lm: Any, device: torch.device) -> int:
             "Launch without FSDP: every process then holds the whole model (DDP)."
         )
     mesh = init_device_mesh(device.type, (processes().num_processes,))
-    for layer in lm.layers:
-        if not isinstance(layer, FSDPModule):
-            fully_shard(layer, mesh=mesh, ignored_params={p for p in layer.parameters() if p.requires_grad})
+    if not isinstance(lm.model, FSDPModule):
+        trained = {parameter for parameter in lm.model.parameters() if parameter.requires_grad}
+        for layer in lm.layers:
+            # Explicit: a layer that is its own root would stay whole from its forward pass to its backward pass.
+            fully_shard(layer, mesh=mesh, ignored_params=trained, reshard_after_forward=True)
+        inside = {parameter for layer in lm.layers for parameter in layer.parameters()}
+        # A root gathers the next layer while one computes. Its own weights (embeddings, norms) stay whole.
+        fully_shard(lm.model, mesh=mesh, ignored_params=set(lm.model.parameters()) - inside | trained)
     return len(lm.layers)
 
 

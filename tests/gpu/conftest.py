@@ -264,7 +264,7 @@ def real_shapes(device: str) -> Iterator[None]:
     """Draw the weights of language models on the device, and do not hash them: 16 GB take minutes on one CPU core."""
     import transformers
 
-    from mllm import model
+    from mllm import parts
     from mllm.encoders import base
     from mllm.lms import language_model
 
@@ -276,6 +276,6 @@ def real_shapes(device: str) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patches:
         patches.setattr(transformers.AutoModelForCausalLM, "from_config", draws)
-        for module in (base, language_model, model):
+        for module in (base, language_model, parts):
             patches.setattr(module, "tensor_hash", lambda *args, **options: "not hashed")
         yield

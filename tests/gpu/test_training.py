@@ -62,11 +62,6 @@ def test_a_run_that_is_killed_continues_to_the_same_losses(workplace):
 
 
 @pytest.mark.timeout(100)
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="Right with the parts that people bring: FSDP divides the layers again after a forward pass",
-)
 def test_fsdp_divides_the_layers_again_after_a_forward_pass(workplace, device, figures):
     script = str(Path(__file__).with_name("fsdp_states.py"))
     command = [sys.executable, script, str(workplace.parts / "lm"), device]
