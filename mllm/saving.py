@@ -34,6 +34,7 @@ from mllm.version import __version__
 
 FORMAT = 1
 ASSEMBLY, UNNAMED, UNSAVED = "assembly.json", ".trained.safetensors", f"trained-{'0' * 12}.safetensors"
+STAGES = "stages"  # folder in a run of the models of all stages but the last, whose model is the run's
 
 TensorShape = tuple[int, ...]
 _PLANNED: dict[Path, Model] = {}  # by the folder where it will be saved
@@ -217,9 +218,10 @@ def find_folder(folder: Path) -> Path:
     for path in (folder, folder / "model"):
         if os.path.isfile(path / ASSEMBLY):
             return path
+    done = ", ".join(str(path.parent) for path in sorted(folder.glob(f"{STAGES}/*/{ASSEMBLY}")))
     raise MLLMError(
-        f"There is no model in {str(folder)[:200]}: no {ASSEMBLY}, there or in its folder model. Give the folder "
-        "of a run or of a saved model."
+        f"There is no model in {str(folder)[:200]}: no {ASSEMBLY}, there or in its folder model. Give the folder of a "
+        f"run or of a saved model{', such as that of a stage: ' if done else ''}{done}."
     )
 
 
