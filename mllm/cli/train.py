@@ -37,7 +37,9 @@ def train(
     recipe: RecipeName,
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder; default: runs/NAME.")] = None,
-    resume: Annotated[Path | None, typer.Option(help="The folder of an interrupted run, to continue.")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="The folder of an interrupted run, to continue, or one of its checkpoints.")
+    ] = None,
     accept_changes: Annotated[
         bool,
         typer.Option("--accept-changes", help="Continue although the recipe has changed since the run was started."),
@@ -85,12 +87,18 @@ def plan(
         float, typer.Option(min=0, max=1, help="The fraction of the peak FLOP/s that is reached (MFU).")
     ] = 0.4,
     probe: Annotated[
-        bool, typer.Option("--probe", help="Load the model and time a few steps on this machine instead.")
+        bool, typer.Option("--probe", help="Load the model and measure a few steps on this machine's device instead.")
     ] = False,
     images: Annotated[int | None, typer.Option(min=1, help="Images in the data; default: counted.")] = None,
     text_tokens: Annotated[
-        int | None, typer.Option(min=2, help="Text tokens of an example; default: counted, or 64.")
+        int | None, typer.Option(min=2, help="Text tokens of an example; default: those of the data, or 64.")
     ] = None,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processor cores of a process that open and preprocess images.")
+    ] = 8,
+    image_ms: Annotated[
+        float, typer.Option(min=0, help="Milliseconds that a core takes to open and preprocess an image.")
+    ] = 5.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """Estimate a recipe's parameters, memory, FLOPs, feature cache and time, without loading weights."""
@@ -98,4 +106,5 @@ def plan(
 
     options = {"device": device, "processes": processes, "sharding": sharding, "flops": flops}
     options |= {"utilisation": utilisation, "images": images, "text": text_tokens}
+    options |= {"workers": workers, "image_seconds": image_ms / 1000}
     run_plan(recipe, overrides or [], options, memory=memory, probe=probe, as_json=as_json)

@@ -151,14 +151,14 @@ class Throughput:
         if self._flops is not None and self._peak is not None:
             flops = self._flops.each * (counts.tokens or counts.examples) + self._flops.tile * counts.encoded
             row["mfu"] = flops / seconds / (self._peak * processes().num_processes)
-        return {**{key: round(value, 5) for key, value in row.items()}, **_peak_memory(self.model.device)}
+        return {**{key: float(f"{value:.5g}") for key, value in row.items()}, **_peak_memory(self.model.device)}
 
     def _count(self, _: Any, __: Any, features: Any) -> None:
         self._encoded += len(features)
 
     def _trace(self, micros: Sequence[Micro]) -> None:
         """Count the FLOPs of the stage's steps once, where the device's peak is known; the main process does."""
-        peak = peak_flops(torch.cuda.get_device_name(self.model.device)) if self.model.device.type == "cuda" else None
+        peak = _peak_of(self.model.device)
         if self._peak is not None or peak is None or not processes().is_main_process:
             return
         self._peak, began = peak, time.monotonic()
@@ -169,6 +169,10 @@ class Throughput:
             reason = first_line(error)
             warnings.warn(f"The FLOPs of a step cannot be counted, so MFU is not logged: {reason}", stacklevel=2)
         self._started += time.monotonic() - began
+
+
+def _peak_of(device: torch.device) -> float | None:
+    return peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def _tokens(mask: Tensor) -> Tensor:
