@@ -17,7 +17,7 @@ def check(recipe: RecipeName, overrides: Overrides = None) -> None:
     No weight is loaded. Of the example, what is learned is between « and ».
     """
     from mllm.planning.check import problems
-    from mllm.planning.examples import first_examples
+    from mllm.planning.examples import epochs, first_examples
 
     messages = problems(recipe, overrides or [])
     for message in messages:
@@ -28,6 +28,8 @@ def check(recipe: RecipeName, overrides: Overrides = None) -> None:
     try:
         for stage, (example,) in first_examples(recipe, overrides or [])[:1]:
             typer.echo(f"{stage}, first example, {example}")
+        for line in epochs(recipe, overrides or []):
+            typer.echo(line)
     except MLLMError as error:  # of the data, which `mllm data check` checks
         typer.echo(f"The first training example cannot be shown: {error}")
     typer.echo(f"{recipe}: no problems.")

@@ -11,6 +11,7 @@ import torch
 
 import mllm
 from mllm.errors import MLLMError
+from mllm.planning.examples import epochs
 from mllm.planning.plan import plan
 from mllm.testing import tiny_image
 from mllm.training.checkpoint import NAME, TrainingState
@@ -72,13 +73,19 @@ def run(stopped, tmp_path) -> Path:
     return Path(shutil.copytree(stopped, tmp_path / "run"))
 
 
+def step_of(run: Path) -> int:
+    state = TrainingState.read(run)
+    assert state is not None
+    return state.step
+
+
 def names(run: Path) -> list[str]:
     return sorted(path.name for path in run.glob("checkpoint*"))
 
 
 def test_the_last_checkpoints_are_kept_by_time_and_none_of_a_complete_run(stopped, whole):
     assert names(stopped) == [*KEPT, NAME]
-    assert [TrainingState.read(stopped).step, (stopped / NAME).stat().st_ino] == [4, (stopped / KEPT[2]).stat().st_ino]
+    assert [step_of(stopped), (stopped / NAME).stat().st_ino] == [4, (stopped / KEPT[2]).stat().st_ino]
     assert names(whole) == []
 
 
@@ -94,7 +101,7 @@ def test_a_run_continues_from_each_of_them_bit_for_bit(recipe, run, whole, name)
 def test_what_is_after_a_checkpoint_that_is_gone_back_to_is_gone(run):
     go_back(run / KEPT[0])
     go_back(run / KEPT[0])  # nothing is left to do
-    assert names(run) == [KEPT[0], NAME] and TrainingState.read(run).step == 2
+    assert names(run) == [KEPT[0], NAME] and step_of(run) == 2
     assert [path for path in run.iterdir() if path.name.startswith(f".{NAME}")] == []
 
 
@@ -104,7 +111,7 @@ def test_a_file_system_without_links_keeps_copies(run, monkeypatch):
 
     monkeypatch.setattr("mllm.training.kept.os.link", refused)
     go_back(run / KEPT[1])
-    assert names(run) == [*KEPT[:2], NAME] and TrainingState.read(run).step == 3
+    assert names(run) == [*KEPT[:2], NAME] and step_of(run) == 3
 
 
 def test_a_checkpoint_that_is_not_there_is_one_message(recipe, run):
@@ -125,8 +132,10 @@ def test_the_model_of_a_finished_stage_is_that_of_a_run_which_ends_there(recipe,
 
 
 def test_a_run_starts_from_the_model_of_a_stage(recipe, whole, tmp_path):
-    changes = {"stages": [{"name": "next", "train": {"connector": 0}, "steps": 1, "batch_size": 2}]}
-    changes["init"] = {"from": str(whole / "stages/one")}
+    changes = {
+        "stages": [{"name": "next", "train": {"connector": 0}, "steps": 1, "batch_size": 2}],
+        "init": {"from": str(whole / "stages/one")},
+    }
     after = mllm.load(mllm.train(recipe, changes, out=tmp_path / "run").path).trained_state()
     expected = mllm.load(whole / "stages/one").trained_state()
     torch.testing.assert_close(after, expected, rtol=0, atol=0)
@@ -138,4 +147,5 @@ def test_epochs_are_steps_to_training_and_plan_alike(recipe, whole, tmp_path):
     steps = mllm.train(recipe, changes, out=tmp_path / "steps").path
     assert (steps / "log.jsonl").read_bytes() == (whole / "log.jsonl").read_bytes()
     assert [stage.steps for stage in plan(recipe).stages] == [2, 6]
+    assert epochs(recipe) == ["two: 2 epochs of 9 examples are 6 steps."]
     assert mllm.config.loading.load(str(whole / "recipe.yaml")).stages[1].epochs == 2

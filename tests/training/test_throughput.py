@@ -29,7 +29,7 @@ PEAK = 1e9
 STEPS, BATCH = 3, 4
 
 
-class Watched(tracking.GeneralTracker):
+class Watched(tracking.GeneralTracker):  # type: ignore[misc]
     """A tracker as W&B's: it is started with a project and options."""
 
     name = "wandb"
