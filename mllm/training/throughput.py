@@ -112,6 +112,7 @@ class Throughput:
     stage: Stage
     _encoded: int = 0
     _started: float = 0.0
+    _traced: bool = False
     _peak: float | None = None
     _flops: StepFlops | None = None
     _hooks: list[Any] = field(default_factory=list)
@@ -158,10 +159,12 @@ class Throughput:
 
     def _trace(self, micros: Sequence[Micro]) -> None:
         """Count the FLOPs of the stage's steps once, where the device's peak is known; the main process does."""
-        peak = _peak_of(self.model.device)
-        if self._peak is not None or peak is None or not processes().is_main_process:
+        if self._traced:
             return
-        self._peak, began = peak, time.monotonic()
+        self._traced, began = True, time.monotonic()
+        self._peak = _peak_of(self.model.device) if processes().is_main_process else None
+        if self._peak is None:
+            return
         rows, _, batch = micros[0]
         try:
             self._flops = step_flops(self.stage, list(rows), None if batch is None else batch.to(torch.device("cpu")))
