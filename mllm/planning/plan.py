@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from mllm.config import loading
 from mllm.config.recipe import Stage
-from mllm.encoders.feature_store import LIMIT
+from mllm.encoders.feature_rows import LIMIT
 from mllm.errors import MLLMError
 from mllm.planning.draft import Device, Draft
 from mllm.planning.needs import planned_needs

@@ -185,7 +185,7 @@ def test_kept_features_are_in_the_memory_of_the_host(gpu, tiny_model, tmp_path):
     for features in (first, store([A, B]), store(mixed), again([A, B]), again(mixed)):
         assert features.is_cuda
         torch.testing.assert_close(features, model.features([A, B] if len(features) == 2 else mixed))
-    assert {row.device.type for each in (store, again) for row in each._cached.values()} == {"cpu"}
+    assert {row.device.type for each in (store, again) for row in each._rows._cached.values()} == {"cpu"}
 
 
 # Exports.

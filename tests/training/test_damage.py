@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mllm
-from mllm.encoders.feature_store import FeatureStore, features_folder, open_store
+from mllm.encoders.feature_folder import features_folder
+from mllm.encoders.feature_store import FeatureStore, open_store
 from mllm.errors import MLLMError
 from mllm.hub.verified import save_verified
 from mllm.planning.check import problems
