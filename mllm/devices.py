@@ -70,6 +70,13 @@ def dtype_of(name: DTypeName) -> torch.dtype:
     return DTYPES[key]
 
 
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on a device; its copy to a GPU takes place while the host goes on."""
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def cast(module: nn.Module, dtype: torch.dtype) -> None:
     """Convert weights to a dtype in place, and what is saved with them; quantized weights stay as they are.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import astuple
 from functools import cached_property
 from typing import Any, Literal
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from mllm.config.parts import PARTS
 from mllm.config.recipe import Stage
-from mllm.encoders.feature_store import FeatureStore
+from mllm.encoders.feature_store import CHUNK
 from mllm.fits.build import fit_of
 from mllm.planning.paper import meta_model
 from mllm.planning.sizes import cache_bytes, parameters_of
@@ -145,8 +144,7 @@ class Draft:
         """
         if not self.encoder_known or not tiles:
             return Cost()
-        chunk = inspect.signature(FeatureStore).parameters["chunk"].default
-        chunk = self.model.tiles_per_image if self.model.joint else chunk
+        chunk = self.model.tiles_per_image if self.model.joint else CHUNK
         pixels = self.paper.empty(min(chunk, tiles), *self.model.encoder.shape)
         with torch.no_grad():
             one = cost(lambda: self.model.encoder(pixels))
