@@ -35,11 +35,11 @@ class Prepared(NamedTuple):
     """An image, prepared in a thread.
 
     Args:
-        key: of its features; None while the encoder trains.
+        key: of its features.
         units: what the encoder takes of it; None where its features are cached.
     """
 
-    key: str | None
+    key: str
     units: Units | None
 
 
@@ -108,7 +108,7 @@ class FeatureStore:
             assert units is not None, "features that cannot be read are not cached"
             return units
 
-        keys = [str(prepared[source].key) for source in sources]
+        keys = [prepared[source].key for source in sources]
         features = {key: row for key in dict.fromkeys(keys) if (row := self._rows.get(key)) is not None}
         missing = {key: source for key, source in zip(keys, sources, strict=True) if key not in features}
         names = list(missing)
@@ -156,8 +156,8 @@ class FeatureStore:
         """Open an image, cut it, and prepare its tiles; only its key is found where its features are cached."""
         encoder = self._model.encoder
         cut = cut or encoder.tiles
-        key = None if self._model.encoder_trains else prefix + encoder.key(source)
-        if key is not None and key in self._rows:
+        key = prefix + encoder.key(source)
+        if key in self._rows:
             return Prepared(key, None)
         return Prepared(key, units_of(encoder, cut(encoder.open(source))))
 
