@@ -58,6 +58,11 @@ def use_device(name: DeviceName | None) -> None:
     state.device = device
 
 
+def computes_in_bfloat16(device: torch.device) -> bool:
+    """Whether a device is a GPU whose matrix products are bfloat16's own, not emulated."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def dtype_of(name: DTypeName) -> torch.dtype:
     """Return the dtype of a name: float32, bfloat16 or float16.
 

@@ -19,7 +19,8 @@ from mllm.planning.trace import Cost, Paper, cost
 from mllm.planning.workload import Rows
 from mllm.training.batches import rows_at_once
 from mllm.training.guides import assembly_of, open_guides
-from mllm.training.setup import Objectives, optimizer_for, parameter_groups, precision, recompute
+from mllm.training.optimizers import optimizer_for
+from mllm.training.setup import Objectives, parameter_groups, precision, recompute, set_up
 
 Device = Literal["cpu", "gpu"]
 FEW = 4  # rows that are computed of a batch of many
@@ -54,7 +55,8 @@ class Draft:
         self.objectives = Objectives(stage)
         self.trained: list[nn.Parameter] = []
         if stage.train:
-            optimizer = optimizer_for(self.model, stage, parameter_groups(self.model, stage))
+            set_up(self.model, stage)
+            optimizer = optimizer_for(stage.optim, parameter_groups(self.model, stage))
             self.trained = [p for group in optimizer.param_groups for p in group["params"]]
 
     def step(self, rows: Rows) -> Cost:
