@@ -75,7 +75,7 @@ class FeatureStore:
             rows = self._encoded(tiles).split(list(map(count, opened)))
             for key, row in zip(chunk, rows, strict=True):
                 features[key] = row.flatten(0, 1)
-                self._rows.put(key, features[key])
+            self._rows.put({key: features[key] for key in chunk})
         whole = torch.cat([features[key].to(self._model.device) for key in keys])
         return whole.unflatten(0, (-1, self._model.encoder.num_patches))
 
