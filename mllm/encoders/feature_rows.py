@@ -25,7 +25,6 @@ from mllm.errors import MLLMError
 from mllm.hub.verified import DamagedFile, read_tensor, save_each_verified
 from mllm.system import open_regular, remove_partial
 
-LIMIT = MEMORY = 4 * 2**30  # bytes, on disk and in memory
 SHARD = 2**26  # bytes of a shard; so many may be lost when a process is killed, and so many more are being written
 HEADER = 512  # bytes of a row in a shard's header, at most: its name, shape, place and checksum
 ABANDONED = 24 * 3600  # seconds; what is written to a file for longer was left by a killed process
@@ -47,8 +46,8 @@ class FeatureRows:
         folder: Path | None,
         *,
         fits: Callable[[Tensor], bool],
-        limit: int | None = LIMIT,
-        memory: int = MEMORY,
+        limit: int | None,
+        memory: int,
         writers: int = 1,
     ) -> None:
         self._folder, self._fits = folder, fits

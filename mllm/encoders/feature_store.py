@@ -16,11 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mllm.config.messages import checked
+from mllm.config.recipe import LIMIT, CacheSpec
+from mllm.devices import dtype_of
 from mllm.encoders.feature_folder import features_folder, warn_of_former_folder
-from mllm.encoders.feature_rows import LIMIT, FeatureRows
+from mllm.encoders.feature_rows import FeatureRows
 from mllm.media.images import ImageSource, source_of
 from mllm.media.tiles import Tiling, whole_images
 from mllm.model import Model
+from mllm.processes import processes
 
 THREADS = min(8, os.cpu_count() or 1)  # that open images in the background
 
@@ -31,13 +35,26 @@ class FeatureStore:
     Args:
         model: the model whose `features` are cached.
         limit: the most bytes that are cached; further features are computed each time. None: no limit.
+        memory: the most bytes of them in memory.
         chunk: the number of images, and of tiles, per forward pass of the encoder.
         folder: the folder of the shards on disk; None: memory only.
+        dtype: that features are rounded to, before they are used and kept; None: they stay as the encoder returns them.
+        writers: the number of processes that share the folder.
     """
 
-    def __init__(self, model: Model, *, limit: int | None = LIMIT, chunk: int = 8, folder: Path | None = None) -> None:
-        self._model, self._chunk = model, chunk
-        self._rows = FeatureRows(folder, limit=limit, fits=self._fits)
+    def __init__(
+        self,
+        model: Model,
+        *,
+        limit: int | None = LIMIT,
+        memory: int = LIMIT,
+        chunk: int = 8,
+        folder: Path | None = None,
+        dtype: torch.dtype | None = None,
+        writers: int = 1,
+    ) -> None:
+        self._model, self._chunk, self._dtype = model, chunk, dtype
+        self._rows = FeatureRows(folder, fits=self._fits, limit=limit, memory=memory, writers=writers)
         self._opening: list[dict[Any, Future[Any]]] = [{}, {}]  # images being opened for this step and for the next
         self._threads = ThreadPoolExecutor(THREADS)
 
@@ -74,9 +91,11 @@ class FeatureStore:
             tiles = [tile for image in opened for tile in cut(image)]
             rows = self._encoded(tiles).split(list(map(count, opened)))
             for key, row in zip(chunk, rows, strict=True):
-                features[key] = row.flatten(0, 1)
+                features[key] = row.flatten(0, 1).to(self._dtype or row.dtype)
             self._rows.put({key: features[key] for key in chunk})
         whole = torch.cat([features[key].to(self._model.device) for key in keys])
+        if self._dtype is not None:
+            whole = whole.to(next((part.dtype for part in self._model.encoder.parameters()), whole.dtype))
         return whole.unflatten(0, (-1, self._model.encoder.num_patches))
 
     def _encoded(self, tiles: Sequence[Any]) -> Tensor:
@@ -117,22 +136,30 @@ class FeatureStore:
         encoder = self._model.encoder
         tiles, rest = divmod(row.shape[0] if row.dim() == 2 else 0, encoder.num_patches)
         return (
-            row.is_floating_point()
+            (row.is_floating_point() if self._dtype is None else row.dtype == self._dtype)
             and row.shape[-1:] == (encoder.dim,)
             and rest == 0
             and (tiles == 1 if encoder.tiling is None else tiles > 0)
         )
 
 
-def open_store(model: Model, cache: str) -> FeatureStore:
+def open_store(model: Model, cache: CacheSpec | str) -> FeatureStore:
     """Return the feature store for a recipe's ``cache`` setting.
 
     Args:
         model: the model whose features are cached.
-        cache: ``auto`` caches up to 4 GiB in memory and in the user's cache folder, ``on`` without a limit; ``off``
-            computes the features each time.
+        cache: the setting, or its mode alone: ``auto`` caches up to 4 GiB in the user's cache folder, ``on`` without a
+            limit; ``off`` computes the features each time.
     """
-    if cache == "off" or not model.encoder.cacheable:
+    spec = cache if isinstance(cache, CacheSpec) else checked(CacheSpec, cache)
+    if spec.mode == "off" or not model.encoder.cacheable:
         return FeatureStore(model, limit=0)
     warn_of_former_folder(model)
-    return FeatureStore(model, limit=LIMIT if cache == "auto" else None, folder=features_folder(model))
+    return FeatureStore(
+        model,
+        limit=spec.bytes,
+        memory=spec.memory,
+        folder=features_folder(model, spec.dtype),
+        dtype=None if spec.dtype == "auto" else dtype_of(spec.dtype),
+        writers=processes().num_processes,
+    )

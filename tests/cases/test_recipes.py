@@ -28,7 +28,7 @@ def recipe(tiny_parts, tmp_path):
 def test_the_cache_is_switched_as_the_documentation_says(recipe, tmp_path, written, read, given):
     path = recipe(f"cache: {written}") if given == "in the recipe" else recipe()
     config = load(path, [f"cache={written}"] if given == "as an override" else [])
-    assert config.cache == read
+    assert config.cache.mode == read
     (tmp_path / "again.yaml").write_text(dump(config))
     assert load(str(tmp_path / "again.yaml")) == config
 
