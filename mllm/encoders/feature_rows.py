@@ -39,6 +39,9 @@ class FeatureRows:
         memory: the most bytes in memory, with those that wait to be written, unless more are computed at once.
         fits: whether a tensor that was read can be a row; one that does not fit is damaged.
         writers: the number of processes that write to the folder, among which the rest of the limit is divided.
+
+    Attributes:
+        full: whether the limit was reached.
     """
 
     def __init__(
@@ -60,8 +63,9 @@ class FeatureRows:
         self._waiting_bytes = 0
         self._written: dict[str, Tensor] = {}  # being written
         self._writing: Future[Path] | None = None
-        self._stored, self.bytes = _index(folder) if folder else ({}, 0)
-        self._limit = None if limit is None else self.bytes + max(0, limit - self.bytes) // writers
+        self._stored, self._bytes = _index(folder) if folder else ({}, 0)
+        self._limit = None if limit is None else self._bytes + max(0, limit - self._bytes) // writers
+        self.full = False
         self._lock = threading.RLock()
         self._writer = ThreadPoolExecutor(1)
 
@@ -87,7 +91,8 @@ class FeatureRows:
         """
         size = sum(row.nbytes + HEADER for row in rows.values())
         if self._folder is not None:
-            if self._limit is not None and self.bytes + size > self._limit:
+            if self._limit is not None and self._bytes + size > self._limit:
+                self.full = True
                 return
             if self._waiting_bytes + size > self._shard:
                 self._write()
@@ -98,7 +103,7 @@ class FeatureRows:
                 self._used.add(key, kept)
                 if self._folder is not None:
                     self._waiting[key] = kept
-        self.bytes += size
+        self._bytes += size
 
     def flush(self) -> None:
         """Write the rows that are not on disk yet.

@@ -27,6 +27,7 @@ from mllm.model import Model
 from mllm.processes import processes
 
 THREADS = min(8, os.cpu_count() or 1)  # that open images in the background
+WHOLE = "whole/"  # before the key of an image of which the features as a whole are kept, and not those of its tiles
 
 
 class FeatureStore:
@@ -67,7 +68,18 @@ class FeatureStore:
         tiling = self._model.tiling
         if not isinstance(tiling, Tiling):
             return whole_images(self(images), self._model.layouts(images))
-        return self._features(images, lambda opened: [tiling.whole(opened)], lambda _: 1, "whole/")
+        return self._features(images, lambda opened: [tiling.whole(opened)], lambda _: 1, WHOLE)
+
+    def missing(self, images: Sequence[Any], *, whole: bool = False) -> list[Any]:
+        """Return the images whose features are not cached, each once; ``whole``: those that `whole` returns."""
+        prefix = WHOLE if whole and isinstance(self._model.tiling, Tiling) else ""
+        keys = {prefix + self._model.encoder.key(source_of(image)): image for image in images}
+        return [image for key, image in keys.items() if key not in self._rows]
+
+    @property
+    def full(self) -> bool:
+        """Whether the limit was reached, so that features were not kept."""
+        return self._rows.full
 
     def _features(
         self, images: Sequence[Any], cut: Callable[[Any], list[Any]], count: Callable[[Any], int], prefix: str = ""
