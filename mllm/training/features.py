@@ -32,6 +32,7 @@ from mllm.training.batches import training_sources
 from mllm.training.signals import Signals
 
 BATCH = 64  # images that are requested together, while the next ones are opened
+WIDTH = 1024  # of a connector that is built without its language model: the number of its tokens is the same
 NOTHING = (  # what keeps a stage's features from being computed before it, and why
     (lambda stage: stage.encoder is None, "there is no encoder"),
     (lambda stage: stage.trains("encoder"), "the encoder trains"),
@@ -140,7 +141,7 @@ def _encoding(spec: AssemblySpec) -> Model:
     encoder = build_encoder(spec)
     connector = spec.connector if encoder.tiling is not None else None
     if connector is not None:
-        connector = connector.model_copy(update={"vocabulary": None, "width": None})
+        connector = connector.model_copy(update={"vocabulary": None, "width": WIDTH})
     without: dict[str, Any] = {
         "lm": None,
         "decoder": None,

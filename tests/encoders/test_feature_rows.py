@@ -23,6 +23,10 @@ ROW = 7 * 13 * 2  # bytes
 GROUP = 4
 
 
+def same(read: Tensor | None, number: int) -> bool:
+    return read is not None and read.dtype == torch.bfloat16 and torch.equal(read, row(number))
+
+
 def row(number: int) -> Tensor:
     return torch.randn(SHAPE, generator=torch.Generator().manual_seed(number)).bfloat16()
 
@@ -58,14 +62,12 @@ def test_rows_are_read_bit_for_bit_in_any_order(tmp_path, quiet, memory, again):
     rows = filled(tmp_path, 16, memory=memory)
     rows = rows_in(tmp_path, memory=memory) if again else rows
     for number in torch.randperm(16 * GROUP, generator=torch.Generator().manual_seed(0)).tolist():
-        read = rows.get(str(number))
-        assert read is not None and read.dtype == torch.bfloat16 and torch.equal(read, row(number))
+        assert same(rows.get(str(number)), number)
     assert rows.get("64") is None and "64" not in rows and "63" in rows
 
 
 def living() -> int:
     """Bytes of all rows that are in memory."""
-    gc.collect()
     tensors = [each for each in gc.get_objects() if isinstance(each, Tensor) and each.shape == SHAPE]
     return sum({each.data_ptr(): each.untyped_storage().nbytes() for each in tensors}.values())
 
@@ -77,13 +79,13 @@ def test_memory_stays_within_its_bound(tmp_path, quiet, folder):
     most = 0
     for number in range(100):
         rows.put(group(number))
-        most = max(most, living())
+        most = max(most, living()) if number in (5, 40, 97, 98, 99) else most
     for number in range(0, 400, 3):
         rows.get(str(number))
-        most = max(most, living())
+    most = max(most, living())
     assert memory / 3 < most <= memory
     if not folder:  # those that were used last
-        assert torch.equal(rows.get("399"), row(399)) and "0" not in rows
+        assert same(rows.get("399"), 399) and "0" not in rows
     rows.get("300")
     rows.put(group(200))
     assert "300" in rows
@@ -115,7 +117,7 @@ def test_one_damaged_row_is_found_and_the_others_are_read(tmp_path):
         warnings.simplefilter("error")
         for number in range(2 * GROUP):
             if str(number) != last:
-                assert torch.equal(rows.get(str(number)), row(number))
+                assert same(rows.get(str(number)), number)
     with pytest.warns(UserWarning, match=rf"{shard} cannot be used: .*checksum.*computed again"):
         assert rows.get(last) is None
     assert last not in rows and not shard.exists()
@@ -147,7 +149,7 @@ def former(folder: Path) -> None:
 def test_shards_of_earlier_versions_are_read(tmp_path, quiet):
     former(tmp_path)
     rows = rows_in(tmp_path)
-    assert all(torch.equal(rows.get(str(number)), row(number)) for number in range(GROUP))
+    assert all(same(rows.get(str(number)), number) for number in range(GROUP))
 
 
 @pytest.mark.parametrize("writers", [1, 2, 3])
@@ -166,7 +168,7 @@ def test_the_folder_stays_within_its_limit(tmp_path, quiet, writers):
         again.put(group(59))
         again.flush()
         assert "239" not in rows_in(tmp_path)
-    assert all(torch.equal(again.get(str(number)), row(number)) for number in kept)
+    assert all(same(again.get(str(number)), number) for number in kept)
 
 
 def test_rows_that_cannot_be_written_wait(tmp_path):
@@ -175,10 +177,10 @@ def test_rows_that_cannot_be_written_wait(tmp_path):
     rows.put(group(0))
     with pytest.raises(Exception, match=f"not be written to {tmp_path}/folder"):
         rows.flush()
-    assert torch.equal(rows.get("3"), row(3))
+    assert same(rows.get("3"), 3)
     (tmp_path / "folder").unlink()
     rows.flush()
-    assert torch.equal(rows_in(tmp_path / "folder").get("3"), row(3))
+    assert same(rows_in(tmp_path / "folder").get("3"), 3)
 
 
 def test_threads_read_while_rows_are_written(tmp_path, quiet):
