@@ -19,6 +19,7 @@ from unittest import mock
 import numpy as np
 import torch
 import transformers
+from mllm.eval.bench.table import Row
 from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import (
@@ -29,8 +30,6 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
 )
-
-from mllm.eval.bench.table import Row
 
 from mllm.assembling import assemble
 from mllm.encoders.feature_store import FeatureStore

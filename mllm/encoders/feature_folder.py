@@ -20,9 +20,13 @@ from mllm.system import cache_dir
 FORMAT = 2  # of the shards and of their folder's key
 
 
-def features_folder(model: Model) -> Path:
-    """Return the cache folder for the features of this encoder: with its weights, configuration and settings."""
-    return _folder_of(model, format=FORMAT, fingerprint=str(model.encoder.fingerprint))
+def features_folder(model: Model, dtype: str = "auto") -> Path:
+    """Return the cache folder for the features of this encoder: with its weights, configuration and settings.
+
+    ``dtype`` is the recipe's ``cache.dtype``: that of the rows.
+    """
+    stored = {} if dtype == "auto" else {"stored": dtype}
+    return _folder_of(model, format=FORMAT, fingerprint=str(model.encoder.fingerprint), **stored)
 
 
 def warn_of_former_folder(model: Model) -> None:

@@ -18,17 +18,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mllm.devices import moved
+from mllm.config.messages import checked
+from mllm.config.recipe import LIMIT, CacheSpec
+from mllm.devices import dtype_of, moved
 from mllm.encoders.feature_folder import features_folder, warn_of_former_folder
-from mllm.encoders.feature_rows import LIMIT, FeatureRows
+from mllm.encoders.feature_rows import FeatureRows
 from mllm.encoders.texts import Units, features_of, units_of
 from mllm.media.images import ImageSource, source_of
 from mllm.media.tiles import Tiling, whole_images
 from mllm.model import Model
+from mllm.processes import processes
 
 THREADS = min(16, os.cpu_count() or 1)  # that open and prepare images in the background
 CHUNK = 8  # images, and tiles, per forward pass of the encoder on a CPU
 SHARE = 32  # of a GPU's memory, the part that a chunk's activations may take
+WHOLE = "whole/"  # before the key of an image of which the features as a whole are kept, and not those of its tiles
 
 
 class Prepared(NamedTuple):
@@ -49,15 +53,26 @@ class FeatureStore:
     Args:
         model: the model whose `features` are cached.
         limit: the most bytes that are cached; further features are computed each time. None: no limit.
+        memory: the most bytes of them in memory.
         chunk: the number of images, and of tiles, per forward pass of the encoder; None: by the device.
         folder: the folder of the shards on disk; None: memory only.
+        dtype: that features are rounded to, before they are used and kept; None: they stay as the encoder returns them.
+        writers: the number of processes that share the folder.
     """
 
     def __init__(
-        self, model: Model, *, limit: int | None = LIMIT, chunk: int | None = None, folder: Path | None = None
+        self,
+        model: Model,
+        *,
+        limit: int | None = LIMIT,
+        memory: int = LIMIT,
+        chunk: int | None = None,
+        folder: Path | None = None,
+        dtype: torch.dtype | None = None,
+        writers: int = 1,
     ) -> None:
-        self._model, self._chunk = model, chunk or chunk_for(model)
-        self._rows = FeatureRows(folder, limit=limit, fits=self._fits)
+        self._model, self._chunk, self._dtype = model, chunk or chunk_for(model), dtype
+        self._rows = FeatureRows(folder, fits=self._fits, limit=limit, memory=memory, writers=writers)
         self._expected: list[dict[Any, Future[Prepared]]] = [{}, {}]  # for this step and for the next
         self._threads = ThreadPoolExecutor(THREADS)
 
@@ -72,9 +87,20 @@ class FeatureStore:
         if not isinstance(tiling, Tiling):
             return whole_images(self(images), self._model.layouts(images))
         sources = [source_of(image) for image in images]
-        prepare = partial(self._prepare, cut=lambda opened: [tiling.whole(opened)], prefix="whole/")
+        prepare = partial(self._prepare, cut=lambda opened: [tiling.whole(opened)], prefix=WHOLE)
         distinct = list(dict.fromkeys(sources))
         return self._features(sources, dict(zip(distinct, self._threads.map(prepare, distinct), strict=True)), prepare)
+
+    def missing(self, images: Sequence[Any], *, whole: bool = False) -> list[Any]:
+        """Return the images whose features are not cached, each once; ``whole``: those that `whole` returns."""
+        prefix = WHOLE if whole and isinstance(self._model.tiling, Tiling) else ""
+        keys = {prefix + self._model.encoder.key(source_of(image)): image for image in images}
+        return [image for key, image in keys.items() if key not in self._rows]
+
+    @property
+    def full(self) -> bool:
+        """Whether the limit was reached, so that features were not kept."""
+        return self._rows.full
 
     def units(self, images: Sequence[Any]) -> Tensor:
         """Return what the encoder takes of images ``(U, ...)``, on the model's device.
@@ -115,9 +141,11 @@ class FeatureStore:
         for start in range(0, len(names), self._chunk):
             chunk = names[start : start + self._chunk]
             for key, row in zip(chunk, self._encoded([units_for(missing[key]) for key in chunk]), strict=True):
-                features[key] = row.flatten(0, 1)
-                self._rows.put(key, features[key])
+                features[key] = row.flatten(0, 1).to(self._dtype or row.dtype)
+            self._rows.put({key: features[key] for key in chunk})
         whole = torch.cat([features[key].to(self._model.device, non_blocking=True) for key in keys])
+        if self._dtype is not None:
+            whole = whole.to(next((part.dtype for part in self._model.encoder.parameters()), whole.dtype))
         return whole.unflatten(0, (-1, self._model.encoder.num_patches))
 
     def _encoded(self, images: Sequence[Units]) -> list[Tensor]:
@@ -170,7 +198,7 @@ class FeatureStore:
         encoder = self._model.encoder
         tiles, rest = divmod(row.shape[0] if row.dim() == 2 else 0, encoder.num_patches)
         return (
-            row.is_floating_point()
+            (row.is_floating_point() if self._dtype is None else row.dtype == self._dtype)
             and row.shape[-1:] == (encoder.dim,)
             and rest == 0
             and (tiles == 1 if encoder.tiling is None else tiles > 0)
@@ -182,28 +210,31 @@ def chunk_for(model: Model) -> int:
 
     The same card always gives the same number, since the last bits of features may depend on it.
     """
-    if model.device.type != "cuda":
+    weights = None if model.encoder is None else next(model.encoder.parameters(), None)
+    if model.device.type != "cuda" or weights is None:
         return CHUNK
-    encoder = model.encoder
-    weights = next(encoder.parameters(), None)
-    if weights is None:
-        return CHUNK
-    activations = (
-        32 * encoder.num_patches * encoder.dim * weights.element_size()
-    )  # of a block, its hidden layer included
+    block = 32 * model.encoder.num_patches * model.encoder.dim * weights.element_size()  # its hidden layer included
     memory = torch.cuda.get_device_properties(model.device).total_memory // SHARE
-    return max(CHUNK, min(256, 2 ** int(math.log2(max(1, memory // activations)))))
+    return int(max(CHUNK, min(256, 2 ** int(math.log2(max(1, memory // block))))))
 
 
-def open_store(model: Model, cache: str) -> FeatureStore:
+def open_store(model: Model, cache: CacheSpec | str) -> FeatureStore:
     """Return the feature store for a recipe's ``cache`` setting.
 
     Args:
         model: the model whose features are cached.
-        cache: ``auto`` caches up to 4 GiB in memory and in the user's cache folder, ``on`` without a limit; ``off``
-            computes the features each time.
+        cache: the setting, or its mode alone: ``auto`` caches up to 4 GiB in the user's cache folder, ``on`` without a
+            limit; ``off`` computes the features each time.
     """
-    if cache == "off" or not model.encoder.cacheable:
+    spec = cache if isinstance(cache, CacheSpec) else checked(CacheSpec, cache)
+    if spec.mode == "off" or not model.encoder.cacheable:
         return FeatureStore(model, limit=0)
     warn_of_former_folder(model)
-    return FeatureStore(model, limit=LIMIT if cache == "auto" else None, folder=features_folder(model))
+    return FeatureStore(
+        model,
+        limit=spec.bytes,
+        memory=spec.memory,
+        folder=features_folder(model, spec.dtype),
+        dtype=None if spec.dtype == "auto" else dtype_of(spec.dtype),
+        writers=processes().num_processes,
+    )

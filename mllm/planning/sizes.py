@@ -64,11 +64,11 @@ def frozen_layers(model: Model) -> list[int]:
     return [sum(p.numel() * p.element_size() for p in weights) for weights in frozen]
 
 
-def feature_bytes(encoder: Any) -> int:
-    """Return the bytes of one image's features."""
+def feature_bytes(encoder: Any, *, rounded: bool = False) -> int:
+    """Return the bytes of the features of an image or a tile: as the encoder returns them, or rounded to 16 bits."""
     if encoder is None:
         return 0
-    width = next((p.element_size() for p in encoder.parameters()), 4)
+    width = 2 if rounded else next((p.element_size() for p in encoder.parameters()), 4)
     return int(encoder.num_patches * encoder.dim * width)
 
 
