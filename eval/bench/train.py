@@ -54,9 +54,9 @@ def run(
         repeats: pairs of runs of the two shapes.
         progress: called with a line on each finished measurement.
         only: one of ``llava``, ``heavy``, ``target``, ``share``; None: all.
-        steps: of an epoch (4 by default); for ``target`` the alternative trains 75 times as many. On a GPU of each run.
-        device: a GPU, on which LLaVA's first stage is timed alone, at the shapes of an 8B (`mllm.eval.bench.gpu`); None:
-            the CPU.
+        steps: of an epoch (4 by default); for ``target`` the alternative trains 75 times as many. On a GPU:
+            of each run.
+        device: a GPU, on which LLaVA's stages are timed, at an 8B's shapes (`mllm.eval.bench.gpu`); None: the CPU.
 
     Raises:
         MLLMError: there is no such part, or the sides' losses differ.
@@ -65,9 +65,10 @@ def run(
         if only is not None:
             raise MLLMError("bench train --device measures one part: leave out --only.")
         with tempfile.TemporaryDirectory() as folder:
-            rows = gpu.measure(gpu.Place(Path(folder), device=device).write(), steps=steps or 12, progress=progress)
-        report("train-gpu", rows, out)
-        return rows
+            place = gpu.Place(Path(folder), device=device).write()
+            measured: list[Row] = gpu.measure(place, steps=steps or 12, progress=progress)
+        report("train-gpu", measured, out)
+        return measured
     if only is not None and only not in PARTS:
         raise MLLMError(f"bench train has no part {only!r}. {near(only, PARTS)}")
     rows: list[Row] = []
