@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mllm.config.base import Spec
+from mllm.config.lm import add_quantization
 from mllm.config.messages import checked
 from mllm.config.parts import FROZEN, AssemblySpec, add_resize
 from mllm.errors import MLLMError
@@ -32,9 +33,8 @@ from mllm.prompts.chat_template import uses_template
 from mllm.system import check_regular, open_regular, read_json, write
 from mllm.version import __version__
 
-FORMAT = 1
+FORMAT, STAGES = 1, "stages"  # the latter is a run's folder of the models of all stages but the last
 ASSEMBLY, UNNAMED, UNSAVED = "assembly.json", ".trained.safetensors", f"trained-{'0' * 12}.safetensors"
-STAGES = "stages"  # folder in a run of the models of all stages but the last, whose model is the run's
 
 TensorShape = tuple[int, ...]
 _PLANNED: dict[Path, Model] = {}  # by the folder where it will be saved
@@ -238,6 +238,7 @@ def parse_about(path: Path) -> About:
         )
     if isinstance(about, dict) and isinstance(about.get("spec"), dict):
         add_resize(about["spec"])
+        add_quantization(about["spec"])
     return checked(About, about, label=str(path))
 
 

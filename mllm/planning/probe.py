@@ -22,7 +22,8 @@ from mllm.planning.draft import Draft
 from mllm.planning.workload import Rows, workload
 from mllm.training.batches import parts
 from mllm.training.guides import assembly_of, open_guides
-from mllm.training.setup import Objectives, optimizer_for, parameter_groups, precision, recompute
+from mllm.training.optimizers import optimizer_for
+from mllm.training.setup import Objectives, parameter_groups, precision, recompute, set_up
 
 REPEATS = 3
 IMAGES = 8
@@ -110,7 +111,8 @@ def probe(
 
 def _step(model: Any, stage: Stage, accelerator: Accelerator, pixels: torch.Tensor | None) -> Callable[[Rows], None]:
     """Return a function that does a step on a batch."""
-    optimizer = optimizer_for(model, stage, parameter_groups(model, stage))
+    set_up(model, stage)
+    optimizer = optimizer_for(stage.optim, parameter_groups(model, stage))
     objectives = Objectives(stage)
     with torch.no_grad():
         features = model.encoder(pixels)[:1] if pixels is not None else None
@@ -154,7 +156,7 @@ def _image_seconds(model: Any, rows: Rows) -> float | None:
 
 def _cpu_seconds(encoder: Any, source: ImageSource) -> float:
     started = time.process_time()
-    encoder.preprocess(encoder.tiles(encoder.open(source)))
+    encoder.prepared(encoder.tiles(encoder.open(source)))
     return time.process_time() - started
 
 

@@ -7,6 +7,7 @@ import traceback
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -40,12 +41,14 @@ class PretendGPU:
     Attributes:
         synchronizations: by name of the operation and place in the code, how often a CPU would wait.
         copies: the same of copies from one device to the other.
+        pinned: how often pinned memory of the host was asked for.
     """
 
     def __init__(self) -> None:
         self._storages: set[int] = set()
         self.synchronizations: Counter[tuple[str, str]] = Counter()
         self.copies: Counter[tuple[str, str]] = Counter()
+        self.pinned = 0
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether a tensor is on the device."""
@@ -147,11 +150,16 @@ class _Functions(TorchFunctionMode):
             self.gpu.synchronizations["tolist", _place()] += 1
             with torch._C.DisableTorchFunction():
                 return torch.Tensor.tolist(self.gpu.moved(args[0], False))
+        if func is Tensor.pin_memory:
+            self.gpu.pinned += 1
+            return args[0]
         named = _is_cuda(kwargs.get("device"))
         if named:
             if kwargs.get("generator") is not None:
                 raise RuntimeError(f"a generator of the CPU for the pretend GPU, at {_place()}")
             kwargs["device"] = "cpu"
+        if kwargs.pop("pin_memory", False):  # a CPU has none
+            self.gpu.pinned += 1
         inherits = getattr(func, "__name__", "") == "new_tensor" and "device" not in kwargs and on_gpu
         result = func(*args, **kwargs)
         return self.gpu.mark(result) if named or inherits else result
@@ -212,6 +220,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, fresh_accelerator: None) -> Iterator[Pr
         "current_device": 0,
         "get_device_name": "pretend GPU",
         "get_device_capability": (9, 0),
+        "get_device_properties": SimpleNamespace(total_memory=2**34),
         "set_device": None,
         "synchronize": None,
         "empty_cache": None,
