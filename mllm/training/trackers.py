@@ -1,7 +1,7 @@
 """Start a stage's trackers (``track``): a run of the project that is called as the recipe, with it as configuration.
 
 In W&B and trackio the run is called ``RUN/STAGE``, by the run's folder; TensorBoard, which calls runs by their folders,
-reads ``RUN/tensorboard/STAGE/RECIPE``.
+reads ``RUN/STAGE/RECIPE``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def start_trackers(accelerator: Accelerator, stage: Stage, run: Path) -> None:
     here = {"stage": stage.name, "steps": stage.steps, "processes": accelerator.num_processes}
     config = flat({**recipe.model_dump(mode="json", by_alias=True), **here})
     name = f"{run.resolve().name}/{stage.name}"
-    accelerator.project_configuration.logging_dir = os.fspath(run / "tensorboard" / stage.name)
+    accelerator.project_configuration.logging_dir = os.fspath(run / stage.name)
     options = {"wandb": {"name": name, "group": run.resolve().name}, "trackio": {"name": name}}
     accelerator.init_trackers(recipe.name, config=config, init_kwargs=options)
 

@@ -159,12 +159,12 @@ def test_a_tracker_has_the_run_its_recipe_and_every_figure(run) -> None:
 
 def test_tensorboard_reads_the_run(run) -> None:
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    events = event_accumulator.EventAccumulator(str(run / "tensorboard/align/measured"))
+    events = event_accumulator.EventAccumulator(str(run / "align/measured"))
     events.Reload()
     losses = [event.value for event in events.Scalars("align/loss")]
     assert losses == pytest.approx([row["loss"] for row in rows_of(run, "log.jsonl", "align")])
     assert {"align/grad_norm", "align/mfu", "align/images_per_s"} <= set(events.Tags()["scalars"])
-    (settings,) = (run / "tensorboard/align/measured").glob("*/hparams.yml")
+    (settings,) = (run / "align/measured").glob("*/hparams.yml")
     assert yaml.safe_load(settings.read_text())["stages.0.data.pack"] == 64
 
 
