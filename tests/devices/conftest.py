@@ -7,6 +7,7 @@ import traceback
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -143,6 +144,9 @@ class _Functions(TorchFunctionMode):
             return 0 if on_gpu else -1
         if func in (Tensor.to, Tensor.cuda, Tensor.cpu):
             return self._to(func, *args, **kwargs)
+        if func is Tensor.pin_memory:
+            self.gpu.pinned += 1
+            return args[0]
         if func is Tensor.numpy and on_gpu:
             raise TypeError(f"can't convert a tensor of the pretend GPU to numpy, at {_place()}")
         if func is Tensor.tolist and on_gpu:
@@ -210,6 +214,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch, fresh_accelerator: None) -> Iterator[Pr
         "current_device": 0,
         "get_device_name": "pretend GPU",
         "get_device_capability": (9, 0),
+        "get_device_properties": SimpleNamespace(total_memory=80 * 2**30),
+        "current_stream": SimpleNamespace(synchronize=lambda: None),
         "set_device": None,
         "synchronize": None,
         "empty_cache": None,
