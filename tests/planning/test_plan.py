@@ -190,7 +190,7 @@ def test_features_are_counted_as_they_are_stored_and_kept(file: str) -> None:
     whole, rounded, limited = (plan(file, overrides).stages[0] for overrides in settings)
     assert rounded.cache.bytes == rounded.cache.disk == whole.cache.bytes // 2 == row * 3 // 2
     assert (limited.cache.bytes, limited.cache.disk) == (3 * row, row)
-    assert "only 33.3% of them fit into the limit" in limited.cache.reason
+    assert "only 33.3% of the features fit into the limit" in limited.cache.reason
     encoder = whole.flops.encoder  # 24 reads of three images: eight of the one that is kept, and 16 of the others
     assert limited.flops.total - whole.flops.total == (1 + 16 - 3) * encoder
     assert limited.cache.saves == pytest.approx(whole.cache.saves / 3)
@@ -268,6 +268,17 @@ def test_what_does_not_fit_is_told_what_would(file: str) -> None:
     own = changed.stages[0]
     assert own.batch_size * own.optim.accumulate == 32
     assert plan_stage(Draft(own, "gpu"), setting).memory.peak <= whole - 50_000
+
+
+def test_where_memory_is_short_fewer_features_are_in_it(file: str) -> None:
+    overrides, setting = ["stages.0.steps=1000000", "cache=on"], Setting(images=1_000_000)
+    whole = plan(file, overrides, setting).stages[0].memory
+    assert whole.features == 1_000_000 * 16 * 24 * 4
+    changes = fitting(recipe.load(file, overrides).stages[0], 0, setting, whole.peak - 2**30)
+    assert changes is not None and not any("batch_size" in change for change in changes)
+    changed = recipe.load(file, [*overrides, *changes]).stages[0]
+    assert changed.cache.mode == "on" and changed.cache.memory < 2**29
+    assert plan_stage(Draft(changed, "cpu"), setting).memory.peak <= whole.peak - 2**30
 
 
 @pytest.mark.parametrize(
