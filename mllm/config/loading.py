@@ -16,6 +16,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from mllm.config.lm import add_quantization
 from mllm.config.messages import checked
 from mllm.config.parts import add_resize, encoders_in
 from mllm.config.recipe import Recipe, Settings
@@ -119,6 +120,7 @@ def continued(recipe: Recipe, path: Path) -> Recipe:
         if encoder["resize"] is None:
             del encoder["resize"]
     add_resize(values)
+    add_quantization(values)
     return check(values, label=recipe.name)
 
 

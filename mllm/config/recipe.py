@@ -41,7 +41,7 @@ Rate = Annotated[float, Field(ge=0)]
 class OptimSpec(Spec):
     """The optimizer and its schedule."""
 
-    name: Literal["adamw"] = "adamw"
+    name: Literal["adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit"] = "adamw"
     weight_decay: float = Field(default=0.0, ge=0)  # of matrices; vectors (biases, norms) are not decayed
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     clip: float | None = Field(default=1.0, gt=0)
@@ -57,7 +57,7 @@ class OptimSpec(Spec):
     layer_decay: float = Field(default=1.0, gt=0, le=1)  # learning rates of an encoder's block, over those of the next
     drop_path: float = Field(default=0.0, ge=0, lt=1)  # stochastic depth of an encoder that trains: of its last block
     checkpointing: bool = False  # recompute the language model's activations in the backward pass
-    compile: bool = False  # torch.compile
+    compile: bool = False  # torch.compile, of the language model's layers
 
     @model_validator(mode="after")
     def _fits_the_schedule(self) -> OptimSpec:

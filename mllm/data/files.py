@@ -3,35 +3,30 @@
 from __future__ import annotations
 
 import bz2
+import codecs
 import functools
 import gzip
 import io
-import json
 import lzma
 import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NoReturn
 
+from mllm.data import stored
+from mllm.data.records import Held, Records
+from mllm.data.scanning import DECODER, not_json, not_utf8
+from mllm.data.stored import StoredJson, StoredLines
 from mllm.data.values import text_in
 from mllm.errors import MLLMError
 from mllm.media.images import SUFFIXES
-from mllm.system import is_hidden, read_regular
+from mllm.system import is_hidden, open_regular, read_regular
 
 COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 REFUSED = (".zst", ".zip", ".lz4", ".7z", ".rar", ".tgz")  # files that must be unpacked first
 DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError)  # what opening or decompressing a file raises
-FORM_ERRORS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)  # of a value of another form
 _UTF_16_OR_32 = (b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")  # byte order marks
-
-
-class Record(NamedTuple):
-    """A row of a file, which is parsed when it is needed, so that each row has an error of its own."""
-
-    label: str  # the file and the row, for messages
-    number: int  # counted from 1
-    load: Callable[[], Any]
 
 
 def bytes_of(file: Path) -> bytes:
@@ -103,16 +98,13 @@ def text_of(file: Path) -> str:
         MLLMError: it cannot be read, or is not UTF-8 text.
     """
     data = bytes_of(file)
-    if data.startswith(_UTF_16_OR_32) or b"\0" in data[:4]:
+    if _is_utf_16_or_32(data):
         raise MLLMError(f"{file} cannot be read: it is UTF-16 or UTF-32, not UTF-8. Save it as UTF-8.")
     try:
         return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise MLLMError(
-            f"{file} cannot be read: line {line} has a byte 0x{data[error.start]:02x} that is not UTF-8. Is it Latin-1 "
-            "or another encoding? Save it as UTF-8."
-        ) from None
+        raise not_utf8(file, line, data[error.start]) from None
 
 
 def json_of(file: Path) -> Any:
@@ -142,33 +134,56 @@ def parse_json(text: str, label: str = "it") -> Any:
     if not text.strip():
         raise MLLMError(f"{label} is not JSON: it is empty. Is the file complete?")
     try:
-        return json.loads(text, object_pairs_hook=_object)
-    except ValueError as error:
-        raise MLLMError(f"{label} is not JSON: {error}. Is the file complete?") from None
-    except RecursionError:
-        raise MLLMError(f"{label} is not JSON that can be read: it is nested too deeply. Correct the file.") from None
+        return DECODER.decode(text)
+    except (ValueError, RecursionError) as error:
+        raise not_json(label, error) from None
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"an object has the key {twice[:60]!r} twice")
-    return content
+def is_large(*files: Path) -> bool:
+    """Return whether the rows of files are read when they are needed, instead of held in memory."""
+    if not all(suffix_of(file) == file.suffix.lower() not in REFUSED and os.path.isfile(file) for file in files):
+        return False
+    large = sum(os.path.getsize(file) for file in files) >= stored.HELD
+    return large and not any(_is_utf_16_or_32(_head(file)) for file in files)
 
 
-def records_of(file: Path) -> Iterator[Record]:
-    """Yield the rows of a JSON Lines file, or of a file that holds one JSON list."""
+def records_of(file: Path, *others: Path) -> Records:
+    """Return the rows of a JSON Lines file, or of a file that holds one JSON list; ``others`` are read with it."""
+    if is_large(file, *others):
+        is_list = _head(file).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+        return _stored_list(file, "a list of rows", None) if is_list else StoredLines(file, parse_json)
     text = text_of(file)
     if text.lstrip().startswith("["):
-        yield from rows_of(parse_json(text, str(file)), file, "a list of rows")
-        return
-    for number, (line, content) in enumerate(_lines(text), start=1):
-        yield Record(f"{file}, line {line}", number, lambda content=content: parse_json(content))  # type: ignore[misc]
+        return rows_in(parse_json(text, str(file)), file, "a list of rows")
+    return _held_lines(text, file, parse_json)
 
 
-def rows_of(content: Any, file: Any, expected: str, key: str | None = None) -> Iterator[Record]:
+def lines_of(file: Path) -> Records:
+    """Return the lines of a text file that are not empty."""
+    return StoredLines(file, str) if is_large(file) else _held_lines(text_of(file), file, str)
+
+
+def _held_lines(text: str, file: Path, load: Callable[[str], Any]) -> Records:
+    lines = list(_lines(text))
+    return Held([line for _, line in lines], lambda index: f"{file}, line {lines[index][0]}", load)
+
+
+def rows_of(file: Path | str, expected: str, key: str | None = None) -> Records:
+    """Return the rows of a JSON file: of its list, or of the list under a key of its object.
+
+    Raises:
+        MLLMError: it cannot be read, or there is no such list. Of a large file that is known when its rows are read.
+    """
+    if is_large(Path(file)):
+        return _stored_list(Path(file), expected, key)
+    return rows_in(json_of(Path(file)), file, expected, key)
+
+
+def _stored_list(file: Path, expected: str, key: str | None) -> Records:
+    return StoredJson(file, "list", key, lambda: _refuse(file, "list of rows", expected))
+
+
+def rows_in(content: Any, file: Any, expected: str, key: str | None = None) -> Records:
     """Return the rows of a list, or of the list under a key of an object.
 
     Raises:
@@ -176,23 +191,37 @@ def rows_of(content: Any, file: Any, expected: str, key: str | None = None) -> I
     """
     rows = content if key is None else content.get(key) if isinstance(content, dict) else None
     if not isinstance(rows, list):
-        raise MLLMError(f"{file} has an unexpected form: it is no list of rows; expected {expected}. Correct the file.")
+        _refuse(file, "list of rows", expected)
     label = f"{file}, {key}, row" if key else f"{file}, row"
-    return (Record(f"{label} {number}", number, lambda row=row: row) for number, row in enumerate(rows, start=1))  # type: ignore[misc]
+    return Held(rows, lambda index: f"{label} {index + 1}")
 
 
-def entries_of(content: Any, file: Any, expected: str) -> Iterator[Record]:
-    """Return the entries of an object as rows ``(key, value)``.
+def entries_of(file: Path | str, expected: str) -> Records:
+    """Return the entries of a JSON file's object as rows ``(key, value)``.
 
     Raises:
-        MLLMError: it is no object.
+        MLLMError: it cannot be read, or is no object. Of a large file that is known when its rows are read.
     """
+    if is_large(Path(file)):
+        return StoredJson(Path(file), "entries", None, lambda: _refuse(file, "object", expected))
+    content = json_of(Path(file))
     if not isinstance(content, dict):
-        raise MLLMError(f"{file} has an unexpected form: it is no object; expected {expected}. Correct the file.")
-    return (
-        Record(f"{file}, entry {entry[0]!r}", number, lambda entry=entry: entry)  # type: ignore[misc]
-        for number, entry in enumerate(content.items(), start=1)
-    )
+        _refuse(file, "object", expected)
+    entries = list(content.items())
+    return Held(entries, lambda index: f"{file}, entry {entries[index][0]!r}")
+
+
+def _refuse(file: Any, what: str, expected: str) -> NoReturn:
+    raise MLLMError(f"{file} has an unexpected form: it is no {what}; expected {expected}. Correct the file.")
+
+
+def _head(file: Path) -> bytes:
+    with open_regular(file) as stream:
+        return stream.read(4096)
+
+
+def _is_utf_16_or_32(head: bytes) -> bool:
+    return head.startswith(_UTF_16_OR_32) or b"\0" in head[:4]
 
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:
@@ -209,10 +238,22 @@ def inside(folder: Path | str, name: Any) -> Path:
     name = text_in(name, "image's file name")
     if name.startswith(("http://", "https://", "s3://", "gs://")):
         raise MLLMError(f"the image {name[:200]!r} is an address, and nothing is downloaded. Give a file.")
+    if os.sep == "/" and _plain(name):
+        return Path(os.path.join(_normal(str(folder)), name))
     root = _absolute(str(folder), os.getcwd())
     if not os.path.normpath(os.path.join(root, name)).startswith(os.path.join(root, "")):
         raise MLLMError(f"the image {name[:200]!r} is outside of {folder}. Set 'images' to a folder that contains it.")
     return Path(os.path.normpath(os.path.join(folder, name)))
+
+
+def _plain(name: str) -> bool:
+    """Return whether a name is a relative path in its normal form: what most rows have."""
+    return not ("//" in name or "/." in name or name.startswith((".", "/")) or name.endswith("/"))
+
+
+@functools.cache
+def _normal(folder: str) -> str:
+    return os.path.normpath(folder)
 
 
 @functools.cache

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
+from mllm.data.hashing import hash_of
 from mllm.data.items import Item
+from mllm.data.notes import Notes
 
 
 class Lazy(Sequence[Item]):
@@ -18,6 +21,7 @@ class Lazy(Sequence[Item]):
         make: returns the item at an index.
         fingerprint: returns a hash that identifies the items without reading them.
         shards: the ranges of indices that are in one file each.
+        notes: what was noted of the items when the rows were read, if they were.
     """
 
     def __init__(
@@ -27,8 +31,9 @@ class Lazy(Sequence[Item]):
         *,
         fingerprint: Callable[[], str],
         shards: Sequence[range] | None = None,
+        notes: Notes | None = None,
     ) -> None:
-        self._size, self._make, self.fingerprint = size, make, fingerprint
+        self._size, self._make, self.fingerprint, self.notes = size, make, fingerprint, notes
         self.shards = shards or [range(size)]
 
     def __len__(self) -> int:
@@ -51,3 +56,36 @@ class Lazy(Sequence[Item]):
             fingerprint=lambda: digest,
             shards=[range(start, end) for start, end in cuts if end > start],
         )
+
+
+def part_of(items: Sequence[Item], indices: Sequence[int]) -> Sequence[Item]:
+    """Return the items at sorted indices: lazy ones, without their notes, or a list."""
+    if not isinstance(items, Lazy):
+        return [items[index] for index in indices]
+    items.notes = None
+    return items if len(indices) == len(items) else items.part(indices)
+
+
+def joined(parts: Sequence[Sequence[Item]], noted: Callable[[Sequence[Item]], Notes]) -> Sequence[Item]:
+    """Return the items of several sequences, one after another: a list, if all of them are lists.
+
+    Args:
+        parts: lists, or lazy items with notes.
+        noted: returns the notes of a list.
+    """
+    if not any(isinstance(part, Lazy) for part in parts):
+        return [item for part in parts for item in part]
+    ends = list(accumulate(map(len, parts)))
+    notes = Notes()
+    for part in parts:
+        notes.extend((part.notes if isinstance(part, Lazy) else None) or noted(part))
+
+    def make(index: int) -> Item:
+        part = bisect_right(ends, index)
+        return parts[part][index - (ends[part] - len(parts[part]))]
+
+    def fingerprint() -> str:
+        digests = [part.fingerprint() if isinstance(part, Lazy) else hash_of(part) for part in parts]
+        return hashlib.sha256(f"{digests} {notes.images}".encode()).hexdigest()
+
+    return Lazy(ends[-1], make, fingerprint=fingerprint, notes=notes)

@@ -9,17 +9,19 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections import Counter
+from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, get_args, overload
+from typing import Any, Literal, TypeGuard, TypeVar, get_args, overload
 
-from mllm.data.files import FORM_ERRORS, Record, some
+from mllm.data.files import some
 from mllm.data.items import Item
-from mllm.data.lazy import Lazy
+from mllm.data.lazy import Lazy, joined, part_of
+from mllm.data.notes import Notes
+from mllm.data.presence import Presence
+from mllm.data.records import Grouped, Held, Record, Records, digest_of, made
+from mllm.data.report import Report
 from mllm.data.values import answers_in, captions_in
 from mllm.errors import MLLMError, near
-from mllm.media.images import ImageFile
 
 Missing = Literal["raise", "drop"]
 KEPT = 1000  # reasons that a report keeps
@@ -29,41 +31,6 @@ _FILES = ("path", "annotations", "questions", "problems")  # arguments that name
 Value = TypeVar("Value")
 Items = TypeVar("Items", bound=Sequence[Item])
 Reader = Callable[..., Sequence[Item]]
-
-
-@dataclass
-class Report:
-    """What was left out while a source was read.
-
-    Attributes:
-        label: the source's file, for messages.
-        rows: the number of rows that the files hold.
-        bad: the number of bad rows that were skipped.
-        reasons: why, for the first of them, each with its file and row.
-        absent: the image files that are missing.
-        counts: other things that were left out, by what they are.
-    """
-
-    label: str = "the data"
-    rows: int = 0
-    bad: int = 0
-    reasons: list[str] = field(default_factory=list)
-    absent: list[str] = field(default_factory=list)
-    counts: Counter[str] = field(default_factory=Counter)
-
-    def left_out(self) -> dict[str, int]:
-        """Return the number of everything that was left out, by what it is; nothing that is zero."""
-        named = {"bad rows": self.bad, "missing images": len(self.absent), **self.counts}
-        return {what: number for what, number in named.items() if number}
-
-    def lines(self, apart: Sequence[str] = ()) -> list[str]:
-        """Return a line on each kind of thing that was left out, with examples; ``apart``: kinds to pass over."""
-        examples = {"bad rows": self.reasons, "missing images": self.absent}
-        return [
-            f"{number} {what} left out" + (f": {some(examples[what])}" if what in examples else "")
-            for what, number in self.left_out().items()
-            if what not in apart
-        ]
 
 
 class Reading:
@@ -78,9 +45,12 @@ class Reading:
     def __init__(self, *, skip: float = 0.0, missing: str = "raise", images: bool = True) -> None:
         if missing not in get_args(Missing):
             raise MLLMError(f"data: missing is {missing!r}. {near(str(missing), get_args(Missing))}")
-        self._skip, self.missing, self._images = skip, missing, images
+        self._skip, self.missing, self._needs_images = skip, missing, images
         self.report = Report()
-        self._exists: dict[str, bool] = {}
+        self._presence = Presence(self.report, drop=missing == "drop", needed=images)
+        self._check: Callable[[Item], None] | None = None
+        self._options: dict[str, Any] = {}
+        self._counting = True  # a row that is read again, to draw its item, counts once
 
     def run(
         self, function: Reader, options: Mapping[str, Any], check: Callable[[Item], None] | None = None
@@ -98,15 +68,17 @@ class Reading:
         label = str(next((options[name] for name in _FILES if name in options), self.report.label))
         label += f", split {options['split']}" if options.get("split") else ""
         self.report.label = label
+        self._options = {key: value for key, value in options.items() if not _is_path(value)}
         body, unique = getattr(function, "body", None), getattr(function, "unique", False)
+        self._check = check
         items: Sequence[Item] = body(self, **options) if body else function(**options)
-        if not isinstance(items, Lazy):
-            items = self.present(items)
-            if unique:
-                items = self._unique(items)
-            if check:
-                items = [item for item in items if self._passes(item, check)]
+        notes = items.notes if isinstance(items, Lazy) else self._noted(items)
+        if notes is not None:
+            items = part_of(items, self._kept(notes, items, unique))
+            notes.forget()
         self._raise(items)
+        self._counting = False
+        self._presence = self._presence.afresh()
         return items
 
     def each(
@@ -121,16 +93,94 @@ class Reading:
             expected: the form of a row, for messages.
             count: these are rows of the file, of which ``skip`` is a share.
         """
-        made = []
+        values = []
         for record in records:
             self.report.rows += count
             try:
-                made.append(make(record.load(), record.number))
+                values.append(made(record, make, expected))
             except MLLMError as error:
-                self.bad(f"{record.label}: {error}")
-            except FORM_ERRORS as error:
-                self.bad(f"{record.label} has an unexpected form ({error!r}): expected {expected}. Correct the row.")
-        return made
+                self.bad(str(error))
+        return values
+
+    def items(
+        self, records: Iterable[Record], make: Callable[[Any, int], Item | None], expected: str, *, count: bool = True
+    ) -> Sequence[Item]:
+        """Return the items of rows; those of a large file are all made once, noted, and made again when they are drawn.
+
+        Args:
+            records: the rows.
+            make: as for `each`; None for a row that is left out.
+            expected: the form of a row, for messages.
+            count: as for `each`.
+        """
+        if not self._draws(records):
+            return [item for item in self.each(records, make, expected, count=count) if item is not None]
+        notes, kept = Notes(), array("q")
+
+        def note(value: Any, number: int) -> None:
+            item = make(value, number)
+            if item is not None:
+                notes.add(item, self._check)
+                kept.append(number - 1)
+
+        def draw(index: int) -> Item:
+            item = made(records.at(kept[index]), make, expected)
+            assert item is not None
+            return item
+
+        self.each(records, note, expected, count=count)
+        options = self._options
+        return Lazy(len(kept), draw, fingerprint=lambda: digest_of(records, kept, options, notes.images), notes=notes)
+
+    def groups(
+        self,
+        records: Iterable[Record],
+        make: Callable[[Any, int], tuple[Any, Value] | None],
+        expected: str,
+        label: Callable[[Any], str],
+    ) -> Records:
+        """Return rows ``(key, [value, ...])`` of all rows of a key, in the order of the first of each.
+
+        Args:
+            records: the rows.
+            make: as for `each`: the key and the value of a row, None for one that is left out.
+            expected: the form of a row, for messages.
+            label: returns the name of a key, for messages.
+        """
+        if not self._draws(records):
+            groups: dict[Any, list[Value]] = {}
+            for pair in self.each(records, make, expected):
+                if pair is not None:
+                    groups.setdefault(pair[0], []).append(pair[1])
+            entries = list(groups.items())
+            return Held(entries, lambda index: label(entries[index][0]))
+        numbers: dict[Any, int] = {}
+        group_of, rows = array("q"), array("q")
+
+        def note(value: Any, number: int) -> None:
+            pair = make(value, number)
+            if pair is not None:
+                group_of.append(numbers.setdefault(pair[0], len(numbers)))
+                rows.append(number - 1)
+
+        self.each(records, note, expected)
+        return Grouped(records, group_of, rows, lambda record: self._again(record, make, expected), label)
+
+    def _draws(self, records: Iterable[Record]) -> TypeGuard[Records]:
+        """Whether items are made when they are drawn; without images an item's captions become items of their own."""
+        return isinstance(records, Records) and records.stored and self._needs_images
+
+    def _again(self, record: Record, make: Callable[[Any, int], Value], expected: str) -> Value:
+        """Return what is made of a row that was read before, so that what is left out of it was counted."""
+        counting, self._counting = self._counting, False
+        try:
+            return made(record, make, expected)
+        finally:
+            self._counting = counting
+
+    def joined(self, parts: Sequence[Sequence[Item]]) -> Sequence[Item]:
+        """Return the items of several files, one file after another."""
+        return joined(parts, self._noted)
 
     def bad(self, reason: str) -> None:
         """Skip and count a bad row, or raise the reason."""
@@ -171,50 +221,43 @@ class Reading:
 
     def _without_empty(self, texts: Sequence[str]) -> list[str]:
         kept = [text for text in texts if text]
-        if len(kept) < len(texts):
+        if len(kept) < len(texts) and self._counting:
             self.report.counts["empty texts"] += len(texts) - len(kept)
         return kept
 
     def available(self, image: Any) -> bool:
         """Return whether an image is kept: one that is not needed, is no file, exists, or is an error in the end."""
-        if not self._images or not isinstance(image, ImageFile):
-            return True
-        name = str(image.path)
-        if name not in self._exists:
-            self._exists[name] = os.path.isfile(name)  # False for a name that is too long, a folder and a pipe
-            if not self._exists[name]:
-                self.report.absent.append(name)
-        return self._exists[name] or self.missing == "raise"
+        return self._presence.of(image)
 
     def present(self, items: Sequence[Item]) -> list[Item]:
         """Return the items that show no missing image."""
-        kept = [item for item in items if all([self.available(image) for image in _images(item)])]
-        if len(kept) < len(items):
-            self.report.counts["items with a missing image"] += len(items) - len(kept)
-        return kept
+        return [items[index] for index in self._presence.showing(self._noted(items))]
 
-    def _unique(self, items: Sequence[Item]) -> list[Item]:
-        """Return the items whose id no other item has."""
-        times = Counter(item.id for item in items)
-        for key in (key for key, number in times.items() if number > 1):
+    def _noted(self, items: Sequence[Item]) -> Notes:
+        notes = Notes()
+        for item in items:
+            notes.add(item, self._check)
+        return notes
+
+    def _kept(self, notes: Notes, items: Sequence[Item], unique: bool) -> list[int]:
+        """Return the indices of the items that show no missing image, have an id of their own and pass the check."""
+        kept = self._presence.showing(notes)
+        doubled = notes.doubled(kept, lambda index: items[index].id) if unique else {}
+        for key, group in doubled.items():
             label = f"{self.report.label}: the id {key!r}"
-            self.bad(f"{label} belongs to {times[key]} items; expected one. Remove the others.")
-        return [item for item in items if times[item.id] == 1]
-
-    def _passes(self, item: Item, check: Callable[[Item], None]) -> bool:
-        try:
-            check(item)
-        except MLLMError as error:
-            self.bad(str(error))
-            return False
-        return True
+            self.bad(f"{label} belongs to {len(group)} items; expected one. Remove the others.")
+        apart = {index for group in doubled.values() for index in group}
+        for index in kept:
+            if index in notes.refused and index not in apart:
+                self.bad(notes.refused[index])
+        return [index for index in kept if index not in apart and index not in notes.refused]
 
     def _raise(self, items: Sequence[Item]) -> None:
         """Raise the error that becomes due when everything is read."""
         report, label = self.report, self.report.label
         if report.absent and self.missing == "raise":
             raise MLLMError(
-                f"{label}: {len(report.absent)} of {len(self._exists)} images are missing: "
+                f"{label}: {len(report.absent)} of {self._presence.looked_for} images are missing: "
                 f"{some(sorted(report.absent))}. Add the files, remove their rows, or set missing: drop to leave them "
                 "out."
             )
@@ -262,5 +305,6 @@ def reader(function: Reader | None = None, *, unique: bool = True) -> Any:
     return read
 
 
-def _images(item: Item) -> list[Any]:
-    return [*item.images, *(image for shot in item.shots for image in _images(shot))]
+def _is_path(value: Any) -> bool:
+    """Return whether an option names a file or a folder that is there: data are the same wherever they lie."""
+    return isinstance(value, str) and os.path.exists(value)

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mllm.data.files import Record, text_of
+from mllm.data.files import text_of
+from mllm.data.records import Record
 from mllm.errors import MLLMError
 from mllm.media.images import SUFFIXES
 

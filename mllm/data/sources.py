@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import inspect
-import json
 import logging
 import math
 import os
@@ -19,14 +17,14 @@ from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
 from mllm.config.data import DataSpec
 from mllm.data.as_text import as_text, in_texts
+from mllm.data.hashing import hash_of
 from mllm.data.items import Item
 from mllm.data.lazy import Lazy
-from mllm.data.reading import Reading, Report
+from mllm.data.reading import Reading
+from mllm.data.report import Report
 from mllm.errors import MLLMError
-from mllm.media.images import Black, ImageFile, ImageSource
+from mllm.media.images import Black
 from mllm.registry import lookup
-
-HASH_LIMIT = 2000  # sources with at most this many images have their images' content hashed
 
 
 @dataclass(frozen=True)
@@ -236,29 +234,8 @@ def fingerprint(sources: Sequence[Source]) -> list[dict[str, Any]]:
         {
             "format": source.spec.format,
             "items": len(source.items),
-            "sha256": source.items.fingerprint() if isinstance(source.items, Lazy) else _hash(source.items),
+            "sha256": source.items.fingerprint() if isinstance(source.items, Lazy) else hash_of(source.items),
         }
         | ({"left_out": left_out} if (left_out := source.report.left_out()) else {})
         for source in sources
     ]
-
-
-def _hash(items: Sequence[Item]) -> str:
-    images = {image for item in items for image in item.images}
-    labels = {image: _image_label(image, content=len(images) <= HASH_LIMIT) for image in images}
-    digest = hashlib.sha256()
-    for item in items:
-        row = [item.id, item.question, item.answers, item.messages, item.document, [s.id for s in item.shots]]
-        shown = [labels[image] for image in item.images]
-        digest.update(json.dumps([*row, shown], default=lambda value: None).encode())  # None for an image among texts
-    return digest.hexdigest()
-
-
-def _image_label(image: ImageSource, *, content: bool) -> str:
-    """Return a hash of an image's content, or its name and size; the same for every unreadable image."""
-    try:
-        if content or not isinstance(image, ImageFile):
-            return image.key()
-        return f"{image.path.name} {image.path.stat().st_size}"
-    except (MLLMError, OSError):
-        return "unreadable"

@@ -1,33 +1,50 @@
 """Cache the features of a frozen encoder in memory and on disk, so that each image is encoded once.
 
 In memory they are the host's: a GPU holds only the features of the batch that is computed. What is kept, and how it is
-read and written, is `mllm.encoders.feature_rows`'s; in which folder, `mllm.encoders.feature_folder`'s. Images of the
-next steps are opened in background threads.
+read and written, is `mllm.encoders.feature_rows`'s; in which folder, `mllm.encoders.feature_folder`'s. Images are
+opened, cut and prepared in threads, those of the next step while this one is computed; the encoder gets them as bytes.
 """
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mllm.config.messages import checked
 from mllm.config.recipe import LIMIT, CacheSpec
-from mllm.devices import dtype_of
+from mllm.devices import dtype_of, moved
 from mllm.encoders.feature_folder import features_folder, warn_of_former_folder
 from mllm.encoders.feature_rows import FeatureRows
+from mllm.encoders.texts import Units, features_of, units_of
 from mllm.media.images import ImageSource, source_of
 from mllm.media.tiles import Tiling, whole_images
 from mllm.model import Model
 from mllm.processes import processes
 
-THREADS = min(8, os.cpu_count() or 1)  # that open images in the background
+THREADS = min(16, os.cpu_count() or 1)  # that open and prepare images in the background
+CHUNK = 8  # images, and tiles, per forward pass of the encoder on a CPU
+SHARE = 32  # of a GPU's memory, the part that a chunk's activations may take
 WHOLE = "whole/"  # before the key of an image of which the features as a whole are kept, and not those of its tiles
+
+
+class Prepared(NamedTuple):
+    """An image, prepared in a thread.
+
+    Args:
+        key: of its features.
+        units: what the encoder takes of it; None where its features are cached.
+    """
+
+    key: str
+    units: Units | None
 
 
 class FeatureStore:
@@ -37,7 +54,7 @@ class FeatureStore:
         model: the model whose `features` are cached.
         limit: the most bytes that are cached; further features are computed each time. None: no limit.
         memory: the most bytes of them in memory.
-        chunk: the number of images, and of tiles, per forward pass of the encoder.
+        chunk: the number of images, and of tiles, per forward pass of the encoder; None: by the device.
         folder: the folder of the shards on disk; None: memory only.
         dtype: that features are rounded to, before they are used and kept; None: they stay as the encoder returns them.
         writers: the number of processes that share the folder.
@@ -49,26 +66,30 @@ class FeatureStore:
         *,
         limit: int | None = LIMIT,
         memory: int = LIMIT,
-        chunk: int = 8,
+        chunk: int | None = None,
         folder: Path | None = None,
         dtype: torch.dtype | None = None,
         writers: int = 1,
     ) -> None:
-        self._model, self._chunk, self._dtype = model, chunk, dtype
+        self._model, self._chunk, self._dtype = model, chunk or chunk_for(model), dtype
         self._rows = FeatureRows(folder, fits=self._fits, limit=limit, memory=memory, writers=writers)
-        self._opening: list[dict[Any, Future[Any]]] = [{}, {}]  # images being opened for this step and for the next
+        self._expected: list[dict[Any, Future[Prepared]]] = [{}, {}]  # for this step and for the next
         self._threads = ThreadPoolExecutor(THREADS)
 
     def __call__(self, images: Sequence[Any]) -> Tensor:
         """Return the features ``(U, P, D_vis)`` of images' tiles, in order, on the model's device."""
-        return self._features(images, self._model.encoder.tiles, lambda opened: self._model.tiles_of([opened]))
+        sources = [source_of(image) for image in images]
+        return self._features(sources, self._requested(sources), self._prepare)
 
     def whole(self, images: Sequence[Any]) -> Tensor:
         """Return features ``(I, P, D_vis)`` of whole images; further tiles of theirs are not encoded."""
         tiling = self._model.tiling
         if not isinstance(tiling, Tiling):
             return whole_images(self(images), self._model.layouts(images))
-        return self._features(images, lambda opened: [tiling.whole(opened)], lambda _: 1, WHOLE)
+        sources = [source_of(image) for image in images]
+        prepare = partial(self._prepare, cut=lambda opened: [tiling.whole(opened)], prefix=WHOLE)
+        distinct = list(dict.fromkeys(sources))
+        return self._features(sources, dict(zip(distinct, self._threads.map(prepare, distinct), strict=True)), prepare)
 
     def missing(self, images: Sequence[Any], *, whole: bool = False) -> list[Any]:
         """Return the images whose features are not cached, each once; ``whole``: those that `whole` returns."""
@@ -81,63 +102,92 @@ class FeatureStore:
         """Whether the limit was reached, so that features were not kept."""
         return self._rows.full
 
-    def _features(
-        self, images: Sequence[Any], cut: Callable[[Any], list[Any]], count: Callable[[Any], int], prefix: str = ""
-    ) -> Tensor:
-        """Return the features ``(U, P, D_vis)`` of the units that images are cut into.
+    def units(self, images: Sequence[Any]) -> Tensor:
+        """Return what the encoder takes of images ``(U, ...)``, on the model's device.
 
-        Args:
-            images: in any accepted form.
-            cut: returns what the encoder takes of an opened image.
-            count: returns of how many units an opened image gets features.
-            prefix: of the keys under which they are cached.
+        Raises:
+            MLLMError: an image cannot be read.
         """
         sources = [source_of(image) for image in images]
-        keys = [prefix + self._model.encoder.key(source) for source in sources]
-        features = {key: row for key in keys if (row := self._rows.get(key)) is not None}
+        prepared = self._requested(sources)
+        encoder, units = self._model.encoder, [prepared[source].units for source in sources]
+        tensors = [unit if isinstance(unit, Tensor) else encoder.preprocess([unit]) for unit in units]
+        return moved(torch.cat(tensors), self._model.device)
+
+    def _features(
+        self,
+        sources: Sequence[ImageSource],
+        prepared: Mapping[ImageSource, Prepared],
+        prepare: Callable[[ImageSource], Prepared],
+    ) -> Tensor:
+        """Return the features ``(U, P, D_vis)`` of the units of images.
+
+        Args:
+            sources: the images.
+            prepared: each of them.
+            prepare: prepares one whose cached features turn out to be damaged.
+        """
+
+        def units_for(source: ImageSource) -> Units:
+            units = prepared[source].units
+            units = prepare(source).units if units is None else units
+            assert units is not None, "features that cannot be read are not cached"
+            return units
+
+        keys = [prepared[source].key for source in sources]
+        features = {key: row for key in dict.fromkeys(keys) if (row := self._rows.get(key)) is not None}
         missing = {key: source for key, source in zip(keys, sources, strict=True) if key not in features}
         names = list(missing)
         for start in range(0, len(names), self._chunk):
             chunk = names[start : start + self._chunk]
-            opened = [self.opened(missing[key]) for key in chunk]
-            tiles = [tile for image in opened for tile in cut(image)]
-            rows = self._encoded(tiles).split(list(map(count, opened)))
-            for key, row in zip(chunk, rows, strict=True):
+            for key, row in zip(chunk, self._encoded([units_for(missing[key]) for key in chunk]), strict=True):
                 features[key] = row.flatten(0, 1).to(self._dtype or row.dtype)
             self._rows.put({key: features[key] for key in chunk})
-        whole = torch.cat([features[key].to(self._model.device) for key in keys])
+        whole = torch.cat([features[key].to(self._model.device, non_blocking=True) for key in keys])
         if self._dtype is not None:
             whole = whole.to(next((part.dtype for part in self._model.encoder.parameters()), whole.dtype))
         return whole.unflatten(0, (-1, self._model.encoder.num_patches))
 
-    def _encoded(self, tiles: Sequence[Any]) -> Tensor:
-        parts = [tiles[start : start + self._chunk] for start in range(0, len(tiles), self._chunk)]
-        return torch.cat([self._model.encoded(part) for part in parts])
+    def _encoded(self, images: Sequence[Units]) -> list[Tensor]:
+        """Return the features ``(u, P, D_vis)`` of each image."""
+        model = self._model
+        counts = [len(image) if isinstance(image, Tensor) else 1 for image in images]
+        with torch.no_grad():
+            return list(features_of(model.encoder, images, model.device, self._chunk).split(counts))
 
     def expect(self, images: Sequence[Any]) -> None:
-        """Start opening images that will be requested, except those whose features are cached.
+        """Start to open and prepare images that will be requested, except those whose features are cached.
 
         Images of the call before the last that were not requested are dropped.
         """
-        sources = {image for image in images if isinstance(image, ImageSource)} - self._opening[1].keys()
-        self._opening = [self._opening[1], {source: self._threads.submit(self._prefetch, source) for source in sources}]
+        sources = {image for image in images if isinstance(image, ImageSource)} - self._expected[1].keys()
+        self._expected = [self._expected[1], {source: self._submitted(source) for source in sources}]
 
-    def opened(self, image: Any) -> Any:
-        """Return an image opened for the encoder's `preprocess`.
+    def _requested(self, sources: Sequence[ImageSource]) -> dict[ImageSource, Prepared]:
+        """Return images prepared: those that were not expected are prepared now.
 
         Raises:
-            MLLMError: the image cannot be read.
+            MLLMError: an image cannot be read.
         """
-        futures = [step.pop(image) for step in self._opening if isinstance(image, ImageSource) and image in step]
-        opened = futures[0].result() if futures else None
-        return self._model.encoder.open(image) if opened is None else opened
+        futures: dict[ImageSource, Future[Prepared]] = {}
+        for source in dict.fromkeys(sources):
+            waiting = [step.pop(source) for step in self._expected if source in step]
+            futures[source] = waiting[0] if waiting else self._submitted(source)
+        return {source: future.result() for source, future in futures.items()}
 
-    def _prefetch(self, source: ImageSource) -> Any:
-        """Return an opened image, or None if its features are cached."""
+    def _submitted(self, source: ImageSource) -> Future[Prepared]:
+        return self._threads.submit(self._prepare, source)
+
+    def _prepare(
+        self, source: ImageSource, *, cut: Callable[[Any], list[Any]] | None = None, prefix: str = ""
+    ) -> Prepared:
+        """Open an image, cut it, and prepare its tiles; only its key is found where its features are cached."""
         encoder = self._model.encoder
-        if not self._model.encoder_trains and encoder.key(source) in self._rows:
-            return None
-        return encoder.open(source)
+        cut = cut or encoder.tiles
+        key = prefix + encoder.key(source)
+        if key in self._rows:
+            return Prepared(key, None)
+        return Prepared(key, units_of(encoder, cut(encoder.open(source))))
 
     def flush(self) -> None:
         """Write new features to disk. Errors are those of `FeatureRows.flush`."""
@@ -153,6 +203,19 @@ class FeatureStore:
             and rest == 0
             and (tiles == 1 if encoder.tiling is None else tiles > 0)
         )
+
+
+def chunk_for(model: Model) -> int:
+    """Return how many images the encoder takes at once: on a GPU as many as its memory allows, in powers of two.
+
+    The same card always gives the same number, since the last bits of features may depend on it.
+    """
+    weights = None if model.encoder is None else next(model.encoder.parameters(), None)
+    if model.device.type != "cuda" or weights is None:
+        return CHUNK
+    block = 32 * model.encoder.num_patches * model.encoder.dim * weights.element_size()  # its hidden layer included
+    memory = torch.cuda.get_device_properties(model.device).total_memory // SHARE
+    return int(max(CHUNK, min(256, 2 ** int(math.log2(max(1, memory // block))))))
 
 
 def open_store(model: Model, cache: CacheSpec | str) -> FeatureStore:

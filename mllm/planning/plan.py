@@ -167,7 +167,8 @@ def _memory(draft: Draft, load: Workload, step: Cost, setting: Setting) -> Memor
     parts = part_sizes(draft.model, draft.stage, draft.trained)
     weights = sum(part.bytes for part in parts)
     gradients = sum(p.numel() * p.element_size() for p in draft.trained)
-    optimizer = 2 * gradients
+    few_bits = "8bit" in draft.stage.optim.name  # a byte for each of two states
+    optimizer = 2 * (sum(p.numel() for p in draft.trained) if few_bits else gradients)
     activations = step.peak if draft.stage.optim.accumulate > 1 else max(0, step.peak - gradients)
     if setting.processes > 1:
         gradients *= 2  # DDP's buckets

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mllm.config.parts import PARTS, EncoderSpec, LMSpec
+from mllm.config.lm import LMSpec
+from mllm.config.parts import PARTS, EncoderSpec
 from mllm.config.recipe import Stage
 from mllm.hub import loading as hub
 from mllm.model import Model
@@ -85,13 +86,13 @@ def parameters_of(part: nn.Module | None) -> Iterator[nn.Parameter]:
 
 def _bytes(model: Model, stage: Stage, name: str, parameters: Sequence[nn.Parameter]) -> int:
     full = sum(p.numel() * p.element_size() for p in parameters)
-    kind = stage.lm.quantize if name == "lm" and stage.lm else None
-    if kind is None:
+    quantize = stage.lm.quantize if name == "lm" and stage.lm else None
+    if quantize is None:
         return full
     head = model.lm.model.get_output_embeddings()
     maps = [m.weight for m in model.lm.model.modules() if isinstance(m, nn.Linear) and m is not head]
     kept = full - sum(p.numel() * p.element_size() for p in maps)
-    return kept + round(sum(p.numel() for p in maps) * BYTES_A_WEIGHT[kind])
+    return kept + round(sum(p.numel() for p in maps) * BYTES_A_WEIGHT[quantize.kind])
 
 
 def _stored(spec: EncoderSpec | LMSpec | None, group: str) -> int:

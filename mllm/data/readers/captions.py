@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mllm.data.files import Record, images_in, inside, json_of, rows_of, text_of, visible_in
+from mllm.data.files import images_in, inside, lines_of, rows_of, text_of, visible_in
 from mllm.data.items import Item
 from mllm.data.reading import Reading, reader
+from mllm.data.records import Record
 from mllm.data.values import identifier, text_in
 from mllm.errors import MLLMError, near
 from mllm.media.images import ImageFile
@@ -19,9 +19,11 @@ _KARPATHY = "images: [{filename, split, sentences: [{raw}]}]"
 _TEXTCAPS = "data: [{image_id, caption_str}]"
 _LINE = "a caption, one tab, a file"
 
+Captioned = tuple[str, Path, list[str]]  # an image's name, its file and captions
+
 
 @reader
-def coco_captions(rows: Reading, *, annotations: str, images: str) -> list[Item]:
+def coco_captions(rows: Reading, *, annotations: str, images: str) -> Sequence[Item]:
     """Read captions in COCO's format, which NoCaps and VizWiz also use: an item per image, all captions as answers.
 
     Captions marked ``is_rejected`` or ``is_precanned`` (VizWiz) are left out; an image's ``domain`` (NoCaps) is the
@@ -35,12 +37,11 @@ def coco_captions(rows: Reading, *, annotations: str, images: str) -> list[Item]
     Raises:
         MLLMError: the file is missing or has an unexpected form, or image files are missing.
     """
-    content = json_of(Path(annotations))
 
     def image_of(row: Any, number: int) -> tuple[str, tuple[Any, str]]:
         return identifier(row["id"]), (row["file_name"], str(row.get("domain") or ""))
 
-    pairs = rows.each(rows_of(content, annotations, _COCO, "images"), image_of, _COCO)
+    pairs = rows.each(rows_of(annotations, _COCO, "images"), image_of, _COCO)
     files = rows.by_id(pairs, f"{annotations}: the image id", repeats=True)
 
     def captions_of(row: Any, number: int) -> tuple[str, list[str]] | None:
@@ -50,22 +51,19 @@ def coco_captions(rows: Reading, *, annotations: str, images: str) -> list[Item]
         rejected = row.get("is_rejected") or row.get("is_precanned")
         return None if rejected else (key, rows.captions(row["caption"]))
 
-    captions: dict[str, list[str]] = defaultdict(list)
-    for pair in rows.each(rows_of(content, annotations, _COCO, "annotations"), captions_of, _COCO):
-        if pair is not None:
-            captions[pair[0]] += pair[1]
-
-    def item_of(key: str, number: int) -> Item | None:
+    def item_of(group: tuple[str, list[list[str]]], number: int) -> Item | None:
+        key, captions = group
         if (file := files[key]) is None:  # counted above
             return None
-        return Item(key, (ImageFile(inside(images, file[0])),), _some_of(captions[key]), kind=file[1])
+        return Item(key, (ImageFile(inside(images, file[0])),), _some_of(captions), kind=file[1])
 
-    captioned = [Record(f"{annotations}, image {key}", 0, lambda key=key: key) for key in captions]  # type: ignore[misc]
-    return [item for item in rows.each(captioned, item_of, _COCO, count=False) if item is not None]
+    listed = rows_of(annotations, _COCO, "annotations")
+    groups = rows.groups(listed, captions_of, _COCO, lambda key: f"{annotations}, image {key}")
+    return rows.items(groups, item_of, _COCO, count=False)
 
 
 @reader
-def karpathy(rows: Reading, *, annotations: str, images: str, split: str | list[str] = "test") -> list[Item]:
+def karpathy(rows: Reading, *, annotations: str, images: str, split: str | list[str] = "test") -> Sequence[Item]:
     """Read one of Karpathy's splits, of COCO or Flickr30k.
 
     Args:
@@ -81,7 +79,7 @@ def karpathy(rows: Reading, *, annotations: str, images: str, split: str | list[
     return karpathy_items(rows, annotations, images, [split] if isinstance(split, str) else split)
 
 
-def karpathy_items(rows: Reading, annotations: str, images: str, splits: list[str]) -> list[Item]:
+def karpathy_items(rows: Reading, annotations: str, images: str, splits: list[str]) -> Sequence[Item]:
     """Return the items of some of Karpathy's splits."""
     known: dict[str, None] = {}
 
@@ -92,11 +90,11 @@ def karpathy_items(rows: Reading, annotations: str, images: str, splits: list[st
         file = inside(images, str(Path(row.get("filepath", "")) / row["filename"]))
         answers = [text for sentence in row["sentences"] for text in rows.captions(sentence["raw"])]
         name = identifier(row.get("cocoid", row.get("imgid", row["filename"])))
-        return Item(name, (ImageFile(file),), _some_of(answers))
+        return Item(name, (ImageFile(file),), _some_of([answers]))
 
-    items = rows.each(rows_of(json_of(Path(annotations)), annotations, _KARPATHY, "images"), item_of, _KARPATHY)
+    items = rows.items(rows_of(annotations, _KARPATHY, "images"), item_of, _KARPATHY)
     check_splits(splits, known, annotations)
-    return [item for item in items if item is not None]
+    return items
 
 
 def check_splits(splits: Iterable[str], known: Iterable[str], file: str) -> None:
@@ -111,7 +109,7 @@ def check_splits(splits: Iterable[str], known: Iterable[str], file: str) -> None
 
 
 @reader
-def textcaps(rows: Reading, *, annotations: str, images: str) -> list[Item]:
+def textcaps(rows: Reading, *, annotations: str, images: str) -> Sequence[Item]:
     """Read TextCaps: an item per image, with all captions as answers.
 
     Args:
@@ -123,16 +121,15 @@ def textcaps(rows: Reading, *, annotations: str, images: str) -> list[Item]:
         MLLMError: the file is missing or has an unexpected form, or image files are missing.
     """
 
-    def caption_of(row: Any, number: int) -> tuple[str, Path, list[str]]:
+    def caption_of(row: Any, number: int) -> Captioned:
         key = identifier(row["image_id"])
         return key, inside(images, f"{key}.jpg"), rows.captions(row["caption_str"])
 
-    triples = rows.each(rows_of(json_of(Path(annotations)), annotations, _TEXTCAPS, "data"), caption_of, _TEXTCAPS)
-    return grouped(rows, triples, annotations)
+    return grouped(rows, rows_of(annotations, _TEXTCAPS, "data"), caption_of, _TEXTCAPS, annotations)
 
 
 @reader
-def caption_lines(rows: Reading, *, path: str, images: str) -> list[Item]:
+def caption_lines(rows: Reading, *, path: str, images: str) -> Sequence[Item]:
     """Read a TSV file of captions and image files without a header, as CC3M's: an item per image.
 
     A quotation mark is a character like any other.
@@ -146,23 +143,17 @@ def caption_lines(rows: Reading, *, path: str, images: str) -> list[Item]:
         MLLMError: a line has an unexpected form, or image files are missing.
     """
 
-    def caption_of(line: str, number: int) -> tuple[str, Path, list[str]]:
+    def caption_of(line: str, number: int) -> Captioned:
         caption, _, name = line.rstrip("\r").partition("\t")
         if not (caption.strip() and name.strip()) or "\t" in name:
             raise MLLMError(f"it is {line[:60]!r}; expected {_LINE}. Correct the line.")
         return name.strip(), inside(images, name.strip()), rows.captions(caption)
 
-    return grouped(rows, rows.each(_lines(Path(path)), caption_of, _LINE), path)
-
-
-def _lines(file: Path) -> Iterator[Record]:
-    for number, line in enumerate(text_of(file).split("\n"), start=1):
-        if line.strip():
-            yield Record(f"{file}, line {number}", number, lambda line=line: line)  # type: ignore[misc]
+    return grouped(rows, lines_of(Path(path)), caption_of, _LINE, path)
 
 
 @reader
-def caption_folder(rows: Reading, *, path: str) -> list[Item]:
+def caption_folder(rows: Reading, *, path: str) -> Sequence[Item]:
     """Read a folder of images (and its subfolders), each with a text file of the same name with a caption per line.
 
     Hidden files and folders are left out.
@@ -187,24 +178,38 @@ def caption_folder(rows: Reading, *, path: str) -> list[Item]:
     return rows.each(records, item_of, "captions, one per line")
 
 
-def grouped(rows: Reading, triples: Iterable[tuple[str, Path, list[str]]], label: str) -> list[Item]:
-    """Return an item for each image, from its name, its file and its captions; an image may be in several rows."""
-    files: dict[str, Path] = {}
-    captions: dict[str, list[str]] = defaultdict(list)
-    for name, file, texts in triples:
-        files[name] = file
-        captions[name] += texts
-    records = [Record(f"{label}, image {name}", 0, lambda name=name: name) for name in files]  # type: ignore[misc]
-    return rows.each(
-        records,
-        lambda name, _: Item(name, (ImageFile(files[name]),), _some_of(captions[name])),
-        "captions of an image",
-        count=False,
-    )
+def grouped(
+    rows: Reading,
+    records: Iterable[Record],
+    captioned: Callable[[Any, int], Captioned | None],
+    expected: str,
+    label: str,
+) -> Sequence[Item]:
+    """Return an item for each image; an image may be in several rows.
+
+    Args:
+        rows: the reading.
+        records: the rows.
+        captioned: returns an image's name, its file and captions, from a row; None leaves the row out.
+        expected: the form of a row, for messages.
+        label: the file, for messages.
+    """
+
+    def named(value: Any, number: int) -> tuple[str, tuple[Path, list[str]]] | None:
+        row = captioned(value, number)
+        return None if row is None else (row[0], row[1:])
+
+    def item_of(group: tuple[str, list[tuple[Path, list[str]]]], number: int) -> Item:
+        name, members = group
+        return Item(name, (ImageFile(members[-1][0]),), _some_of([captions for _, captions in members]))
+
+    groups = rows.groups(records, named, expected, lambda name: f"{label}, image {name}")
+    return rows.items(groups, item_of, "captions of an image", count=False)
 
 
-def _some_of(captions: list[str]) -> tuple[str, ...]:
+def _some_of(parts: list[list[str]]) -> tuple[str, ...]:
     """Return an image's captions, of which there must be one."""
+    captions = tuple(caption for part in parts for caption in part)
     if not captions:
         raise MLLMError("it has no caption; expected at least one. Write one, or remove it.")
-    return tuple(captions)
+    return captions

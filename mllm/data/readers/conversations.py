@@ -31,7 +31,7 @@ Turn = tuple[str, str]  # a role, and a text with marks
 @reader(unique=False)  # LLaVA's own files have several conversations of one id
 def llava(
     rows: Reading, *, path: str, images: str, task: Literal["conversations", "captions"] = "conversations"
-) -> list[Item]:
+) -> Sequence[Item]:
     """Read LLaVA's JSON, a list or lines of ``{id, image, conversations: [{from: human | gpt, value}]}``.
 
     An item is a conversation. ``image`` (or ``images``, as in ShareGPT's form) is a file, a list of files, or absent
@@ -59,7 +59,7 @@ def llava(
         name = identifier(row.get("id", number - 1))
         return _caption(name, turns, sources) if task == "captions" else _conversation(name, turns, sources)
 
-    return rows.each(records_of(Path(path)), item_of, _LLAVA)
+    return rows.items(records_of(Path(path)), item_of, _LLAVA)
 
 
 def _caption(name: str, turns: Sequence[Turn], images: Sequence[ImageSource]) -> Item:
@@ -70,7 +70,7 @@ def _caption(name: str, turns: Sequence[Turn], images: Sequence[ImageSource]) ->
 
 
 @reader(unique=False)
-def messages(rows: Reading, *, path: str, images: str) -> list[Item]:
+def messages(rows: Reading, *, path: str, images: str) -> Sequence[Item]:
     """Read conversations in the schema of `transformers`: lines of ``{messages: [{role, content}], images: [...]}``.
 
     The content is a text, with ``<image>`` where an image is inserted, or a list of parts ``{type: text, text}`` and
@@ -93,7 +93,7 @@ def messages(rows: Reading, *, path: str, images: str) -> list[Item]:
             turns.append((_role(entry["role"]), _content(entry["content"], images, remaining, sources)))
         return _conversation(identifier(row.get("id", number)), turns, [*sources, *remaining])
 
-    return rows.each(records_of(Path(path)), item_of, _MESSAGES)
+    return rows.items(records_of(Path(path)), item_of, _MESSAGES)
 
 
 def _content(content: Any, folder: str, remaining: Iterator[ImageSource], sources: list[ImageSource]) -> str:

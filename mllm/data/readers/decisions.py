@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from mllm.errors import MLLMError
 
 
 @reader
-def decisions(rows: Reading, *, path: str) -> list[Item]:
+def decisions(rows: Reading, *, path: str) -> Sequence[Item]:
     """Read GILL's decision data: JSON lines with a ``prompt`` and its ``label``, ``retrieve`` or ``generate``.
 
     Args:
@@ -31,4 +32,4 @@ def decisions(rows: Reading, *, path: str) -> list[Item]:
             raise MLLMError(f"the label is {label!r}; expected one of {', '.join(DECISIONS)}. Correct it.")
         return Item(str(number), (), (label,), prompt.strip(), kind=label)
 
-    return rows.each(records_of(Path(path)), item_of, "lines of {prompt, label}")
+    return rows.items(records_of(Path(path)), item_of, "lines of {prompt, label}")

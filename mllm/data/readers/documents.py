@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mllm.data.files import Record, files_in, inside, records_of, stem_of
+from mllm.data.files import files_in, inside, records_of, stem_of
 from mllm.data.items import Item
 from mllm.data.reading import Reading, reader
+from mllm.data.records import Changed, Record, chained
 from mllm.data.values import text_in
 from mllm.errors import MLLMError
 from mllm.media.images import ImageFile
@@ -19,7 +20,7 @@ Pieces = list[str | ImageFile]
 
 
 @reader
-def mmc4(rows: Reading, *, path: str, images: str, min_similarity: float = 0.0) -> list[Item]:
+def mmc4(rows: Reading, *, path: str, images: str, min_similarity: float = 0.0) -> Sequence[Item]:
     """Read MMC4's documents: lines of ``{text_list, image_info: [{image_name, matched_text_index, matched_sim}]}``.
 
     An image is placed before the sentence that it is matched with. With ``missing: drop``, images whose files are
@@ -53,7 +54,7 @@ def mmc4(rows: Reading, *, path: str, images: str, min_similarity: float = 0.0) 
 
 
 @reader
-def obelics(rows: Reading, *, path: str, images: str) -> list[Item]:
+def obelics(rows: Reading, *, path: str, images: str) -> Sequence[Item]:
     """Read OBELICS' documents: lines of ``{texts: [...], images: [...]}``, where at each index one of the two is null.
 
     Args:
@@ -84,7 +85,9 @@ def obelics(rows: Reading, *, path: str, images: str) -> list[Item]:
     return _documents(rows, path, pieces, "\n\n", "lines of {texts: [...], images: [...]}")
 
 
-def _documents(rows: Reading, path: str, pieces: Callable[[Any], Pieces], separator: str, expected: str) -> list[Item]:
+def _documents(
+    rows: Reading, path: str, pieces: Callable[[Any], Pieces], separator: str, expected: str
+) -> Sequence[Item]:
     """Return documents without the images that are missing, if those are dropped."""
 
     def item_of(entry: tuple[str, Any], number: int) -> Item:
@@ -95,19 +98,24 @@ def _documents(rows: Reading, path: str, pieces: Callable[[Any], Pieces], separa
         images = tuple(piece for piece in document if isinstance(piece, ImageFile))
         return Item(name, images, (), document=tuple(_joined(document, separator)))
 
-    return rows.each(_named(Path(path)), item_of, expected)
+    return rows.items(_named(Path(path)), item_of, expected)
 
 
-def _named(path: Path) -> Iterator[Record]:
-    """Yield each document with its name: its number, after its file's name if ``path`` is a folder."""
+def _named(path: Path) -> Iterable[Record]:
+    """Return each document with its name: its number, after its file's name if ``path`` is a folder."""
     files = files_in(path, ".jsonl") if os.path.isdir(path) else [path]
     if not files:
         raise MLLMError(f"{path} contains no *.jsonl files; expected at least one. Give another folder.")
-    for file in files:
-        for record in records_of(file):
-            name = f"{stem_of(file)}/{record.number}" if os.path.isdir(path) else str(record.number)
-            label = f"{path}, document {name}"
-            yield Record(label, record.number, lambda name=name, record=record: (name, record.load()))  # type: ignore[misc]
+    folder = os.path.isdir(path)
+
+    def named(file: Path) -> Callable[[Record], Record]:
+        def change(record: Record) -> Record:
+            name = f"{stem_of(file)}/{record.number}" if folder else str(record.number)
+            return Record(f"{path}, document {name}", record.number, lambda: (name, record.load()))
+
+        return change
+
+    return chained([Changed(records_of(file, *files), named(file)) for file in files])
 
 
 def _joined(pieces: Sequence[str | ImageFile], separator: str) -> Iterator[str | ImageFile]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from mllm.data.files import entries_of, files_in, images_in, inside, json_of, records_of, visible_in
+from mllm.data.files import entries_of, files_in, images_in, inside, records_of, visible_in
 from mllm.data.items import Item
 from mllm.data.readers.captions import karpathy_items
 from mllm.data.reading import Reading, reader
@@ -55,7 +55,7 @@ def sugarcrepe(rows: Reading, *, annotations: str, images: str) -> list[Item]:
 
     items = []
     for file in files_in(Path(annotations), ".json"):
-        items += rows.each(entries_of(json_of(file), file, _SUGARCREPE), item_of, _SUGARCREPE)
+        items += rows.each(entries_of(file, _SUGARCREPE), item_of, _SUGARCREPE)
     return items
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from mllm.data.files import Record, files_in, images_in, inside, json_of, records_of, rows_of
+from mllm.data.files import files_in, images_in, inside, records_of, rows_of
 from mllm.data.items import Item
-from mllm.data.readers.captions import grouped
+from mllm.data.readers.captions import Captioned, grouped
 from mllm.data.reading import Reading, reader
+from mllm.data.records import Record, chained
 from mllm.data.separated import separated_rows
 from mllm.data.values import absent, identifier, text_in
 from mllm.errors import MLLMError
@@ -25,7 +26,7 @@ _VERDICTS = {0: "no", 1: "yes"}
 
 
 @reader
-def localized_narratives(rows: Reading, *, path: str, images: str, name: str = "{}.jpg") -> list[Item]:
+def localized_narratives(rows: Reading, *, path: str, images: str, name: str = "{}.jpg") -> Sequence[Item]:
     """Read Localized Narratives: an item per image, the narratives of all annotators as captions.
 
     Args:
@@ -35,16 +36,15 @@ def localized_narratives(rows: Reading, *, path: str, images: str, name: str = "
         name: the pattern of the image files' names: of Open Images ``{}.jpg``, of COCO ``{:0>12}.jpg``.
     """
 
-    def narrative_of(row: Any, number: int) -> tuple[str, Path, list[str]]:
+    def narrative_of(row: Any, number: int) -> Captioned:
         key = identifier(row["image_id"])
         return key, inside(images, name.format(key)), rows.captions(row["caption"])
 
-    records = _of_files(path, records_of, ".jsonl", ".json")
-    return grouped(rows, rows.each(records, narrative_of, _NARRATIVES), path)
+    return grouped(rows, _of_files(path, records_of, ".jsonl", ".json"), narrative_of, _NARRATIVES, path)
 
 
 @reader
-def visual_genome_regions(rows: Reading, *, annotations: str, images: str) -> list[Item]:
+def visual_genome_regions(rows: Reading, *, annotations: str, images: str) -> Sequence[Item]:
     """Read Visual Genome's descriptions of regions: an item per image, the phrases of its regions as captions.
 
     Args:
@@ -62,7 +62,7 @@ def visual_genome_regions(rows: Reading, *, annotations: str, images: str) -> li
         file = f"{key}.jpg"
         return Item(key, (ImageFile(files.get(file) or inside(images, file)),), tuple(dict.fromkeys(phrases)))
 
-    return rows.each(rows_of(json_of(Path(annotations)), annotations, _REGIONS), item_of, _REGIONS)
+    return rows.items(rows_of(annotations, _REGIONS), item_of, _REGIONS)
 
 
 @reader
@@ -73,7 +73,7 @@ def wit(
     images: str,
     captions: Sequence[str] = ("caption_reference_description",),
     languages: Sequence[str] | None = None,
-) -> list[Item]:
+) -> Sequence[Item]:
     """Read WIT, Wikipedia's images and their captions: an item per image. Rows without a caption are left out.
 
     Args:
@@ -84,7 +84,7 @@ def wit(
         languages: of the rows, such as ``[en, zh]``; None: all.
     """
 
-    def caption_of(row: Any, number: int) -> tuple[str, Path, list[str]] | None:
+    def caption_of(row: Any, number: int) -> Captioned | None:
         language = text_in(row["language"], "language")
         texts = [row[column] for column in captions]
         text = next((text for text in texts if not absent(text)), None)
@@ -93,9 +93,8 @@ def wit(
         file = unquote(text_in(row["image_url"], "image_url")).rpartition("/")[2]
         return file, inside(images, file), rows.captions(text)
 
-    records = _of_files(path, lambda file: separated_rows(file, "\t"), ".tsv")
-    made = rows.each(records, caption_of, _WIT)
-    return grouped(rows, (triple for triple in made if triple is not None), path)
+    records = _of_files(path, lambda file, *_: separated_rows(file, "\t"), ".tsv")
+    return grouped(rows, records, caption_of, _WIT, path)
 
 
 @reader
@@ -105,7 +104,7 @@ def hateful_memes(
     annotations: str,
     images: str,
     question: str = 'The meme says "{text}". Is it hateful?',
-) -> list[Item]:
+) -> Sequence[Item]:
     """Read Hateful Memes: whether a meme, an image with a text in it, is hateful.
 
     Args:
@@ -122,7 +121,7 @@ def hateful_memes(
         file = ImageFile(inside(images, row["img"]))
         return Item(identifier(row["id"]), (file,), answers, asked, choices=tuple(_VERDICTS.values()))
 
-    return rows.each(records_of(Path(annotations)), item_of, _MEMES)
+    return rows.items(records_of(Path(annotations)), item_of, _MEMES)
 
 
 def _verdict(label: Any) -> str:
@@ -131,8 +130,7 @@ def _verdict(label: Any) -> str:
     return _VERDICTS[label]
 
 
-def _of_files(path: str, read: Any, *suffixes: str) -> Iterator[Record]:
-    """Yield the rows of a file, or of all files of a folder with one of the suffixes."""
-    files: Iterable[Path] = files_in(Path(path), *suffixes) if os.path.isdir(path) else [Path(path)]
-    for file in files:
-        yield from read(file)
+def _of_files(path: str, read: Callable[..., Iterable[Record]], *suffixes: str) -> Iterable[Record]:
+    """Return the rows of a file, or of all files of a folder with one of the suffixes."""
+    files = files_in(Path(path), *suffixes) if os.path.isdir(path) else [Path(path)]
+    return chained([read(file, *files) for file in files])

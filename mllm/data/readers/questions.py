@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from mllm.data.files import Record, entries_of, files_in, inside, json_of, records_of, rows_of, stem_of
+from mllm.data.files import entries_of, files_in, inside, records_of, rows_of, stem_of
 from mllm.data.items import Item
 from mllm.data.readers.captions import check_splits
 from mllm.data.reading import Reading, reader
+from mllm.data.records import Derived, Record
 from mllm.data.values import identifier, reference_answers, text_in
 from mllm.errors import MLLMError
 from mllm.media.images import ImageFile
@@ -28,7 +30,7 @@ _MINI_IMAGENET = "[{image_1, caption_1, ..., question_image, question, answer}]"
 
 
 @reader
-def vqa(rows: Reading, *, questions: str, images: str, annotations: str | None = None, name: str) -> list[Item]:
+def vqa(rows: Reading, *, questions: str, images: str, annotations: str | None = None, name: str) -> Sequence[Item]:
     """Read VQAv2 or OK-VQA; the kind is the answer's type (``yes/no``, ``number``, ``other``).
 
     Args:
@@ -43,36 +45,44 @@ def vqa(rows: Reading, *, questions: str, images: str, annotations: str | None =
             files are missing.
     """
 
-    listed = rows_of(json_of(Path(questions)), questions, _QUESTIONS, "questions")
-    asked: dict[str, Any] = rows.by_id(rows.each(listed, _with_id, _QUESTIONS), f"{questions}: the question_id")
-    answered: dict[str, Any] = {key: {} for key in asked}
+    listed = rows_of(questions, _QUESTIONS, "questions")
+    asked = rows.by_id(rows.each(listed, _numbered, _QUESTIONS), f"{questions}: the question_id")
+    labels = listed if annotations is None else rows_of(annotations, _ANNOTATIONS, "annotations")
+    answered = asked
     if annotations is not None:
-        labels = rows_of(json_of(Path(annotations)), annotations, _ANNOTATIONS, "annotations")
-        pairs = rows.each(labels, _with_id, _ANNOTATIONS, count=False)
+        pairs = rows.each(labels, _numbered, _ANNOTATIONS, count=False)
         answered = rows.by_id(pairs, f"{annotations}: the question_id")
     for key in sorted(asked.keys() ^ answered.keys()):
         rows.bad(f"{questions} and {annotations}: the question_id {key} is in one of them only. Give two files of the "
                  "same split.")  # fmt: skip
 
-    def item_of(key: str, number: int) -> Item:
-        row, labelled = asked[key], answered[key]
+    def item_of(match: tuple[str, Any, Any], number: int) -> Item:
+        key, row, labelled = match
         file = ImageFile(inside(images, name.format(row["image_id"])))
         answers = [answer["answer"] for answer in labelled["answers"]] if labelled else None
         right = () if answers is None else reference_answers(answers)
         return Item(key, (file,), right, text_in(row["question"], "question"), str(labelled.get("answer_type", "")))
 
     label = f"{annotations or questions}, question_id"
-    known = [key for key, row in asked.items() if row is not None and answered.get(key) is not None]
-    matched = [Record(f"{label} {key}", 0, lambda key=key: key) for key in known]  # type: ignore[misc]
-    return rows.each(matched, item_of, f"{_QUESTIONS}; {_ANNOTATIONS}", count=False)
+    places = ((key, row, answered.get(key)) for key, row in asked.items())
+    known = [(key, row, labelled) for key, row, labelled in places if row is not None and labelled is not None]
+
+    def matched(index: int) -> Record:
+        key, row, labelled = known[index]
+        answers = {} if annotations is None else labels.at(labelled).load()
+        return Record(f"{label} {key}", index + 1, lambda: (key, listed.at(row).load(), answers))
+
+    matches = Derived(len(known), matched, listed, labels)
+    return rows.items(matches, item_of, f"{_QUESTIONS}; {_ANNOTATIONS}", count=False)
 
 
-def _with_id(row: Any, number: int) -> tuple[str, Any]:
-    return identifier(row["question_id"]), row
+def _numbered(row: Any, number: int) -> tuple[str, int]:
+    """Return the id of a row's question, and the row's index."""
+    return identifier(row["question_id"]), number - 1
 
 
 @reader
-def vizwiz(rows: Reading, *, annotations: str, images: str) -> list[Item]:
+def vizwiz(rows: Reading, *, annotations: str, images: str) -> Sequence[Item]:
     """Read VizWiz's questions: ``[{image, question, answers: [{answer}], answer_type}]``."""
 
     def item_of(row: Any, number: int) -> Item:
@@ -82,13 +92,13 @@ def vizwiz(rows: Reading, *, annotations: str, images: str) -> list[Item]:
         answers = [answer["answer"] for answer in answers]
         return _item(row["image"], images, row["image"], row["question"], answers, row.get("answer_type", ""))
 
-    return rows.each(rows_of(json_of(Path(annotations)), annotations, _VIZWIZ), item_of, _VIZWIZ)
+    return rows.items(rows_of(annotations, _VIZWIZ), item_of, _VIZWIZ)
 
 
 @reader
 def aokvqa(
     rows: Reading, *, annotations: str, images: str, task: Literal["direct", "choices"] = "direct"
-) -> list[Item]:
+) -> Sequence[Item]:
     """Read A-OKVQA: ``[{question_id, image_id, question, choices, correct_choice_idx, direct_answers}]``.
 
     Args:
@@ -106,12 +116,11 @@ def aokvqa(
         file = f"{row['image_id']:012d}.jpg"
         return _item(row["question_id"], images, file, row["question"], right, choices=[] if direct else row["choices"])
 
-    items = rows.each(rows_of(json_of(Path(annotations)), annotations, _AOKVQA), item_of, _AOKVQA)
-    return _kept(items)
+    return rows.items(rows_of(annotations, _AOKVQA), item_of, _AOKVQA)
 
 
 @reader
-def gqa(rows: Reading, *, annotations: str, images: str) -> list[Item]:
+def gqa(rows: Reading, *, annotations: str, images: str) -> Sequence[Item]:
     """Read GQA: ``{id: {imageId, question, answer, types: {structural}}}``; the kind is the structural type."""
 
     def item_of(entry: tuple[str, Any], number: int) -> Item:
@@ -119,21 +128,21 @@ def gqa(rows: Reading, *, annotations: str, images: str) -> list[Item]:
         kind = row.get("types", {}).get("structural", "")
         return _item(key, images, f"{row['imageId']}.jpg", row["question"], [row["answer"]], kind)
 
-    return rows.each(entries_of(json_of(Path(annotations)), annotations, _GQA), item_of, _GQA)
+    return rows.items(entries_of(annotations, _GQA), item_of, _GQA)
 
 
 @reader
-def textvqa(rows: Reading, *, annotations: str, images: str) -> list[Item]:
+def textvqa(rows: Reading, *, annotations: str, images: str) -> Sequence[Item]:
     """Read TextVQA: ``data: [{question_id, image_id, question, answers}]``, with images ``IMAGE_ID.jpg``."""
 
     def item_of(row: Any, number: int) -> Item:
         return _item(row["question_id"], images, f"{row['image_id']}.jpg", row["question"], row.get("answers", []))
 
-    return rows.each(rows_of(json_of(Path(annotations)), annotations, _TEXTVQA, "data"), item_of, _TEXTVQA)
+    return rows.items(rows_of(annotations, _TEXTVQA, "data"), item_of, _TEXTVQA)
 
 
 @reader
-def scienceqa(rows: Reading, *, problems: str, images: str, split: str = "test") -> list[Item]:
+def scienceqa(rows: Reading, *, problems: str, images: str, split: str = "test") -> Sequence[Item]:
     """Read ScienceQA's problems that have an image; the kind is the subject.
 
     Args:
@@ -154,13 +163,13 @@ def scienceqa(rows: Reading, *, problems: str, images: str, split: str = "test")
         file, kind = f"{split}/{key}/{row['image']}", row.get("subject", "")
         return _item(key, images, file, question, [_choice(row["choices"], row["answer"])], kind, row["choices"])
 
-    items = rows.each(entries_of(json_of(Path(problems)), problems, _SCIENCEQA), item_of, _SCIENCEQA)
+    items = rows.items(entries_of(problems, _SCIENCEQA), item_of, _SCIENCEQA)
     check_splits([split], known, problems)
-    return _kept(items)
+    return items
 
 
 @reader
-def pope(rows: Reading, *, annotations: str, images: str) -> list[Item]:
+def pope(rows: Reading, *, annotations: str, images: str) -> Sequence[Item]:
     """Read POPE's questions; the kind is the sampling named by the file: random, popular or adversarial.
 
     Args:
@@ -169,23 +178,26 @@ def pope(rows: Reading, *, annotations: str, images: str) -> list[Item]:
         images: the folder of the image files.
     """
 
-    def item_of(row: Any, number: int) -> Item:
+    def item_of(row: Any, number: int, kind: str) -> Item:
         name = f"{kind}/{identifier(row['question_id'])}"
         return _item(name, images, row["image"], row["text"], [row["label"]], kind)
 
     path = Path(annotations)
-    items = []
-    for file in files_in(path, ".json", ".jsonl") if os.path.isdir(path) else [path]:
-        kind = stem_of(file).rpartition("_")[2]
-        items += rows.each(records_of(file), item_of, _POPE)
-    return items
+    files = files_in(path, ".json", ".jsonl") if os.path.isdir(path) else [path]
+    kinds = [stem_of(file).rpartition("_")[2] for file in files]
+    return rows.joined(
+        [
+            rows.items(records_of(file), partial(item_of, kind=kind), _POPE)
+            for file, kind in zip(files, kinds, strict=True)
+        ]
+    )
 
 
 _VERDICTS = {"entailment": "yes", "neutral": "maybe", "contradiction": "no"}
 
 
 @reader
-def snli_ve(rows: Reading, *, annotations: str, images: str) -> list[Item]:
+def snli_ve(rows: Reading, *, annotations: str, images: str) -> Sequence[Item]:
     """Read SNLI-VE: whether the image entails a sentence (yes: entailment, maybe: neutral, no: contradiction).
 
     Args:
@@ -200,11 +212,11 @@ def snli_ve(rows: Reading, *, annotations: str, images: str) -> list[Item]:
         name, file = row.get("pairID", number - 1), f"{row['Flickr30K_ID']}.jpg"
         return _item(name, images, file, question, [right], kind, list(_VERDICTS.values()))
 
-    return rows.each(records_of(Path(annotations)), item_of, _SNLI_VE)
+    return rows.items(records_of(Path(annotations)), item_of, _SNLI_VE)
 
 
 @reader
-def open_ended_mini_imagenet(rows: Reading, *, annotations: str, images: str) -> list[Item]:
+def open_ended_mini_imagenet(rows: Reading, *, annotations: str, images: str) -> Sequence[Item]:
     """Read open-ended miniImageNet (Tsimpoukelli et al. 2021): new names, defined by the shots before the question.
 
     Real-Name miniImageNet, Fast-VQA and Real-Fast-VQA of the same authors have this form, too.
@@ -227,7 +239,7 @@ def open_ended_mini_imagenet(rows: Reading, *, annotations: str, images: str) ->
         answer = text_in(row["answer"], "answer", numbers=True)
         return Item(name, (file,), (answer,), text_in(row["question"], "question"), shots=shots)
 
-    return rows.each(rows_of(json_of(Path(annotations)), annotations, _MINI_IMAGENET), item_of, _MINI_IMAGENET)
+    return rows.items(rows_of(annotations, _MINI_IMAGENET), item_of, _MINI_IMAGENET)
 
 
 def _item(
@@ -255,7 +267,3 @@ def _choice(choices: Any, index: Any) -> Any:
     if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(choices):
         raise MLLMError(f"the right choice is {index!r}; expected 0 to {len(choices) - 1}. Correct it.")
     return choices[index]
-
-
-def _kept(items: Iterable[Item | None]) -> list[Item]:
-    return [item for item in items if item is not None]

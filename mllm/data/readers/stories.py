@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from mllm.data.files import FORM_ERRORS, Record, images_in, inside, json_of, rows_of
+from mllm.data.files import images_in, inside, json_of, rows_in, rows_of
 from mllm.data.items import Item
 from mllm.data.reading import Reading, reader
+from mllm.data.records import FORM_ERRORS, Record
 from mllm.data.values import identifier, text_in
 from mllm.errors import MLLMError
 from mllm.media.images import ImageFile
@@ -57,7 +58,7 @@ def vist(
         order, photo = int(scene["worker_arranged_photo_order"]), identifier(scene["photo_flickr_id"])
         return identifier(scene["story_id"]), (order, photo, text_in(scene["text"], "text"))
 
-    listed = rows_of(json_of(Path(annotations)), annotations, _VIST, "annotations")
+    listed = rows_of(annotations, _VIST, "annotations")
     for name, scene in rows.each(listed, scene_of, _VIST):
         stories[name].append(scene)
     complete = {
@@ -123,7 +124,7 @@ def visdial(
     content = json_of(Path(annotations))
     try:
         data, split = content["data"], content["split"]
-        dialogs = rows_of(data, annotations, _VISDIAL, "dialogs")
+        dialogs = rows_in(data, annotations, _VISDIAL, "dialogs")
     except FORM_ERRORS as error:
         raise MLLMError(f"{annotations} has an unexpected form ({error!r}): expected {_VISDIAL}.") from None
 
@@ -153,7 +154,7 @@ def visdial(
     def relevant(row: Any, number: int) -> Item:
         return _relevant(questions[f"{row['image_id']}/{row['round_id']}"], row)
 
-    return rows.each(rows_of(json_of(Path(dense)), dense, _DENSE), relevant, _DENSE)
+    return rows.each(rows_of(dense, _DENSE), relevant, _DENSE)
 
 
 def _dialogue(data: Any, dialog: Any, index: int, images: tuple[ImageFile, ...], count: int) -> Item:

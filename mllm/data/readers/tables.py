@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mllm.data.files import Record, check_regular, files_in, inside, json_of, records_of, rows_of, suffix_of
+from mllm.data.files import check_regular, files_in, inside, is_large, json_of, records_of, rows_in, rows_of, suffix_of
 from mllm.data.items import Item
 from mllm.data.lazy import Lazy
 from mllm.data.reading import Reading, reader
+from mllm.data.records import Record
 from mllm.data.separated import separated_rows
 from mllm.data.values import absent, answers_in, captions_in, identifier, listed, text_in
 from mllm.errors import MLLMError, first_line, near
 from mllm.media.images import ImageBytes, ImageFile, ImageSource
 from mllm.media.videos import file_of
 
+_LIST = "a list of rows with 'image' and 'caption'"
 _ROW = "'image' and 'caption', or 'image', 'question' and 'answer'"
+
+_Key = tuple[tuple[str, ...], str | None]  # the images of rows that are one item, and their question
 
 
 @reader
-def table(rows: Reading, *, path: str, images: str | None = None) -> list[Item]:
+def table(rows: Reading, *, path: str, images: str | None = None) -> Sequence[Item]:
     """Read a table of images with captions, or with questions and answers: CSV, TSV, JSON or JSON lines.
 
     Args:
@@ -40,25 +44,24 @@ def table(rows: Reading, *, path: str, images: str | None = None) -> list[Item]:
     file = Path(path)
     folder = Path(images) if images else file.parent
 
-    @cache
     def image_of(name: str) -> ImageFile:
         return file_of(inside(folder, name))
 
-    def row_of(row: Any, number: int) -> tuple[tuple[str, ...], tuple[ImageFile, ...], str | None, list[str]]:
+    def row_of(row: Any, number: int) -> tuple[_Key, tuple[tuple[ImageFile, ...], list[str]]]:
         names, question, answers = _columns(row, rows)
-        return names, tuple(map(image_of, names)), question, answers
+        return (names, question), (tuple(map(image_of, names)), answers)
 
-    sources: dict[tuple[tuple[str, ...], str | None], tuple[ImageFile, ...]] = {}
-    grouped: dict[tuple[tuple[str, ...], str | None], list[str]] = defaultdict(list)
-    for names, files, question, answers in rows.each(_records(file), row_of, _ROW):
-        sources[names, question] = files
-        grouped[names, question] += answers
-    items = []
-    for (names, question), answers in grouped.items():
-        name = ", ".join(names)
-        id = f"{name}#{question}" if question else name
-        items.append(Item(id, sources[names, question], tuple(answers), question))
-    return items
+    def item_of(group: tuple[_Key, list[tuple[tuple[ImageFile, ...], list[str]]]], number: int) -> Item:
+        (names, question), members = group
+        answers = tuple(answer for _, some in members for answer in some)
+        return Item(_id(names, question), members[-1][0], answers, question)
+
+    groups = rows.groups(_records(file), row_of, _ROW, lambda key: f"{file}, {_id(*key)}")
+    return rows.items(groups, item_of, _ROW, count=False)
+
+
+def _id(names: tuple[str, ...], question: str | None) -> str:
+    return ", ".join(names) + (f"#{question}" if question else "")
 
 
 def _columns(row: Any, rows: Reading) -> tuple[tuple[str, ...], str | None, list[str]]:
@@ -91,10 +94,12 @@ def _records(file: Path) -> Iterable[Record]:
         return records_of(file)
     if kind != ".json":
         raise MLLMError(f"{file}: unknown file type {kind!r}. {near(kind, ['.csv', '.tsv', '.json', '.jsonl'])}")
+    if is_large(file):
+        return rows_of(file, _LIST)
     content = json_of(file)
     if isinstance(content, dict):
-        raise MLLMError(f"{file} contains a dict; expected a list of rows with 'image' and 'caption'. Convert it.")
-    return rows_of(content, file, "a list of rows with 'image' and 'caption'")
+        raise MLLMError(f"{file} contains a dict; expected {_LIST}. Convert it.")
+    return rows_in(content, file, _LIST)
 
 
 @reader

@@ -20,10 +20,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from mllm.data.files import COMPRESSED, DAMAGED, FORM_ERRORS, files_in, parse_json, some, stem_of
+from mllm.data.files import COMPRESSED, DAMAGED, files_in, parse_json, some, stem_of
 from mllm.data.items import Item
 from mllm.data.lazy import Lazy
 from mllm.data.reading import Reading, reader
+from mllm.data.records import FORM_ERRORS
 from mllm.data.values import answers_in, captions_in, text_in
 from mllm.errors import MLLMError
 from mllm.media.images import MAX_BYTES, ImageBytes

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from mllm.data.files import Record, files_in, inside, json_of, records_of, rows_of, stem_of, suffix_of, text_of
+from mllm.data.files import files_in, inside, json_of, records_of, rows_of, stem_of, suffix_of, text_of
 from mllm.data.items import Item
 from mllm.data.readers.tables import parquet_rows
 from mllm.data.reading import Reading, reader
+from mllm.data.records import Record
 from mllm.data.separated import separated_rows
 from mllm.data.values import absent, identifier, reference_answers, text_in
 from mllm.errors import MLLMError
@@ -44,7 +45,7 @@ def msvd_qa(rows: Reading, *, annotations: str, images: str, mapping: str | None
         kind = question.split()[0].lower()
         return Item(identifier(row["id"]), (video_of(name),), _answer(row), question, kind)
 
-    return rows.each(rows_of(json_of(Path(annotations)), annotations, _MSVD_QA), item_of, _MSVD_QA)
+    return rows.each(rows_of(annotations, _MSVD_QA), item_of, _MSVD_QA)
 
 
 @reader
@@ -60,7 +61,7 @@ def activitynet_qa(rows: Reading, *, questions: str, images: str, annotations: s
     video_of = _videos(images)
     answered: dict[str, Any] = {}
     if annotations is not None:
-        labels = rows_of(json_of(Path(annotations)), annotations, _ACTIVITYNET_QA)
+        labels = rows_of(annotations, _ACTIVITYNET_QA)
         pairs = rows.each(labels, lambda row, _: (identifier(row["question_id"]), row), _ACTIVITYNET_QA, count=False)
         answered = rows.by_id(pairs, f"{annotations}: the question_id")
 
@@ -74,7 +75,7 @@ def activitynet_qa(rows: Reading, *, questions: str, images: str, annotations: s
         kind = _TYPES[answered[key]["type"]] if answered else ""
         return Item(key, (video_of(f"v_{name}", name),), right, text_in(row["question"], "question").strip(), kind)
 
-    return rows.each(rows_of(json_of(Path(questions)), questions, _ACTIVITYNET_QA), item_of, _ACTIVITYNET_QA)
+    return rows.each(rows_of(questions, _ACTIVITYNET_QA), item_of, _ACTIVITYNET_QA)
 
 
 @reader
