@@ -74,7 +74,7 @@ class FeatureStore:
         dtype: torch.dtype | None = None,
         writers: int = 1,
     ) -> None:
-        self._model, self._chunk, self._dtype = model, chunk or chunk_for(model), dtype
+        self._model, self._chunk, self._dtype, self._kept = model, chunk or chunk_for(model), dtype, limit != 0
         self._rows = FeatureRows(folder, fits=self._fits, limit=limit, memory=memory, writers=writers)
         self._expected: list[dict[Any, Future[Prepared]]] = [{}, {}]  # for this step and for the next
         self._threads = ThreadPoolExecutor(THREADS)
@@ -138,7 +138,8 @@ class FeatureStore:
             chunk = names[start : start + self._chunk]
             for key, row in zip(chunk, self._encoded([missing[key] for key in chunk]), strict=True):
                 features[key] = row.flatten(0, 1).to(self._dtype or row.dtype)
-            self._rows.put({key: features[key] for key in chunk})
+            if self._kept:
+                self._rows.put({key: features[key] for key in chunk})
         whole = torch.cat([features[key].to(self._model.device, non_blocking=True) for key in keys])
         if self._dtype is not None:
             whole = whole.to(next((part.dtype for part in self._model.encoder.parameters()), whole.dtype))

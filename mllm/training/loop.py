@@ -93,7 +93,8 @@ class Loop:
         totals = torch.zeros_like(share)
         for index, micro in enumerate(micros):
             last = index == len(micros) - 1
-            with contextlib.nullcontext() if last else engine.accelerator.no_sync(engine.wrapped):
+            synchronized = contextlib.nullcontext() if last else engine.accelerator.no_sync(engine.wrapped)
+            with engine.layers(), synchronized:
                 with engine.accelerator.autocast():
                     sums = self.objectives(engine.wrapped, micro)
                 engine.accelerator.backward((sums * share * sums.new_tensor(self.objectives.weights)).sum())
