@@ -144,7 +144,7 @@ class _Functions(TorchFunctionMode):
             return 0 if on_gpu else -1
         if func in (Tensor.to, Tensor.cuda, Tensor.cpu):
             return self._to(func, *args, **kwargs)
-        if func is Tensor.pin_memory:
+        if func is Tensor.pin_memory:  # a CPU has none
             self.gpu.pinned += 1
             return args[0]
         if func is Tensor.numpy and on_gpu:
@@ -158,7 +158,7 @@ class _Functions(TorchFunctionMode):
             if kwargs.get("generator") is not None:
                 raise RuntimeError(f"a generator of the CPU for the pretend GPU, at {_place()}")
             kwargs["device"] = "cpu"
-        if kwargs.pop("pin_memory", False):  # a CPU has none
+        if kwargs.pop("pin_memory", False):
             self.gpu.pinned += 1
         inherits = getattr(func, "__name__", "") == "new_tensor" and "device" not in kwargs and on_gpu
         result = func(*args, **kwargs)

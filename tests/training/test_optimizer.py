@@ -161,7 +161,7 @@ def test_settings_that_contradict_each_other_are_refused(optim: dict[str, Any]) 
         loading.load("limber-cpu", {f"optim.{key}": value for key, value in optim.items()})
 
 
-@pytest.mark.parametrize("name", ["adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit"])
+@pytest.mark.parametrize("name", ["adamw", "adamw-8bit"])  # others need a GPU: tests/gpu/test_training.py
 def test_an_optimizer_that_is_saved_continues_to_the_same_weights(name: str) -> None:
     start = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))  # of 4096 numbers and more, 8 bits each
 
@@ -179,7 +179,8 @@ def test_an_optimizer_that_is_saved_continues_to_the_same_weights(name: str) -> 
     assert torch.allclose(weight, start - 1e-2 * start.sign(), atol=1e-4), "AdamW's first step has the rate's size"
     again, continued = new()
     again.data.copy_(weight.data)
-    set_optimizer(continued, optimizer_state(optimizer), [1e-2])
+    saved = {key: tensor.clone() for key, tensor in optimizer_state(optimizer).items()}
+    set_optimizer(continued, saved, [1e-2])
     step(weight, optimizer)
     step(again, continued)
     assert torch.equal(weight, again)
