@@ -103,7 +103,13 @@ class Reading:
         return values
 
     def items(
-        self, records: Iterable[Record], make: Callable[[Any, int], Item | None], expected: str, *, count: bool = True
+        self,
+        records: Iterable[Record],
+        make: Callable[[Any, int], Item | None],
+        expected: str,
+        *,
+        count: bool = True,
+        finish: Callable[[Item], Item] = lambda item: item,
     ) -> Sequence[Item]:
         """Return the items of rows; those of a large file are all made once, noted, and made again when they are drawn.
 
@@ -112,9 +118,12 @@ class Reading:
             make: as for `each`; None for a row that is left out.
             expected: the form of a row, for messages.
             count: as for `each`.
+            finish: returns the item that is drawn, from one with the same id and images: work that raises no error, and
+                that is not done for an item which is noted only.
         """
         if not self._draws(records):
-            return [item for item in self.each(records, make, expected, count=count) if item is not None]
+            made_of_rows = self.each(records, make, expected, count=count)
+            return [finish(item) for item in made_of_rows if item is not None]
         notes, kept = Notes(), array("q")
 
         def note(value: Any, number: int) -> None:
@@ -126,7 +135,7 @@ class Reading:
         def draw(index: int) -> Item:
             item = made(records.at(kept[index]), make, expected)
             assert item is not None
-            return item
+            return finish(item)
 
         self.each(records, note, expected, count=count)
         options = self._options
