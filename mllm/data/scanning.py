@@ -225,12 +225,12 @@ class JsonStream:
 
     def _place(self, offset: int) -> tuple[int, int, int]:
         """Return the line and the column of a byte, counted from 1, and its character, from 0."""
-        number = last = place = 0
+        number = column = place = 0
         left = offset - self._first
         self._stream.seek(self._first)
         for number, line in enumerate(self._stream, start=1):
-            last = len(line[:left].decode(errors="replace").replace("\r\n", "\n"))
-            if left < len(line):
-                return number, last + 1, place + last
-            left, place = left - len(line), place + last
-        return number + (not left), 1 if not left else last + 1, place
+            column = len(line[:left].decode(errors="replace").replace("\r\n", "\n"))
+            if left < len(line) or not line.endswith(b"\n"):
+                return number, column + 1, place + column
+            left, place = left - len(line), place + column
+        return number + 1, 1, place

@@ -195,7 +195,7 @@ def read_all(specs: Sequence[DataSpec], *, seed: int = 0, skip: float = 0.0) -> 
     """
     sources = [_logged(read_source(spec, seed=seed, skip=skip, check=check_learnable)) for spec in specs]
     for source in sources:
-        for item in () if isinstance(source.items, Lazy) else source.items:  # lazy items are checked when they are read
+        for item in source.items[:1] if isinstance(source.items, Lazy) else source.items:  # the others when drawn
             check_combinable(item, source.spec)
         required = max(source.spec.shots, 1 if source.spec.concatenate else 0) + 1
         if len(source.items) < required:

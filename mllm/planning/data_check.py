@@ -16,7 +16,7 @@ from mllm.config.recipe import Recipe, Stage
 from mllm.config.suites import SuiteSpec
 from mllm.data.files import some
 from mllm.data.items import Item, pieces_of
-from mllm.data.reading import Report
+from mllm.data.report import Report
 from mllm.data.sources import Source, read_source
 from mllm.data.stream import Stream
 from mllm.errors import MLLMError
