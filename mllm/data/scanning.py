@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from mllm.errors import MLLMError
 from mllm.system import open_regular
 
-BLOCK = 4 * 2**20  # bytes that are read at once
+BLOCK = 2**20  # bytes that are read at once
 _NO_KEY = "Expecting property name enclosed in double quotes"
 _NEAR = 12  # characters before the end of a block in which what is cut off looks wrong: "tru", "\\u00e"
 
