@@ -16,7 +16,7 @@ from mllm.config.base import PartSpec
 from mllm.config.messages import checked
 from mllm.config.parts import SCORER, AssemblySpec
 from mllm.decoders.condition import check_condition
-from mllm.devices import DeviceName, DTypeName, cast, choose_device, dtype_of, give_memory
+from mllm.devices import DeviceName, DTypeName, cast, choose_device, computes_in_bfloat16, dtype_of, give_memory
 from mllm.encoders.base import on_meta
 from mllm.encoders.specified import cut_for, newline_for
 from mllm.encoders.specified import encoder_of as encoder_of
@@ -47,18 +47,21 @@ def build(
     device: DeviceName | None = None,
     dtype: DTypeName | None = None,
     engine: Engine | None = None,
+    computes: torch.dtype | None = None,
 ) -> Assembly:
     """Return the model of a specification, on a device; the trained parts' weights are initialized at random.
 
     Args:
         spec, device, dtype: the specification; the rest is as in `load`.
         engine: what will run the language model's layers, which are then not loaded here.
+        computes: the type in which a frozen language model computes, and is therefore loaded, unless the
+            specification says another; None: as it is stored.
     """
     check_condition(spec)
     place, kind = choose_device(device), None if dtype is None else dtype_of(dtype)
-    encoder = build_encoder(spec)
+    encoder = build_encoder(spec, device=place)
     return_memory()  # of the encoder's test forward pass
-    lm = build_lm(spec, device=place, engine=engine)
+    lm = build_lm(spec, device=place, engine=engine, computes=computes)
     for part in (encoder, lm):
         if part is not None and kind is not None:
             cast(part, kind)
@@ -151,13 +154,22 @@ def with_runs(cls: Any, options: dict[str, Any], device: torch.device | None) ->
     return {name: value_of(name, value) for name, value in options.items()}
 
 
-def build_encoder(spec: AssemblySpec) -> Any:
-    """Return the encoder; None where the specification has none."""
+def build_encoder(spec: AssemblySpec, *, device: torch.device | None = None) -> Any:
+    """Return the encoder, on the CPU; None where the specification has none.
+
+    What trains in it is kept in float32, with the rest of it. On a ``device`` that computes in bfloat16 a frozen one is
+    in this type, unless the specification says another.
+    """
     if spec.encoder is None:
         return None
     here = torch.device("cpu")  # until the parts are joined
     runs = functools.partial(with_runs, device=here)
-    return encoder_of(spec.encoder, seed=spec.seed_of("encoder"), runs=runs)
+    encoder = encoder_of(spec.encoder, seed=spec.seed_of("encoder"), runs=runs)
+    if spec.trains("encoder"):
+        cast(encoder, torch.float32)
+    elif spec.encoder.dtype == "auto" and device is not None and computes_in_bfloat16(device):
+        cast(encoder, torch.bfloat16)
+    return encoder
 
 
 def build_connector(spec: AssemblySpec, *, encoder: Any, lm: Any) -> Connector:

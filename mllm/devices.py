@@ -58,6 +58,11 @@ def use_device(name: DeviceName | None) -> None:
     state.device = device
 
 
+def computes_in_bfloat16(device: torch.device) -> bool:
+    """Whether a device is a GPU whose matrix products are bfloat16's own, not emulated."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def dtype_of(name: DTypeName) -> torch.dtype:
     """Return the dtype of a name: float32, bfloat16 or float16.
 
@@ -68,6 +73,13 @@ def dtype_of(name: DTypeName) -> torch.dtype:
     if key not in DTYPES:
         raise MLLMError(f"There is no dtype {str(name)!r} for weights. {near(key, DTYPES)}")
     return DTYPES[key]
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on a device; its copy to a GPU takes place while the host goes on."""
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def cast(module: nn.Module, dtype: torch.dtype) -> None:

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mllm.config.base import Spec
+from mllm.config.lm import add_quantization
 from mllm.config.messages import checked
 from mllm.config.parts import FROZEN, AssemblySpec, add_resize
 from mllm.errors import MLLMError
@@ -236,6 +237,7 @@ def parse_about(path: Path) -> About:
         )
     if isinstance(about, dict) and isinstance(about.get("spec"), dict):
         add_resize(about["spec"])
+        add_quantization(about["spec"])
     return checked(About, about, label=str(path))
 
 

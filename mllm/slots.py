@@ -1,12 +1,12 @@
 """Define what every part is: the contracts of the slots, with shapes. Read this page first.
 
-A part is found by its exact name (`mllm.registry`). A slot is a class to inherit from where it brings something along,
-and a protocol where it asks for methods alone; what a part can do in addition is a type of `mllm.capabilities`.
-The first line of each says how a recipe names one; it stands in the message where a model lacks it.
+A part is found by its exact name (`mllm.registry`). A slot is a class to inherit from, or a protocol where it asks for
+methods alone; what a part can do in addition is a type of `mllm.capabilities`. The first line of each says how a recipe
+names one; it stands in the message where a model lacks it.
 
-Shapes: B batch, T text tokens, I images, U tiles of them (each image is one, unless `encoder.tiles` cuts it), P patches
-and Q visual tokens of a tile, D_vis and D_lm the widths of features and embeddings, V vocabulary, r tokens that a head
-reads, L x W a condition of an image decoder, N texts, examples or visual tokens.
+Shapes: B batch, T text tokens, I images, U tiles of them (one each, unless `encoder.tiles` cuts them), P patches and Q
+visual tokens of a tile, D_vis and D_lm the widths of features and embeddings, V vocabulary, r tokens that a head reads,
+L x W a condition of an image decoder, N texts, examples or visual tokens.
 """
 
 from __future__ import annotations
@@ -39,8 +39,7 @@ class Encoder(nn.Module):
         num_patches: P.
         shape: of one image as `preprocess` returns it.
         cacheable: whether features cost enough to be kept in the feature cache.
-        tiling: how images are cut into tiles, or videos into segments, each of which is encoded by itself; None: they
-            are not.
+        tiling: how images are cut into tiles, or videos into segments, each encoded by itself; None: they are not.
         fingerprint: identifies its weights, and whatever else changes with the model (`mllm.hub.identity`).
     """
 
@@ -87,6 +86,10 @@ class Encoder(nn.Module):
         """Return pixels ``(B, 3, H, W)`` of opened images, or another input of `forward`."""
         raise NotImplementedError
 
+    def prepared(self, items: Sequence[Any]) -> Tensor:
+        """Return opened images as `forward` takes them, too, in as few bytes as possible; threads call it."""
+        return self.preprocess(items)
+
     def forward(self, pixels: Tensor) -> Tensor:
         """Return features ``(B, P, D_vis)``."""
         raise NotImplementedError
@@ -102,15 +105,14 @@ class Connector(nn.Module):
     language model), ``num_patches`` (P), ``grid`` (rows and columns of the patches, or None), and its own options.
 
     With ``vocabulary: true`` its output is replaced by expected word embeddings when it is called, by a submodule
-    ``vocabulary`` (`mllm.lms.words.Vocabulary`) that is added to it; its own ``forward`` is not changed.
+    ``vocabulary`` (`mllm.lms.words.Vocabulary`); its own ``forward`` is not changed.
 
     Attributes:
         num_tokens: Q.
         token_grid: rows and columns of the Q tokens, where each token is a place of the image; None: they are not.
         newline: the token ``(D_lm,)`` that ends a row of an image's tiles (`mllm.media.tiles`), where there are rows.
-        reads_whole: whether Q tokens are made of all features of an image, so that an image of any number of patches
-            takes Q, where its cells are encoded together (`mllm.media.native`). Features ``(B, P, D_vis)`` are then
-            padded with zeros, and `mask_of` says where.
+        reads_whole: whether Q tokens are made of all features of an image, whatever their number, where its cells are
+            encoded together (`mllm.media.native`). Features are then padded with zeros, and `mask_of` says where.
         padded: whether they may be; set when the model is built.
     """
 
@@ -152,7 +154,7 @@ class Connector(nn.Module):
     def linear(self) -> nn.Linear | None:
         """Return the linear map that ends the connector, applied to ``body(features)``; None: it has none.
 
-        It is what a closed form sets (`mllm.fits.connector`). By default: the submodule ``project``, if it is linear.
+        A closed form sets it (`mllm.fits.connector`). By default: the submodule ``project``, if it is linear.
         """
         project = dict(self.named_children()).get("project")
         return project if isinstance(project, nn.Linear) else None
@@ -294,6 +296,5 @@ class Fit(Protocol):
 
 
 Reader = Callable[..., Sequence["Item"]]  # keyword arguments of ``data.train`` to items, read at once or when drawn
-Metric = Callable[
-    ..., "Score"
-]  # predictions list[str], references list[list[str]], in one order: see `mllm.evaluation`
+# Of predictions list[str] and references list[list[str]], in one order: see `mllm.evaluation`.
+Metric = Callable[..., "Score"]

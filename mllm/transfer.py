@@ -9,7 +9,8 @@ from pathlib import Path
 from torch import Tensor
 
 from mllm.config.base import PartSpec
-from mllm.config.parts import AssemblySpec, EncoderSpec, LMSpec
+from mllm.config.lm import LMSpec
+from mllm.config.parts import AssemblySpec, EncoderSpec
 from mllm.config.recipe import Stage
 from mllm.errors import MLLMError, near
 from mllm.hub import loading as hub

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mllm.capabilities import CrossAttention, ReadsQuestions
-from mllm.encoders.texts import features_of
+from mllm.encoders.texts import features_of, units_of
 from mllm.media.native import together
 from mllm.media.tiles import Cutting, Layout, whole_images
 from mllm.parts import Parts
@@ -26,7 +26,7 @@ class Vision(Parts):
     def encoded(self, tiles: Sequence[Any]) -> Tensor:
         """Return the encoder's features ``(U, P, D_vis)`` of images' tiles (`mllm.slots.Encoder.tiles`)."""
         with torch.no_grad():
-            return features_of(self.encoder, tiles, self.device)
+            return features_of(self.encoder, [units_of(self.encoder, [tile]) for tile in tiles], self.device)
 
     def features(self, images: Sequence[Any]) -> Tensor:
         """Return the encoder's features ``(I, P, D_vis)`` of images in any accepted form, each as a whole."""

@@ -178,7 +178,8 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> str:
 def tiny_decoder(tiny_parts: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> str:
     """The folder of a tiny image decoder: conditions of 1 x 32, images of 16 pixels."""
     from mllm.build import build
-    from mllm.config.parts import AssemblySpec, HeadSpec, LMSpec
+    from mllm.config.lm import LMSpec
+    from mllm.config.parts import AssemblySpec, HeadSpec
 
     lm = LMSpec(type="sentences", model=tiny_parts[1])
     head = HeadSpec.model_validate({"type": "pixels", "side": 16, "features": 64, "rank": 8})

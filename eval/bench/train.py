@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mllm.eval.bench import plain
+from mllm.eval.bench import gpu, plain
 from mllm.eval.bench.costs import shape_of
 from mllm.eval.bench.setups import Setup, agree, captions, setup, source
 from mllm.eval.bench.shapes import LM, llava_class, noise_images, save_vision
@@ -45,6 +45,7 @@ def run(
     progress: Progress = print,
     only: str | None = None,
     steps: int | None = None,
+    device: str | None = None,
 ) -> list[Row]:
     """Run the measurements, print the table, and write it to ``out``.
 
@@ -53,11 +54,21 @@ def run(
         repeats: pairs of runs of the two shapes.
         progress: called with a line on each finished measurement.
         only: one of ``llava``, ``heavy``, ``target``, ``share``; None: all.
-        steps: of an epoch (4 by default); for ``target`` the alternative trains 75 times as many.
+        steps: of an epoch (4 by default); for ``target`` the alternative trains 75 times as many. On a GPU:
+            of each run.
+        device: a GPU, on which LLaVA's stages are timed, at an 8B's shapes (`mllm.eval.bench.gpu`); None: the CPU.
 
     Raises:
         MLLMError: there is no such part, or the sides' losses differ.
     """
+    if device is not None:
+        if only is not None:
+            raise MLLMError("bench train --device measures one part: leave out --only.")
+        with tempfile.TemporaryDirectory() as folder:
+            place = gpu.Place(Path(folder), device=device).write()
+            measured: list[Row] = gpu.measure(place, steps=steps or 12, progress=progress)
+        report("train-gpu", measured, out)
+        return measured
     if only is not None and only not in PARTS:
         raise MLLMError(f"bench train has no part {only!r}. {near(only, PARTS)}")
     rows: list[Row] = []

@@ -47,6 +47,7 @@ def _root(
 # In the order of `mllm --help`.
 app.command()(train.check)
 app.command()(train.plan)
+app.command()(train.features)
 app.command()(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command()(evaluate.score)

@@ -148,10 +148,10 @@ def bench(
     from mllm.devices import use_device
     from mllm.evaluation import bench as run_bench
 
-    if device is not None and what == "train":
-        raise MLLMError("`mllm bench train` compares on the CPU, so it takes no --device. Leave it out.")
-    use_device("cpu" if what == "train" else device)
+    use_device("cpu" if what == "train" and device is None else device)
     options: dict[str, Any] = {key: value for key, value in (("only", only), ("steps", steps)) if value is not None}
+    if what == "train" and device not in (None, "cpu"):
+        options["device"] = device
     if options and what != "train":
         raise MLLMError(f"--{next(iter(options))} is for `mllm bench train`. Leave it out.")
     if engine is not None:

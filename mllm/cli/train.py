@@ -60,6 +60,25 @@ def train(
     typer.echo(f"Trained: {run.path}" + (f" (losses in {plot})" if plot.is_file() else ""))
 
 
+def features(recipe: RecipeName, overrides: Overrides = None, device: DeviceName = None) -> None:
+    """Compute the features of a recipe's images and keep them, before anything is trained.
+
+    It can be interrupted and started again. With `accelerate launch`, every process takes a share of the images.
+    """
+    from mllm.processes import processes
+    from mllm.training.features import make_features
+    from mllm.training.signals import Interrupted
+
+    command = ["mllm", "features", recipe, *(overrides or [])]
+    try:
+        passes = make_features(recipe, overrides or [], device=device, command=command)
+    except Interrupted as error:
+        typer.echo(f"mllm: {error}", err=True)
+        raise typer.Exit(error.status) from None
+    for line in map(str, passes) if processes().is_main_process else ():
+        typer.echo(line)
+
+
 def _name_missing(recipe: str, overrides: list[str] | None) -> bool:
     """Print which runs that a recipe needs are not there yet, and return whether there are any."""
     from mllm.config import loading

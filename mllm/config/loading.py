@@ -7,6 +7,7 @@ pydantic checks. A part is given flat keyword arguments, never the recipe.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -15,12 +16,14 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from mllm.config.lm import add_quantization
 from mllm.config.messages import checked
 from mllm.config.parts import add_resize, encoders_in
 from mllm.config.recipe import Recipe, Settings
 from mllm.config.yaml_text import parse_yaml, read_yaml, resolved
 from mllm.errors import MLLMError, near
 
+CACHE = re.compile(r"((?:stages\.\d+\.)?cache)(\..+)?")  # the path of the cache's settings, or of one of them
 LONGEST_CHAIN = 32  # files, each of which extends the next
 
 
@@ -67,8 +70,20 @@ def check(values: Any, label: str) -> Recipe:
     known = {key: value for key, value in values.items() if key != "extends"}
     stages = values.get("stages")
     if isinstance(stages, list):
-        known["stages"] = [_merged(shared, stage) if isinstance(stage, dict) else stage for stage in stages]
+        known["stages"] = [_settings(shared, stage) if isinstance(stage, dict) else stage for stage in stages]
     return checked(Recipe, known, label=f"Recipe {label}")
+
+
+def _settings(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Return a recipe's or a stage's settings, merged with those over them; see `_merged`."""
+    merged: dict[str, Any] = _merged(_in_full(base), _in_full(over))
+    return merged
+
+
+def _in_full(values: dict[str, Any]) -> dict[str, Any]:
+    """Return settings in which ``cache: on`` is a mapping, as it is merged with one."""
+    short = isinstance(values.get("cache"), str | bool)
+    return {**values, "cache": {"mode": values["cache"]}} if short else values
 
 
 def _merged(base: Any, over: Any) -> Any:
@@ -105,6 +120,7 @@ def continued(recipe: Recipe, path: Path) -> Recipe:
         if encoder["resize"] is None:
             del encoder["resize"]
     add_resize(values)
+    add_quantization(values)
     return check(values, label=recipe.name)
 
 
@@ -127,7 +143,7 @@ def _read(path: Path) -> dict[str, Any]:
         following = _extended(path, content.get("extends"))
     whole = contents.pop()
     while contents:
-        whole = _merged(whole, contents.pop())
+        whole = _settings(whole, contents.pop())
     return whole
 
 
@@ -157,9 +173,20 @@ def override(config: DictConfig, overrides: Mapping[str, Any] | Sequence[str], l
     """
     for key, value in _pairs(overrides):
         try:
+            key = _beside_the_mode(config, key, value)
             OmegaConf.update(config, key, value, merge=False)
         except (OmegaConfBaseException, LookupError, AssertionError, TypeError, ValueError, RecursionError) as error:
             raise MLLMError(f"The override {key}={value} does not fit {label}: {_first_line(error)}.") from None
+
+
+def _beside_the_mode(config: DictConfig, key: str, value: Any) -> str:
+    """Return the key that an override sets: ``cache=on`` and ``cache.dtype=bfloat16`` leave each other as they are."""
+    match = CACHE.fullmatch(key)
+    present = OmegaConf.select(config, match[1]) if match else None
+    if match and match[2] and isinstance(present, str | bool):
+        OmegaConf.update(config, match[1], {"mode": present}, merge=False)
+    short = match and not match[2] and OmegaConf.is_dict(present) and isinstance(value, str | bool)
+    return f"{key}.mode" if short else key
 
 
 def _pairs(overrides: Mapping[str, Any] | Sequence[str]) -> list[tuple[str, Any]]:

@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from mllm.config.base import Finite, PartSpec, Spec, each_once
+from mllm.config.lm import DType, LMSpec
 from mllm.config.prompt import PromptSpec
 from mllm.config.tiles import TilesSpec
 
@@ -133,6 +134,7 @@ class EncoderSpec(PartSpec):
     init: Literal["pretrained", "random"] = "pretrained"
     trust_remote_code: bool = False  # run Python code from the model's repository
     tiles: TilesSpec | None = Field(default=None, discriminator="kind")  # null: every image is encoded as a whole
+    dtype: DType = "auto"  # of the weights; auto: bfloat16 on a GPU that computes in it, unless it trains
 
     @model_validator(mode="after")
     def _tiles_fit(self) -> EncoderSpec:
@@ -146,9 +148,10 @@ class EncoderSpec(PartSpec):
 
     @model_serializer(mode="wrap")
     def _without_none(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out tiles that are not named: a run that was written before is resumed unchanged."""
+        """Leave out tiles and a dtype that are not named: a run that was written before is resumed unchanged."""
         values: dict[str, Any] = write(self)
-        return {key: value for key, value in values.items() if key != "tiles" or key in self.model_fields_set}
+        later = ("tiles", "dtype")
+        return {key: value for key, value in values.items() if key not in later or key in self.model_fields_set}
 
     @model_validator(mode="before")
     @classmethod
@@ -169,7 +172,7 @@ class EncoderSpec(PartSpec):
 
     def options(self) -> dict[str, Any]:
         """Return the arguments of the encoder that differ from their defaults, without those in ``of``."""
-        return self.model_dump(exclude={"type", "of", "tiles"}, exclude_defaults=True)
+        return self.model_dump(exclude={"type", "of", "tiles", "dtype"}, exclude_defaults=True)
 
 
 def encoders_in(parts: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -188,21 +191,6 @@ def add_resize(parts: Mapping[str, Any]) -> None:
     for encoder in encoders_in(parts):
         if "resize" not in encoder and encoder.get("type", "transformers") in RESIZING:
             encoder["resize"] = "stretch"
-
-
-class LMSpec(Spec):
-    """The frozen language model."""
-
-    type: str = "transformers"
-    model: str = Field(min_length=1)
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    quantize: Literal["8bit", "4bit"] | None = None
-    init: Literal["pretrained", "random"] = "pretrained"
-    trust_remote_code: bool = False  # run Python code from the model's repository
-
-    def options(self) -> dict[str, Any]:
-        """Return the arguments of the language model; permission to run its code only where it is given."""
-        return self.model_dump(exclude={"type", *(() if self.trust_remote_code else ("trust_remote_code",))})
 
 
 class Parts(Spec):

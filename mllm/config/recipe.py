@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     BeforeValidator,
+    ByteSize,
     Field,
     PrivateAttr,
     SerializerFunctionWrapHandler,
@@ -31,6 +32,8 @@ from mllm.config.parts import (
 )
 from mllm.config.suites import EvalSpec
 
+LIMIT = ByteSize(4 * 2**30)  # of cached features: on disk with cache: auto, and in memory
+
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Rate = Annotated[float, Field(ge=0)]
 
@@ -38,7 +41,7 @@ Rate = Annotated[float, Field(ge=0)]
 class OptimSpec(Spec):
     """The optimizer and its schedule."""
 
-    name: Literal["adamw"] = "adamw"
+    name: Literal["adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit"] = "adamw"
     weight_decay: float = Field(default=0.0, ge=0)  # of matrices; vectors (biases, norms) are not decayed
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     clip: float | None = Field(default=1.0, gt=0)
@@ -54,7 +57,7 @@ class OptimSpec(Spec):
     layer_decay: float = Field(default=1.0, gt=0, le=1)  # learning rates of an encoder's block, over those of the next
     drop_path: float = Field(default=0.0, ge=0, lt=1)  # stochastic depth of an encoder that trains: of its last block
     checkpointing: bool = False  # recompute the language model's activations in the backward pass
-    compile: bool = False  # torch.compile
+    compile: bool = False  # torch.compile, of the language model's layers
 
     @model_validator(mode="after")
     def _fits_the_schedule(self) -> OptimSpec:
@@ -67,6 +70,33 @@ class OptimSpec(Spec):
         if self.schedule == "step" and self.horizon:
             raise ValueError("schedule: step ends at its last milestone: leave out horizon")
         return self
+
+
+class CacheSpec(Spec):
+    """The feature cache. A mode alone is short for a mapping: ``cache: on``."""
+
+    mode: Annotated[Literal["auto", "on", "off"], BeforeValidator(switch)] = "auto"
+    dtype: Literal["auto", "bfloat16"] = "auto"  # of the rows: as the encoder returns them, or rounded
+    limit: Annotated[ByteSize, Field(gt=0)] | None = None  # bytes on disk; null: 4 GiB with auto, no limit with on
+    memory: Annotated[ByteSize, Field(ge=2**20)] = LIMIT  # bytes in the memory of each process
+
+    @model_validator(mode="before")
+    @classmethod
+    def _mode_alone(cls, values: Any) -> Any:
+        return {"mode": values} if isinstance(values, str | bool) else values
+
+    @model_serializer(mode="wrap")
+    def _short(self, write: SerializerFunctionWrapHandler) -> Any:
+        """Return the mode alone where nothing else is set: a run that was written before is resumed unchanged."""
+        values: dict[str, Any] = write(self)
+        return values if self != CacheSpec(mode=self.mode) else self.mode
+
+    @property
+    def bytes(self) -> int | None:
+        """Return the most bytes on disk; None: there is no limit."""
+        if self.mode == "off":
+            return 0
+        return LIMIT if self.limit is None and self.mode == "auto" else self.limit
 
 
 def _no_scorer(guides: dict[str, PartSpec]) -> dict[str, PartSpec]:
@@ -86,7 +116,7 @@ class Settings(Parts):
     data: Data = Data()
     init: InitSpec = InitSpec()
     optim: OptimSpec = OptimSpec()
-    cache: Annotated[Literal["auto", "on", "off"], BeforeValidator(switch)] = "auto"
+    cache: CacheSpec = CacheSpec()
     eval: EvalSpec = EvalSpec()
     track: Annotated[
         list[Literal["tensorboard", "trackio", "wandb"]], BeforeValidator(listed)
@@ -124,7 +154,7 @@ class Stage(Settings):
             raise ValueError("a stage has either 'fit' or 'train': give one of the two")
         if self.train and self.steps is None:
             raise ValueError("a stage that trains needs 'steps'")
-        if self.train and self.data.augment and self.cache == "on":
+        if self.train and self.data.augment and self.cache.mode == "on":
             raise ValueError(
                 "data.augment changes images in every step, so features are not cached: leave out cache: on"
             )
@@ -145,10 +175,10 @@ class Stage(Settings):
         return spec if self._before is None else spec.following(self._before)
 
     @property
-    def feature_cache(self) -> str:
-        """Return ``cache``; ``off`` where the features of an image change from step to step."""
+    def feature_cache(self) -> CacheSpec:
+        """Return ``cache``; its mode is ``off`` where the features of an image change from step to step."""
         changing = self.trains("encoder") or (self.train and self.data.augment is not None)
-        return "off" if changing else self.cache
+        return CacheSpec(mode="off") if changing else self.cache
 
     def trains(self, part: str) -> bool:
         """Whether the stage trains a part by gradient, or something inside it."""

@@ -36,7 +36,7 @@ class Skipped:
                 read(member)
                 readable.append(member)
             except MLLMError as error:
-                self._note(str(error))
+                self.note(str(error))
         if not readable:
             raise MLLMError(
                 f"None of {len(members)} samples in a row could be read: {some(list(self._reasons))}. Expected some: "
@@ -44,7 +44,12 @@ class Skipped:
             )
         return readable
 
-    def _note(self, reason: str) -> None:
+    def note(self, reason: str) -> None:
+        """Skip a sample for a reason.
+
+        Raises:
+            MLLMError: more than the share has been skipped.
+        """
         if reason in self._reasons:
             return
         self._reasons[reason] = None

@@ -76,6 +76,11 @@ class Imagined(EncodesTexts):
         pixels: Tensor = self.of[0].preprocess(items)
         return pixels
 
+    def prepared(self, items: Sequence[Any]) -> Tensor:
+        """Return the image encoder's input, in as few bytes as possible."""
+        pixels: Tensor = self.of[0].prepared(items)
+        return pixels
+
     def forward(self, pixels: Tensor) -> Tensor:
         """Return the image encoder's features ``(B, P, D_vis)``."""
         features: Tensor = self.of[0](pixels)

@@ -1,4 +1,4 @@
-"""Make images square, and preprocess them with PIL as torchvision transforms would.
+"""Make images square, and preprocess them with PIL as torchvision transforms would; normalize them on any device.
 
 An encoder takes a square. An image becomes one as `encoder.resize` says: it is stretched, cropped or padded, with the
 same pixels as the PIL-based image processors of `transformers`.
@@ -6,8 +6,8 @@ same pixels as the PIL-based image processors of `transformers`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,6 +17,53 @@ from torch import Tensor
 Resize = Literal["stretch", "crop", "pad"]
 ELONGATED = 100  # the longest aspect ratio of which the whole image is resized before it is cropped or padded
 MAX_PADDED = 8000  # pixels; a larger image is reduced before it is padded
+
+
+class Normalization:
+    """Normalize pixels by a table: on any device, and with the very numbers of an image processor.
+
+    Args:
+        table: what each channel's values from 0 to 255 become ``(3, 256)``.
+    """
+
+    def __init__(self, table: Tensor) -> None:
+        self._table = table
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Return pixels ``(B, 3, H, W)`` that are bytes in the table's type; others are returned unchanged."""
+        if pixels.dtype != torch.uint8:
+            return pixels
+        if self._table.device != pixels.device:
+            self._table = self._table.to(pixels.device)
+        places = pixels.int() + 256 * torch.arange(3, dtype=torch.int, device=pixels.device)[:, None, None]
+        return self._table.flatten().index_select(0, places.flatten()).view(pixels.shape)
+
+
+def normalization_of(process: Callable[[Image.Image], Any], side: int) -> Normalization | None:
+    """Return an image processor's normalization, measured; None: a pixel does not depend on its value alone.
+
+    Args:
+        process: returns the pixels ``(1, 3, side, side)`` of a square image.
+        side: of the images.
+    """
+    draw = np.random.default_rng(0)
+    values = np.resize(np.arange(256, dtype=np.uint8), side * side)
+    gray = process(Image.fromarray(np.repeat(values.reshape(side, side, 1), 3, axis=2)))
+    color = Image.fromarray(draw.integers(0, 256, (side, side, 3), dtype=np.uint8))
+    expected = process(color)
+    if side * side < 256 or not all(_is_image(pixels, side) for pixels in (gray, expected)):
+        return None
+    normalization = Normalization(gray[0].flatten(1)[:, :256].clone())
+    return normalization if torch.equal(normalization(as_bytes([color])), expected) else None
+
+
+def _is_image(pixels: Any, side: int) -> bool:
+    return isinstance(pixels, Tensor) and pixels.shape == (1, 3, side, side)
+
+
+def as_bytes(images: Sequence[Image.Image]) -> Tensor:
+    """Return the pixels ``(B, 3, H, W)`` of RGB images of one size, as bytes."""
+    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).contiguous()
 
 
 def square(
@@ -91,6 +138,6 @@ def normalized_pixels(
     """
     resample = Image.Resampling[filter_.upper()]
     squares = [square(image, side, resize, resample, mean) for image in images]
-    values = torch.from_numpy(np.stack([np.asarray(one) for one in squares])).permute(0, 3, 1, 2)
+    values = as_bytes(squares)
     scale = [torch.tensor(list(numbers), device=values.device)[:, None, None] for numbers in (mean, std)]
     return (values / 255 - scale[0]) / scale[1]

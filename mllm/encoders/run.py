@@ -88,6 +88,11 @@ class RunEncoder(EncodesTexts):
         pixels: Tensor = self.encoder.preprocess(items)
         return pixels
 
+    def prepared(self, items: Sequence[Any]) -> Tensor:
+        """Return the input of the run's encoder, in as few bytes as possible."""
+        pixels: Tensor = self.encoder.prepared(items)
+        return pixels
+
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> Tensor:
         """Return features ``(B, P, D_vis)``."""

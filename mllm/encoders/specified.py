@@ -10,6 +10,7 @@ from torch import nn
 
 from mllm.config.parts import EncoderSpec
 from mllm.config.tiles import AnyResolutionSpec, DynamicResolutionSpec, TilesSpec
+from mllm.devices import cast, dtype_of
 from mllm.encoders.base import Shape, on_meta
 from mllm.errors import MLLMError
 from mllm.hub import published
@@ -45,7 +46,10 @@ def encoder_of(spec: EncoderSpec, *, seed: int, runs: Runs = lambda cls, options
     else:
         options["seed"] = seed
     label, cls = f"encoder {spec.model or spec.type}", lookup("encoders", spec.type)
-    return fulfilled(Encoder, label, made(cls, label, **runs(cls, options)))
+    encoder = fulfilled(Encoder, label, made(cls, label, **runs(cls, options)))
+    if spec.dtype != "auto":
+        cast(encoder, dtype_of(spec.dtype))
+    return encoder
 
 
 def _member(spec: EncoderSpec, seed: int, runs: Runs) -> Encoder:

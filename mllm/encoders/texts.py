@@ -8,8 +8,11 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from mllm.devices import moved
 from mllm.media.texts import TextSource
 from mllm.slots import Encoder
+
+Units = Tensor | TextSource  # what an encoder takes of an image: of its tiles (U, ...); or the text in its place
 
 
 class EncodesTexts(Encoder):
@@ -43,22 +46,30 @@ class ImaginesFeatures(Protocol):
         """Return vectors ``(N, X)`` of texts."""
 
 
-def features_of(encoder: Any, opened: Sequence[Any], device: torch.device) -> Tensor:
-    """Return an encoder's features ``(U, P, D_vis)`` of opened images' tiles, and of texts in images' places.
+def units_of(encoder: Encoder, tiles: Sequence[Any]) -> Units:
+    """Return an image's opened tiles as `features_of` takes them: prepared by threads; or the text in its place."""
+    return tiles[0] if isinstance(tiles[0], TextSource) else encoder.prepared(tiles)
+
+
+def features_of(encoder: Any, images: Sequence[Units], device: torch.device, chunk: int | None = None) -> Tensor:
+    """Return an encoder's features ``(U, P, D_vis)`` of images, and of texts in images' places.
 
     Args:
         encoder: one that is given a text is an `EncodesTexts`: any other has refused to open it.
-        opened: tiles, and `TextSource`s.
+        images: the units of each.
         device: of the encoder.
+        chunk: the most units of a forward pass, unless the encoder makes cells of whole images; None: all.
     """
-    texts = [number for number, tile in enumerate(opened) if isinstance(tile, TextSource)]
-    images = [number for number, tile in enumerate(opened) if not isinstance(tile, TextSource)]
-    parts = []
-    if texts:
-        parts.append(encoder.encode_texts([opened[number].text for number in texts]).to(device))
-    if images or not texts:
-        parts.append(encoder(encoder.preprocess([opened[number] for number in images]).to(device)))
-    if len(parts) == 1:
-        return parts[0]
-    order = torch.tensor([*texts, *images], device=device).argsort()
-    return torch.cat(parts)[order]
+    texts = [image.text for image in images if isinstance(image, TextSource)]
+    pixels = [image for image in images if isinstance(image, Tensor)]
+    rows: list[Tensor] = []
+    if pixels:
+        whole = torch.cat(pixels)
+        joint = encoder.tiling is not None and encoder.tiling.joint
+        parts = whole.split(len(whole) if joint or chunk is None else chunk)
+        rows = [encoder(moved(part, device)) for part in parts]
+    if not texts:
+        return torch.cat(rows)
+    of_texts = iter(encoder.encode_texts(texts).to(device).split(1))
+    of_images = iter(torch.cat(rows).split(list(map(len, pixels))) if rows else ())
+    return torch.cat([next(of_texts if isinstance(image, TextSource) else of_images) for image in images])

@@ -117,6 +117,10 @@ class Video(Encoder):
         """Return the frames' pixels ``(B, T, 3, H, W)``; of a longer clip those of its middle segment."""
         return torch.stack([self.of.preprocess(list(clip.frames)) for clip in middle(items, self.frames)])
 
+    def prepared(self, items: Sequence[Clip]) -> Tensor:
+        """Return the frames' pixels, in as few bytes as possible."""
+        return torch.stack([self.of.prepared(list(clip.frames)) for clip in middle(items, self.frames)])
+
     def forward(self, pixels: Tensor) -> Tensor:
         """Return features ``(B, P, D_vis)`` of the frames' pixels ``(B, T, 3, H, W)``."""
         features = rearrange(self.of(pixels.flatten(0, 1)), "(b t) p d -> b t p d", t=self.frames)

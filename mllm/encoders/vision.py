@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoModel
 
 from mllm.encoders.base import PretrainedEncoder, layer_of, select_tokens, sizes_of
-from mllm.encoders.preprocess import Resize, bounded, square
+from mllm.encoders.preprocess import Normalization, Resize, as_bytes, bounded, normalization_of, square
 from mllm.encoders.truncate import run_truncated, truncate
 from mllm.errors import MLLMError
 from mllm.hub import identity
@@ -71,6 +71,7 @@ class VisionModel(PretrainedEncoder):
         _check_divides(self.size, native, self.model.config)
         self.own_sizes = _scaled_sizes(self.processor, self.size / native)
         self.resize = resize or self._own_resize()
+        self._normalization = self._find_normalization()
         self.set_fingerprint(
             folder,
             init,
@@ -92,7 +93,18 @@ class VisionModel(PretrainedEncoder):
 
     def preprocess(self, items: Sequence[Image.Image]) -> Tensor:
         """Return the pixels ``(B, 3, H, W)`` of RGB images, made square, from the model's image processor."""
+        if self._normalization is not None:
+            return self._normalization(self.prepared(items))
         return self._processed(items, self.resize)["pixel_values"]
+
+    def prepared(self, items: Sequence[Image.Image]) -> Tensor:
+        """Return RGB images, made square, as bytes ``(B, 3, H, W)``; `preprocess`'s pixels where the processor differs.
+
+        What remains, the normalization, takes place where the weights are.
+        """
+        if self._normalization is None or self.resize == "own":
+            return self.preprocess(items)
+        return as_bytes(self._squares(items, self.resize))
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Return features ``(B, P, D_vis)`` of pixels ``(B, 3, H, W)``."""
@@ -133,12 +145,22 @@ class VisionModel(PretrainedEncoder):
         """Make images square, with the processor's resampling filter; the processor does the rest."""
         if resize == "own":
             return self.processor(images=[bounded(image) for image in images], return_tensors="pt", **self.own_sizes)
-        mean = np.broadcast_to(getattr(self.processor, "image_mean", None) or 0.0, 3).tolist()
-        squares = [square(image, self.size, resize, self.resample, mean) for image in images]
+        squares = self._squares(images, resize)
         options = {name: False for name in ("do_resize", "do_center_crop", "do_pad") if hasattr(self.processor, name)}
         if hasattr(self.processor, "max_num_patches"):  # it splits images into patches itself
             options["max_num_patches"] = (self.size // self.processor.patch_size) ** 2
         return self.processor(images=squares, return_tensors="pt", **options)
+
+    def _squares(self, images: Sequence[Image.Image], resize: Resize) -> list[Image.Image]:
+        mean = np.broadcast_to(getattr(self.processor, "image_mean", None) or 0.0, 3).tolist()
+        return [square(image, self.size, resize, self.resample, mean) for image in images]
+
+    def _find_normalization(self) -> Normalization | None:
+        """Return what the image processor does behind making images square; None: more than to normalize pixels."""
+        if self.processor is None or self.resize == "own":  # on the meta device
+            return None
+        with torch.device("cpu"):
+            return normalization_of(lambda image: self._processed([image], self.resize)["pixel_values"], self.size)
 
     def _find_constant_inputs(self) -> dict[str, Any]:
         """Return the forward's further arguments; they are the same for every image, since all have one size."""
@@ -161,7 +183,8 @@ class VisionModel(PretrainedEncoder):
 
     def _raw(self, pixels: Tensor) -> Tensor:
         """Return the output in use: tokens ``(B, N, D)``, a map ``(B, D, h, w)`` or a pooled vector ``(B, D)``."""
-        pixels = pixels.to(self.model.device, self.model.dtype)
+        pixels = pixels.to(self.model.device)
+        pixels = (pixels if self._normalization is None else self._normalization(pixels)).to(self.model.dtype)
         rows = {key: _repeated(value, pixels) for key, value in self._constant_inputs.items()}
         output = self.model(pixels, **rows, **self._states)
         if self.layer is not None:

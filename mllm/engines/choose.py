@@ -60,14 +60,37 @@ def _options_of(given: str | Sequence[str] | Mapping[str, Any]) -> dict[str, Any
     return {"type": "url", "urls": [url.strip() for text in urls for url in str(text).split(",")]}
 
 
-def build_lm(spec: AssemblySpec, *, device: torch.device | None = None, engine: Engine | None = None) -> Any:
+def build_lm(
+    spec: AssemblySpec,
+    *,
+    device: torch.device | None = None,
+    engine: Engine | None = None,
+    computes: torch.dtype | None = None,
+) -> Any:
     """Return the language model; None where the specification has none.
 
-    Quantized weights are built on ``device`` (None: the CPU), and an ``engine`` will run the layers, if there is one.
+    Args:
+        spec: the specification. What trains in the language model is kept in float32, with the rest of it: in half
+            precision most updates are rounded away.
+        device: on which quantized weights are built; None: the CPU.
+        engine: what will run its layers, if anything does.
+        computes: the type in which it computes, if it is frozen; None: as it is stored.
+
+    Raises:
+        MLLMError: it trains and is to be in float16, or something in its options is wrong.
     """
     if spec.lm is None:
         return None
     cls, options = lookup("lms", spec.lm.type), spec.lm.options()
+    if spec.trains("lm"):
+        if spec.lm.dtype == "float16":
+            raise MLLMError(
+                "lm.dtype is float16, in which training diverges, and a stage trains the language model. Leave out "
+                "lm.dtype, or use LoRA."
+            )
+        options["dtype"] = "float32"
+    elif computes is not None and options["dtype"] == "auto" and spec.lm.quantize is None:
+        options["dtype"] = str(computes).removeprefix("torch.")
     if engine is not None:
         cls, options["engine"] = EngineLanguageModel, engine
     if device is not None and "device" in inspect.signature(cls).parameters:

@@ -34,7 +34,7 @@ def _problems(model: Model) -> Iterator[str]:
     if options.get("init", "pretrained") != "pretrained":
         yield "its language model has random weights (lm.init), which are in no file"
     if options.get("quantize"):
-        yield f"its language model is quantized when it is loaded (lm.quantize: {options['quantize']})"
+        yield f"its language model is quantized when it is loaded (lm.quantize: {options['quantize']['kind']})"
     if model.lm.model.config.is_encoder_decoder:
         yield "its language model is an encoder-decoder, whose prompts are no sequence of one decoder"
     if trained := [path for path in spec.trained if path.partition(".")[0] == "lm"]:

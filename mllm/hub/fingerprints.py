@@ -45,12 +45,12 @@ def fingerprint(folder: str) -> str:
 def file_hash(file: Path) -> str:
     """Return a file's SHA-256, computed once as long as the file is not written."""
     path = file.resolve()  # in the cache of the Hub a file is a link
-    state = _state(path)
+    state = state_of(path)
     known = _hashes.get((path, state)) or _kept_hash(path, state)
     if known is None:
         with path.open("rb") as stream:
             known = hashlib.file_digest(stream, "sha256").hexdigest()
-        if _state(path) != state or not _settled(state):
+        if state_of(path) != state or not _settled(state):
             return known
         _keep_hash(path, state, known)
     _hashes[path, state] = known
@@ -65,7 +65,8 @@ def tensor_hash(module: nn.Module, without: Container[str] = ()) -> str:
 def hash_of_tensors(tensors: Mapping[str, Tensor], text: str = "") -> str:
     """Return a SHA-256 of the names, shapes, dtypes and bytes of tensors, and of a text before them."""
     digest = hashlib.sha256(text.encode())
-    for name, tensor in sorted(tensors.items()):
+    for name in sorted(tensors):
+        tensor = tensors[name]
         digest.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode())
         tensor = getattr(tensor, "full_tensor", lambda local=tensor: local)()  # gathers a sharded tensor
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
@@ -90,7 +91,7 @@ def weight_files(folder: str) -> list[Path]:
     raise MLLMError(f"{folder} contains no weights: expected *.safetensors. Save the model there with save_pretrained.")
 
 
-def _state(path: Path) -> State:
+def state_of(path: Path) -> State:
     """Return what changes when a file is written or replaced: size, times and inode."""
     status = os.stat(path)
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino

@@ -8,7 +8,7 @@ at the positions asked for.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -38,11 +38,12 @@ class LanguageModel(nn.Module):
     Args:
         model: an installed part (``mllm/smollm2-135m``), a hub id or a folder.
         dtype: of the weights; ``auto``: as they are stored.
-        quantize: ``8bit`` (LLM.int8, arXiv:2208.07339) or ``4bit`` (NF4, arXiv:2305.14314), by bitsandbytes.
+        quantize: by bitsandbytes (LLM.int8, arXiv:2208.07339; NF4, arXiv:2305.14314), as a recipe says.
         init: ``random`` keeps the architecture and initializes the weights at random (a control).
         seed: of the random weights.
         trust_remote_code: run Python code from the model's repository.
         device: on which quantized weights are built; others are loaded on the CPU.
+        attn_implementation: of the attention, as `transformers` names it (``sdpa``, ``flash_attention_2``, ...).
 
     Attributes:
         model: the model of `transformers`.
@@ -57,11 +58,12 @@ class LanguageModel(nn.Module):
         *,
         model: str,
         dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
-        quantize: Literal["8bit", "4bit"] | None = None,
+        quantize: Mapping[str, Any] | None = None,
         init: Literal["pretrained", "random"] = "pretrained",
         seed: int = 0,
         trust_remote_code: bool = False,
         device: torch.device | str = "cpu",
+        attn_implementation: str | None = None,
     ) -> None:
         super().__init__()
         folder = hub.resolve(model, group="lms")
@@ -70,7 +72,12 @@ class LanguageModel(nn.Module):
         options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
         if quantize is not None:
             # Without a map, transformers puts them on a GPU where there is one, whatever the rest of the model does.
-            options |= {"quantization_config": quantization(quantize), "device_map": {"": device}}
+            options |= {
+                "quantization_config": quantization(quantize, torch.device(device)),
+                "device_map": {"": device},
+            }
+        if attn_implementation is not None:
+            options["attn_implementation"] = attn_implementation
         self._folder, self._init, self._code = folder, init, code
         self.model = frozen(self._load(folder, init=init, seed=seed, **options))
         self.text = TextTokenizer(tokenizer, self.model)

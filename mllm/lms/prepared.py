@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
+
+from mllm.devices import computes_in_bfloat16
 
 
 def frozen(model: Any) -> Any:
@@ -26,10 +30,20 @@ def _make_contiguous(_: nn.Module, args: Any) -> Any:
     return (args[0].contiguous(), *args[1:])
 
 
-def quantization(kind: str) -> Any:
-    """Return the configuration of a quantization by bitsandbytes, ``8bit`` or ``4bit``."""
+def quantization(spec: Mapping[str, Any], device: torch.device) -> Any:
+    """Return the configuration of bitsandbytes for a device, of an `mllm.config.parts.QuantizeSpec`'s values."""
     from transformers import BitsAndBytesConfig
 
     # It appears in every pass of a float32 model: 8-bit layers cast their inputs.
     warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
-    return BitsAndBytesConfig(load_in_8bit=kind == "8bit", load_in_4bit=kind == "4bit", bnb_4bit_quant_type="nf4")
+    if spec["kind"] == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute = spec["compute"]
+    if compute == "auto":
+        compute = "bfloat16" if computes_in_bfloat16(device) else None
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=spec["type"],
+        bnb_4bit_use_double_quant=spec["double"],
+        bnb_4bit_compute_dtype=compute,
+    )

@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 MAX_LOGITS = 2**25  # that exist at once: 128 MiB in float32
+MAX_LOGITS_ON_GPU = 2**28
 
 
 def run_body(model: Any, **inputs: Any) -> Any:
@@ -67,7 +68,7 @@ def losses(
     output_class: type,
     *,
     smoothing: float = 0.0,
-    max_logits: int = MAX_LOGITS,
+    max_logits: int | None = None,
 ) -> Tensor:
     """Return the negative log-likelihood ``(N,)`` of the tokens ``targets (N,)`` that follow ``hidden (N, D_lm)``.
 
@@ -77,14 +78,15 @@ def losses(
         targets: ids.
         output_class: of the body, as for `project`.
         smoothing: label smoothing.
-        max_logits: that exist at once. Several chunks are recomputed in backward, one by one.
+        max_logits: that exist at once; None: by the device. Several chunks are recomputed in backward, one by one.
     """
 
     def chunk_losses(states: Tensor, ids: Tensor) -> Tensor:
         logits = project(model, states, output_class).float()
         return cross_entropy(logits, ids, reduction="none", label_smoothing=smoothing)
 
-    size = max(1, max_logits // model.get_output_embeddings().weight.shape[0])
+    most = max_logits or (MAX_LOGITS_ON_GPU if hidden.device.type == "cuda" else MAX_LOGITS)
+    size = max(1, most // model.get_output_embeddings().weight.shape[0])
     if len(targets) <= size:
         return chunk_losses(hidden, targets)
     chunks = zip(hidden.split(size), targets.split(size), strict=True)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from pydantic import ByteSize
+
 from mllm.config.recipe import Stage
 from mllm.errors import MLLMError
 from mllm.planning.draft import Draft
 from mllm.planning.plan import Setting, plan_stage
 
+LEAST = ByteSize(256 * 2**20)  # of cached features in memory: the others are read from disk
 UNITS = {"": 1, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
@@ -33,8 +36,8 @@ def bytes_of(text: str) -> int:
 def fitting(stage: Stage, number: int, setting: Setting, limit: int) -> list[str] | None:
     """Return overrides with which a stage takes no more than ``limit`` bytes.
 
-    A smaller batch is accumulated, so that a step sees as many examples. After it come features that are not cached,
-    bfloat16 weights, activation checkpointing, 8-bit and 4-bit weights.
+    A smaller batch is accumulated, so that a step sees as many examples. After it come fewer features in memory (on a
+    CPU), bfloat16 weights, activation checkpointing, 8-bit and 4-bit weights.
 
     Args:
         stage: the stage.
@@ -46,7 +49,7 @@ def fitting(stage: Stage, number: int, setting: Setting, limit: int) -> list[str
         The overrides, none where the stage fits as it is; None where all of them are not enough.
     """
     changes: dict[str, Any] = {}
-    for change in ({}, *_changes(stage)):
+    for change in ({}, *_changes(stage, setting)):
         changes |= change
         size = _largest_batch(_with(stage, changes), setting, limit)
         if size is not None:
@@ -54,9 +57,11 @@ def fitting(stage: Stage, number: int, setting: Setting, limit: int) -> list[str
     return None
 
 
-def _changes(stage: Stage) -> list[dict[str, Any]]:
+def _changes(stage: Stage, setting: Setting) -> list[dict[str, Any]]:
     """Return what may be changed beside the batch, in order."""
-    changes: list[dict[str, Any]] = [{"cache": "off"}] if stage.feature_cache != "off" else []
+    changes: list[dict[str, Any]] = []
+    if setting.device == "cpu" and stage.feature_cache.mode != "off" and stage.cache.memory > LEAST:
+        changes.append({"cache.mode": stage.cache.mode, "cache.memory": LEAST})
     if stage.lm is None:
         return changes
     changes += [{"lm.dtype": "bfloat16"}] if stage.lm.dtype != "bfloat16" else []

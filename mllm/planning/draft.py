@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import astuple
 from functools import cached_property
 from typing import Any, Literal
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from mllm.config.parts import PARTS
 from mllm.config.recipe import Stage
-from mllm.encoders.feature_store import FeatureStore
+from mllm.encoders.feature_store import CHUNK
 from mllm.fits.build import fit_of
 from mllm.planning.paper import meta_model
 from mllm.planning.sizes import cache_bytes, parameters_of
@@ -20,7 +19,8 @@ from mllm.planning.trace import Cost, Paper, cost
 from mllm.planning.workload import Rows
 from mllm.training.batches import rows_at_once
 from mllm.training.guides import assembly_of, open_guides
-from mllm.training.setup import Objectives, optimizer_for, parameter_groups, precision, recompute
+from mllm.training.optimizers import optimizer_for
+from mllm.training.setup import Objectives, parameter_groups, precision, recompute, set_up
 
 Device = Literal["cpu", "gpu"]
 FEW = 4  # rows that are computed of a batch of many
@@ -55,7 +55,8 @@ class Draft:
         self.objectives = Objectives(stage)
         self.trained: list[nn.Parameter] = []
         if stage.train:
-            optimizer = optimizer_for(self.model, stage, parameter_groups(self.model, stage))
+            set_up(self.model, stage)
+            optimizer = optimizer_for(stage.optim, parameter_groups(self.model, stage))
             self.trained = [p for group in optimizer.param_groups for p in group["params"]]
 
     def step(self, rows: Rows) -> Cost:
@@ -145,8 +146,7 @@ class Draft:
         """
         if not self.encoder_known or not tiles:
             return Cost()
-        chunk = inspect.signature(FeatureStore).parameters["chunk"].default
-        chunk = self.model.tiles_per_image if self.model.joint else chunk
+        chunk = self.model.tiles_per_image if self.model.joint else CHUNK
         pixels = self.paper.empty(min(chunk, tiles), *self.model.encoder.shape)
         with torch.no_grad():
             one = cost(lambda: self.model.encoder(pixels))

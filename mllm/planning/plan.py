@@ -12,16 +12,15 @@ from typing import Any, Literal
 
 from mllm.config import loading
 from mllm.config.recipe import Stage
-from mllm.encoders.feature_store import LIMIT
 from mllm.errors import MLLMError
 from mllm.planning.draft import Device, Draft
+from mllm.planning.feature_cache import Cache, encoded_images, kept_bytes, plan_cache
 from mllm.planning.needs import planned_needs
-from mllm.planning.sizes import PartSize, feature_bytes, frozen_layers, loading_bytes, part_sizes
+from mllm.planning.sizes import PartSize, frozen_layers, loading_bytes, part_sizes
 from mllm.planning.trace import Cost
 from mllm.planning.workload import Workload, workload
 
 Sharding = Literal["none", "fsdp"]
-WORTH = 0.1  # of a stage's FLOPs; a cache that saves less is not recommended
 LIBRARIES = {"cpu": 180 * 2**20, "gpu": 0}  # bytes that come with the first model: late imports, code, tokenizer
 HEAP = {"cpu": 1.6, "gpu": 1.1}  # size of an allocator's heap over the bytes alive in it; not measured on GPUs
 
@@ -59,7 +58,7 @@ class Memory:
     gradients: int
     optimizer: int
     activations: int  # of a step
-    features: int  # cached in memory
+    features: int  # cached in the host's memory
     loading: int  # while the weights are read
     peak: int
     phase: str
@@ -73,17 +72,6 @@ class Flops:
     connector: int
     lm: int
     total: int  # of the stage, where cached features are computed once
-
-
-@dataclass(frozen=True)
-class Cache:
-    """The feature cache: its size, the share of FLOPs that it saves, and whether it is recommended."""
-
-    bytes: int
-    saves_later: float  # of an example's FLOPs, when its image is read again
-    saves: float  # of the stage's FLOPs
-    recommended: bool
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -148,7 +136,14 @@ def plan_stage(draft: Draft, setting: Setting) -> StagePlan:
     step = draft.step(load.largest)
     typical = step.flops if load.typical is load.largest else draft.step(load.typical).flops
     flops = _flops(draft, load, typical, setting)
-    cache = _cache(draft, load, flops)
+    cache = plan_cache(
+        draft,
+        load,
+        encoder=flops.encoder,
+        rest=(flops.connector + flops.lm) * (stage.steps or 0),
+        rate=_encoder_rate(setting),
+        processes=setting.processes,
+    )
     return StagePlan(
         name=stage.name,
         steps=stage.steps,
@@ -159,7 +154,7 @@ def plan_stage(draft: Draft, setting: Setting) -> StagePlan:
         tokens_per_image=draft.model.tokens_per_image,
         kv_bytes=draft.kv_bytes(),
         parts=part_sizes(draft.model, stage, draft.trained),
-        memory=_memory(draft, load, step, cache, setting),
+        memory=_memory(draft, load, step, setting),
         flops=flops,
         cache=cache,
         seconds=_seconds(flops, stage, setting),
@@ -167,12 +162,13 @@ def plan_stage(draft: Draft, setting: Setting) -> StagePlan:
     )
 
 
-def _memory(draft: Draft, load: Workload, step: Cost, cache: Cache, setting: Setting) -> Memory:
+def _memory(draft: Draft, load: Workload, step: Cost, setting: Setting) -> Memory:
     """Return the memory of one process."""
     parts = part_sizes(draft.model, draft.stage, draft.trained)
     weights = sum(part.bytes for part in parts)
     gradients = sum(p.numel() * p.element_size() for p in draft.trained)
-    optimizer = 2 * gradients
+    few_bits = "8bit" in draft.stage.optim.name  # a byte for each of two states
+    optimizer = 2 * (sum(p.numel() for p in draft.trained) if few_bits else gradients)
     activations = step.peak if draft.stage.optim.accumulate > 1 else max(0, step.peak - gradients)
     if setting.processes > 1:
         gradients *= 2  # DDP's buckets
@@ -180,8 +176,7 @@ def _memory(draft: Draft, load: Workload, step: Cost, cache: Cache, setting: Set
         layers = frozen_layers(draft.model)
         activations += 2 * max(layers, default=0)  # one at a time is gathered, and then assembled
         weights -= sum(layers) - -(-sum(layers) // setting.processes)
-    kept = 0 if draft.stage.feature_cache == "off" else cache.bytes
-    features = min(kept, LIMIT) if draft.stage.feature_cache == "auto" else kept
+    features = 0 if draft.model.encoder is None else min(kept_bytes(draft, load), draft.stage.cache.memory)
     encoding = 0 if draft.model.encoder_trains else draft.encode(draft.model.tiles_of(load.largest.shown)).peak
     phases = {
         "a step": gradients + activations,
@@ -190,7 +185,8 @@ def _memory(draft: Draft, load: Workload, step: Cost, cache: Cache, setting: Set
         "the fit": draft.fit().peak,
     }
     phase = max(phases, key=lambda name: phases[name])
-    working = weights + optimizer + features + round(phases[phase] * HEAP[setting.device])
+    hosted = features if setting.device == "cpu" else 0  # a GPU has the features of its batch alone
+    working = weights + optimizer + hosted + round(phases[phase] * HEAP[setting.device])
     loading = loading_bytes(draft.stage, parts)
     if loading > working:
         phase = "loading"
@@ -204,7 +200,7 @@ def _flops(draft: Draft, load: Workload, step: int, setting: Setting) -> Flops:
     times = stage.optim.accumulate * setting.processes
     connector = draft.connector(load.typical).flops if draft.trained else 0
     encoder = draft.image.flops
-    images = 0 if trains else load.reads if stage.feature_cache == "off" else load.images
+    images = 0 if trains or draft.model.encoder is None else encoded_images(draft, load)
     total = encoder * images + step * times * (stage.steps or 0)
     return Flops(encoder, connector * times, (step - connector) * times, total)
 
@@ -212,31 +208,11 @@ def _flops(draft: Draft, load: Workload, step: int, setting: Setting) -> Flops:
 def _seconds(flops: Flops, stage: Stage, setting: Setting) -> float | None:
     if setting.flops is None:
         return None
-    rate = setting.flops * setting.utilisation
+    rate, encoder_rate = setting.flops * setting.utilisation, _encoder_rate(setting)
     steps = (flops.connector + flops.lm) * (stage.steps or 0)
-    return (steps / rate + (flops.total - steps) / (setting.encoder_flops or rate)) / setting.processes
+    return (steps / rate + (flops.total - steps) / (encoder_rate or rate)) / setting.processes
 
 
-def _cache(draft: Draft, load: Workload, flops: Flops) -> Cache:
-    """Return whether the feature cache is recommended, and why."""
-    if draft.model.encoder is None:
-        return Cache(0, 0.0, 0.0, False, "there is no encoder")
-    if draft.model.encoder_trains:
-        return Cache(0, 0.0, 0.0, False, "the encoder trains, so its features change")
-    size = feature_bytes(draft.model.encoder) * draft.model.tiles_per_image * load.images
-    storage = f"{size / 1e9:,.1f} GB"
-    if not draft.encoder_known:
-        return Cache(size, 0.0, 0.0, False, f"only the shape of the encoder is known; the features take {storage}")
-    rest = (flops.connector + flops.lm) * (draft.stage.steps or 0)
-    whole = flops.encoder * load.reads + rest
-    later = flops.encoder * load.reads / max(1, whole)
-    saves = flops.encoder * (load.reads - load.images) / max(1, whole)
-    epochs = load.reads / max(1, load.images)
-    again = f"an image that is read again takes {later:.0%} fewer FLOPs"
-    if saves >= WORTH:
-        reason = f"{again}; in {epochs:.1f} epochs it saves {saves:.0%} of the stage's, for {storage}"
-    elif epochs < 1.05:
-        reason = f"every image is read once in this stage ({again}; {storage})"
-    else:
-        reason = f"it saves {saves:.0%} of the stage's FLOPs in {epochs:.1f} epochs, for {storage} ({again})"
-    return Cache(size, later, saves, saves >= WORTH, reason)
+def _encoder_rate(setting: Setting) -> float | None:
+    """Return the FLOP/s that the encoder reaches; None: not known."""
+    return setting.encoder_flops or (None if setting.flops is None else setting.flops * setting.utilisation)

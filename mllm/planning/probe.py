@@ -18,7 +18,8 @@ from mllm.planning.draft import Draft
 from mllm.planning.workload import workload
 from mllm.training.batches import parts
 from mllm.training.guides import assembly_of, open_guides
-from mllm.training.setup import Objectives, optimizer_for, parameter_groups, precision
+from mllm.training.optimizers import optimizer_for
+from mllm.training.setup import Objectives, parameter_groups, precision, set_up
 
 REPEATS = 3
 IMAGES = 8
@@ -40,7 +41,8 @@ def probe(recipe: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> tup
     accelerator = Accelerator(mixed_precision=precision(stage))
     model: Any = build(assembly_of(stage))
     open_guides(model, stage)
-    optimizer = optimizer_for(model, stage, parameter_groups(model, stage))
+    set_up(model, stage)
+    optimizer = optimizer_for(stage.optim, parameter_groups(model, stage))
     objectives = Objectives(stage)
     rows = workload(model, stage, processes=1, images=None, text=None).typical
     draft = Draft(stage, "cpu" if accelerator.device.type == "cpu" else "gpu")

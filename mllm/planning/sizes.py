@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mllm.config.parts import PARTS, EncoderSpec, LMSpec
+from mllm.config.lm import LMSpec
+from mllm.config.parts import PARTS, EncoderSpec
 from mllm.config.recipe import Stage
 from mllm.hub import loading as hub
 from mllm.model import Model
@@ -63,11 +64,11 @@ def frozen_layers(model: Model) -> list[int]:
     return [sum(p.numel() * p.element_size() for p in weights) for weights in frozen]
 
 
-def feature_bytes(encoder: Any) -> int:
-    """Return the bytes of one image's features."""
+def feature_bytes(encoder: Any, *, rounded: bool = False) -> int:
+    """Return the bytes of the features of an image or a tile: as the encoder returns them, or rounded to 16 bits."""
     if encoder is None:
         return 0
-    width = next((p.element_size() for p in encoder.parameters()), 4)
+    width = 2 if rounded else next((p.element_size() for p in encoder.parameters()), 4)
     return int(encoder.num_patches * encoder.dim * width)
 
 
@@ -85,13 +86,13 @@ def parameters_of(part: nn.Module | None) -> Iterator[nn.Parameter]:
 
 def _bytes(model: Model, stage: Stage, name: str, parameters: Sequence[nn.Parameter]) -> int:
     full = sum(p.numel() * p.element_size() for p in parameters)
-    kind = stage.lm.quantize if name == "lm" and stage.lm else None
-    if kind is None:
+    quantize = stage.lm.quantize if name == "lm" and stage.lm else None
+    if quantize is None:
         return full
     head = model.lm.model.get_output_embeddings()
     maps = [m.weight for m in model.lm.model.modules() if isinstance(m, nn.Linear) and m is not head]
     kept = full - sum(p.numel() * p.element_size() for p in maps)
-    return kept + round(sum(p.numel() for p in maps) * BYTES_A_WEIGHT[kind])
+    return kept + round(sum(p.numel() for p in maps) * BYTES_A_WEIGHT[quantize.kind])
 
 
 def _stored(spec: EncoderSpec | LMSpec | None, group: str) -> int:

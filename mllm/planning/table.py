@@ -89,7 +89,7 @@ _MEMORY: list[Row] = [
     ("memory: weights", lambda s: size(s.memory.weights)),
     ("gradients, optimizer", lambda s: f"{size(s.memory.gradients)}, {size(s.memory.optimizer)}"),
     ("activations of a step", lambda s: size(s.memory.activations)),
-    ("cached features", lambda s: size(s.memory.features)),
+    ("cached features, of the host", lambda s: size(s.memory.features)),
     ("peak of a process", lambda s: f"{size(s.memory.peak)} ({s.memory.phase})"),
 ]
 _WORK: list[Row] = [
@@ -98,6 +98,6 @@ _WORK: list[Row] = [
     ("language model, a step", lambda s: count(s.flops.lm)),
     ("the whole stage", lambda s: count(s.flops.total)),
     ("steps, examples", lambda s: f"{s.steps or '-'}, {s.examples:,}"),
-    ("images, their features", lambda s: f"{s.images:,}, {size(s.cache.bytes)}"),
+    ("images, their features", lambda s: f"{s.images:,}, {size(s.cache.bytes)} ({size(s.cache.disk)} on disk)"),
     ("time", lambda s: duration(s.seconds)),
 ]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mllm.devices import moved
 from mllm.prompts.pieces import (
     Control,
     Counts,
@@ -54,7 +55,7 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on a device."""
-        return Batch(*(tensor.to(device) for tensor in (self.ids, self.visual, self.mask, self.labels)))
+        return Batch(*(moved(tensor, device) for tensor in (self.ids, self.visual, self.mask, self.labels)))
 
 
 def encode(pieces: Sequence[Piece], *, lm: Any, num_visual: Counts, start: bool = True) -> Encoded:

@@ -6,10 +6,12 @@ so only memory changes, and on a CPU the speed: a layer's activations of few row
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +33,18 @@ POSITIONS = 1024  # of a part on a CPU, in float32: four rows of LLaVA's 196 vis
 Part = tuple[Rows, Tensor | None, Batch]
 
 
+class Drawn(NamedTuple):
+    """A batch's examples, drawn and encoded in a thread.
+
+    Args:
+        rows: the examples.
+        batch: their ids, on the host; None where the model generates no text, or a prompt cannot be encoded.
+    """
+
+    rows: Rows
+    batch: Batch | None = None
+
+
 def training_sources(stage: Stage) -> list[Source]:
     """Return the sources of a stage's training data.
 
@@ -44,7 +58,7 @@ def training_sources(stage: Stage) -> list[Source]:
 
 
 class Batches:
-    """A stage's batches: drawn with its seed, opened in advance, without the examples that cannot be read.
+    """A stage's batches: drawn with its seed, prepared in advance, without the examples that cannot be read.
 
     Args:
         model: what they are encoded for.
@@ -75,17 +89,20 @@ class Batches:
         self._skipped = Skipped(stage.data.skip, total, partial(log, stage=stage.name))
         self._rank, self._world = rank, world
 
-    def steps(self, done: int, total: int) -> Iterator[tuple[int, list[Rows]]]:
-        """Yield each step's number and its accumulated batches, while the images of the next step are being opened.
+    def steps(self, done: int, total: int) -> Iterator[tuple[int, list[Drawn]]]:
+        """Yield each step's number and its accumulated batches, while those of the next step are being prepared.
 
         ``done``: steps that are passed over; none of their images is opened.
         """
         stream = self.stream()
         stream.skip(done * self._stage.optim.accumulate, self._stage.batch_size)
-        upcoming = self._take(stream)
-        for step in range(done + 1, total + 1):
-            batches, upcoming = upcoming, self._take(stream) if step < total else []
-            yield step, batches
+        with ThreadPoolExecutor(1) as loader:
+            upcoming = loader.submit(self._take, stream)
+            for step in range(done + 1, total + 1):
+                batches = upcoming.result()
+                if step < total:
+                    upcoming = loader.submit(self._take, stream)
+                yield step, batches
 
     def stream(self) -> Stream:
         """Return the stage's examples from the first one on."""
@@ -98,26 +115,32 @@ class Batches:
             data=self._stage.data,
         )
 
-    def readable(self, rows: Rows) -> Micro:
+    def readable(self, drawn: Drawn) -> Micro:
         """Return a batch's inputs without the examples that are unreadable or too long, which are sought on failure.
 
         The others weigh by their tokens, as always; and a run that is resumed leaves out the same examples.
         """
+        pack = self._stage.data.pack
         try:
-            return inputs(self._model, rows, self._store, pack=self._stage.data.pack)
+            return inputs(self._model, drawn.rows, self._store, pack=pack, batch=drawn.batch)
         except MLLMError:
-            rows = self._skipped.readable(rows, self._read)
-            return inputs(self._model, rows, self._store, pack=self._stage.data.pack)
+            rows = self._skipped.readable(drawn.rows, self._read)
+            return inputs(self._model, rows, self._store, pack=pack)
 
-    def _take(self, stream: Stream) -> list[Rows]:
-        """Return a step's batches, and start to open their images."""
+    def _take(self, stream: Stream) -> list[Drawn]:
+        """Return a step's batches, and start to prepare their images."""
         stage = self._stage
         batches: list[Rows] = [
             stream.take(stage.batch_size, rank=self._rank, world=self._world) for _ in range(stage.optim.accumulate)
         ]
         if self._model.encoder is not None:
             self._store.expect([image for rows in batches for pieces in rows for image in images_of(pieces)])
-        return batches
+        return [Drawn(rows, self._encoded(rows)) for rows in batches]
+
+    def _encoded(self, rows: Rows) -> Batch | None:
+        with contextlib.suppress(MLLMError):  # it is raised where the batch is used, and its examples can be left out
+            return encoded(self._model, rows, pack=self._stage.data.pack)
+        return None
 
     def _read(self, pieces: list[Piece]) -> None:
         """Raise the error of an example that cannot be read."""
@@ -127,21 +150,34 @@ class Batches:
             self._model.encoder.open(image)
 
 
-def inputs(model: Model, rows: Rows, store: FeatureStore, *, pack: int | None = None) -> Micro:
-    """Return examples, features ``(U, P, D_vis)`` of their tiles (while the encoder trains, pixels), and their ids.
+def encoded(model: Model, rows: Rows, *, pack: int | None = None) -> Batch | None:
+    """Return the ids of examples, on the host; None: the model generates no text.
 
     ``pack``: the length of a row that several examples share.
     """
+    if not model.generates_text:
+        return None
+    return collate([model.encode(pieces) for pieces in rows], model.lm.pad, pack=pack)
+
+
+def inputs(
+    model: Model, rows: Rows, store: FeatureStore, *, pack: int | None = None, batch: Batch | None = None
+) -> Micro:
+    """Return examples, features ``(U, P, D_vis)`` of their tiles (while the encoder trains, pixels), and their ids.
+
+    Args:
+        model: what they are for.
+        rows: the examples.
+        store: of the encoder's features.
+        pack: as for `encoded`.
+        batch: what `encoded` has returned; None: it is called.
+    """
     images = [image for pieces in rows for image in images_of(pieces)]
-    batch = None
-    if model.generates_text:
-        batch = collate([model.encode(pieces) for pieces in rows], model.lm.pad, pack=pack).to(model.device)
+    batch = encoded(model, rows, pack=pack) if batch is None else batch
+    batch = None if batch is None else batch.to(model.device)
     if not images or model.encoder is None:
         return rows, None, batch
-    if model.encoder_trains:
-        tiles = [tile for image in images for tile in model.encoder.tiles(store.opened(image))]
-        return rows, model.encoder.preprocess(tiles).to(model.device), batch
-    return rows, store(images), batch
+    return rows, store.units(images) if model.encoder_trains else store(images), batch
 
 
 def check_augmentation(stage: Stage, model: Model) -> None:

@@ -9,7 +9,7 @@ from mllm.config.recipe import Stage
 from mllm.encoders.feature_store import FeatureStore
 from mllm.model import Model
 from mllm.prompts.pieces import images_of
-from mllm.training.batches import Batches
+from mllm.training.batches import Batches, Drawn
 
 CALIBRATION_EXAMPLES = 32
 
@@ -18,10 +18,11 @@ def calibrate_new(model: Model, stage: Stage, batches: Batches, store: FeatureSt
     """Scale the connector that a stage trains, unless it was trained, fitted or taken from another run before."""
     if model.calibrated or not stage.trains("connector") or not model.generates_text:
         return
-    rows, _, _ = batches.readable(batches.stream().take(CALIBRATION_EXAMPLES))
+    rows, features, _ = batches.readable(Drawn(batches.stream().take(CALIBRATION_EXAMPLES)))
     images = [image for pieces in rows for image in images_of(pieces)]
     if images:
-        calibrate(model, model.arranged(store(images), model.layouts(images)))
+        features = store(images) if model.encoder_trains or features is None else features
+        calibrate(model, model.arranged(features, model.layouts(images)))
     model.calibrated = True
 
 

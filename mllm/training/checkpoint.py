@@ -219,7 +219,7 @@ def set_optimizer(optimizer: Any, tensors: Tensors, rates: list[float]) -> None:
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     for parameter, entry in optimizer.state.items():
         for key, value in entry.items():
-            if value.ndim and value.shape != parameter.shape:
+            if key.startswith("exp_avg") and value.shape != parameter.shape:
                 raise ValueError(f"the optimizer's {key} is {tuple(value.shape)}, of a tensor {tuple(parameter.shape)}")
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate

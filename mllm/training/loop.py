@@ -17,10 +17,10 @@ from rich.progress import Progress, TaskID
 from mllm.config.recipe import Stage
 from mllm.errors import MLLMError
 from mllm.processes import progress
-from mllm.training.batches import Batches, parts
+from mllm.training.batches import Batches, Drawn, parts
 from mllm.training.checkpoint import Checkpoints
 from mllm.training.monitor import Monitor
-from mllm.training.setup import Engine, Micro, Objectives, Rows, recompute
+from mllm.training.setup import Engine, Micro, Objectives, recompute
 from mllm.training.signals import Signals
 from mllm.training.validation import Validation
 
@@ -76,7 +76,7 @@ class Loop:
         self.validation.restore_best()
         self.engine.close()
 
-    def step(self, batches: Sequence[Rows]) -> tuple[list[float], bool]:
+    def step(self, batches: Sequence[Drawn]) -> tuple[list[float], bool]:
         """Do one optimizer step over accumulated batches.
 
         Returns:
@@ -87,7 +87,7 @@ class Loop:
         if self.stage.optim.checkpointing:
             recompute(engine.model)
         micros = [
-            part for rows in batches for part in parts(engine.model, self.objectives, self.batches.readable(rows))
+            part for drawn in batches for part in parts(engine.model, self.objectives, self.batches.readable(drawn))
         ]
         share = self._share(micros)
         totals = torch.zeros_like(share)

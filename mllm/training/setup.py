@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from mllm.capabilities import ReadsData, ReadsNoPrompt
 from mllm.config.recipe import Stage
 from mllm.data.sources import Source, answers_of
-from mllm.devices import choose_device
+from mllm.devices import choose_device, computes_in_bfloat16
 from mllm.errors import MLLMError
 from mllm.model import Model
 from mllm.objectives.build import objectives_of
@@ -27,10 +27,10 @@ from mllm.prompts.batch import Batch
 from mllm.prompts.pieces import Piece
 from mllm.training.checkpoint import TrainingState, explain_misfit, set_optimizer
 from mllm.training.depth import by_depth, drop_paths
+from mllm.training.optimizers import Groups, optimizer_for
 from mllm.training.schedule import schedule_for
 from mllm.training.sharding import asked, keep_apart
 
-Groups = list[dict[str, Any]]  # of parameters, each with its learning rate
 Rows = Sequence[list[Piece]]
 Micro = tuple[Rows, Tensor | None, Batch | None]  # examples, their features, their ids
 
@@ -117,6 +117,8 @@ class Engine:
         self.model.requires_grad_(False).eval()
         for hook in self.hooks:
             hook.remove()
+        for layer in self.model.lm.layers if self.stage.optim.compile and self.model.lm is not None else ():
+            layer._compiled_call_impl = None
         for tracker in self.accelerator.trackers:  # end_training would end the other processes, too
             tracker.finish()
         self.accelerator.free_memory()
@@ -188,27 +190,11 @@ def parameter_groups(model: Model, stage: Stage) -> Groups:
     return by_depth(groups, model.encoder, stage.optim.layer_decay) if stage.optim.layer_decay < 1 else groups
 
 
-def optimizer_for(model: Model, stage: Stage, groups: Groups) -> torch.optim.Optimizer:
-    """Return the optimizer, having turned on what saves memory or time in the language model."""
-    set_up(model, stage)
-    decay = stage.optim.weight_decay
-    return torch.optim.AdamW(matrices_apart(groups) if decay else groups, weight_decay=decay, betas=stage.optim.betas)
-
-
-def matrices_apart(groups: Groups) -> Groups:
-    """Return groups whose vectors and numbers (biases, weights of norms, temperatures) have no weight decay."""
-    divided = []
-    for group in groups:
-        for decayed, options in ((True, {}), (False, {"weight_decay": 0.0})):
-            if parameters := [parameter for parameter in group["params"] if (parameter.dim() > 1) == decayed]:
-                divided.append({**group, "params": parameters, **options})
-    return divided
-
-
 def engine_for(accelerator: Accelerator, model: Model, stage: Stage, groups: Groups, state: TrainingState) -> Engine:
     """Return what a stage's steps are computed with, at the step to continue from."""
     assert stage.steps is not None
-    unprepared = optimizer_for(model, stage, groups)
+    set_up(model, stage)
+    unprepared = optimizer_for(stage.optim, groups)
     keep_apart(model)
     wrapped, optimizer = accelerator.prepare(model, unprepared)
     schedule = schedule_for(optimizer, stage.optim, stage.steps)
@@ -234,8 +220,9 @@ def set_up(model: Model, stage: Stage) -> None:
         lm = model.lm.model  # renamed in transformers 5.23
         enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    if stage.optim.compile:
-        model.lm.model.compile()
+    if stage.optim.compile:  # layer by layer: what they have in common is compiled once, and the rest is hooked into
+        for layer in model.lm.layers:
+            layer.compile()
 
 
 def recompute(model: Model) -> None:
@@ -251,5 +238,15 @@ def precision(stage: Stage) -> str:
     """Return accelerate's word; ``auto`` is bfloat16 on a GPU that has it, else the precision of the loaded parts."""
     names = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
     if stage.optim.precision == "auto":
-        return "bf16" if choose_device().type == "cuda" and torch.cuda.is_bf16_supported() else "no"
+        return "bf16" if computes_in_bfloat16(choose_device()) else "no"
     return names[stage.optim.precision]
+
+
+def computing_type(stages: Sequence[Stage]) -> torch.dtype | None:
+    """Return the type in which a frozen language model is to be loaded: bfloat16 where all stages train in it.
+
+    Autocast would keep a second copy of other weights for the backward pass. None: as it is stored.
+    """
+    trained = [stage for stage in stages if stage.train]
+    frozen = not any(stage.assembly.trains("lm") for stage in stages)
+    return torch.bfloat16 if trained and frozen and {precision(stage) for stage in trained} == {"bf16"} else None

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import torch
 from accelerate.utils import set_seed
 from torch import nn
 
@@ -42,41 +43,48 @@ from mllm.transfer import complete, transfer
 MEASURES = {"explained": "R^2 on held-out rows"}  # how a fit's figure is called in the progress bar
 
 
-def begin_stage(run: Run, model: Assembly, stage: Stage, seed: int) -> Assembly:
+def begin_stage(run: Run, model: Assembly, stage: Stage, seed: int, computes: torch.dtype | None = None) -> Assembly:
     """Return the model that a stage starts with: that of the stage before, with parts of another run where named.
 
     A stage whose own seed is not the recipe's (``seed``) starts torch's generators anew, for dropout above all.
+    ``computes`` is as for `mllm.build.build`.
     """
     if stage.seed != seed:
         set_seed(stage.seed)
-    model = carry_over(model, assembly_of(stage), run)
+    model = carry_over(model, assembly_of(stage), run, computes)
     if stage.init.source:
         transfer(model, Path(stage.init.source), stage.init.parts)
     return model
 
 
-def carry_over(model: Assembly, spec: AssemblySpec, run: Run | None = None) -> Assembly:
+def carry_over(
+    model: Assembly, spec: AssemblySpec, run: Run | None = None, computes: torch.dtype | None = None
+) -> Assembly:
     """Return the model of the next stage: trained tensors are carried over by name, new ones are initialized.
 
     Args:
         model: of the stage before.
         spec: what the next stage's model is built from.
         run: logs the tensors that are left behind.
+        computes: as for `mllm.build.build`.
 
     Raises:
         MLLMError: a trained tensor has another shape in the next stage.
     """
     if spec == model.spec:
         return model
-    same = {part: getattr(spec, part) == getattr(model.spec, part) for part in PARTS}
+    same = {
+        part: getattr(spec, part) == getattr(model.spec, part) and spec.trains(part) == model.spec.trains(part)
+        for part in PARTS
+    }
     if all(same.values()):
         model.spec = spec
         return model
     touched = model.spec.adapters or model.tokens is not None or model.spec.trained or divided(model.lm)
     pristine = same["lm"] and not touched
     device = loading_device()
-    encoder = model.encoder if same["encoder"] else build_encoder(spec)
-    lm = model.lm if pristine else build_lm(spec, device=device)
+    encoder = model.encoder if same["encoder"] else build_encoder(spec, device=device)
+    lm = model.lm if pristine else build_lm(spec, device=device, computes=computes)
     new = join(spec, encoder=encoder, lm=lm, device=device)
     old, wanted = model.trained_state(), new.trained_state()
     wrong = [name for name in old.keys() & wanted.keys() if old[name].shape != wanted[name].shape]

@@ -27,6 +27,7 @@ from mllm.training.checkpoint import TrainingState, explain_misfit, random_state
 from mllm.training.guides import assembly_of
 from mllm.training.needs import missing
 from mllm.training.run import Run, free_folder
+from mllm.training.setup import computing_type
 from mllm.training.sharding import loading_device
 from mllm.training.signals import Interrupted
 from mllm.training.stages import begin_stage, run_stage
@@ -72,7 +73,9 @@ def train(
         run = Run.reopen(Path(resume), config, accept=accept_changes)
     else:
         spec = assembly_of(config.stages[0])
-        model = build(spec, device=loading_device())  # first: what does not fit leaves no folder
+        model = build(
+            spec, device=loading_device(), computes=computing_type(config.stages)
+        )  # first: what does not fit leaves no folder
         run = Run.create(_folder(out, config.name), config)
     with contextlib.closing(run), run.signals:
         try:
@@ -108,7 +111,7 @@ def _train(run: Run, config: Recipe, model: Assembly | None, started: float) -> 
     with _plotted(run):
         for number, stage in enumerate(config.stages[state.stage :], start=state.stage):
             if not state.step:
-                model = begin_stage(run, model, stage, config.seed)
+                model = begin_stage(run, model, stage, config.seed, computing_type(config.stages))
             run_stage(run, model, stage, state)
             state = TrainingState(
                 number + 1,
@@ -155,7 +158,8 @@ def _restored(run: Run, config: Recipe) -> tuple[Assembly, TrainingState]:
         raise MLLMError(
             f"The checkpoint of {run.path} is of stage {number + 1}, and the recipe has {len(names)} stages."
         )
-    model = build(assembly_of(config.stages[number]), device=loading_device())
+    computes = computing_type(config.stages)
+    model = build(assembly_of(config.stages[number]), device=loading_device(), computes=computes)
     if state.random:  # there is a checkpoint
         if state.model.keys() != model.trained_state().keys():
             raise MLLMError(f"The checkpoint of {run.path} is of another model: the recipe's parts changed.")

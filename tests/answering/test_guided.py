@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoProcessor, CLIPModel
 
 from mllm.build import build
 from mllm.config.base import PartSpec
-from mllm.config.parts import AssemblySpec, LMSpec
+from mllm.config.lm import LMSpec
+from mllm.config.parts import AssemblySpec
 from mllm.errors import MLLMError
 from mllm.testing import tiny_image
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import mllm
-from mllm.encoders.feature_store import features_folder, open_store
+from mllm.encoders.feature_folder import features_folder
+from mllm.encoders.feature_store import open_store
 from mllm.errors import MLLMError
 from mllm.testing import tiny_image
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from mllm.config.loading import dump, load
@@ -28,9 +30,44 @@ def recipe(tiny_parts, tmp_path):
 def test_the_cache_is_switched_as_the_documentation_says(recipe, tmp_path, written, read, given):
     path = recipe(f"cache: {written}") if given == "in the recipe" else recipe()
     config = load(path, [f"cache={written}"] if given == "as an override" else [])
-    assert config.cache == read
+    assert config.cache.mode == read
     (tmp_path / "again.yaml").write_text(dump(config))
     assert load(str(tmp_path / "again.yaml")) == config
+
+
+ALL = {"mode": "on", "dtype": "bfloat16", "limit": 3 * 2**30, "memory": 2**28}
+
+
+@pytest.mark.parametrize(
+    ("lines", "overrides"),
+    [
+        (["cache: {mode: on, dtype: bfloat16, limit: 3GiB, memory: 256MiB}"], []),
+        (["cache: on"], ["cache.dtype=bfloat16", "cache.limit=3GiB", "cache.memory=256MiB"]),
+        (["cache: {dtype: bfloat16, limit: 3GiB, memory: 256MiB}"], ["cache=on"]),
+        (["cache: off"], ["cache=on", "cache.dtype=bfloat16", "cache.limit=3GiB", "cache.memory=256MiB"]),
+        (["cache: on"], ["stages.0.cache.dtype=bfloat16", "stages.0.cache.limit=3GiB", "stages.0.cache.memory=256MiB"]),
+        (["cache: {limit: 3GiB, dtype: bfloat16}"], ["stages.0.cache=on", "stages.0.cache.memory=256MiB"]),
+    ],
+)
+def test_the_settings_of_the_cache_leave_each_other_as_they_are(recipe, tmp_path, lines, overrides):
+    path = recipe(*lines)
+    Path(path).write_text(Path(path).read_text().replace("[]", "[{name: a, train: [connector], steps: 1}]"))
+    (stage,) = load(path, overrides).stages
+    assert stage.cache.model_dump() == ALL
+    (tmp_path / "over.yaml").write_text("extends: recipe.yaml\ncache: {limit: 5GiB}\nname: over\n")
+    (over,) = load(str(tmp_path / "over.yaml"), overrides).stages
+    assert (over.cache.limit == 5 * 2**30) is not any("limit" in text for text in overrides)
+    again = tmp_path / "again.yaml"
+    again.write_text(dump(load(path, overrides)))
+    assert load(str(again)) == load(path, overrides)
+
+
+@pytest.mark.parametrize(
+    "written", ["{mode: 3}", "{limit: much}", "{memory: 1KiB}", "{dtype: int8}", "3", "{size: 1GiB}"]
+)
+def test_wrong_settings_of_the_cache_are_named(recipe, written):
+    with pytest.raises(MLLMError, match="cache"):
+        load(recipe(f"cache: {written}"))
 
 
 @pytest.mark.parametrize("key", ["adapters", "heads", "tokens", "track"])

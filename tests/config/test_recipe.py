@@ -216,7 +216,7 @@ def test_unknown_keys_name_the_near_match_once(file: Path) -> None:
         ("encoder.select=patch", "encoder.select", "'patch'"),
         ("encoder.model=", "encoder.model", "None"),
         ("encoder.model=''", "encoder.model", "''"),
-        ("lm.quantize=2bit", "lm.quantize", "'2bit'"),
+        ("lm.quantize=2bit", "lm.quantize.kind", "'2bit'"),
         ("optim.accumulate=0", "optim.accumulate", "0"),
         ("stages.1.steps=1.5", "stages.1.steps", "1.5"),
         ("stages.1.steps=-1", "stages.1.steps", "-1"),

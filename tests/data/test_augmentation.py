@@ -96,6 +96,6 @@ def test_what_cannot_be_is_refused_when_the_recipe_is_read(augment: dict[str, An
 
 def test_features_of_changed_images_are_not_cached() -> None:
     stage = loading.load("mapl", {"data.augment": {"flip": 0.5}}).stages[0]
-    assert stage.feature_cache == "off"
+    assert stage.feature_cache.mode == "off"
     with pytest.raises(MLLMError, match=r"data\.augment"):
         loading.load("mapl", {"data.augment": {"flip": 0.5}, "cache": "on"})

@@ -40,12 +40,14 @@ class PretendGPU:
     Attributes:
         synchronizations: by name of the operation and place in the code, how often a CPU would wait.
         copies: the same of copies from one device to the other.
+        pinned: how often pinned memory of the host was asked for.
     """
 
     def __init__(self) -> None:
         self._storages: set[int] = set()
         self.synchronizations: Counter[tuple[str, str]] = Counter()
         self.copies: Counter[tuple[str, str]] = Counter()
+        self.pinned = 0
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether a tensor is on the device."""
@@ -152,6 +154,8 @@ class _Functions(TorchFunctionMode):
             if kwargs.get("generator") is not None:
                 raise RuntimeError(f"a generator of the CPU for the pretend GPU, at {_place()}")
             kwargs["device"] = "cpu"
+        if kwargs.pop("pin_memory", False):  # a CPU has none
+            self.gpu.pinned += 1
         inherits = getattr(func, "__name__", "") == "new_tensor" and "device" not in kwargs and on_gpu
         result = func(*args, **kwargs)
         return self.gpu.mark(result) if named or inherits else result

@@ -180,12 +180,13 @@ def test_kept_features_are_in_the_memory_of_the_host(gpu, tiny_model, tmp_path):
     model = tiny_model()
     store = FeatureStore(model, folder=tmp_path)
     first = store([A, B])
+    assert gpu.pinned == 2
     store.flush()
     again, mixed = FeatureStore(model, folder=tmp_path), [B, tiny_image(3), A]
     for features in (first, store([A, B]), store(mixed), again([A, B]), again(mixed)):
         assert features.is_cuda
         torch.testing.assert_close(features, model.features([A, B] if len(features) == 2 else mixed))
-    assert {row.device.type for each in (store, again) for row in each._cached.values()} == {"cpu"}
+    assert {row.device.type for each in (store, again) for row in each._rows._used._rows.values()} == {"cpu"}
 
 
 # Exports.

@@ -29,7 +29,8 @@ import mllm
 from mllm.build import encoder_of
 from mllm.config.messages import checked
 from mllm.config.parts import EncoderSpec
-from mllm.encoders.feature_store import FeatureStore, features_folder
+from mllm.encoders.feature_folder import features_folder
+from mllm.encoders.feature_store import FeatureStore
 from mllm.errors import MLLMError
 from mllm.media.native import from_cells, most_cells, to_cells
 from mllm.media.sizes import size_of

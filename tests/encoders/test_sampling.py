@@ -18,7 +18,8 @@ import mllm
 from mllm.build import encoder_of
 from mllm.config.messages import checked
 from mllm.config.parts import EncoderSpec
-from mllm.encoders.feature_store import FeatureStore, features_folder
+from mllm.encoders.feature_folder import features_folder
+from mllm.encoders.feature_store import FeatureStore
 from mllm.errors import MLLMError
 from mllm.media.images import ImageBytes, ImageFile
 from mllm.media.sampling import Sampling

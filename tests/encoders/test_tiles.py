@@ -32,7 +32,8 @@ from transformers import (
 
 import mllm
 from mllm.build import build
-from mllm.encoders.feature_store import FeatureStore, features_folder
+from mllm.encoders.feature_folder import features_folder
+from mllm.encoders.feature_store import FeatureStore
 from mllm.errors import MLLMError
 from mllm.export.export import export
 from mllm.media.images import ImageBytes, ImageFile, open_image

@@ -81,19 +81,13 @@ def test_where_no_score_is_above_the_threshold_it_says_nothing(tiny_parts, items
 
 
 @torch.no_grad()
-def test_tiles_are_looked_up_one_by_one_and_only_whole_images_are_fitted(tiny_parts, items, monkeypatch):
+def test_tiles_are_looked_up_one_by_one_and_only_whole_images_are_fitted(tiny_parts, items):
     model = assembled(tiny_parts, tiles=TILES)
-    encode, encoded = model.encoded, []
-
-    def counted(images: list[Any]) -> torch.Tensor:
-        encoded.extend(images)
-        result: torch.Tensor = encode(images)
-        return result
-
-    monkeypatch.setattr(model, "encoded", counted)
+    encoded: list[int] = []
+    hook = model.encoder.register_forward_pre_hook(lambda _, args: encoded.append(len(args[0])))
     fitted(model, items)
-    assert len(encoded) == len(items)
-    monkeypatch.undo()
+    hook.remove()
+    assert sum(encoded) == len(items)
     side = model.encoder.tiling.side
     parts = [item.images[0].open().resize((side, side)) for item in items[:4]]
     mosaic = Image.new("RGB", (2 * side, 2 * side))

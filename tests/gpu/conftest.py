@@ -1,4 +1,4 @@
-"""Shared by the tests on one GPU: parts of tiny and of real shapes, a recipe, and the figures that are written down.
+"""Shared by the tests on one GPU: tiny parts, a recipe, and the figures that are written down.
 
     scripts/test-gpu pack     on a machine with a package index: lays wheels into .whl/
     scripts/test-gpu          on the machine with the GPU (80 GB), in a copy of the repository with .whl/
@@ -44,7 +44,9 @@ stages:
     steps: {steps}
     batch_size: {batch_size}
     checkpoint_every: {checkpoint_every}
-    optim: {{warmup: 2, schedule: constant, precision: {precision}, checkpointing: {checkpointing}, compile: {compile}}}
+    optim:
+      {{name: {optimizer}, warmup: 2, schedule: constant, precision: {precision}, checkpointing: {checkpointing},
+      compile: {compile}}}
 """
 
 
@@ -142,8 +144,7 @@ class Workplace:
     """A folder with parts, data, recipes and runs.
 
     Attributes:
-        parts: of parts and data: ``clip`` and ``lm`` are tiny, ``clip-l-336`` and ``llama-8b`` have real shapes (tiny
-            ones where SMOKE is set) and no weights.
+        parts: of tiny parts and data: ``clip`` and ``lm``.
         folder: of recipes and runs.
     """
 
@@ -154,7 +155,8 @@ class Workplace:
         """Write a recipe of one stage, and return its path."""
         usual: dict[str, Any] = {
             "encoder": self.parts / "clip",
-            "encoder_options": "",
+            "encoder_options": ", dtype: float32",
+            "optimizer": "adamw",
             "lm": self.parts / "lm",
             "lm_options": "",
             "adapters": "[]",
@@ -195,7 +197,6 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     tiny_lm(parts / "lm", context=512)
     ENCODER_FAMILIES["clip"](parts / "clip")
     _write_data(parts)
-    _write_real_shapes(parts)
     return Workplace(parts, tmp_path_factory.mktemp("runs"))
 
 
@@ -215,67 +216,8 @@ def _write_data(folder: Path) -> None:
     (folder / "rows.json").write_text(json.dumps(rows))
 
 
-def _write_real_shapes(folder: Path) -> None:
-    """Write the configurations of CLIP-L/336 and of an 8B Llama, beside a tokenizer of bytes."""
-    from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig
-
-    vision: dict[str, Any] = {
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-    }
-    text: dict[str, Any] = {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-    }
-    text |= {"num_key_value_heads": 8, "vocab_size": 128256}
-    if SMOKE:
-        vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-        text = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-        text |= {"num_key_value_heads": 2, "vocab_size": 512}
-    CLIPVisionConfig(**vision, image_size=336, patch_size=14).save_pretrained(folder / "clip-l-336")
-    size, crop = {"shortest_edge": 336}, {"height": 336, "width": 336}
-    CLIPImageProcessorPil(size=size, crop_size=crop).save_pretrained(folder / "clip-l-336")
-    tokenizer = AutoTokenizer.from_pretrained(folder / "lm")
-    LlamaConfig(
-        **text,
-        max_position_embeddings=8192,
-        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-        pad_token_id=tokenizer.pad_token_id,
-        dtype="bfloat16",
-    ).save_pretrained(folder / "llama-8b")
-    tokenizer.save_pretrained(folder / "llama-8b")
-
-
 @pytest.fixture(scope="session")
 def trained(workplace: Workplace) -> Path:
     """A run of ten steps in float32 on the device."""
     workplace.train("float32")
     return workplace.folder / "float32"
-
-
-@pytest.fixture(scope="module")
-def real_shapes(device: str) -> Iterator[None]:
-    """Draw the weights of language models on the device, and do not hash them: 16 GB take minutes on one CPU core."""
-    import transformers
-
-    from mllm import parts
-    from mllm.encoders import base
-    from mllm.lms import language_model
-
-    from_config = transformers.AutoModelForCausalLM.from_config
-
-    def draws(config: Any, **options: Any) -> Any:
-        with torch.device(device):
-            return from_config(config, **options)
-
-    with pytest.MonkeyPatch.context() as patches:
-        patches.setattr(transformers.AutoModelForCausalLM, "from_config", draws)
-        for module in (base, language_model, parts):
-            patches.setattr(module, "tensor_hash", lambda *args, **options: "not hashed")
-        yield

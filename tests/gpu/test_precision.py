@@ -27,7 +27,8 @@ def half_encoder(workplace):
 
 
 def test_an_encoder_in_half_precision_is_trained_on(workplace, half_encoder):
-    assert len(workplace.train("half", encoder=half_encoder, precision="auto", steps=2)) == 2
+    losses = workplace.train("half", encoder=half_encoder, encoder_options="", precision="auto", steps=2)
+    assert len(losses) == 2
 
 
 def test_an_encoder_in_half_precision_answers(workplace, half_encoder, device):
@@ -73,3 +74,44 @@ def test_compiled_steps_have_the_losses_of_plain_ones(workplace, figures):
     compiled = workplace.train("compiled", precision=precision, compile="true")
     figures["largest difference of losses"] = max(abs(a - b) for a, b in zip(plain, compiled, strict=True))
     assert compiled == pytest.approx(plain, rel=1e-4 if SMOKE else 3e-2)
+
+
+def test_a_frozen_encoder_computes_in_bfloat16_where_the_device_does(workplace, device):
+    model = mllm.assemble(str(workplace.parts / "clip"), str(workplace.parts / "lm"), device=device)
+    expected = torch.float32 if SMOKE else torch.bfloat16
+    assert {parameter.dtype for parameter in model.encoder.parameters()} == {expected}
+    assert model.lm.model.dtype == torch.float32, "as it is stored"
+
+
+@pytest.fixture(scope="module")
+def half_lm(workplace):
+    """The tiny language model, stored in float16."""
+    folder = workplace.parts / "lm-float16"
+    lm = str(workplace.parts / "lm")
+    transformers.AutoModelForCausalLM.from_pretrained(lm, dtype=torch.float16).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(lm).save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_language_model_in_half_precision_learns_as_one_in_float32(workplace, half_lm, figures):
+    train = "{lm: 1.0e-4}"
+    expected = workplace.train("whole-lm", precision="auto", train=train)
+    losses = workplace.train("half-lm", lm=half_lm, precision="auto", train=train)
+    figures["largest relative difference of losses"] = max(
+        abs(a - b) / b for a, b in zip(losses, expected, strict=True)
+    )
+    assert losses == pytest.approx(expected, rel=3e-2) and losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("name", ["adamw-8bit", "paged-adamw", "paged-adamw-8bit"])
+def test_optimizers_of_bitsandbytes_lower_the_loss_and_continue(workplace, device, name):
+    if device == "cpu":
+        pytest.skip("these optimizers need a GPU")
+    losses = workplace.train(name, optimizer=name, steps=16, checkpoint_every=8, train="{connector: 1.0e-3}")
+    assert sum(losses[-3:]) < sum(losses[:3])
+
+
+def test_the_losses_of_a_stored_attention_are_those_of_the_default(workplace):
+    expected = workplace.train("attention-default", steps=4)
+    eager = workplace.train("attention-eager", lm_options=", attn_implementation: eager", steps=4)
+    assert eager == pytest.approx(expected, rel=1e-4)

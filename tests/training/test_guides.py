@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, CLIPModel
 import mllm
 from mllm.build import build, guides_of
 from mllm.config.base import PartSpec
-from mllm.config.parts import AssemblySpec, ConnectorSpec, EncoderSpec, LMSpec
+from mllm.config.lm import LMSpec
+from mllm.config.parts import AssemblySpec, ConnectorSpec, EncoderSpec
 from mllm.errors import MLLMError
 from mllm.objectives.align import Align
 from mllm.objectives.kl_to_base import KLToBase

@@ -15,7 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import mllm
-from mllm.encoders.feature_store import FeatureStore, features_folder, open_store
+from mllm.encoders.feature_folder import features_folder
+from mllm.encoders.feature_store import FeatureStore, open_store
 from mllm.errors import MLLMError
 from mllm.system import write
 from mllm.testing import tiny_image

@@ -15,7 +15,8 @@ import mllm.config.loading
 from mllm.config.parts import AssemblySpec
 from mllm.data.sources import read_all
 from mllm.data.stream import Stream
-from mllm.encoders.feature_store import FeatureStore, features_folder
+from mllm.encoders.feature_folder import features_folder
+from mllm.encoders.feature_store import FeatureStore
 from mllm.errors import MLLMError
 from mllm.hub.fingerprints import tensor_hash
 from mllm.objectives.caption import Caption

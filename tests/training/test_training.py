@@ -141,24 +141,20 @@ def test_several_images_and_text_only_examples_train_together(recipe, tmp_path, 
     assert validate(model, rows, store, caption, [1.0]) == pytest.approx(sum(alone) / 3, rel=1e-4)
 
 
-def test_features_are_computed_once_and_are_the_same(tiny_parts, monkeypatch):
+def test_features_are_computed_once_and_are_the_same(tiny_parts):
     model = mllm.assemble(tiny_parts[0], tiny_parts[1])
     images = [tiny_image(0), tiny_image(1), tiny_image(0)]
     store, seen = FeatureStore(model), list[int]()
-    compute = model.encoded
-
-    def counted(batch):
-        seen.append(len(batch))
-        return compute(batch)
-
-    monkeypatch.setattr(model, "encoded", counted)
+    hook = model.encoder.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
     first, second = store(images), store(images)
     assert seen == [2]
-    assert torch.equal(first, second) and torch.allclose(first, compute(images), atol=1e-6)
+    assert torch.equal(first, second) and torch.allclose(first, model.features(images), atol=1e-6)
+    seen.clear()
     assert torch.equal(first[0], first[2]) and not torch.equal(first[0], first[1])
     store = FeatureStore(model, limit=0)
     store(images), store(images)
-    assert seen[1:] == [2, 2]
+    hook.remove()
+    assert seen == [2, 2]
 
 
 def test_normal_equations_are_ridge_regression():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def read(folder: Path, *rows: dict[str, Any]) -> list[Item]:
+def read(folder: Path, *rows: dict[str, Any]) -> Sequence[Item]:
     (folder / "data.json").write_text(json.dumps(rows))
     return llava(path=str(folder / "data.json"), images=str(folder))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def coco(folder: Path, images: Any, annotations: Any) -> list[Item]:
+def coco(folder: Path, images: Any, annotations: Any) -> Sequence[Item]:
     (folder / "coco.json").write_text(json.dumps({"images": images, "annotations": annotations}))
     return coco_captions(annotations=str(folder / "coco.json"), images=str(folder))
 

@@ -1,0 +1,342 @@
+"""Time LLaVA's first stage on a GPU next to a plain loop of `transformers`: CLIP-L/336 and an 8B Llama's shapes.
+
+Weights are random and drawn on the GPU, and nothing is hashed: 16 GB take minutes on a processor's core, and no time
+depends on values. Both sides open the same JPEGs, the plain loop in the workers of torch's `DataLoader`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import transformers
+from mllm.eval.bench.table import Row
+from PIL import Image
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoTokenizer,
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
+
+from mllm.assembling import assemble
+from mllm.encoders.feature_store import FeatureStore
+from mllm.media.images import ImageFile
+from mllm.testing import tiny_lm
+from mllm.training import loop
+from mllm.training.train import train
+
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bfloat16 FLOP/s
+IMAGE_TOKEN, WORKERS, WARM = 300, 8, 3
+CAPTION = "a thing of many colors, seen from the side"
+
+VISION: dict[str, Any] = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24}
+VISION |= {"num_attention_heads": 16, "image_size": 336, "patch_size": 14}
+TEXT: dict[str, Any] = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+TEXT |= {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}
+TINY_VISION = {**VISION, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+TINY_TEXT = {**TEXT, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+TINY_TEXT |= {"num_key_value_heads": 2, "vocab_size": 512}
+
+RECIPE = """
+name: stage
+encoder: {{model: {folder}/vision, layer: -2, init: random}}
+lm: {{model: {folder}/text, init: random{lm}}}
+connector: {{type: mlp}}
+adapters: {adapters}
+prompt: {{template: "{{images}}\\n{{prompt}}", caption: "Describe the picture:"}}
+data: {{train: {{format: llava, path: {folder}/rows.json, images: {folder}/images, task: captions}}}}
+cache: "off"
+stages:
+  - name: align
+    train: {train}
+    steps: {steps}
+    batch_size: {batch}
+    checkpoint_every: 100000
+    optim: {{warmup: 2, schedule: constant, checkpointing: {checkpointing}, compile: {compile}}}
+"""
+
+
+@dataclass(frozen=True)
+class Side:
+    """What was measured of one side.
+
+    Args:
+        images: a second.
+        peak: bytes of the GPU.
+    """
+
+    images: float
+    peak: int
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder of configurations and images.
+
+    Args:
+        folder: of ``vision``, ``text``, ``images`` and ``rows.json``.
+        vision: the fields of the encoder's configuration.
+        text: those of the language model's.
+        device: ``cuda``; ``cpu`` shows that it runs.
+    """
+
+    folder: Path
+    vision: dict[str, Any] = field(default_factory=lambda: VISION)
+    text: dict[str, Any] = field(default_factory=lambda: TEXT)
+    device: str = "cuda"
+
+    def write(self, images: int = 256) -> Place:
+        """Write configurations, a tokenizer of bytes, and JPEGs of 640 x 480 with captions; return the place."""
+        CLIPVisionConfig(**self.vision).save_pretrained(self.folder / "vision")
+        side = self.vision["image_size"]
+        processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+        processor.save_pretrained(self.folder / "vision")
+        tiny_lm(self.folder / "text")
+        tokenizer = AutoTokenizer.from_pretrained(self.folder / "text", trust_remote_code=False)
+        special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+        config = LlamaConfig(**self.text, **special, max_position_embeddings=8192, dtype="bfloat16")
+        config.save_pretrained(self.folder / "text")
+        (self.folder / "images").mkdir()
+        draw, rows = np.random.default_rng(0), []
+        for index in range(images):
+            noise = Image.fromarray(draw.integers(0, 256, (30, 40, 3), dtype=np.uint8))
+            noise.resize((640, 480), Image.Resampling.BICUBIC).save(self.folder / f"images/{index}.jpg", quality=88)
+            turns = [{"from": "human", "value": "<image>\nDescribe."}, {"from": "gpt", "value": CAPTION}]
+            rows.append({"id": str(index), "image": f"{index}.jpg", "conversations": turns})
+        (self.folder / "rows.json").write_text(json.dumps(rows))
+        return self
+
+    @property
+    def visual(self) -> int:
+        """The visual tokens of an image."""
+        return int(self.vision["image_size"] // self.vision["patch_size"]) ** 2
+
+    def parameters(self) -> int:
+        """Return the number of the language model's weights that compute: without the table of embeddings."""
+        with torch.device("meta"):
+            config = LlamaConfig.from_pretrained(self.folder / "text")
+            model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        return sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
+
+    def tower(self) -> int:
+        """Return the number of the encoder's weights."""
+        with torch.device("meta"):
+            config = CLIPVisionConfig.from_pretrained(self.folder / "vision")
+            model = transformers.AutoModel.from_config(config, trust_remote_code=False)
+        return sum(parameter.numel() for parameter in model.parameters())
+
+
+def measure(
+    place: Place, *, steps: int = 12, progress: Callable[[str], None] = print, compiled: bool = True
+) -> list[Row]:
+    """Measure the first stage, LoRA, the frozen encoder, and what the main thread and the processor do for an image.
+
+    The arguments are those of `stage`.
+    """
+    rows = stage(place, steps=steps, progress=progress, compiled=compiled)
+    lora = {"adapters": "[{type: lora, r: 128}]", "trains": "{connector: 2.0e-5, adapters: 2.0e-4}"}
+    tuned = ours(place, steps=steps, batch=8, checkpointing="true", **lora)
+    if tuned.peak:
+        used = tuned.peak / 1e9
+        rows.append(
+            _row("stage 2, LoRA r=128, batch 8, peak memory, alternative: wanted", "GB", used, 40, 40 / used, 1)
+        )
+    rate, main, processor = encoder_pass(place)
+    progress(f"the encoder: {rate:.0f} images/s")
+    return [
+        *rows,
+        _row("stage 2, LoRA r=128, batch 8", "images/s", tuned.images, float("nan"), float("nan"), float("nan")),
+        _row("the encoder's features, alternative: wanted", "images/s", rate, 800, rate / 800, 1),
+        _row("  main thread, alternative: wanted", "ms/image", main, 0.3, 0.3 / main, 1),
+        _row("  processor, alternative: wanted", "ms/image", processor, 8, 8 / processor, 1),
+    ]
+
+
+def stage(
+    place: Place, *, steps: int = 12, progress: Callable[[str], None] = print, compiled: bool = True
+) -> list[Row]:
+    """Measure the first stage, and return a row for each figure.
+
+    Args:
+        place: the shapes, written.
+        steps: of each run; the first three are not timed.
+        progress: called with a line on each finished measurement.
+        compiled: also with compiled layers.
+    """
+    text = len(CAPTION) + len("\nDescribe the picture:") + 1
+    tokens = place.visual + text
+    flops = 4 * place.parameters() * tokens + 2 * place.tower() * (place.visual + 1)  # of an image
+    name = torch.cuda.get_device_name() if place.device == "cuda" else ""
+    peak = next((value for key, value in PEAK.items() if key in name), None)
+    rows: list[Row] = []
+    for label, batch, options in (
+        ("batch 8", 8, {}),
+        *((("batch 8, compiled", 8, {"compile": "true"}),) if compiled else ()),
+        ("batch 16, checkpointing", 16, {"checkpointing": "true"}),
+    ):
+        mine = ours(place, steps=steps, batch=batch, **options)
+        theirs = plain(place, steps=steps, batch=batch, text=text, checkpointing="checkpointing" in options)
+        progress(f"{label}: ours {mine.images:.1f} images/s, {mine.peak / 1e9:.1f} GB; the plain loop {theirs}")
+        rows.append(_row(f"stage 1, {label}", "images/s", mine.images, theirs.images, mine.images / theirs.images, 1.3))
+        if peak is not None:
+            own, other = (side.images * flops / peak for side in (mine, theirs))
+            rows.append(_row(f"  of the peak's FLOP/s (MFU), {label}", "", own, other, own / other, 1.3))
+        if mine.peak:
+            used = (mine.peak / 1e9, theirs.peak / 1e9)
+            rows.append(_row(f"  peak memory, {label}", "GB", used[0], used[1], used[1] / used[0], 1 / 0.7))
+    return rows
+
+
+def _row(name: str, unit: str, mine: float, theirs: float, ratio: float, wanted: float) -> Row:
+    return Row(name=name, unit=unit, ours=mine, alternative=theirs, ratio=ratio, wanted=wanted)
+
+
+def ours(place: Place, *, steps: int, batch: int, trains: str = "{connector: 1.0e-3}", **options: str) -> Side:
+    """Return the speed and memory of `mllm train`; ``options`` are those of the recipe's stage."""
+    values = {"adapters": "[]", "lm": "", "checkpointing": "false", "compile": "false", **options}
+    number = len(list(place.folder.glob("*.yaml")))
+    recipe = place.folder / f"{number}.yaml"
+    recipe.write_text(RECIPE.format(folder=place.folder, steps=steps, batch=batch, train=trains, **values))
+    times: list[float] = []
+    step = loop.Loop.step
+
+    def timed(*args: Any, **keywords: Any) -> Any:
+        result = step(*args, **keywords)
+        times.append(_now(place.device))
+        return result
+
+    _free(place.device)
+    with drawn_on(place.device), mock.patch.object(loop.Loop, "step", timed):
+        train(str(recipe), out=place.folder / f"run-{number}", device=place.device)
+    return _side(place.device, times, batch)
+
+
+def plain(place: Place, *, steps: int, batch: int, text: int, checkpointing: bool) -> Side:
+    """Return the speed and memory of a plain loop on `transformers`' LLaVA, as its documentation writes them."""
+    _free(place.device)
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig.from_pretrained(place.folder / "vision"),
+        text_config=LlamaConfig.from_pretrained(place.folder / "text"),
+        image_token_index=IMAGE_TOKEN,
+    )
+    with torch.device(place.device):
+        model: Any = LlavaForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
+    model.requires_grad_(False)
+    model.model.multi_modal_projector.float().requires_grad_(True)
+    if checkpointing:
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+        model.train()
+    optimizer = torch.optim.AdamW(model.model.multi_modal_projector.parameters(), lr=1e-3)
+    processor = transformers.CLIPImageProcessor.from_pretrained(place.folder / "vision", trust_remote_code=False)
+    paths = sorted((place.folder / "images").iterdir())
+
+    def collate(numbers: Sequence[int]) -> dict[str, torch.Tensor]:
+        images = [Image.open(paths[number % len(paths)]).convert("RGB") for number in numbers]
+        ids = torch.randint(0, 250, (len(images), place.visual + text))
+        ids[:, : place.visual] = IMAGE_TOKEN
+        labels = ids.masked_fill(torch.arange(ids.shape[1]) < ids.shape[1] - len(CAPTION), -100)
+        pixels = processor(images=images, return_tensors="pt")["pixel_values"]
+        return {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+
+    loader: Any = DataLoader(
+        range(steps * batch),  # type: ignore[arg-type]
+        batch_size=batch,
+        collate_fn=collate,
+        num_workers=WORKERS if place.device == "cuda" else 0,
+        pin_memory=place.device == "cuda",
+    )
+    times = []
+    for inputs in loader:
+        moved = {name: tensor.to(place.device, non_blocking=True) for name, tensor in inputs.items()}
+        with torch.autocast(place.device, dtype=torch.bfloat16):
+            loss = model(**moved).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert loss.isfinite()
+        times.append(_now(place.device))
+    return _side(place.device, times, batch)
+
+
+def encoder_pass(place: Place, *, images: int = 512) -> tuple[float, float, float]:
+    """Measure the frozen encoder with images that are opened and prepared in threads.
+
+    Returns:
+        Images a second; milliseconds an image of the main thread's processor time, and of all threads'.
+    """
+    with drawn_on(place.device):
+        model = assemble(
+            {"model": str(place.folder / "vision"), "layer": -2, "init": "random"},
+            {"model": str(place.folder / "text"), "init": "random"},
+            device=place.device,
+        )
+    paths = sorted((place.folder / "images").iterdir())
+    store = FeatureStore(model, limit=0)
+
+    def features(count: int) -> None:
+        size = len(paths) // 4
+        batches = [
+            [ImageFile(paths[(start + row) % len(paths)]) for row in range(size)] for start in range(0, count, size)
+        ]
+        store.expect(batches[0])
+        for batch, upcoming in itertools.pairwise([*batches, []]):
+            store.expect(upcoming)
+            store(batch)
+
+    features(len(paths))
+    _free(place.device)
+    began = _now(place.device), time.thread_time(), time.process_time()
+    features(images)
+    ended = _now(place.device), time.thread_time(), time.process_time()
+    seconds, main, processor = (end - begin for begin, end in zip(began, ended, strict=True))
+    return images / seconds, 1000 * main / images, 1000 * processor / images
+
+
+@contextlib.contextmanager
+def drawn_on(device: str) -> Iterator[None]:
+    """Draw the weights of language models on a device, in the configuration's type, and hash no tensors."""
+    from_config = transformers.AutoModelForCausalLM.from_config
+
+    def draws(config: Any, **options: Any) -> Any:
+        with torch.device(device):
+            return from_config(config, **options)  # type: ignore[no-untyped-call]
+
+    with contextlib.ExitStack() as patches:
+        patches.enter_context(mock.patch.object(transformers.AutoModelForCausalLM, "from_config", draws))
+        for module in ("parts", "encoders.base", "lms.language_model"):
+            patches.enter_context(mock.patch(f"mllm.{module}.tensor_hash", lambda *_, **__: "not hashed"))
+        yield
+
+
+def _now(device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _free(device: str) -> None:
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _side(device: str, times: Sequence[float], batch: int) -> Side:
+    timed = times[min(WARM, len(times) - 2) :]
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
+    return Side(batch * (len(timed) - 1) / (timed[-1] - timed[0]), peak)
