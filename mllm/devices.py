@@ -77,7 +77,7 @@ def dtype_of(name: DTypeName) -> torch.dtype:
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
     """Return a tensor on a device; its copy to a GPU takes place while the host goes on."""
-    if device.type != "cuda" or tensor.device.type != "cpu":
+    if device.type != "cuda" or tensor.device.type != "cpu" or not torch.cuda.is_initialized():
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 

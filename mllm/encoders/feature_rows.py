@@ -97,9 +97,11 @@ class FeatureRows:
             if self._waiting_bytes + size > self._shard:
                 self._write()
             self._waiting_bytes += size
+        copies = {key: _in_host_memory(row) for key, row in rows.items()}
+        if any(row.is_cuda for row in rows.values()):
+            torch.cuda.current_stream().synchronize()  # once, for all copies
         with self._lock:
-            for key, row in rows.items():
-                kept = _in_host_memory(row)
+            for key, kept in copies.items():
                 self._used.add(key, kept)
                 if self._folder is not None:
                     self._waiting[key] = kept
@@ -188,7 +190,8 @@ class _LastUsed:
 
 def _in_host_memory(row: Tensor) -> Tensor:
     """Return a copy of a row: a view would keep the whole chunk. It is pinned if this process computes with CUDA."""
-    return torch.empty(row.shape, dtype=row.dtype, pin_memory=torch.cuda.is_initialized()).copy_(row)
+    pinned = torch.cuda.is_initialized()
+    return torch.empty(row.shape, dtype=row.dtype, pin_memory=pinned).copy_(row, non_blocking=row.is_cuda)
 
 
 def _allocated(row: Tensor) -> int:

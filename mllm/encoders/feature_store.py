@@ -2,7 +2,8 @@
 
 In memory they are the host's: a GPU holds only the features of the batch that is computed. What is kept, and how it is
 read and written, is `mllm.encoders.feature_rows`'s; in which folder, `mllm.encoders.feature_folder`'s. Images are
-opened, cut and prepared in threads, those of the next step while this one is computed; the encoder gets them as bytes.
+opened, cut and prepared in threads, or their features are read, for the next step while this one is computed; the
+encoder gets images as bytes.
 """
 
 from __future__ import annotations
@@ -41,10 +42,12 @@ class Prepared(NamedTuple):
     Args:
         key: of its features.
         units: what the encoder takes of it; None where its features are cached.
+        row: its cached features ``(u P, D_vis)``.
     """
 
     key: str
     units: Units | None
+    row: Tensor | None = None
 
 
 class FeatureStore:
@@ -71,7 +74,7 @@ class FeatureStore:
         dtype: torch.dtype | None = None,
         writers: int = 1,
     ) -> None:
-        self._model, self._chunk, self._dtype = model, chunk or chunk_for(model), dtype
+        self._model, self._chunk, self._dtype, self._kept = model, chunk or chunk_for(model), dtype, limit != 0
         self._rows = FeatureRows(folder, fits=self._fits, limit=limit, memory=memory, writers=writers)
         self._expected: list[dict[Any, Future[Prepared]]] = [{}, {}]  # for this step and for the next
         self._threads = ThreadPoolExecutor(THREADS)
@@ -79,7 +82,7 @@ class FeatureStore:
     def __call__(self, images: Sequence[Any]) -> Tensor:
         """Return the features ``(U, P, D_vis)`` of images' tiles, in order, on the model's device."""
         sources = [source_of(image) for image in images]
-        return self._features(sources, self._requested(sources), self._prepare)
+        return self._features(sources, self._requested(sources))
 
     def whole(self, images: Sequence[Any]) -> Tensor:
         """Return features ``(I, P, D_vis)`` of whole images; further tiles of theirs are not encoded."""
@@ -89,7 +92,7 @@ class FeatureStore:
         sources = [source_of(image) for image in images]
         prepare = partial(self._prepare, cut=lambda opened: [tiling.whole(opened)], prefix=WHOLE)
         distinct = list(dict.fromkeys(sources))
-        return self._features(sources, dict(zip(distinct, self._threads.map(prepare, distinct), strict=True)), prepare)
+        return self._features(sources, dict(zip(distinct, self._threads.map(prepare, distinct), strict=True)))
 
     def missing(self, images: Sequence[Any], *, whole: bool = False) -> list[Any]:
         """Return the images whose features are not cached, each once; ``whole``: those that `whole` returns."""
@@ -114,35 +117,29 @@ class FeatureStore:
         tensors = [unit if isinstance(unit, Tensor) else encoder.preprocess([unit]) for unit in units]
         return moved(torch.cat(tensors), self._model.device)
 
-    def _features(
-        self,
-        sources: Sequence[ImageSource],
-        prepared: Mapping[ImageSource, Prepared],
-        prepare: Callable[[ImageSource], Prepared],
-    ) -> Tensor:
+    def _features(self, sources: Sequence[ImageSource], prepared: Mapping[ImageSource, Prepared]) -> Tensor:
         """Return the features ``(U, P, D_vis)`` of the units of images.
 
         Args:
             sources: the images.
-            prepared: each of them.
-            prepare: prepares one whose cached features turn out to be damaged.
+            prepared: each of them; the features of one may have been cached since.
         """
-
-        def units_for(source: ImageSource) -> Units:
-            units = prepared[source].units
-            units = prepare(source).units if units is None else units
-            assert units is not None, "features that cannot be read are not cached"
-            return units
-
+        features: dict[str, Tensor] = {}
+        missing: dict[str, Units] = {}
         keys = [prepared[source].key for source in sources]
-        features = {key: row for key in dict.fromkeys(keys) if (row := self._rows.get(key)) is not None}
-        missing = {key: source for key, source in zip(keys, sources, strict=True) if key not in features}
+        for key, units, row in map(prepared.__getitem__, dict.fromkeys(sources)):
+            row = self._rows.get(key) if row is None else row
+            if row is not None:
+                features[key] = row
+            elif units is not None:
+                missing[key] = units
         names = list(missing)
         for start in range(0, len(names), self._chunk):
             chunk = names[start : start + self._chunk]
-            for key, row in zip(chunk, self._encoded([units_for(missing[key]) for key in chunk]), strict=True):
+            for key, row in zip(chunk, self._encoded([missing[key] for key in chunk]), strict=True):
                 features[key] = row.flatten(0, 1).to(self._dtype or row.dtype)
-            self._rows.put({key: features[key] for key in chunk})
+            if self._kept:
+                self._rows.put({key: features[key] for key in chunk})
         whole = torch.cat([features[key].to(self._model.device, non_blocking=True) for key in keys])
         if self._dtype is not None:
             whole = whole.to(next((part.dtype for part in self._model.encoder.parameters()), whole.dtype))
@@ -181,12 +178,12 @@ class FeatureStore:
     def _prepare(
         self, source: ImageSource, *, cut: Callable[[Any], list[Any]] | None = None, prefix: str = ""
     ) -> Prepared:
-        """Open an image, cut it, and prepare its tiles; only its key is found where its features are cached."""
+        """Read an image's features where they are cached; else open it, cut it, and prepare its tiles."""
         encoder = self._model.encoder
         cut = cut or encoder.tiles
         key = prefix + encoder.key(source)
-        if key in self._rows:
-            return Prepared(key, None)
+        if (row := self._rows.get(key)) is not None:
+            return Prepared(key, None, row)
         return Prepared(key, units_of(encoder, cut(encoder.open(source))))
 
     def flush(self) -> None:

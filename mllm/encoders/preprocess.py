@@ -63,7 +63,8 @@ def _is_image(pixels: Any, side: int) -> bool:
 
 def as_bytes(images: Sequence[Image.Image]) -> Tensor:
     """Return the pixels ``(B, 3, H, W)`` of RGB images of one size, as bytes."""
-    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).contiguous()
+    arrays = [np.array(image) for image in images]
+    return torch.from_numpy(np.stack(arrays) if len(arrays) > 1 else arrays[0][None]).permute(0, 3, 1, 2)
 
 
 def square(

@@ -82,7 +82,9 @@ def plan_cache(draft: Draft, load: Workload, *, encoder: int, rest: int, rate: f
     else:
         reason = f"it saves {saves:.0%} of the stage's FLOPs in {epochs:.1f} epochs, for {storage} ({again})"
     if kept < 1:
-        reason += f"; only {kept:.1%} of them fit into the limit of {(most or 0) / 2**30:,.3g} GiB (cache.limit)"
+        reason += (
+            f"; only {kept:.1%} of the features fit into the limit of {(most or 0) / 2**30:,.3g} GiB (cache.limit)"
+        )
     seconds = None if not rate or disk <= draft.stage.cache.memory else encoder / rate / processes
     obstacle = _obstacle(disk, whole // max(1, load.images), seconds)
     return Cache(whole, disk, later, saves, saves >= WORTH and not obstacle, reason + obstacle)

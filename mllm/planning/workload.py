@@ -252,7 +252,8 @@ def _encoded(visual: int, text: int, targets: int) -> Encoded:
 
 
 def _images(sources: Sequence[Source]) -> int:
-    """Return the number of images in the data: of lists they are counted, other sources have one an item."""
+    """Return the number of images in the data: where it is not known, a source has one an item."""
     lists = [source.items for source in sources if isinstance(source.items, list)]
-    others = sum(len(source.items) for source in sources if not isinstance(source.items, list))
+    lazy = [source.items for source in sources if not isinstance(source.items, list)]
+    others = sum(len(items) if (known := getattr(items, "images", None)) is None else known for items in lazy)
     return others + len({image for item in itertools.chain(*lists) for image in item.images})

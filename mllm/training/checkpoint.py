@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -168,12 +168,33 @@ def set_random_states(states: Tensors) -> None:
 
 
 def optimizer_state(optimizer: Any) -> Tensors:
-    """Return the optimizer's tensors by flat names, ``INDEX.KEY``."""
+    """Return the optimizer's tensors by flat names, ``INDEX.KEY``, or ``INDEX.KEY/INNER`` where it groups them."""
     return {
         f"{index}.{key}": torch.as_tensor(value).detach().cpu().contiguous()
         for index, entry in optimizer.state_dict()["state"].items()
-        for key, value in entry.items()
+        for key, value in _flat(entry)
     }
+
+
+def _flat(entry: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in entry.items():
+        if isinstance(value, dict):
+            yield from ((f"{key}/{inner}", each) for inner, each in value.items())
+        else:
+            yield key, value
+
+
+def _grouped(entry: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return an entry as the optimizer has it; whole numbers were no tensors."""
+    grouped: dict[str, Any] = {}
+    for name, tensor in entry.items():
+        key, _, inner = name.partition("/")
+        value = tensor if tensor.ndim or tensor.is_floating_point() else int(tensor)
+        if inner:
+            grouped.setdefault(key, {})[inner] = value
+        else:
+            grouped[key] = value
+    return grouped
 
 
 def set_optimizer(optimizer: Any, tensors: Tensors, rates: list[float]) -> None:
@@ -191,7 +212,8 @@ def set_optimizer(optimizer: Any, tensors: Tensors, rates: list[float]) -> None:
     for name, tensor in tensors.items():
         index, _, key = name.partition(".")
         state.setdefault(int(index), {})[key] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    entries = {index: _grouped(entry) for index, entry in state.items()}
+    optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
     for parameter, entry in optimizer.state.items():
         for key, value in entry.items():
             if key.startswith("exp_avg") and value.shape != parameter.shape:

@@ -22,7 +22,7 @@ from mllm.data.items import Item
 from mllm.data.lazy import Lazy
 from mllm.data.skipping import Skipped
 from mllm.data.sources import Source, read_all
-from mllm.devices import DeviceName, use_device
+from mllm.devices import DeviceName, choose_device, use_device
 from mllm.encoders.feature_store import FeatureStore, open_store
 from mllm.errors import MLLMError
 from mllm.media.images import ImageSource
@@ -138,7 +138,7 @@ def _pass(stage: Stage, command: Sequence[str]) -> Pass:
 
 def _encoding(spec: AssemblySpec) -> Model:
     """Return the parts of a model that its features depend on: the encoder, and a connector that bounds its tiles."""
-    encoder = build_encoder(spec)
+    encoder = build_encoder(spec, device=choose_device())
     connector = spec.connector if encoder.tiling is not None else None
     if connector is not None:
         connector = connector.model_copy(update={"vocabulary": None, "width": WIDTH})

@@ -80,25 +80,43 @@ class Loop:
         started = time.monotonic()
         with self.signals.deferred(), progress() as bar, self.throughput:
             task = bar.add_task(self.stage.name, total=total, completed=done, note="")
+            unread: list[tuple[int, torch.Tensor]] = []
             for step, batches in self.batches.steps(done, total):
-                outcome = self.step(batches)
-                self._log(step, outcome, bar, task, started)
+                unread.append((step, self.step(batches)))
+                if self._behind and len(unread) == 1 and not self._due(step):
+                    continue  # the device computes, and the next step is begun before its losses are read
+                interrupted = overdue = False
+                while unread and (len(unread) > self._behind or interrupted or overdue or self._due(step)):
+                    number, values = unread.pop(0)
+                    outcome = self._outcome(values)
+                    self._log(number, outcome, bar, task, started)
+                    interrupted, overdue = interrupted or outcome.interrupted, overdue or outcome.overdue
                 stop = self._validate(step, bar)
                 if self.monitor.due(step):
                     self.monitor.evaluate(step, bar.console.print)
                 if stop:
                     break
-                if (outcome.interrupted or outcome.overdue or self.checkpoints.due(step)) and step < total:
+                if (interrupted or overdue or self.checkpoints.due(step)) and step < total:
                     self.checkpoints.write(step, self.engine.model, self.engine.optimizer, self.engine.schedule)
-                    if outcome.interrupted:
+                    if interrupted:
                         where = f"after step {step} of {total} of stage {self.stage.name}; the checkpoint is written"
                         raise self.signals.interrupted(self.checkpoints.folder, where)
                 self.throughput.start()
         self.validation.restore_best()
         self.engine.close()
 
-    def step(self, batches: Sequence[Drawn]) -> Outcome:
-        """Do one optimizer step over accumulated batches."""
+    @property
+    def _behind(self) -> int:
+        """How many steps' losses may be unread: on a GPU one, so that it need not wait for the host."""
+        return 1 if self.engine.accelerator.device.type == "cuda" else 0
+
+    def _due(self, step: int) -> bool:
+        """Whether a step is the last one, or something follows it for which all losses are read first."""
+        last = step == self.stage.steps
+        return last or self.validation.due(step) or self.monitor.due(step) or self.checkpoints.due(step)
+
+    def step(self, batches: Sequence[Drawn]) -> torch.Tensor:
+        """Do one optimizer step over accumulated batches, and return what `_outcome` reads, on the device."""
         engine = self.engine
         engine.model.train()
         if self.stage.optim.checkpointing:
@@ -110,18 +128,24 @@ class Loop:
         totals = torch.zeros_like(share)
         for index, micro in enumerate(micros):
             last = index == len(micros) - 1
-            with contextlib.nullcontext() if last else engine.accelerator.no_sync(engine.wrapped):
+            synchronized = contextlib.nullcontext() if last else engine.accelerator.no_sync(engine.wrapped)
+            with engine.layers(), synchronized:
                 with engine.accelerator.autocast():
                     sums = self.objectives(engine.wrapped, micro)
                 engine.accelerator.backward((sums * share * sums.new_tensor(self.objectives.weights)).sum())
                 totals += sums.detach() * share
         counts = self.throughput.counted(micros, engine.update(), totals)
-        # All processes stop, or write a checkpoint, after the same step. This is the one wait for the device.
+        # All processes stop, or write a checkpoint, after the same step.
         flags = totals.new_tensor([self.signals.received, self.checkpoints.overdue])
-        values = iter(engine.accelerator.reduce(torch.cat([totals, flags, counts]), "mean").tolist())
-        losses = [next(values) for _ in totals]
+        reduced: torch.Tensor = engine.accelerator.reduce(torch.cat([totals, flags, counts]), "mean")
+        return reduced
+
+    def _outcome(self, reduced: torch.Tensor) -> Outcome:
+        """Return what a step came to, which is the one wait for the device."""
+        values = iter(reduced.tolist())
+        losses = [next(values) for _ in self.objectives.losses]
         interrupted, overdue = next(values) > 0, next(values) > 0
-        return Outcome(losses, interrupted, overdue, Counts.of(list(values), engine.accelerator.num_processes))
+        return Outcome(losses, interrupted, overdue, Counts.of(list(values), self.engine.accelerator.num_processes))
 
     def _share(self, micros: Sequence[Micro]) -> torch.Tensor:
         """Return the weight of each objective's sums ``(n,)``: one over its targets, as gradients are averaged."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from mllm.parts import trained_module
 from mllm.prompts.batch import Batch
 from mllm.prompts.pieces import Piece
 from mllm.training.checkpoint import TrainingState, explain_misfit, set_optimizer
+from mllm.training.compiling import CompiledLayers
 from mllm.training.depth import by_depth, drop_paths
 from mllm.training.optimizers import Groups, optimizer_for
 from mllm.training.schedule import schedule_for
@@ -86,6 +87,7 @@ class Engine:
         optimizer: of the trained parameters.
         schedule: of its learning rates.
         hooks: those of this stage's training alone.
+        layers: the language model's, where they are compiled.
     """
 
     accelerator: Accelerator
@@ -95,6 +97,7 @@ class Engine:
     optimizer: Any
     schedule: Any
     hooks: Sequence[RemovableHandle] = ()
+    layers: CompiledLayers = field(default_factory=CompiledLayers)
 
     @property
     def rates(self) -> list[float]:
@@ -125,8 +128,6 @@ class Engine:
         self.model.requires_grad_(False).eval()
         for hook in self.hooks:
             hook.remove()
-        for layer in self.model.lm.layers if self.stage.optim.compile and self.model.lm is not None else ():
-            layer._compiled_call_impl = None
         for tracker in self.accelerator.trackers:  # end_training would end the other processes, too
             tracker.finish()
         self.accelerator.free_memory()
@@ -208,7 +209,17 @@ def engine_for(accelerator: Accelerator, model: Model, stage: Stage, groups: Gro
         with explain_misfit():
             set_optimizer(optimizer, state.optimizer, state.rates)
             schedule.load_state_dict(state.schedule)
-    return Engine(accelerator, model, wrapped, stage, optimizer, schedule, _hooks(model, stage))
+    return Engine(
+        accelerator, model, wrapped, stage, optimizer, schedule, _hooks(model, stage), _compiled(model, stage)
+    )
+
+
+def _compiled(model: Model, stage: Stage) -> CompiledLayers:
+    """Return the language model's layers, to be compiled where a stage asks for it."""
+    if model.lm is None or not stage.optim.compile:
+        return CompiledLayers()
+    _ = model.generates_text and model.lm.runner.separable  # first: it is found out by running them
+    return CompiledLayers(model.lm.layers)
 
 
 def _hooks(model: Model, stage: Stage) -> list[RemovableHandle]:
@@ -226,9 +237,6 @@ def set_up(model: Model, stage: Stage) -> None:
         lm = model.lm.model  # renamed in transformers 5.23
         enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    if stage.optim.compile:  # layer by layer: what they have in common is compiled once, and the rest is hooked into
-        for layer in model.lm.layers:
-            layer.compile()
 
 
 def recompute(model: Model) -> None:

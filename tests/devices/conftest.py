@@ -144,6 +144,9 @@ class _Functions(TorchFunctionMode):
             return 0 if on_gpu else -1
         if func in (Tensor.to, Tensor.cuda, Tensor.cpu):
             return self._to(func, *args, **kwargs)
+        if func is Tensor.pin_memory:  # a CPU has none
+            self.gpu.pinned += 1
+            return args[0]
         if func is Tensor.numpy and on_gpu:
             raise TypeError(f"can't convert a tensor of the pretend GPU to numpy, at {_place()}")
         if func is Tensor.tolist and on_gpu:
@@ -158,7 +161,7 @@ class _Functions(TorchFunctionMode):
             if kwargs.get("generator") is not None:
                 raise RuntimeError(f"a generator of the CPU for the pretend GPU, at {_place()}")
             kwargs["device"] = "cpu"
-        if kwargs.pop("pin_memory", False):  # a CPU has none
+        if kwargs.pop("pin_memory", False):
             self.gpu.pinned += 1
         inherits = getattr(func, "__name__", "") == "new_tensor" and "device" not in kwargs and on_gpu
         result = func(*args, **kwargs)
@@ -220,7 +223,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch, fresh_accelerator: None) -> Iterator[Pr
         "current_device": 0,
         "get_device_name": "pretend GPU",
         "get_device_capability": (9, 0),
-        "get_device_properties": SimpleNamespace(total_memory=2**34),
+        "get_device_properties": SimpleNamespace(total_memory=80 * 2**30),
+        "current_stream": SimpleNamespace(synchronize=lambda: None),
         "set_device": None,
         "synchronize": None,
         "empty_cache": None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -187,6 +188,44 @@ def test_the_cache_is_judged_by_what_it_saves(file: str) -> None:
     assert off.flops.total - often.flops.total == 21 * often.flops.encoder and off.memory.features == 0
 
 
+def test_features_are_counted_as_they_are_stored_and_kept(file: str) -> None:
+    row = 16 * 24 * 4  # bytes, of three images
+    settings: tuple[list[str], ...] = ([], ["cache.dtype=bfloat16"], [f"cache.limit={row}"])
+    whole, rounded, limited = (plan(file, overrides).stages[0] for overrides in settings)
+    assert rounded.cache.bytes == rounded.cache.disk == whole.cache.bytes // 2 == row * 3 // 2
+    assert (limited.cache.bytes, limited.cache.disk) == (3 * row, row)
+    assert "only 33.3% of the features fit into the limit" in limited.cache.reason
+    encoder = whole.flops.encoder  # 24 reads of three images: eight of the one that is kept, and 16 of the others
+    assert limited.flops.total - whole.flops.total == (1 + 16 - 3) * encoder
+    assert limited.cache.saves == pytest.approx(whole.cache.saves / 3)
+    assert whole.memory.features == 3 * row
+    many = plan(file, ["stages.0.steps=2000", "cache=on", "cache.memory=1MiB"], Setting(images=2000)).stages[0]
+    assert many.memory.features == 2**20 < many.cache.disk
+
+
+def test_features_are_not_in_the_memory_of_a_gpu(file: str) -> None:
+    on, off = (plan(file, [f"cache={mode}"], Setting("gpu")).stages[0].memory for mode in ("on", "off"))
+    assert on.features > off.features == 0 and on.peak == off.peak
+
+
+def test_a_cache_that_does_not_fit_or_is_slower_is_not_recommended(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mllm.planning.feature_cache.WORTH", 0.01)
+    often = ["stages.0.steps=1000", "cache=on"]
+    assert plan(file, often).stages[0].cache.recommended
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=4000))
+        full = plan(file, often).stages[0].cache
+        assert not full.recommended and "it does not fit" in full.reason
+        assert plan(file, [*often, "cache.dtype=bfloat16"]).stages[0].cache.recommended  # 2,304 bytes
+    row, encoder = 16 * 24 * 4, plan(file, often).stages[0].flops.encoder
+    for rate, pays in ((0.9e9, True), (1.1e9, False)):  # bytes a second; a disk is taken to read 1e9
+        for memory, fits in (("1MiB", False), ("4MiB", True)):
+            setting = Setting(flops=encoder / row * rate, utilisation=1.0, images=2000)
+            planned = plan(file, ["stages.0.steps=2000", "cache=on", f"cache.memory={memory}"], setting).stages[0].cache
+            assert planned.bytes == 2000 * row and planned.recommended == (pays or fits)
+            assert ("1.1 GB/s is faster" in planned.reason) != planned.recommended
+
+
 def test_time_follows_from_the_flops_and_the_images(file: str) -> None:
     """On a GPU images are prepared while it computes; on a CPU both take their time. Three images are read once."""
     for seconds, bound in ((1e-9, "device"), (9.0, "data")):
@@ -304,6 +343,17 @@ def test_what_does_not_fit_is_told_what_would(file: str) -> None:
     own = changed.stages[0]
     assert own.batch_size * own.optim.accumulate == 32
     assert plan_stage(Draft(own, "gpu"), setting).memory.peak <= whole - 50_000
+
+
+def test_where_memory_is_short_fewer_features_are_in_it(file: str) -> None:
+    overrides, setting = ["stages.0.steps=1000000", "cache=on"], Setting(images=1_000_000)
+    whole = plan(file, overrides, setting).stages[0].memory
+    assert whole.features == 1_000_000 * 16 * 24 * 4
+    changes = fitting(recipe.load(file, overrides).stages[0], 0, setting, whole.peak - 2**30)
+    assert changes is not None and not any("batch_size" in change for change in changes)
+    changed = recipe.load(file, [*overrides, *changes]).stages[0]
+    assert changed.cache.mode == "on" and changed.cache.memory < 2**29
+    assert plan_stage(Draft(changed, "cpu"), setting).memory.peak <= whole.peak - 2**30
 
 
 @pytest.mark.parametrize(

@@ -94,8 +94,8 @@ def by_hand(
 def test_the_loop_is_a_plain_loop(recipe, tmp_path, weights, clip, accumulate):
     objectives = ", ".join(f"{{type: caption, weight: {weight}}}" for weight in weights)
     path = recipe(f"[{objectives}]", clip, accumulate)
-    run = mllm.train(path, ["stages.0.steps=1", "stages.0.train.connector=0"], out=tmp_path / "start")
-    start = mllm.load(run.path).trained_state()  # calibrated on the data, and not moved by a rate of zero
+    calibrated = mllm.train(path, ["stages.0.steps=1", "stages.0.train.connector=0"], out=tmp_path / "start")
+    start = mllm.load(calibrated.path).trained_state()  # calibrated on the data, and not moved by a rate of zero
     run = mllm.train(path, out=tmp_path / "run").path
     trained = mllm.load(run).trained_state()
     expected, norms = by_hand(path, weights, start)
