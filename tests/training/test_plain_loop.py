@@ -96,11 +96,11 @@ def test_the_loop_is_a_plain_loop(recipe, tmp_path, weights, clip, accumulate):
     path = recipe(f"[{objectives}]", clip, accumulate)
     calibrated = mllm.train(path, ["stages.0.steps=1", "stages.0.train.connector=0"], out=tmp_path / "start")
     start = mllm.load(calibrated.path).trained_state()  # calibrated on the data, and not moved by a rate of zero
-    run = mllm.train(path, out=tmp_path / "run").path
-    trained = mllm.load(run).trained_state()
+    folder = mllm.train(path, out=tmp_path / "run").path
+    trained = mllm.load(folder).trained_state()
     expected, norms = by_hand(path, weights, start)
     for name, tensor in expected.items():
         torch.testing.assert_close(trained[f"connector.{name}"], tensor, rtol=1e-4, atol=1e-6)
     assert any(not torch.equal(trained[name], start[name]) for name in trained)
-    rows = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+    rows = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
     assert [row["grad_norm"] for row in rows] == pytest.approx(norms, rel=1e-3, abs=1e-6)
