@@ -140,12 +140,17 @@ class Throughput:
         images = sum(len(images_of(pieces)) for rows, _, _ in micros for pieces in rows)
         positions, examples = sum(batch.ids.numel() for batch in batches), sum(len(rows) for rows, _, _ in micros)
         on_host = like.new_tensor([positions, examples, images, self._encoded])
+        self._encoded = 0
         self._trace(micros)
         return torch.cat([tokens.to(like).reshape(1), on_host, norm.to(like).reshape(1)])
 
     def measured(self, counts: Counts) -> dict[str, float]:
-        """Return the figures of the step that ends now, of all processes; memory is this process's."""
-        seconds = time.monotonic() - self._started
+        """Return the figures of the step that ends now, where the next begins; memory is this process's.
+
+        Where losses are read a step late, the time is that between two reads.
+        """
+        now = time.monotonic()
+        seconds, self._started = now - self._started, now
         row = {"seconds": seconds, "images_per_s": counts.images / seconds}
         if counts.positions:
             row["tokens_per_s"] = counts.tokens / seconds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import mllm
 from mllm.build import build
 from mllm.config.loading import load
+from mllm.config.recipe import Stage
 from mllm.data.sources import read_all
 from mllm.data.stream import Stream
 from mllm.objectives.build import objectives_of
@@ -23,7 +25,7 @@ from mllm.prompts.batch import collate
 from mllm.prompts.pieces import images_of
 from mllm.testing import tiny_image
 from mllm.training import setup, throughput
-from mllm.training.throughput import peak_flops
+from mllm.training.throughput import Counts, peak_flops
 
 PEAK = 1e9
 STEPS, BATCH = 3, 4
@@ -191,3 +193,16 @@ def test_peaks_are_those_of_the_data_sheets(device: str, peak: float | None) -> 
 def test_without_a_known_peak_there_is_no_mfu(run, tmp_path) -> None:
     again = mllm.train(str(run / "recipe.yaml"), {"stages.1.track": [], "stages.1.steps": 1}, out=tmp_path / "run")
     assert not any("mfu" in row for row in rows_of(again.path, "speed.jsonl", "align"))
+
+
+def test_the_times_of_steps_that_are_read_one_after_another_add_up(tiny_model: Any) -> None:
+    """On a GPU the losses of two steps may be read together; their times are not those of both."""
+    measure, counts = (
+        throughput.Throughput(tiny_model(), Stage(name="a", train={"connector": 1}, steps=2)),
+        Counts(8, 8, 2, 2, 0, 1.0),
+    )
+    with measure:
+        began = time.monotonic()
+        time.sleep(0.05)
+        seconds = [measure.measured(counts)["seconds"] for _ in range(2)]
+        assert 0.05 <= sum(seconds) <= time.monotonic() - began and seconds[1] < seconds[0]
