@@ -153,9 +153,6 @@ class _Functions(TorchFunctionMode):
             self.gpu.synchronizations["tolist", _place()] += 1
             with torch._C.DisableTorchFunction():
                 return torch.Tensor.tolist(self.gpu.moved(args[0], False))
-        if func is Tensor.pin_memory:
-            self.gpu.pinned += 1
-            return args[0]
         named = _is_cuda(kwargs.get("device"))
         if named:
             if kwargs.get("generator") is not None:
