@@ -7,6 +7,7 @@ import traceback
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -213,6 +214,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch, fresh_accelerator: None) -> Iterator[Pr
         "current_device": 0,
         "get_device_name": "pretend GPU",
         "get_device_capability": (9, 0),
+        "get_device_properties": SimpleNamespace(total_memory=80 * 2**30),
+        "current_stream": SimpleNamespace(synchronize=lambda: None),
         "set_device": None,
         "synchronize": None,
         "empty_cache": None,
