@@ -33,7 +33,7 @@ from mllm.prompts.chat_template import uses_template
 from mllm.system import check_regular, open_regular, read_json, write
 from mllm.version import __version__
 
-FORMAT = 1
+FORMAT, STAGES = 1, "stages"  # the latter is a run's folder of the models of all stages but the last
 ASSEMBLY, UNNAMED, UNSAVED = "assembly.json", ".trained.safetensors", f"trained-{'0' * 12}.safetensors"
 
 TensorShape = tuple[int, ...]
@@ -218,9 +218,10 @@ def find_folder(folder: Path) -> Path:
     for path in (folder, folder / "model"):
         if os.path.isfile(path / ASSEMBLY):
             return path
+    done = ", ".join(str(path.parent) for path in sorted(folder.glob(f"{STAGES}/*/{ASSEMBLY}")))
     raise MLLMError(
-        f"There is no model in {str(folder)[:200]}: no {ASSEMBLY}, there or in its folder model. Give the folder "
-        "of a run or of a saved model."
+        f"There is no model in {str(folder)[:200]}: no {ASSEMBLY}, there or in its folder model. Give the folder of a "
+        f"run or of a saved model{', such as that of a stage: ' if done else ''}{done}."
     )
 
 

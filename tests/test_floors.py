@@ -27,8 +27,7 @@ fits scorers decoders export transfer
 answering
 assembly serve
 build assembling
-training
-planning
+training planning
 eval
 cli __init__ __main__
 """.strip().splitlines()

@@ -37,9 +37,9 @@ from mllm.encoders.feature_store import FeatureStore
 from mllm.media.images import ImageFile
 from mllm.testing import tiny_lm
 from mllm.training import loop
+from mllm.training.throughput import peak_flops
 from mllm.training.train import train
 
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bfloat16 FLOP/s
 IMAGE_TOKEN, WORKERS, WARM = 300, 8, 3
 CAPTION = "a thing of many colors, seen from the side"
 
@@ -180,8 +180,7 @@ def stage(
     text = len(CAPTION) + len("\nDescribe the picture:") + 1
     tokens = place.visual + text
     flops = 4 * place.parameters() * tokens + 2 * place.tower() * (place.visual + 1)  # of an image
-    name = torch.cuda.get_device_name() if place.device == "cuda" else ""
-    peak = next((value for key, value in PEAK.items() if key in name), None)
+    peak = peak_flops(torch.cuda.get_device_name()) if place.device == "cuda" else None
     rows: list[Row] = []
     for label, batch, options in (
         ("batch 8", 8, {}),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from rich.console import Console
 
@@ -15,6 +15,9 @@ from mllm.planning import table
 from mllm.planning.advice import bytes_of, fitting
 from mllm.planning.draft import Device
 from mllm.planning.plan import Plan, Setting, Sharding, plan
+
+if TYPE_CHECKING:
+    from mllm.planning.probe import Measured
 
 
 def run(
@@ -31,21 +34,39 @@ def run(
     for name in ("flops", "utilisation"):
         if (value := options[name]) is not None and not 0 < value < float("inf"):
             raise MLLMError(f"--{name} {value}: expected a number above 0. Leave it out for a plan without times.")
-    limit = bytes_of(memory) if memory else None
+    limit, measured = bytes_of(memory) if memory else None, None
     if probe:
         from mllm.planning.probe import probe as timed
 
-        rate, encoder = timed(recipe, overrides)
-        options = {**options, "flops": rate, "utilisation": 1.0, "encoder_flops": encoder}
+        measured = timed(recipe, overrides, **{key: options[key] for key in ("processes", "images", "text")})
+        options = {**options, "flops": measured.flops, "utilisation": 1.0, "encoder_flops": measured.encoder_flops}
+        options["device"] = "gpu" if measured.gpu else "cpu"
+        if measured.image_seconds is not None:
+            options["image_seconds"] = measured.image_seconds
     estimates = plan(recipe, overrides, Setting(**options))
     advice = {} if limit is None else _advice(estimates, recipe, overrides, limit)
     if as_json:
-        print(json.dumps({**asdict(estimates), **({"fits": advice} if limit else {})}, indent=1))
+        measurement = {} if measured is None else {"measured": asdict(measured)}
+        print(json.dumps({**asdict(estimates), **({"fits": advice} if limit else {}), **measurement}, indent=1))
         return
     Console().print(table.table(estimates))
     advice_lines = (f"{stage}: {_advice_text(changes, limit)}" for stage, changes in advice.items())
-    for note in [*table.notes(estimates), *advice_lines]:
+    measured_lines = [] if measured is None else [_measured(measured)]
+    for note in [*measured_lines, *table.notes(estimates), *advice_lines]:
         Console(soft_wrap=True, highlight=False).print(note, markup=False)
+
+
+def _measured(measured: Measured) -> str:
+    """Return what was measured as a sentence."""
+    peak = "" if measured.peak is None else f", with {table.size(measured.peak)} at once in a step on the largest"
+    encoder, image = measured.encoder_flops, measured.image_seconds
+    parts = [
+        f"{measured.stage}: measured on {measured.device}: a step of {measured.rows} x {measured.length} takes "
+        f"{1e3 * measured.seconds:.4g} ms ({table.count(measured.flops)}FLOP/s){peak}",
+        *([] if encoder is None else [f"the encoder computes {table.count(encoder)}FLOP/s"]),
+        *([] if image is None else [f"an image takes {1e3 * image:.3g} ms of a core"]),
+    ]
+    return f"{'; '.join(parts)}."
 
 
 def _advice(estimates: Plan, recipe: str, overrides: Sequence[str], limit: int) -> dict[str, list[str] | None]:

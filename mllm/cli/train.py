@@ -17,7 +17,7 @@ def check(recipe: RecipeName, overrides: Overrides = None) -> None:
     No weight is loaded. Of the example, what is learned is between « and ».
     """
     from mllm.planning.check import problems
-    from mllm.planning.examples import first_examples
+    from mllm.planning.examples import epochs, first_examples
 
     messages = problems(recipe, overrides or [])
     for message in messages:
@@ -28,6 +28,8 @@ def check(recipe: RecipeName, overrides: Overrides = None) -> None:
     try:
         for stage, (example,) in first_examples(recipe, overrides or [])[:1]:
             typer.echo(f"{stage}, first example, {example}")
+        for line in epochs(recipe, overrides or []):
+            typer.echo(line)
     except MLLMError as error:  # of the data, which `mllm data check` checks
         typer.echo(f"The first training example cannot be shown: {error}")
     typer.echo(f"{recipe}: no problems.")
@@ -37,7 +39,9 @@ def train(
     recipe: RecipeName,
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder; default: runs/NAME.")] = None,
-    resume: Annotated[Path | None, typer.Option(help="The folder of an interrupted run, to continue.")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="The folder of an interrupted run, to continue, or one of its checkpoints.")
+    ] = None,
     accept_changes: Annotated[
         bool,
         typer.Option("--accept-changes", help="Continue although the recipe has changed since the run was started."),
@@ -104,12 +108,18 @@ def plan(
         float, typer.Option(min=0, max=1, help="The fraction of the peak FLOP/s that is reached (MFU).")
     ] = 0.4,
     probe: Annotated[
-        bool, typer.Option("--probe", help="Load the model and time a few steps on this machine instead.")
+        bool, typer.Option("--probe", help="Load the model and measure a few steps on this machine's device instead.")
     ] = False,
     images: Annotated[int | None, typer.Option(min=1, help="Images in the data; default: counted.")] = None,
     text_tokens: Annotated[
-        int | None, typer.Option(min=2, help="Text tokens of an example; default: counted, or 64.")
+        int | None, typer.Option(min=2, help="Text tokens of an example; default: those of the data, or 64.")
     ] = None,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processor cores of a process that open and preprocess images.")
+    ] = 8,
+    image_ms: Annotated[
+        float, typer.Option(min=0, help="Milliseconds that a core takes to open and preprocess an image.")
+    ] = 5.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """Estimate a recipe's parameters, memory, FLOPs, feature cache and time, without loading weights."""
@@ -117,4 +127,5 @@ def plan(
 
     options = {"device": device, "processes": processes, "sharding": sharding, "flops": flops}
     options |= {"utilisation": utilisation, "images": images, "text": text_tokens}
+    options |= {"workers": workers, "image_seconds": image_ms / 1000}
     run_plan(recipe, overrides or [], options, memory=memory, probe=probe, as_json=as_json)

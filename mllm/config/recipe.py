@@ -131,11 +131,14 @@ class Stage(Settings):
     train: dict[str, Rate] = {}  # part, or dotted path inside one -> learning rate
     objectives: list[ObjectiveSpec] = [ObjectiveSpec(type="caption")]
     steps: int | None = Field(default=None, ge=1)
+    epochs: float | None = Field(default=None, gt=0)  # in place of steps: passes over the data (mllm.data.epochs)
     batch_size: int = Field(default=32, ge=1)
     validate_every: int | None = Field(default=None, ge=1)  # steps
     keep: Literal["last", "best"] = "last"  # best: the stage ends with the tensors of the lowest validation loss
     patience: int | None = Field(default=None, ge=1)  # stop after so many validations without a lower loss
-    checkpoint_every: int = Field(default=100, ge=1)  # steps; a killed run continues from the last one
+    checkpoint_every: int | None = Field(default=100, ge=1)  # steps; a killed run continues from the last one
+    checkpoint_minutes: float | None = Field(default=None, gt=0)  # the most between two checkpoints
+    keep_checkpoints: int = Field(default=1, ge=1)  # of the last ones, until the run is complete
     _before: AssemblySpec | None = PrivateAttr(default=None)  # the model of the stage before
 
     @model_validator(mode="before")
@@ -152,8 +155,12 @@ class Stage(Settings):
     def _one_kind(self) -> Stage:
         if bool(self.fit) == bool(self.train):
             raise ValueError("a stage has either 'fit' or 'train': give one of the two")
-        if self.train and self.steps is None:
-            raise ValueError("a stage that trains needs 'steps'")
+        if self.train and (self.steps is None) == (self.epochs is None):
+            raise ValueError("a stage that trains needs 'steps' or 'epochs': give one of the two")
+        if self.fit and self.epochs is not None:
+            raise ValueError("'fit' reads its data once: leave out epochs")
+        if self.checkpoint_every is None and self.checkpoint_minutes is None:
+            raise ValueError("checkpoint_every: null needs checkpoint_minutes")
         if self.train and self.data.augment and self.cache.mode == "on":
             raise ValueError(
                 "data.augment changes images in every step, so features are not cached: leave out cache: on"
@@ -165,6 +172,13 @@ class Stage(Settings):
         if (self.keep == "best" or self.patience) and not (self.validate_every and self.data.val):
             raise ValueError("keep: best and patience go by the validation loss: give validate_every and data.val")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_later_keys(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out the defaults of later keys: a recipe is written as it was before there were any."""
+        values: dict[str, Any] = write(self)
+        later = {"epochs": None, "checkpoint_minutes": None, "keep_checkpoints": 1}
+        return {key: value for key, value in values.items() if key not in later or value != later[key]}
 
     @property
     def assembly(self) -> AssemblySpec:
@@ -208,7 +222,10 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _in_order(self) -> Recipe:
-        """Let each stage know the model of the stage before."""
+        """Let each stage, which has a name of its own, know the model of the stage before."""
+        names = [stage.name for stage in self.stages]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"two stages are called {twice!r}: give one of them another name")
         for before, stage in itertools.pairwise(self.stages):
             stage._before = before.assembly
         return self

@@ -22,6 +22,9 @@ class Lazy(Sequence[Item]):
         fingerprint: returns a hash that identifies the items without reading them.
         shards: the ranges of indices that are in one file each.
         notes: what was noted of the items when the rows were read, if they were.
+
+    Attributes:
+        images: the number of different image files, where it is known.
     """
 
     def __init__(
@@ -35,6 +38,7 @@ class Lazy(Sequence[Item]):
     ) -> None:
         self._size, self._make, self.fingerprint, self.notes = size, make, fingerprint, notes
         self.shards = shards or [range(size)]
+        self.images: int | None = None
 
     def __len__(self) -> int:
         return self._size
@@ -62,8 +66,10 @@ def part_of(items: Sequence[Item], indices: Sequence[int]) -> Sequence[Item]:
     """Return the items at sorted indices: lazy ones, without their notes, or a list."""
     if not isinstance(items, Lazy):
         return [items[index] for index in indices]
+    kept = items if len(indices) == len(items) else items.part(indices)
+    kept.images = None if items.notes is None else len(items.notes.files)
     items.notes = None
-    return items if len(indices) == len(items) else items.part(indices)
+    return kept
 
 
 def joined(parts: Sequence[Sequence[Item]], noted: Callable[[Sequence[Item]], Notes]) -> Sequence[Item]:
@@ -78,7 +84,9 @@ def joined(parts: Sequence[Sequence[Item]], noted: Callable[[Sequence[Item]], No
     ends = list(accumulate(map(len, parts)))
     notes = Notes()
     for part in parts:
-        notes.extend((part.notes if isinstance(part, Lazy) else None) or noted(part))
+        noted_of_part = (part.notes if isinstance(part, Lazy) else None) or noted(part)
+        notes.extend(noted_of_part)
+        noted_of_part.forget()
 
     def make(index: int) -> Item:
         part = bisect_right(ends, index)

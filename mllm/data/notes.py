@@ -46,7 +46,7 @@ class Notes:
                 check(item)
             except MLLMError as error:
                 self.refused[len(self)] = str(error)
-        for image in images_of(item):
+        for image in images_of(item) if item.shots else item.images:
             if isinstance(image, ImageFile):
                 self._shown.append(self.files.setdefault(str(image.path), len(self.files)))
         self._ends.append(len(self._shown))

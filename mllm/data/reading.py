@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import functools
 import inspect
-import os
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeGuard, TypeVar, get_args, overload
 
-from mllm.data.files import some
 from mllm.data.items import Item
 from mllm.data.lazy import Lazy, joined, part_of
 from mllm.data.notes import Notes
@@ -24,8 +22,6 @@ from mllm.data.values import answers_in, captions_in
 from mllm.errors import MLLMError, near
 
 Missing = Literal["raise", "drop"]
-KEPT = 1000  # reasons that a report keeps
-LISTED = 10  # of them that an error lists
 _FILES = ("path", "annotations", "questions", "problems")  # arguments that name a reader's file, for messages
 
 Value = TypeVar("Value")
@@ -49,7 +45,7 @@ class Reading:
         self.report = Report()
         self._presence = Presence(self.report, drop=missing == "drop", needed=images)
         self._check: Callable[[Item], None] | None = None
-        self._options: dict[str, Any] = {}
+        self._options: Mapping[str, Any] = {}
         self._counting = True  # a row that is read again, to draw its item, counts once
 
     def run(
@@ -68,7 +64,7 @@ class Reading:
         label = str(next((options[name] for name in _FILES if name in options), self.report.label))
         label += f", split {options['split']}" if options.get("split") else ""
         self.report.label = label
-        self._options = {key: value for key, value in options.items() if not _is_path(value)}
+        self._options = options
         body, unique = getattr(function, "body", None), getattr(function, "unique", False)
         self._check = check
         items: Sequence[Item] = body(self, **options) if body else function(**options)
@@ -76,7 +72,9 @@ class Reading:
         if notes is not None:
             items = part_of(items, self._kept(notes, items, unique))
             notes.forget()
-        self._raise(items)
+        self.report.raise_errors(
+            len(items), skip=self._skip, drop=self.missing == "drop", files=self._presence.looked_for
+        )
         self._counting = False
         self._presence = self._presence.afresh()
         return items
@@ -103,7 +101,13 @@ class Reading:
         return values
 
     def items(
-        self, records: Iterable[Record], make: Callable[[Any, int], Item | None], expected: str, *, count: bool = True
+        self,
+        records: Iterable[Record],
+        make: Callable[[Any, int], Item | None],
+        expected: str,
+        *,
+        count: bool = True,
+        finish: Callable[[Item], Item] = lambda item: item,
     ) -> Sequence[Item]:
         """Return the items of rows; those of a large file are all made once, noted, and made again when they are drawn.
 
@@ -112,9 +116,12 @@ class Reading:
             make: as for `each`; None for a row that is left out.
             expected: the form of a row, for messages.
             count: as for `each`.
+            finish: returns the item that is drawn, from one with the same id and images: work that raises no error, and
+                that is not done for an item which is noted only.
         """
         if not self._draws(records):
-            return [item for item in self.each(records, make, expected, count=count) if item is not None]
+            made_of_rows = self.each(records, make, expected, count=count)
+            return [finish(item) for item in made_of_rows if item is not None]
         notes, kept = Notes(), array("q")
 
         def note(value: Any, number: int) -> None:
@@ -126,7 +133,7 @@ class Reading:
         def draw(index: int) -> Item:
             item = made(records.at(kept[index]), make, expected)
             assert item is not None
-            return item
+            return finish(item)
 
         self.each(records, note, expected, count=count)
         options = self._options
@@ -186,9 +193,7 @@ class Reading:
         """Skip and count a bad row, or raise the reason."""
         if not self._skip:
             raise MLLMError(reason)
-        self.report.bad += 1
-        if len(self.report.reasons) < KEPT:
-            self.report.reasons.append(reason)
+        self.report.note_bad(reason)
 
     def by_id(
         self, pairs: Iterable[tuple[str, Value]], label: str, *, repeats: bool = False
@@ -252,28 +257,6 @@ class Reading:
                 self.bad(notes.refused[index])
         return [index for index in kept if index not in apart and index not in notes.refused]
 
-    def _raise(self, items: Sequence[Item]) -> None:
-        """Raise the error that becomes due when everything is read."""
-        report, label = self.report, self.report.label
-        if report.absent and self.missing == "raise":
-            raise MLLMError(
-                f"{label}: {len(report.absent)} of {self._presence.looked_for} images are missing: "
-                f"{some(sorted(report.absent))}. Add the files, remove their rows, or set missing: drop to leave them "
-                "out."
-            )
-        listed = "".join(f"\n  {reason}" for reason in report.reasons[:LISTED])
-        if report.bad > self._skip * max(report.rows, len(items)):
-            raise MLLMError(
-                f"{label}: {report.bad} of {report.rows} rows are bad, more than data.skip={self._skip} allows. "
-                f"Correct them, or raise data.skip. The first of them:{listed}"
-            )
-        if not items:
-            left_out = "; ".join(report.lines())
-            raise MLLMError(
-                f"{label} contains no items{f' ({left_out})' if left_out else ''}: expected at least one. Give another "
-                "file or split."
-            )
-
 
 @overload
 def reader(function: Callable[..., Items]) -> Callable[..., Items]: ...
@@ -303,8 +286,3 @@ def reader(function: Reader | None = None, *, unique: bool = True) -> Any:
     missing = inspect.Parameter("missing", inspect.Parameter.KEYWORD_ONLY, default="raise", annotation=Missing)
     vars(read).update(body=function, unique=unique, __signature__=inspect.Signature([*parameters, missing]))
     return read
-
-
-def _is_path(value: Any) -> bool:
-    """Return whether an option names a file or a folder that is there: data are the same wherever they lie."""
-    return isinstance(value, str) and os.path.exists(value)

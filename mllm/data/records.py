@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -184,9 +185,17 @@ def made(record: Record, make: Callable[[Any, int], Value], expected: str) -> Va
         ) from None
 
 
-def digest_of(records: Records, kept: Sequence[int], *more: Any) -> str:
-    """Return a hash of the files of rows, of which of them are kept, and of other values."""
-    content = json.dumps([records.identity(), *more], sort_keys=True, default=str)
+def digest_of(records: Records, kept: Sequence[int], options: Mapping[str, Any], images: str) -> str:
+    """Return a hash of what items are made of.
+
+    Args:
+        records: the rows.
+        kept: the indices of those that items are made of.
+        options: of the reader. Those that name a file or a folder do not count: data are the same wherever they lie.
+        images: a hash of the image files.
+    """
+    others = {key: value for key, value in options.items() if not (isinstance(value, str) and os.path.exists(value))}
+    content = json.dumps([records.identity(), others, images], sort_keys=True, default=str)
     return hashlib.sha256(content.encode() + array("q", kept).tobytes()).hexdigest()
 
 

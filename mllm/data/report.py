@@ -7,6 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from mllm.data.files import some
+from mllm.errors import MLLMError
+
+KEPT = 1000  # reasons that a report keeps
+LISTED = 10  # of them that an error lists
 
 
 @dataclass
@@ -42,3 +46,36 @@ class Report:
             for what, number in self.left_out().items()
             if what not in apart
         ]
+
+    def note_bad(self, reason: str) -> None:
+        """Count a bad row."""
+        self.bad += 1
+        if len(self.reasons) < KEPT:
+            self.reasons.append(reason)
+
+    def raise_errors(self, items: int, *, skip: float, drop: bool, files: int) -> None:
+        """Raise the error that becomes due when everything is read.
+
+        Args:
+            items: their number.
+            skip: the share of the rows that may be bad.
+            drop: whether items with a missing image are left out.
+            files: the number of image files that were looked for.
+        """
+        if self.absent and not drop:
+            raise MLLMError(
+                f"{self.label}: {len(self.absent)} of {files} images are missing: {some(sorted(self.absent))}. Add the "
+                "files, remove their rows, or set missing: drop to leave them out."
+            )
+        listed = "".join(f"\n  {reason}" for reason in self.reasons[:LISTED])
+        if self.bad > skip * max(self.rows, items):
+            raise MLLMError(
+                f"{self.label}: {self.bad} of {self.rows} rows are bad, more than data.skip={skip} allows. "
+                f"Correct them, or raise data.skip. The first of them:{listed}"
+            )
+        if not items:
+            left_out = "; ".join(self.lines())
+            raise MLLMError(
+                f"{self.label} contains no items{f' ({left_out})' if left_out else ''}: expected at least one. Give "
+                "another file or split."
+            )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import json
 import re
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,8 +13,7 @@ from typing import Any, NoReturn
 from mllm.errors import MLLMError
 from mllm.system import open_regular
 
-BLOCK = 4 * 2**20  # bytes that are read at once
-_BOM = codecs.BOM_UTF8
+BLOCK = 2**20  # bytes that are read at once
 _NO_KEY = "Expecting property name enclosed in double quotes"
 _NEAR = 12  # characters before the end of a block in which what is cut off looks wrong: "tru", "\\u00e"
 
@@ -28,17 +27,18 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
         names = [name for name, _ in pairs]
-        refuse_twice(next(name for name in names if names.count(name) > 1))
+        raise twice(next(name for name in names if names.count(name) > 1))
     return content
 
 
-def refuse_twice(name: str) -> NoReturn:
-    """Raise the ``ValueError`` of a key that an object has twice."""
-    raise ValueError(f"an object has the key {name[:60]!r} twice")
+def twice(name: str) -> ValueError:
+    """Return the error of a key that an object has twice."""
+    return ValueError(f"an object has the key {name[:60]!r} twice")
 
 
 DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)
 _SPACE = re.compile(r"[ \t\n\r]*")
+_COMMA = re.compile(r"[ \t\n\r]*,[ \t\n\r]*(?=[^ \t\n\r])")
 
 
 def not_json(label: str, reason: Exception) -> MLLMError:
@@ -62,25 +62,27 @@ _scan: Callable[[str, int], tuple[Any, int]] = vars(DECODER)["scan_once"]  # unl
 class JsonStream:
     """A JSON file that is parsed from its start to its end.
 
+    A block of it is scanned with a character for each byte (Latin-1), so that places are known without counting; what
+    is not ASCII is then parsed again as the UTF-8 that it is.
+
     Args:
         file: a regular file, not compressed.
 
     Attributes:
-        offset: the bytes before the next value or sign.
         digest: the hash of the file's bytes so far.
     """
 
     def __init__(self, file: Path) -> None:
         self._file, self._stream = file, open_regular(file)
-        self._decoder = codecs.getincrementaldecoder("utf-8")()
-        self._text, self._at = "", 0
-        self._size, self._ended = BLOCK, False
-        self._chars = self._lines = self._line_start = 0  # of what is no longer in the text
-        self.offset, self.digest = 0, hashlib.sha256()
-        if self._stream.read(len(_BOM)) == _BOM:
-            self.offset = len(_BOM)
-            self.digest.update(_BOM)
-        self._stream.seek(self.offset)
+        self._first = self._start = len(BOM_UTF8) if self._stream.read(len(BOM_UTF8)) == BOM_UTF8 else 0
+        self._stream.seek(self._first)
+        self._text, self._at, self._size, self._ended = "", 0, BLOCK, False
+        self.digest = hashlib.sha256()
+
+    @property
+    def offset(self) -> int:
+        """Return the number of bytes before the next value or sign."""
+        return self._start + self._at
 
     def close(self) -> None:
         """Close the file."""
@@ -89,65 +91,75 @@ class JsonStream:
     def peek(self) -> str:
         """Return the next sign that is no white space, or an empty text at the end."""
         while True:
-            match = _SPACE.match(self._text, self._at)
-            self._advance(match.end() if match else self._at)
+            space = _SPACE.match(self._text, self._at)
+            self._at = space.end() if space else self._at
             if self._at < len(self._text):
                 return self._text[self._at]
             if not self._more():
                 return ""
 
     def value(self) -> Any:
-        """Return the next value.
+        """Return the value that comes next, with no white space before it.
 
         Raises:
             MLLMError: there is none, or it is not JSON.
         """
-        self.peek()
         self._size = BLOCK
         while True:
-            problem: json.JSONDecodeError | None = None
             try:
                 value, end = _scan(self._text, self._at)
             except StopIteration as error:
-                problem = json.JSONDecodeError("Expecting value", self._text, error.value)
+                self._read_on("Expecting value", error.value)
             except json.JSONDecodeError as error:
-                problem = error
+                self._read_on(error.msg, error.pos)
             except (ValueError, RecursionError) as error:
                 raise not_json(str(self._file), error) from None
-            if problem is None:
-                if end == len(self._text) and self._more():  # a number may go on
-                    continue
-                self._advance(end)
-                return value
-            open_end = problem.msg.startswith("Unterminated") or problem.pos >= len(self._text) - _NEAR
-            if not (open_end and self._more()):
-                self._fail(problem.msg, problem.pos)
+            else:
+                if end < len(self._text) or not self._more():  # a number may continue
+                    part, self._at = self._text[self._at : end], end
+                    return value if part.isascii() else self._parsed(part)
+
+    def _parsed(self, part: str) -> Any:
+        """Return the value of a part of the text that is not ASCII."""
+        data = part.encode("latin-1")
+        try:
+            return DECODER.decode(data.decode())
+        except UnicodeDecodeError as error:
+            line, *_ = self._place(self.offset - len(data) + error.start)
+            raise not_utf8(self._file, line, data[error.start]) from None
+
+    def _read_on(self, reason: str, at: int) -> None:
+        """Read another block, if what a value lacks may be in it; else raise what is wrong with it."""
+        cut_off = reason.startswith("Unterminated") or at >= len(self._text) - _NEAR
+        if not (cut_off and self._more()):
+            self._fail(reason, at)
 
     def elements(self) -> Iterator[tuple[int, Any]]:
         """Yield the values of the list that comes next, each with its offset; ``offset`` is its end then."""
-        for _ in self._separated("[", "]"):
+        more = self._opened("]")
+        while more:
             start = self.offset
             yield start, self.value()
+            more = self._continued("]")
 
     def members(self) -> Iterator[tuple[int, str]]:
         """Yield the keys of the object that comes next, with their offsets; each value must be read before the next."""
         keys: set[str] = set()
-        for sign in self._separated("{", "}"):
+        more = self._opened("}")
+        while more:
             start = self.offset
-            if sign != '"':
+            if self.peek() != '"':
                 self._fail(_NO_KEY, self._at)
             key = self.value()
             if key in keys:
-                try:
-                    refuse_twice(key)
-                except ValueError as error:
-                    raise not_json(str(self._file), error) from None
+                raise not_json(str(self._file), twice(key))
             keys.add(key)
             if self.peek() != ":":
                 self._fail("Expecting ':' delimiter", self._at)
-            self._advance(self._at + 1)
+            self._at += 1
             self.peek()
             yield start, key
+            more = self._continued("}")
 
     def skip(self) -> None:
         """Read the next value without keeping it; of a list, one element at a time."""
@@ -166,54 +178,59 @@ class JsonStream:
         if self.peek():
             self._fail("Extra data", self._at)
 
-    def _separated(self, opening: str, closing: str) -> Iterator[str]:
-        """Yield the first sign of each part of a list or object, which must be read before the next."""
-        assert self.peek() == opening
-        self._advance(self._at + 1)
-        sign = self.peek()
-        while sign != closing:
-            yield sign
-            sign = self.peek()
-            if sign == ",":
-                self._advance(self._at + 1)
-                sign = self.peek()
-                if sign != closing:
-                    continue
-                self._fail("Expecting value" if closing == "]" else _NO_KEY, self._at)
-            if sign != closing:
-                self._fail("Expecting ',' delimiter", self._at)
-        self._advance(self._at + 1)
+    def _opened(self, closing: str) -> bool:
+        """Read the sign that opens a list or an object; whether it has a part."""
+        self.peek()
+        self._at += 1
+        return not self._closed(closing)
 
-    def _advance(self, at: int) -> None:
-        part = self._text[self._at : at]
-        self.offset += len(part) if part.isascii() else len(part.encode("utf-8", "surrogatepass"))
-        self._at = at
+    def _continued(self, closing: str) -> bool:
+        """Read what follows a part of a list or an object; whether another part does."""
+        comma = _COMMA.match(self._text, self._at)
+        if comma is None:  # the end, another sign, or the end of a block
+            if self._closed(closing):
+                return False
+            if self.peek() != ",":
+                self._fail("Expecting ',' delimiter", self._at)
+            self._at += 1
+            self.peek()
+        else:
+            self._at = comma.end()
+        if self._text[self._at : self._at + 1] == closing:
+            self._fail("Expecting value" if closing == "]" else _NO_KEY, self._at)
+        return True
+
+    def _closed(self, closing: str) -> bool:
+        if self.peek() != closing:
+            return False
+        self._at += 1
+        return True
 
     def _more(self) -> bool:
         """Read another block, and forget the text before the next value; whether there was more."""
         if self._ended:
             return False
-        gone = self._text[: self._at]
-        self._lines += gone.count("\n")
-        self._line_start = self._chars + gone.rindex("\n") + 1 if "\n" in gone else self._line_start
-        self._chars += len(gone) - gone.count("\r\n")
         data = self._stream.read(self._size)
         self._size *= 2  # for a long value, which is parsed again
         self._ended = not data
         self.digest.update(data)
-        try:
-            more = self._decoder.decode(data, final=self._ended)
-        except UnicodeDecodeError as error:
-            text = self._text[self._at :] + error.object[: error.start].decode()
-            line = self._lines + text.count("\n") + 1
-            raise not_utf8(self._file, line, error.object[error.start]) from None
-        self._text, self._at = self._text[self._at :] + more, 0
+        self._start += self._at
+        self._text, self._at = self._text[self._at :] + data.decode("latin-1"), 0
         return True
 
     def _fail(self, reason: str, at: int) -> NoReturn:
         """Raise the error that parsing the whole text would."""
-        before = self._text[:at]
-        line = self._lines + before.count("\n") + 1
-        place = self._chars + at - before.count("\r\n")
-        start = self._chars + before.rindex("\n") + 1 - before.count("\r\n") if "\n" in before else self._line_start
-        raise not_json(str(self._file), ValueError(f"{reason}: line {line} column {place - start + 1} (char {place})"))
+        line, column, place = self._place(self._start + at)
+        raise not_json(str(self._file), ValueError(f"{reason}: line {line} column {column} (char {place})"))
+
+    def _place(self, offset: int) -> tuple[int, int, int]:
+        """Return the line and the column of a byte, counted from 1, and its character, from 0."""
+        number = column = place = 0
+        left = offset - self._first
+        self._stream.seek(self._first)
+        for number, line in enumerate(self._stream, start=1):
+            column = len(line[:left].decode(errors="replace").replace("\r\n", "\n"))
+            if left < len(line) or not line.endswith(b"\n"):
+                return number, column + 1, place + column
+            left, place = left - len(line), place + column
+        return number + 1, 1, place

@@ -195,7 +195,7 @@ def read_all(specs: Sequence[DataSpec], *, seed: int = 0, skip: float = 0.0) -> 
     """
     sources = [_logged(read_source(spec, seed=seed, skip=skip, check=check_learnable)) for spec in specs]
     for source in sources:
-        for item in () if isinstance(source.items, Lazy) else source.items:  # lazy items are checked when they are read
+        for item in _looked_at(source.items):
             check_combinable(item, source.spec)
         required = max(source.spec.shots, 1 if source.spec.concatenate else 0) + 1
         if len(source.items) < required:
@@ -204,6 +204,16 @@ def read_all(specs: Sequence[DataSpec], *, seed: int = 0, skip: float = 0.0) -> 
                 "Lower shots, or leave out concatenate."
             )
     return sources
+
+
+def _looked_at(items: Sequence[Item]) -> Sequence[Item]:
+    """Return all items, or of lazy ones the first, if it can be read: the others are looked at when they are drawn."""
+    if not isinstance(items, Lazy):
+        return items
+    try:
+        return items[:1]
+    except MLLMError:
+        return []
 
 
 def check_learnable(item: Item) -> None:

@@ -22,6 +22,8 @@ def text_in(value: Any, what: str, *, numbers: bool = False, empty: bool = False
     Raises:
         MLLMError: it is a truth value, NaN, a list or a mapping; it is empty; or it has characters that are no text.
     """
+    if isinstance(value, str) and value.isascii() and "\0" not in value and value and not value.isspace():
+        return value  # as almost all are
     if value is None and empty:
         return ""
     if numbers and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):

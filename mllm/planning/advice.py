@@ -101,7 +101,8 @@ def _with(stage: Stage, changes: dict[str, Any]) -> Stage:
         if not name:
             stage = stage.model_copy(update={part: value})
             continue
-        stage = stage.model_copy(update={part: getattr(stage, part).model_copy(update={name: value})})
+        spec = getattr(stage, part)
+        stage = stage.model_copy(update={part: spec.model_validate({**dict(spec), name: value})})
     return stage
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from mllm.config import loading
 from mllm.config.recipe import Stage
+from mllm.data.epochs import steps_of
 from mllm.data.sources import read_all
 from mllm.data.stream import Stream, Unreadable
 from mllm.model import Model
@@ -36,6 +37,21 @@ def first_examples(
     config = loading.load(recipe, overrides)
     with planned_needs(config):
         return _of_stages(config.stages, count)
+
+
+def epochs(recipe: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> list[str]:
+    """Return a line for each stage with ``epochs``: their steps.
+
+    Raises:
+        MLLMError: the recipe does not fit, or its data cannot be read.
+    """
+    lines = []
+    for stage in loading.load(recipe, overrides).stages:
+        if stage.epochs is not None:
+            sources = read_all(stage.data.train, seed=stage.seed, skip=stage.data.skip)
+            number, steps = sum(len(source.items) for source in sources), steps_of(stage, sources)
+            lines.append(f"{stage.name}: {stage.epochs:g} epochs of {number:,} examples are {steps:,} steps.")
+    return lines
 
 
 def _of_stages(stages: Sequence[Stage], count: int) -> list[tuple[str, list[str]]]:

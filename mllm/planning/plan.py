@@ -7,7 +7,7 @@ training does. What that cannot show (libraries, a fragmented heap) is added as 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from mllm.config import loading
@@ -16,9 +16,10 @@ from mllm.errors import MLLMError
 from mllm.planning.draft import Device, Draft
 from mllm.planning.feature_cache import Cache, encoded_images, kept_bytes, plan_cache
 from mllm.planning.needs import planned_needs
-from mllm.planning.sizes import PartSize, frozen_layers, loading_bytes, part_sizes
+from mllm.planning.pipeline import IMAGE_SECONDS, Time
+from mllm.planning.sizes import Idle, PartSize, frozen_layers, loading_bytes, part_sizes
 from mllm.planning.trace import Cost
-from mllm.planning.workload import Workload, workload
+from mllm.planning.workload import Text, Workload, workload
 
 Sharding = Literal["none", "fsdp"]
 LIBRARIES = {"cpu": 180 * 2**20, "gpu": 0}  # bytes that come with the first model: late imports, code, tokenizer
@@ -38,6 +39,8 @@ class Setting:
         encoder_flops: FLOP/s that the encoder reaches, where that was measured.
         images: images in the data; None: counted, or every example has another one.
         text: tokens of an example's text; None: counted, or 64.
+        workers: of one process, which open and preprocess images, each on a processor core.
+        image_seconds: that a core takes for an image.
     """
 
     device: Device = "cpu"
@@ -48,6 +51,8 @@ class Setting:
     encoder_flops: float | None = None
     images: int | None = None
     text: int | None = None
+    workers: int = 8
+    image_seconds: float = IMAGE_SECONDS
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,11 @@ class StagePlan:
     flops: Flops
     cache: Cache
     seconds: float | None
+    time: Time | None
+    bound: Literal["data", "device"] | None  # the side that takes longer
+    text: Text | None  # of the examples that were read
     assumed: str = ""
+    idle: Idle | None = None
 
 
 @dataclass(frozen=True)
@@ -116,11 +125,12 @@ def plan(recipe: str, overrides: Mapping[str, Any] | Sequence[str] = (), setting
     if not config.stages:
         raise MLLMError(f"{config.name} has no stages: there is nothing to train.")
     setting = setting or Setting()
-    stages, draft = [], None
+    stages, draft, adapted = [], None, False
     with planned_needs(config) as needs:
         for stage in config.stages:
             draft = Draft(stage, setting.device, draft)
-            stages.append(plan_stage(draft, setting))
+            planned, adapted = plan_stage(draft, setting), adapted or stage.sets("adapters")
+            stages.append(planned if adapted else replace(planned, idle=_idle(stage, planned, setting)))
     return Plan(config.name, setting, stages, [need.note for need in needs])
 
 
@@ -140,13 +150,14 @@ def plan_stage(draft: Draft, setting: Setting) -> StagePlan:
         draft,
         load,
         encoder=flops.encoder,
-        rest=(flops.connector + flops.lm) * (stage.steps or 0),
+        rest=(flops.connector + flops.lm) * (load.steps or 0),
         rate=_encoder_rate(setting),
         processes=setting.processes,
     )
+    time = _time(flops, draft, load, setting)
     return StagePlan(
         name=stage.name,
-        steps=stage.steps,
+        steps=load.steps,
         examples=load.examples,
         images=load.images,
         rows=len(load.largest.pieces),
@@ -157,9 +168,25 @@ def plan_stage(draft: Draft, setting: Setting) -> StagePlan:
         memory=_memory(draft, load, step, setting),
         flops=flops,
         cache=cache,
-        seconds=_seconds(flops, stage, setting),
+        seconds=None if time is None else time.total(setting.device),
+        time=time,
+        bound=None if time is None else time.bound,
+        text=load.text,
         assumed=load.assumed,
     )
+
+
+def _idle(stage: Stage, planned: StagePlan, setting: Setting) -> Idle | None:
+    """Return a stage's adapters, which have been trained by none so far, and its plan's figures without them."""
+    if not stage.adapters:
+        return None
+    types = ", ".join(spec.type for spec in stage.adapters)
+    number = sum(part.parameters for part in planned.parts if part.name == "adapters")
+    try:
+        without = plan_stage(Draft(stage.model_copy(update={"adapters": []}), setting.device), setting)
+    except MLLMError:
+        return Idle(types, number)
+    return Idle(types, number, without.memory.peak, without.flops.total)
 
 
 def _memory(draft: Draft, load: Workload, step: Cost, setting: Setting) -> Memory:
@@ -174,7 +201,7 @@ def _memory(draft: Draft, load: Workload, step: Cost, setting: Setting) -> Memor
         gradients *= 2  # DDP's buckets
     if setting.sharding == "fsdp":
         layers = frozen_layers(draft.model)
-        activations += 2 * max(layers, default=0)  # one at a time is gathered, and then assembled
+        activations += 2 * max(layers, default=0)  # whole: the layer that computes, and the one that is prefetched
         weights -= sum(layers) - -(-sum(layers) // setting.processes)
     features = 0 if draft.model.encoder is None else min(kept_bytes(draft, load), draft.stage.cache.memory)
     encoding = 0 if draft.model.encoder_trains else draft.encode(draft.model.tiles_of(load.largest.shown)).peak
@@ -200,17 +227,24 @@ def _flops(draft: Draft, load: Workload, step: int, setting: Setting) -> Flops:
     times = stage.optim.accumulate * setting.processes
     connector = draft.connector(load.typical).flops if draft.trained else 0
     encoder = draft.image.flops
-    images = 0 if trains or draft.model.encoder is None else encoded_images(draft, load)
-    total = encoder * images + step * times * (stage.steps or 0)
+    images = 0 if trains else _opened(draft, load)
+    total = encoder * images + step * times * (load.steps or 0)
     return Flops(encoder, connector * times, (step - connector) * times, total)
 
 
-def _seconds(flops: Flops, stage: Stage, setting: Setting) -> float | None:
+def _opened(draft: Draft, load: Workload) -> int:
+    """Return how many images are opened and encoded in a stage: those with kept features once."""
+    return 0 if draft.model.encoder is None else encoded_images(draft, load)
+
+
+def _time(flops: Flops, draft: Draft, load: Workload, setting: Setting) -> Time | None:
     if setting.flops is None:
         return None
     rate, encoder_rate = setting.flops * setting.utilisation, _encoder_rate(setting)
-    steps = (flops.connector + flops.lm) * (stage.steps or 0)
-    return (steps / rate + (flops.total - steps) / (encoder_rate or rate)) / setting.processes
+    steps = (flops.connector + flops.lm) * (load.steps or 0)
+    data = _opened(draft, load) * setting.image_seconds / (setting.workers * setting.processes)
+    encoder, rest = (flops.total - steps) / (encoder_rate or rate), steps / rate
+    return Time(data, encoder / setting.processes, rest / setting.processes)
 
 
 def _encoder_rate(setting: Setting) -> float | None:

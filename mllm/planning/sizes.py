@@ -29,6 +29,19 @@ class PartSize:
     bytes: int
 
 
+@dataclass(frozen=True)
+class Idle:
+    """Adapters that a stage holds though no stage has trained them yet, and what the stage takes without them.
+
+    ``peak`` and ``flops`` are None where the model needs them.
+    """
+
+    types: str
+    parameters: int
+    peak: int | None = None
+    flops: int | None = None
+
+
 def part_sizes(model: Model, stage: Stage, trained: Sequence[nn.Parameter]) -> list[PartSize]:
     """Return the sizes of the parts; adapters are not counted in the part that they are inserted into."""
     inside = {id(p) for p in model.adapters.parameters()}

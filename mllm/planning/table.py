@@ -7,6 +7,7 @@ from collections.abc import Callable
 from rich.table import Table
 
 from mllm.planning.plan import Plan, StagePlan
+from mllm.planning.sizes import Idle
 
 Row = tuple[str, Callable[[StagePlan], str]]
 
@@ -31,7 +32,25 @@ def notes(plan: Plan) -> list[str]:
         lines.append(f"{stage.name}: cache {'on' if stage.cache.recommended else 'off'}: {stage.cache.reason}.")
         if stage.assumed:
             lines.append(f"{stage.name}: assumed: {stage.assumed}.")
+        if stage.idle is not None:
+            lines.append(f"{stage.name}: {_idle(stage, stage.idle)}")
     return lines + plan.needs
+
+
+def _idle(stage: StagePlan, idle: Idle) -> str:
+    """Return a sentence on adapters that a stage holds and no stage has trained."""
+    held = f"holds the adapters {idle.types} ({idle.parameters:,} parameters), which are not trained up to here"
+    if idle.peak is None or idle.flops is None:
+        return f"{held}."
+    return (
+        f"{held}: it takes {size(stage.memory.peak)} and {count(stage.flops.total)}FLOP, and without them "
+        f"{size(idle.peak)} and {count(idle.flops)}FLOP. Give adapters in the first stage that trains them."
+    )
+
+
+def _sides(stage: StagePlan) -> str:
+    time = stage.time
+    return "" if time is None else f"{duration(time.data)}; {duration(time.encoder)}, {duration(time.rest)}"
 
 
 def size(number: float) -> str:
@@ -83,6 +102,7 @@ def _parameters(plan: Plan) -> list[Row]:
 _BATCH: list[Row] = [
     ("tokens per image", lambda s: str(s.tokens_per_image)),
     ("rows of a batch x longest row", lambda s: f"{s.rows} x {s.length}" if s.steps else ""),
+    ("text tokens: mean, 99 %", lambda s: f"{s.text.mean:.0f}, {s.text.most}" if s.text else "assumed"),
     ("KV cache of a prompt", lambda s: size(s.kv_bytes)),
 ]
 _MEMORY: list[Row] = [
@@ -99,5 +119,7 @@ _WORK: list[Row] = [
     ("the whole stage", lambda s: count(s.flops.total)),
     ("steps, examples", lambda s: f"{s.steps or '-'}, {s.examples:,}"),
     ("images, their features", lambda s: f"{s.images:,}, {size(s.cache.bytes)} ({size(s.cache.disk)} on disk)"),
+    ("data; encoder, the rest", lambda s: _sides(s)),
     ("time", lambda s: duration(s.seconds)),
+    ("bound by", lambda s: s.bound or ""),
 ]

@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,8 @@ from torch import Tensor
 
 from mllm.config.base import Spec
 from mllm.config.messages import checked
-from mllm.encoders.feature_store import FeatureStore
 from mllm.errors import MLLMError, first_line
 from mllm.hub.verified import DamagedFile, read_verified, save_verified
-from mllm.model import Model
 from mllm.processes import processes
 from mllm.system import parse_json
 
@@ -89,7 +87,7 @@ class TrainingState:
         Raises:
             MLLMError: the folder cannot be written; the checkpoint that was there before is still there.
         """
-        if not processes().is_main_process:
+        if not self.writes:
             return
         header = json.dumps({RENAMED.get(name, name): getattr(self, name) for name in SCALARS})
         try:
@@ -120,6 +118,11 @@ class TrainingState:
         except (DamagedFile, OSError, KeyError, TypeError, ValueError) as error:
             raise MLLMError(f"{path} cannot be read: {error}. Remove it to start the run from its beginning.") from None
 
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes the state."""
+        return bool(processes().is_main_process)
+
     def _prefixed(self) -> Tensors:
         return {f"{group}.{name}": tensor for group in GROUPS for name, tensor in self._group(group).items()}
 
@@ -138,34 +141,6 @@ def explain_misfit() -> Iterator[None]:
         raise MLLMError(
             f"The checkpoint does not fit the run: {first_line(error)} Remove {NAME} to start from the beginning."
         ) from error
-
-
-@dataclass(frozen=True)
-class Checkpoints:
-    """Write the checkpoints of one stage.
-
-    Args:
-        folder: the run's.
-        state: of training, at the step that the stage continues from; validation keeps its best loss up to date.
-        store: of the encoder's features.
-    """
-
-    folder: Path
-    state: TrainingState
-    store: FeatureStore
-
-    def write(self, step: int, model: Model, optimizer: Any, schedule: Any) -> None:
-        """Write the state after a step."""
-        self.store.flush()  # first: features that are computed again, among others, may differ in the last bit
-        replace(
-            self.state,
-            step=step,
-            model=model.trained_state(),
-            optimizer=optimizer_state(optimizer),
-            random=random_states(),
-            schedule=schedule.state_dict(),
-            rates=[group["lr"] for group in optimizer.param_groups],
-        ).write(self.folder)
 
 
 def random_states() -> Tensors:
@@ -193,12 +168,33 @@ def set_random_states(states: Tensors) -> None:
 
 
 def optimizer_state(optimizer: Any) -> Tensors:
-    """Return the optimizer's tensors by flat names, ``INDEX.KEY``."""
+    """Return the optimizer's tensors by flat names, ``INDEX.KEY``, or ``INDEX.KEY/INNER`` where it groups them."""
     return {
         f"{index}.{key}": torch.as_tensor(value).detach().cpu().contiguous()
         for index, entry in optimizer.state_dict()["state"].items()
-        for key, value in entry.items()
+        for key, value in _flat(entry)
     }
+
+
+def _flat(entry: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in entry.items():
+        if isinstance(value, dict):
+            yield from ((f"{key}/{inner}", each) for inner, each in value.items())
+        else:
+            yield key, value
+
+
+def _grouped(entry: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return an entry as the optimizer has it; whole numbers were no tensors."""
+    grouped: dict[str, Any] = {}
+    for name, tensor in entry.items():
+        key, _, inner = name.partition("/")
+        value = tensor if tensor.ndim or tensor.is_floating_point() else int(tensor)
+        if inner:
+            grouped.setdefault(key, {})[inner] = value
+        else:
+            grouped[key] = value
+    return grouped
 
 
 def set_optimizer(optimizer: Any, tensors: Tensors, rates: list[float]) -> None:
@@ -216,7 +212,8 @@ def set_optimizer(optimizer: Any, tensors: Tensors, rates: list[float]) -> None:
     for name, tensor in tensors.items():
         index, _, key = name.partition(".")
         state.setdefault(int(index), {})[key] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    entries = {index: _grouped(entry) for index, entry in state.items()}
+    optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
     for parameter, entry in optimizer.state.items():
         for key, value in entry.items():
             if key.startswith("exp_avg") and value.shape != parameter.shape:

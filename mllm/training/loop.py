@@ -10,6 +10,7 @@ import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from rich.progress import Progress, TaskID
@@ -18,11 +19,28 @@ from mllm.config.recipe import Stage
 from mllm.errors import MLLMError
 from mllm.processes import progress
 from mllm.training.batches import Batches, Drawn, parts
-from mllm.training.checkpoint import Checkpoints
+from mllm.training.kept import Checkpoints
 from mllm.training.monitor import Monitor
 from mllm.training.setup import Engine, Micro, Objectives, recompute
 from mllm.training.signals import Signals
+from mllm.training.throughput import Counts, Throughput
 from mllm.training.validation import Validation
+
+
+class Outcome(NamedTuple):
+    """What a step came to, the same in all processes.
+
+    Attributes:
+        losses: each objective's mean loss.
+        interrupted: whether a process has received a signal to stop.
+        overdue: whether a checkpoint is due by the time.
+        counts: what its batches held.
+    """
+
+    losses: list[float]
+    interrupted: bool
+    overdue: bool
+    counts: Counts
 
 
 @dataclass(frozen=True)
@@ -38,6 +56,7 @@ class Loop:
         monitor: the log.
         checkpoints: the training state, and where it is written.
         signals: that stop training after a step.
+        throughput: measures the steps.
     """
 
     stage: Stage
@@ -48,6 +67,7 @@ class Loop:
     monitor: Monitor
     checkpoints: Checkpoints
     signals: Signals
+    throughput: Throughput
 
     def __call__(self) -> None:
         """Train to the last step, or until the validation loss has not fallen for ``patience`` validations.
@@ -58,30 +78,45 @@ class Loop:
         assert self.stage.steps is not None
         done, total = self.checkpoints.state.step, self.stage.steps
         started = time.monotonic()
-        with self.signals.deferred(), progress() as bar:
+        with self.signals.deferred(), progress() as bar, self.throughput:
             task = bar.add_task(self.stage.name, total=total, completed=done, note="")
+            unread: list[tuple[int, torch.Tensor]] = []
             for step, batches in self.batches.steps(done, total):
-                losses, interrupted = self.step(batches)
-                self._log(step, losses, bar, task, started)
+                unread.append((step, self.step(batches)))
+                if self._behind and len(unread) == 1 and not self._due(step):
+                    continue  # the device computes, and the next step is begun before its losses are read
+                interrupted = overdue = False
+                while unread and (len(unread) > self._behind or interrupted or overdue or self._due(step)):
+                    number, values = unread.pop(0)
+                    outcome = self._outcome(values)
+                    self._log(number, outcome, bar, task, started)
+                    interrupted, overdue = interrupted or outcome.interrupted, overdue or outcome.overdue
                 stop = self._validate(step, bar)
                 if self.monitor.due(step):
                     self.monitor.evaluate(step, bar.console.print)
                 if stop:
                     break
-                if (interrupted or step % self.stage.checkpoint_every == 0) and step < total:
+                if (interrupted or overdue or self.checkpoints.due(step)) and step < total:
                     self.checkpoints.write(step, self.engine.model, self.engine.optimizer, self.engine.schedule)
                     if interrupted:
                         where = f"after step {step} of {total} of stage {self.stage.name}; the checkpoint is written"
                         raise self.signals.interrupted(self.checkpoints.folder, where)
+                self.throughput.start()
         self.validation.restore_best()
         self.engine.close()
 
-    def step(self, batches: Sequence[Drawn]) -> tuple[list[float], bool]:
-        """Do one optimizer step over accumulated batches.
+    @property
+    def _behind(self) -> int:
+        """How many steps' losses may be unread: on a GPU one, so that it need not wait for the host."""
+        return 1 if self.engine.accelerator.device.type == "cuda" else 0
 
-        Returns:
-            Each objective's mean loss, and whether a process has received a signal to stop.
-        """
+    def _due(self, step: int) -> bool:
+        """Whether a step is the last one, or something follows it for which all losses are read first."""
+        last = step == self.stage.steps
+        return last or self.validation.due(step) or self.monitor.due(step) or self.checkpoints.due(step)
+
+    def step(self, batches: Sequence[Drawn]) -> torch.Tensor:
+        """Do one optimizer step over accumulated batches, and return what `_outcome` reads, on the device."""
         engine = self.engine
         engine.model.train()
         if self.stage.optim.checkpointing:
@@ -99,10 +134,18 @@ class Loop:
                     sums = self.objectives(engine.wrapped, micro)
                 engine.accelerator.backward((sums * share * sums.new_tensor(self.objectives.weights)).sum())
                 totals += sums.detach() * share
-        engine.update()
-        signal = totals.new_tensor([self.signals.received])  # all processes stop after the same step
-        *losses, received = engine.accelerator.reduce(torch.cat([totals, signal]), "mean").tolist()
-        return losses, received > 0
+        counts = self.throughput.counted(micros, engine.update(), totals)
+        # All processes stop, or write a checkpoint, after the same step.
+        flags = totals.new_tensor([self.signals.received, self.checkpoints.overdue])
+        reduced: torch.Tensor = engine.accelerator.reduce(torch.cat([totals, flags, counts]), "mean")
+        return reduced
+
+    def _outcome(self, reduced: torch.Tensor) -> Outcome:
+        """Return what a step came to, which is the one wait for the device."""
+        values = iter(reduced.tolist())
+        losses = [next(values) for _ in self.objectives.losses]
+        interrupted, overdue = next(values) > 0, next(values) > 0
+        return Outcome(losses, interrupted, overdue, Counts.of(list(values), self.engine.accelerator.num_processes))
 
     def _share(self, micros: Sequence[Micro]) -> torch.Tensor:
         """Return the weight of each objective's sums ``(n,)``: one over its targets, as gradients are averaged."""
@@ -110,12 +153,13 @@ class Loop:
         counts = torch.tensor([self.objectives.count(micro) for micro in micros], device=accelerator.device)
         return accelerator.num_processes / accelerator.reduce(counts.sum(0)).clamp(min=1)
 
-    def _log(self, step: int, losses: Sequence[float], bar: Progress, task: TaskID, started: float) -> None:
+    def _log(self, step: int, outcome: Outcome, bar: Progress, task: TaskID, started: float) -> None:
         """Log the losses and show the progress.
 
         Raises:
             MLLMError: the loss is not finite.
         """
+        losses, counts = outcome.losses, outcome.counts
         loss = sum(weight * value for weight, value in zip(self.objectives.weights, losses, strict=True))
         if not torch.isfinite(torch.tensor(loss)):
             raise MLLMError(f"The loss is {loss} at step {step} of {self.stage.name}. Lower the learning rate.")
@@ -123,7 +167,8 @@ class Loop:
         speed = examples / (time.monotonic() - started)
         bar.update(task, advance=1, note=f"loss {loss:.3f}  {speed:.1f} examples/s")
         each = dict(zip(self.objectives.names, losses, strict=True))
-        self.monitor.log(step, loss=loss, lr=self.engine.rates[0], **(each if len(each) > 1 else {}))
+        row = {"loss": loss, "lr": self.engine.rates[0], **(each if len(each) > 1 else {}), **counts.row}
+        self.monitor.log(step, self.throughput.measured(counts), **row)
 
     def _validate(self, step: int, bar: Progress) -> bool:
         """Validate when it is due; return whether to stop."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,10 +37,13 @@ class Monitor:
     accelerator: Accelerator
     items: Sequence[Item]
 
-    def log(self, step: int, **row: float) -> None:
-        """Log the figures of a step."""
+    def log(self, step: int, measured: Mapping[str, float] | None = None, /, **row: float) -> None:
+        """Log the figures of a step; what was ``measured``, and differs from run to run, in a file of its own."""
         self.run.log(stage=self.stage.name, step=step, **row)
-        self.accelerator.log({f"{self.stage.name}/{key}": value for key, value in row.items()}, step=step)
+        if measured:
+            self.run.log_speed(stage=self.stage.name, step=step, **measured)
+        figures = {f"{self.stage.name}/{key}": value for key, value in {**row, **(measured or {})}.items()}
+        self.accelerator.log(figures, step=step)
 
     def due(self, step: int) -> bool:
         """Whether to evaluate after a step: every ``eval.every`` steps."""

@@ -1,7 +1,8 @@
 """Find the runs that a recipe stands on (``needs``), and which of them are not there yet.
 
 A need is the name of another recipe. Its run is the folder of that name that the recipe refers to: as ``init.from``, or
-as an argument of a part or of a suite: ``runs/emoji-decoder``. If overrides name another run instead, it is not needed.
+as an argument of a part or of a suite: ``runs/emoji-decoder``, or the model of a stage in it. If overrides name another
+run instead, it is not needed.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 from mllm.config import loading
 from mllm.config.recipe import Recipe
 from mllm.errors import MLLMError
-from mllm.saving import is_saved
+from mllm.saving import STAGES, is_saved
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,7 @@ def missing(config: Recipe) -> list[Need]:
 
 def _missing(config: Recipe, above: tuple[str, ...]) -> Iterator[Need]:
     """Yield a recipe's needs, where ``above`` are the names of the recipes that need it, and its own."""
-    values = config.model_dump(mode="json", by_alias=True, exclude={"needs"})
-    paths = sorted({Path(text) for text in _texts(values) if "/" in text})
+    paths = sorted({_run_of(path) for path in paths_in(config)})
     for name in config.needs:
         needed = _needed(name, config.name)
         if needed.name in above:
@@ -59,6 +59,17 @@ def _missing(config: Recipe, above: tuple[str, ...]) -> Iterator[Need]:
             if folder.name == needed.name and not is_saved(folder):
                 yield from further
                 yield Need(name, folder, started=(folder / "recipe.yaml").is_file())
+
+
+def paths_in(config: Recipe) -> set[Path]:
+    """Return every value of a recipe that may be the path of a run."""
+    values = config.model_dump(mode="json", by_alias=True, exclude={"needs"})
+    return {Path(text) for text in _texts(values) if "/" in text}
+
+
+def _run_of(folder: Path) -> Path:
+    """Return the run that a folder is, or whose stage's model it is: ``RUN/stages/NAME``."""
+    return folder.parents[1] if folder.parent.name == STAGES else folder
 
 
 def _needed(name: str, by: str) -> Recipe:

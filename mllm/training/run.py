@@ -1,8 +1,9 @@
 """Write and reopen a run: the folder that training writes and everything else reads.
 
 ``recipe.yaml`` (resolved), ``environment.json`` (versions, commit), ``data.json`` (what identifies the data),
-``log.jsonl`` (losses), ``loss.png``, ``time.json`` (minutes), ``frozen.json`` (hashes of the frozen parts, before and
-after), ``model/`` (see `mllm.saving`), ``eval/``.
+``log.jsonl`` (losses, which a repeated run has again), ``speed.jsonl`` (what was measured in each step), ``loss.png``,
+``time.json`` (minutes), ``frozen.json`` (hashes of the frozen parts, before and after), ``model/`` (see `mllm.saving`),
+``stages/NAME/`` (the models of the stages before the last), ``eval/``.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ from mllm.config.recipe import Recipe
 from mllm.config.yaml_text import mapping_of, parse_yaml, read_text
 from mllm.errors import MLLMError
 from mllm.processes import in_main_process, processes
+from mllm.saving import STAGES
 from mllm.system import Lock, parse_json, read_json, read_regular, remove_partial, write
 from mllm.training.plots import loss_plot, read_log
 from mllm.training.signals import Signals
 
+LOG, SPEED = "log.jsonl", "speed.jsonl"
 COMPLETE = "model/assembly.json"  # it is written last
 PACKAGES = ("mllm-assembly", "torch", "transformers", "accelerate", "peft")
 
@@ -109,7 +112,7 @@ class Run:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
-            for folder in (self.path, self.path / "model"):
+            for folder in (self.path, self.path / "model", *self.path.glob(f"{STAGES}/*")):
                 remove_partial(folder)
             yield
         except OSError as error:
@@ -122,7 +125,7 @@ class Run:
             raise
 
     def rewind(self, done: Sequence[str], stage: str, step: int) -> None:
-        """Remove from the log the rows after a checkpoint: those steps are done, and logged, again.
+        """Remove from the logs the rows after a checkpoint: those steps are done, and logged, again.
 
         Args:
             done: the stages before the checkpoint's, whose rows are kept.
@@ -132,9 +135,11 @@ class Run:
         Raises:
             MLLMError: a line is damaged that is not the last.
         """
-        path = self.path / "log.jsonl"
-        if not self.writes or not os.path.lexists(path):
-            return
+        for path in (self.path / LOG, self.path / SPEED):
+            if self.writes and os.path.lexists(path):
+                self._rewind(path, done, stage, step)
+
+    def _rewind(self, path: Path, done: Sequence[str], stage: str, step: int) -> None:
         kept = []
         with self._written(path.name):
             lines = read_regular(path).decode("utf-8", errors="replace").splitlines()
@@ -154,9 +159,16 @@ class Run:
 
     def log(self, **row: Any) -> None:
         """Append one row to the log."""
+        self._append(LOG, row)
+
+    def log_speed(self, **row: Any) -> None:
+        """Append one row to the log of what was measured."""
+        self._append(SPEED, row)
+
+    def _append(self, name: str, row: dict[str, Any]) -> None:
         if not self.writes:
             return
-        with self._written("log.jsonl"), (self.path / "log.jsonl").open("a") as stream:
+        with self._written(name), (self.path / name).open("a") as stream:
             stream.write(json.dumps(row) + "\n")
 
     def record(self, name: str, content: Any) -> None:
@@ -191,10 +203,10 @@ class Run:
     def plot(self) -> Path:
         """Draw ``loss.png`` from the log, if it has losses: a closed-form fit has none."""
         out = self.path / "loss.png"
-        if self.writes and (self.path / "log.jsonl").is_file() and read_log(self.path / "log.jsonl"):
+        if self.writes and (self.path / LOG).is_file() and read_log(self.path / LOG):
             with self._written(out.name):
                 notes = data_notes(load(str(self.path / "recipe.yaml")))
-                write(out, lambda file: loss_plot(self.path / "log.jsonl", file, notes))
+                write(out, lambda file: loss_plot(self.path / LOG, file, notes))
         return out
 
     @contextlib.contextmanager

@@ -104,16 +104,24 @@ class Engine:
         """Return the current learning rates."""
         return [group["lr"] for group in self.optimizer.param_groups]
 
-    def update(self) -> None:
-        """Change the trained parameters by their gradients, which are clipped first and cleared afterwards."""
+    def update(self) -> Tensor:
+        """Change the trained parameters by their gradients, which are clipped first and cleared afterwards.
+
+        Returns:
+            The norm of all gradients before they were clipped, on the model's device.
+        """
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         if self.stage.optim.clip is not None:
-            parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-            self.accelerator.clip_grad_norm_(parameters, self.stage.optim.clip)
+            norm = self.accelerator.clip_grad_norm_(parameters, self.stage.optim.clip)
+        else:
+            self.accelerator.unscale_gradients()
+            norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.model.tokens is not None and "tokens" in self.stage.train:
             self.model.tokens.rescale()
         self.schedule.step()
+        return norm
 
     def close(self) -> None:
         """Freeze the model and release what training held."""
@@ -152,8 +160,6 @@ def accelerator_for(stage: Stage, folder: Path) -> Accelerator:
             "DeepSpeed would divide what trains, which is small here. Launch with FSDP, which divides the frozen "
             "weights (docs/accelerate/fsdp.yaml), or without either: every process then holds the whole model (DDP)."
         )
-    if stage.track:
-        accelerator.init_trackers(stage.name, config={"steps": stage.steps, "batch_size": stage.batch_size})
     if stage.batch_size < accelerator.num_processes:
         raise MLLMError(
             f"Stage {stage.name}: batch_size is {stage.batch_size}, and there are {accelerator.num_processes} "

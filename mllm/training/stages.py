@@ -15,6 +15,7 @@ from mllm.assembly import Assembly
 from mllm.build import build_encoder, build_lm, join
 from mllm.config.parts import PARTS, AssemblySpec
 from mllm.config.recipe import Stage
+from mllm.data.epochs import with_steps
 from mllm.data.skipping import Skipped
 from mllm.data.sources import fingerprint
 from mllm.data.stream import Stream
@@ -29,14 +30,17 @@ from mllm.saving import check_fingerprints, fingerprints_of
 from mllm.system import return_memory
 from mllm.training.batches import Batches, check_augmentation, check_packing, training_sources
 from mllm.training.calibration import calibrate_new
-from mllm.training.checkpoint import Checkpoints, TrainingState
+from mllm.training.checkpoint import TrainingState
 from mllm.training.guides import assembly_of, check_answers, guide_hashes, open_guides, problems_of
+from mllm.training.kept import Checkpoints
 from mllm.training.loop import Loop
 from mllm.training.monitor import Monitor, shown_items
 from mllm.training.run import Run
 from mllm.training.setup import Objectives, accelerator_for, engine_for, parameter_groups
 from mllm.training.sharding import divide_where_asked, divided, loading_device
 from mllm.training.texts import check_texts, collect_texts
+from mllm.training.throughput import Throughput
+from mllm.training.trackers import start_trackers
 from mllm.training.validation import Validation, validation_rows
 from mllm.transfer import complete, transfer
 
@@ -154,6 +158,7 @@ def prepare(run: Run, model: Assembly, stage: Stage, store: FeatureStore, state:
     model.to(accelerator.device)
     model.guides.to(accelerator.device)
     sources = training_sources(stage)
+    stage = with_steps(stage, sources)
     share = {"rank": accelerator.process_index, "world": accelerator.num_processes}
     objectives = Objectives(stage)
     batches = Batches(model, stage, sources, store, run.log, solved=objectives.read_prompts, **share)
@@ -162,12 +167,13 @@ def prepare(run: Run, model: Assembly, stage: Stage, store: FeatureStore, state:
     check_augmentation(stage, model)
     run.note_data(stage.name, fingerprint(sources), resumed=state.step > 0)
     validation = Validation(model, stage, validation_rows(stage, model), store, objectives, state)
+    start_trackers(accelerator, stage, run.path)
     monitor = Monitor(run, model, stage, accelerator, shown_items(stage))
     calibrate_new(model, stage, batches, store)
     engine = engine_for(accelerator, model, stage, groups, state)
-    return Loop(
-        stage, engine, objectives, batches, validation, monitor, Checkpoints(run.path, state, store), run.signals
-    )
+    checkpoints = Checkpoints(run.path, state, store, stage)
+    throughput = Throughput(model, stage)
+    return Loop(stage, engine, objectives, batches, validation, monitor, checkpoints, run.signals, throughput)
 
 
 def _hashes(model: Assembly, trained: Sequence[str]) -> dict[str, str]:

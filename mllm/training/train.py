@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,12 @@ from mllm.config import loading
 from mllm.config.recipe import Recipe
 from mllm.devices import DeviceName, use_device
 from mllm.errors import MLLMError
-from mllm.processes import processes
-from mllm.saving import check_fingerprints, fingerprints_of, save
+from mllm.processes import in_main_process, processes
+from mllm.saving import STAGES, check_fingerprints, fingerprints_of, save
 from mllm.training.checkpoint import NAME as CHECKPOINT
 from mllm.training.checkpoint import TrainingState, explain_misfit, random_states, set_random_states
 from mllm.training.guides import assembly_of
+from mllm.training.kept import go_back, located, remove_kept, write_kept
 from mllm.training.needs import missing
 from mllm.training.run import Run, free_folder
 from mllm.training.setup import computing_type
@@ -48,7 +50,8 @@ def train(
         recipe: a recipe's name, or a path to a YAML file.
         overrides: dotted, ``{"connector.type": "mlp"}`` or ``["connector.type=mlp"]``.
         out: the run's folder; None: ``runs/NAME``, or the first free ``runs/NAME-2``, ...
-        resume: a run that was interrupted, to continue from its last checkpoint.
+        resume: a run that was interrupted, to continue from its last checkpoint; or the file of an earlier checkpoint
+            in its folder, where ``keep_checkpoints`` kept it: later ones are removed.
         accept_changes: continue although the recipe is not the one that the run was started with.
         device: where this process computes from now on (``cuda``, ``cuda:1``, ``mps``, ``cpu``); None: a GPU where
             there is one, or the device that the launcher gave it.
@@ -60,7 +63,8 @@ def train(
         Interrupted: a signal stopped it.
     """
     config = loading.load(recipe, overrides)
-    config = loading.continued(config, Path(resume) / "recipe.yaml") if resume else config
+    folder, checkpoint = located(Path(resume)) if resume else (Path(), None)
+    config = loading.continued(config, folder / "recipe.yaml") if resume else config
     if not config.stages:
         raise MLLMError(f"The recipe {config.name} has no stages, so there is nothing to train.")
     processes()  # first: they agree on a folder before anything is trained
@@ -70,7 +74,7 @@ def train(
     set_seed(config.seed)
     model = None
     if resume:
-        run = Run.reopen(Path(resume), config, accept=accept_changes)
+        run = Run.reopen(folder, config, accept=accept_changes)
     else:
         spec = assembly_of(config.stages[0])
         model = build(
@@ -79,6 +83,8 @@ def train(
         run = Run.create(_folder(out, config.name), config)
     with contextlib.closing(run), run.signals:
         try:
+            if checkpoint is not None:
+                in_main_process(partial(go_back, checkpoint))
             _train(run, config, model, started)
         except Interrupted:
             raise
@@ -120,7 +126,9 @@ def _train(run: Run, config: Recipe, model: Assembly | None, started: float) -> 
                 frozen=state.frozen,
                 fingerprints=state.fingerprints,
             )
-            state.write(run.path)
+            if run.writes and number + 1 < len(config.stages):
+                save(model, run.path / STAGES / stage.name)
+            write_kept(state, run.path, stage.keep_checkpoints)
             if run.signals.received_anywhere() and number + 1 < len(config.stages):
                 raise run.signals.interrupted(run.path, f"after stage {stage.name}; the checkpoint is written")
     run.record("frozen.json", state.frozen)
@@ -128,6 +136,7 @@ def _train(run: Run, config: Recipe, model: Assembly | None, started: float) -> 
     if run.writes:
         save(model, run.path / "model")
         (run.path / CHECKPOINT).unlink(missing_ok=True)
+        remove_kept(run.path)
     processes().wait_for_everyone()
 
 

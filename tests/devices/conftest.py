@@ -166,6 +166,8 @@ class _Functions(TorchFunctionMode):
 
     def _to(self, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return what `to`, `cuda` or `cpu` returns."""
+        if any(_is_meta(value) for value in (*args[:1], kwargs.get("device"))):
+            return Tensor.to(tensor, *args, **kwargs)
         source = self.gpu.holds(tensor)
         target, types = source, [value for value in (*args, *kwargs.values()) if isinstance(value, torch.dtype)]
         if func is not Tensor.to:
@@ -184,6 +186,10 @@ class _Functions(TorchFunctionMode):
 
 def _tensors(values: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def _is_meta(value: Any) -> bool:
+    return isinstance(value, str | torch.device) and torch.device(value).type == "meta"
 
 
 def _is_cuda(device: Any) -> bool:
@@ -219,6 +225,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch, fresh_accelerator: None) -> Iterator[Pr
         "set_device": None,
         "synchronize": None,
         "empty_cache": None,
+        "reset_peak_memory_stats": None,
+        "max_memory_allocated": 2**30,
         "manual_seed_all": None,
         "get_rng_state": torch.get_rng_state(),
         "set_rng_state": None,

@@ -54,6 +54,12 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _in_the_precision_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compute in float32 on the device, too: it is compared with the CPU."""
+    monkeypatch.setattr("mllm.build.computes_in_bfloat16", lambda _: False)
+
+
 def condition_head(kind: str, **options: Any) -> dict[str, Any]:
     sizes = {"generation": {"dim": 16, "layers": 1, "heads": 2}, "aligner": {"layers": 1, "heads": 2}}
     return {"type": kind, "tokens": 1, "length": 1, "width": 32, **sizes.get(kind, {}), **options}

@@ -103,14 +103,6 @@ def test_a_language_model_in_half_precision_learns_as_one_in_float32(workplace, 
     assert losses == pytest.approx(expected, rel=3e-2) and losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("name", ["adamw-8bit", "paged-adamw", "paged-adamw-8bit"])
-def test_optimizers_of_bitsandbytes_lower_the_loss_and_continue(workplace, device, name):
-    if device == "cpu":
-        pytest.skip("these optimizers need a GPU")
-    losses = workplace.train(name, optimizer=name, steps=16, checkpoint_every=8, train="{connector: 1.0e-3}")
-    assert sum(losses[-3:]) < sum(losses[:3])
-
-
 def test_the_losses_of_a_stored_attention_are_those_of_the_default(workplace):
     expected = workplace.train("attention-default", steps=4)
     eager = workplace.train("attention-eager", lm_options=", attn_implementation: eager", steps=4)

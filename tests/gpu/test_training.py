@@ -39,9 +39,12 @@ def test_the_losses_in_bfloat16_are_close_to_those_of_float32(workplace, trained
 
 
 @pytest.mark.timeout(60)
-def test_a_run_that_is_killed_continues_to_the_same_losses(workplace):
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit"])
+def test_a_run_that_is_killed_continues_to_the_same_losses(workplace, optimizer):
+    names = [f"{name}-{optimizer}" for name in ("whole", "killed")]
     lora = {"adapters": "[{type: lora, r: 4, dropout: 0.1}]", "train": "{connector: 1.0e-3, adapters: 2.0e-4}"}
-    whole = workplace.train("whole", **lora, steps=20, checkpoint_every=10)
+    lora["optimizer"] = optimizer
+    whole = workplace.train(names[0], **lora, steps=20, checkpoint_every=10)
     steps = 0
 
     def interrupts(*_: object) -> None:
@@ -53,12 +56,12 @@ def test_a_run_that_is_killed_continues_to_the_same_losses(workplace):
     handle = register_optimizer_step_pre_hook(interrupts)
     try:
         with pytest.raises(KeyboardInterrupt):
-            workplace.train("killed", **lora, steps=20, checkpoint_every=10)
+            workplace.train(names[1], **lora, steps=20, checkpoint_every=10)
     finally:
         handle.remove()
-    train(str(workplace.folder / "killed.yaml"), resume=workplace.folder / "killed")
+    train(str(workplace.folder / f"{names[1]}.yaml"), resume=workplace.folder / names[1])
     assert len(whole) == 20
-    assert workplace.losses("killed") == whole
+    assert workplace.losses(names[1]) == whole
 
 
 @pytest.mark.timeout(100)

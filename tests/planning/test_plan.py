@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoTokenizer
 
 from mllm.build import build
 from mllm.cli.plan import run
@@ -19,6 +21,8 @@ from mllm.objectives.build import objectives_of
 from mllm.planning.advice import bytes_of, fitting
 from mllm.planning.draft import Draft
 from mllm.planning.plan import Setting, plan, plan_stage
+from mllm.planning.probe import probe
+from mllm.planning.table import notes
 from mllm.planning.trace import Paper, cost
 from mllm.planning.workload import workload
 from mllm.testing import tiny_image
@@ -222,10 +226,71 @@ def test_a_cache_that_does_not_fit_or_is_slower_is_not_recommended(file: str, mo
             assert ("1.1 GB/s is faster" in planned.reason) != planned.recommended
 
 
-def test_time_follows_from_the_flops(file: str) -> None:
-    planned = plan(file, (), Setting(processes=2, flops=1e9, utilisation=0.5)).stages[0]
-    assert planned.seconds == pytest.approx(planned.flops.total / 1e9)
+def test_time_follows_from_the_flops_and_the_images(file: str) -> None:
+    """On a GPU images are prepared while it computes; on a CPU both take their time. Three images are read once."""
+    for seconds, bound in ((1e-9, "device"), (9.0, "data")):
+        gpu, cpu = (
+            plan(file, (), Setting(device, 2, flops=1e9, utilisation=0.5, workers=3, image_seconds=seconds)).stages[0]
+            for device in ("gpu", "cpu")
+        )
+        computing, data = gpu.flops.total / 1e9, 3 * seconds / (2 * 3)
+        assert gpu.seconds == pytest.approx(max(computing, data)) and gpu.bound == bound
+        assert cpu.seconds == pytest.approx(cpu.flops.total / 1e9 + data)
+        assert gpu.time is not None and gpu.time.encoder == pytest.approx(3 * gpu.flops.encoder / 1e9)
+    uncached = plan(file, ["cache='off'"], Setting("gpu", flops=1e15, workers=1, image_seconds=9)).stages[0]
+    assert uncached.seconds == pytest.approx(24 * 9)  # six steps of four
     assert plan(file).stages[0].seconds is None
+
+
+def test_text_is_as_long_as_that_of_the_data(file: str, tmp_path: Path, tiny_parts: tuple[str, str]) -> None:
+    captions = ["w " * (1 + index) for index in range(100)]
+    for index in range(100):
+        shutil.copyfile(tmp_path / "a.png", tmp_path / f"{index}.png")
+    rows = "".join(f"{index}.png,{caption.strip()}\n" for index, caption in enumerate(captions))
+    (tmp_path / "train.csv").write_text(f"image,caption\n{rows}")
+    one = ["stages.0.steps=25", "stages.1.steps=1"]  # an epoch
+    planned = plan(file, one).stages[0]
+    tokenizer = AutoTokenizer.from_pretrained(tiny_parts[1], trust_remote_code=False)
+    prompt = recipe.load(file).stages[0].prompt.caption
+    texts = [f"{prompt} {caption.strip()}" for caption in captions]
+    lengths = sorted(len(tokenizer(text, add_special_tokens=False).input_ids) + 1 for text in texts)  # and the end
+    assert planned.text is not None and planned.text.mean == pytest.approx(sum(lengths) / 100)
+    assert planned.text.most == lengths[98] and planned.assumed == ""  # 99 of 100 are no longer
+    assert planned.length == lengths[-1] + 4  # the longest of all decides memory
+    given = plan(file, one, Setting(text=40)).stages[0]
+    assert (given.length, given.text) == (44, None)
+
+
+def test_without_the_tokenizer_text_is_estimated_by_its_characters(file: str, tmp_path: Path) -> None:
+    rows = "".join(f"a.png,{'x' * (40 * number)}\n" for number in (1, 2, 3, 4) * 3)
+    (tmp_path / "train.csv").write_text(f"image,caption\n{rows}")
+    config = recipe.load(file, ["stages.0.steps=3"])
+    draft = Draft(config.stages[0], "gpu")
+    draft.model.lm.text.tokenizer = None
+    load = workload(draft.model, config.stages[0], processes=1, images=None, text=None)
+    prompt = len(config.stages[0].prompt.caption)
+    assert load.text is not None and load.text.mean == pytest.approx(100 / 4 + prompt / 4, abs=1.5)
+    assert "4 characters a token" in load.assumed and "tokenizer" in load.assumed
+
+
+def test_epochs_of_data_that_are_elsewhere_need_the_number_of_images(file: str, tmp_path: Path) -> None:
+    (tmp_path / "train.csv").unlink()
+    epochs = ["stages.0.steps=null", "stages.0.epochs=2"]
+    with pytest.raises(MLLMError, match=r"align trains for 2 epochs.*--images"):
+        plan(file, epochs)
+    assert plan(file, epochs, Setting(images=10)).stages[0].steps == 5
+
+
+def test_adapters_that_no_stage_has_trained_are_named_with_what_they_take(file: str) -> None:
+    align, tune = plan(file).stages
+    assert tune.idle is None and align.idle is not None
+    without = plan(file, ["stages.0.adapters=[]"]).stages[0]
+    assert (align.idle.types, align.idle.peak) == ("bottleneck", without.memory.peak)
+    assert align.idle.flops == without.flops.total < align.flops.total
+    (note,) = (note for note in notes(plan(file)) if "not trained" in note)
+    assert note.startswith("align: holds the adapters bottleneck") and "first stage that trains them" in note
+    kept = "stages.1.train={connector: 1.0e-3}"  # trained in the first stage, and held by the second
+    assert [stage.idle for stage in plan(file, ["stages.0.train={adapters: 1.0e-3}", kept]).stages] == [None, None]
 
 
 def test_what_is_not_here_is_assumed_and_said(file: str, tmp_path: Path) -> None:
@@ -233,6 +298,16 @@ def test_what_is_not_here_is_assumed_and_said(file: str, tmp_path: Path) -> None
     planned = plan(file, (), Setting(text=40, images=5)).stages[0]
     assert (planned.length, planned.images, planned.examples) == (44, 5, 24)
     assert "40 tokens of text" in planned.assumed and "not on this machine" in planned.assumed
+
+
+def test_a_probe_measures_the_shape_that_is_planned(file: str) -> None:
+    measured, planned = probe(file, processes=2), plan(file, (), Setting(processes=2)).stages[1]
+    assert (measured.stage, measured.rows, measured.gpu, measured.peak) == ("tune", planned.rows, False, None)
+    assert planned.rows == 2 and measured.length <= planned.length
+    draft = Draft(recipe.load(file).stages[1], "cpu")
+    typical = workload(draft.model, draft.stage, processes=2, images=None, text=None).typical
+    assert measured.flops * measured.seconds == pytest.approx(draft.step(typical).flops)
+    assert measured.image_seconds is not None and 0 < measured.image_seconds < 1
 
 
 PUBLISHED = {  # from the papers and model cards
@@ -303,6 +378,7 @@ def test_the_command_prints_a_table_or_json(file: str, capsys: pytest.CaptureFix
     run(file, one, {**options, "images": None, "text": None}, memory=None, probe=True, as_json=True)
     told = json.loads(capsys.readouterr().out)
     assert told["setting"]["utilisation"] == 1.0 and told["stages"][0]["seconds"] > 0
+    assert told["measured"]["peak"] is None and not told["measured"]["gpu"]
     for name, value in (("device", "tpu"), ("sharding", "zero9")):
         with pytest.raises(MLLMError, match=f"--{name} {value}"):
             run(file, one, {**options, name: value}, memory=None, probe=False, as_json=False)

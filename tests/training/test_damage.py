@@ -20,7 +20,8 @@ from mllm.errors import MLLMError
 from mllm.hub.verified import save_verified
 from mllm.planning.check import problems
 from mllm.testing import tiny_encoder, tiny_image, tiny_lm
-from mllm.training.checkpoint import NAME, Checkpoints, TrainingState
+from mllm.training.checkpoint import NAME, TrainingState
+from mllm.training.kept import Checkpoints
 from mllm.transfer import transfer
 from tests.fuzz.folders import killed_after
 

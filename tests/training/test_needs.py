@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import mllm
@@ -142,3 +143,20 @@ def test_a_recipe_of_the_package_needs_every_run_that_it_names(name: str, folder
     named = {word for word in loading.dump(config).split() if word.startswith("runs/")}
     assert {str(need.folder) for need in missing(config)} >= named
     assert {Path(folder).name for folder in named} == set(config.needs)
+
+
+def test_a_need_may_be_the_model_of_a_stage(folder: Path, tiny_parts: tuple[str, str]) -> None:
+    parts = f"encoder: {{model: {tiny_parts[0]}}}\nlm: {{model: {tiny_parts[1]}}}\nconnector: {{type: linear}}"
+    data = "data: {train: {format: table, path: train.csv}}"
+    one = "{name: one, train: {connector: 1.0e-3}, steps: 1, batch_size: 2}"
+    two = "{name: two, tokens: ['<x>'], train: {connector: 1.0e-3, tokens: 1.0e-3}, steps: 1, batch_size: 2}"
+    (folder / "both.yaml").write_text(f"name: both\n{parts}\n{data}\nstages: [{one}, {two}]\n")
+    start = "{from: runs/both/stages/one}"  # the last stage's model would not fit: it has a token more
+    last = "{name: last, train: {connector: 0}, steps: 1, batch_size: 2}"
+    needs = f"name: after\nneeds: [./both.yaml]\n{parts}\n{data}\ninit: {start}\nstages: [{last}]\n"
+    (folder / "after.yaml").write_text(needs)
+    assert problems("./after.yaml") == [] and not Path("runs").exists()
+    assert any("runs/both is not there yet" in note for note in plan("./after.yaml").needs)
+    mllm.train("./after.yaml")
+    ours, theirs = (mllm.load(path).trained_state() for path in ("runs/after", "runs/both/stages/one"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -14,10 +14,13 @@ from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, Mu
 
 import mllm
 from mllm.config import loading
+from mllm.config.recipe import OptimSpec
 from mllm.errors import MLLMError
 from mllm.prompts.batch import collate
 from mllm.prompts.pieces import Target
 from mllm.testing import tiny_image
+from mllm.training.checkpoint import optimizer_state, set_optimizer
+from mllm.training.optimizers import optimizer_for
 
 STEPS = 6
 RATES = {"connector": 0.02, "adapters": 0.003}
@@ -156,3 +159,28 @@ def test_a_stage_trains_as_a_plain_torch_loop(
 def test_settings_that_contradict_each_other_are_refused(optim: dict[str, Any]) -> None:
     with pytest.raises(MLLMError, match="optim"):
         loading.load("limber-cpu", {f"optim.{key}": value for key, value in optim.items()})
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw-8bit"])  # others need a GPU: tests/gpu/test_training.py
+def test_an_optimizer_that_is_saved_continues_to_the_same_weights(name: Any) -> None:
+    start = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))  # of 4096 numbers and more, 8 bits each
+
+    def new() -> tuple[torch.nn.Parameter, Any]:
+        weight = torch.nn.Parameter(start.clone())
+        return weight, optimizer_for(OptimSpec(name=name), [{"params": [weight], "lr": 1e-2}])
+
+    def step(weight: torch.nn.Parameter, optimizer: Any) -> None:
+        optimizer.zero_grad()
+        (weight.square().sum() / 2).backward()  # the gradient is the weight
+        optimizer.step()
+
+    weight, optimizer = new()
+    step(weight, optimizer)
+    assert torch.allclose(weight, start - 1e-2 * start.sign(), atol=1e-4), "AdamW's first step has the rate's size"
+    again, continued = new()
+    again.data.copy_(weight.data)
+    saved = {key: tensor.clone() for key, tensor in optimizer_state(optimizer).items()}
+    set_optimizer(continued, saved, [1e-2])
+    step(weight, optimizer)
+    step(again, continued)
+    assert torch.equal(weight, again)

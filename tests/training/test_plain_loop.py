@@ -42,8 +42,13 @@ stages: [{{name: one, train: {{connector: 0.02}}, steps: {STEPS}, batch_size: {B
     return write
 
 
-def by_hand(path: str, weights: list[float], start: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Train the connector by torch alone: each loss is cross-entropy summed over targets, by their number."""
+def by_hand(
+    path: str, weights: list[float], start: dict[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """Train the connector by torch alone: each loss is cross-entropy summed over targets, by their number.
+
+    Return its weights and the norm of each step's gradients.
+    """
     stage = load(path).stages[0]
     assert stage.encoder is not None and stage.encoder.model is not None and stage.lm is not None
     model = mllm.assemble(stage.encoder.model, stage.lm.model, {"type": "linear", "tokens": 4})
@@ -58,6 +63,7 @@ def by_hand(path: str, weights: list[float], start: dict[str, torch.Tensor]) -> 
     stream = Stream(
         read_all(stage.data.train), stage.prompt, seed=stage.seed, lm=model.lm, num_visual=4, data=stage.data
     )
+    norms = []
     for _ in range(STEPS):
         batches = [stream.take(BATCH) for _ in range(stage.optim.accumulate)]
         sums, count = torch.zeros(()), 0
@@ -73,11 +79,12 @@ def by_hand(path: str, weights: list[float], start: dict[str, torch.Tensor]) -> 
             )
             count += int((targets != -100).sum())
         (sum(weights) * sums / count).backward()
+        norms.append(sum(float((p.grad**2).sum()) for p in parameters if p.grad is not None) ** 0.5)
         if stage.optim.clip is not None:
             torch.nn.utils.clip_grad_norm_(parameters, stage.optim.clip)
         optimizer.step()
         optimizer.zero_grad()
-    return {name: tensor.detach() for name, tensor in model.connector.state_dict().items()}
+    return {name: tensor.detach() for name, tensor in model.connector.state_dict().items()}, norms
 
 
 @pytest.mark.parametrize(
@@ -87,10 +94,13 @@ def by_hand(path: str, weights: list[float], start: dict[str, torch.Tensor]) -> 
 def test_the_loop_is_a_plain_loop(recipe, tmp_path, weights, clip, accumulate):
     objectives = ", ".join(f"{{type: caption, weight: {weight}}}" for weight in weights)
     path = recipe(f"[{objectives}]", clip, accumulate)
-    run = mllm.train(path, ["stages.0.steps=1", "stages.0.train.connector=0"], out=tmp_path / "start")
-    start = mllm.load(run.path).trained_state()  # calibrated on the data, and not moved by a rate of zero
-    trained = mllm.load(mllm.train(path, out=tmp_path / "run").path).trained_state()
-    expected = by_hand(path, weights, start)
+    calibrated = mllm.train(path, ["stages.0.steps=1", "stages.0.train.connector=0"], out=tmp_path / "start")
+    start = mllm.load(calibrated.path).trained_state()  # calibrated on the data, and not moved by a rate of zero
+    run = mllm.train(path, out=tmp_path / "run").path
+    trained = mllm.load(run).trained_state()
+    expected, norms = by_hand(path, weights, start)
     for name, tensor in expected.items():
         torch.testing.assert_close(trained[f"connector.{name}"], tensor, rtol=1e-4, atol=1e-6)
     assert any(not torch.equal(trained[name], start[name]) for name in trained)
+    rows = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+    assert [row["grad_norm"] for row in rows] == pytest.approx(norms, rel=1e-3, abs=1e-6)

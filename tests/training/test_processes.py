@@ -43,7 +43,7 @@ connector: {{type: linear, tokens: 4}}
 data: {{train: {source}, val: {source}}}
 optim: {{schedule: constant, warmup: 0}}
 stages:
-  - {{name: align, train: {{connector: 1e-2}}, steps: 5, batch_size: 4}}
+  - {{name: align, train: {{connector: 1e-2}}, steps: 5, batch_size: 4, checkpoint_minutes: 1.0e-4}}
   - {{name: tune, adapters: [{{type: lora, r: 2}}], train: {{adapters: 1e-3, connector: 1e-3}}, steps: 8,
      batch_size: 4, checkpoint_every: 1}}
 """)
@@ -78,8 +78,11 @@ def test_two_processes_train_as_one_does(two, recipe, tmp_path):
     ran = [json.loads((place / "environment.json").read_text())["processes"] for place in (path, tmp_path / "one")]
     assert ran == ["2", "1"]  # else nothing is shown
     assert log(path, "divided_layers") == ([2, 2] if fsdp else [])
-    for key in ("loss", "val_loss"):
+    for key in ("loss", "grad_norm", "val_loss"):
         assert log(path, key) == pytest.approx(log(tmp_path / "one", key), rel=1e-4)
+    rows = [map(json.loads, (place / "speed.jsonl").read_text().splitlines()) for place in (path, tmp_path / "one")]
+    images = [[row["images_per_s"] * row["seconds"] for row in each] for each in rows]
+    assert images[0] == pytest.approx(images[1], rel=1e-3, abs=1e-3)  # those of all processes
     trained = [mllm.load(place).trained_state() for place in (path, tmp_path / "one")]
     torch.testing.assert_close(*trained, rtol=1e-3, atol=1e-5)
 

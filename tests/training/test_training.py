@@ -81,6 +81,7 @@ def test_a_run_holds_what_it_came_from(recipe, tmp_path):
         "environment.json",
         "data.json",
         "log.jsonl",
+        "speed.jsonl",
         "loss.png",
         "frozen.json",
         "time.json",

@@ -6,6 +6,7 @@ import base64
 import binascii
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from mllm.data.values import absent, identifier, listed, text_in
 from mllm.errors import MLLMError, near
 from mllm.media.images import ImageBytes, ImageSource
 from mllm.media.videos import file_of
-from mllm.prompts.messages import checked_messages, message, text_part
+from mllm.prompts.messages import message, text_part
 
 MARK = "<image>"
 VIDEO_MARK = "<video>"  # where a row names a video; some sets write the mark of an image there
@@ -51,15 +52,14 @@ def llava(
     """
 
     def item_of(row: Any, number: int) -> Item:
-        shows_video = not (absent(row.get("video")) and absent(row.get("videos")))
         turns = [(_role(turn["from"]), _text(turn["value"])) for turn in row["conversations"]]
-        if shows_video:
+        if not (absent(row.get("video")) and absent(row.get("videos"))):
             turns = [(role, text.replace(VIDEO_MARK, MARK)) for role, text in turns]
         sources = _listed_images(row, images)
         name = identifier(row.get("id", number - 1))
-        return _caption(name, turns, sources) if task == "captions" else _conversation(name, turns, sources)
+        return _caption(name, turns, sources) if task == "captions" else _marked(name, turns, sources)
 
-    return rows.items(records_of(Path(path)), item_of, _LLAVA)
+    return rows.items(records_of(Path(path)), item_of, _LLAVA, finish=_unmarked)
 
 
 def _caption(name: str, turns: Sequence[Turn], images: Sequence[ImageSource]) -> Item:
@@ -91,9 +91,9 @@ def messages(rows: Reading, *, path: str, images: str) -> Sequence[Item]:
         turns, sources = [], list[ImageSource]()
         for entry in row["messages"]:
             turns.append((_role(entry["role"]), _content(entry["content"], images, remaining, sources)))
-        return _conversation(identifier(row.get("id", number)), turns, [*sources, *remaining])
+        return _marked(identifier(row.get("id", number)), turns, [*sources, *remaining])
 
-    return rows.items(records_of(Path(path)), item_of, _MESSAGES)
+    return rows.items(records_of(Path(path)), item_of, _MESSAGES, finish=_unmarked)
 
 
 def _content(content: Any, folder: str, remaining: Iterator[ImageSource], sources: list[ImageSource]) -> str:
@@ -140,6 +140,8 @@ def _image(part: Any, folder: str) -> ImageSource:
 
 def _role(name: Any) -> str:
     """Return the role of a speaker, whose name may be in capitals."""
+    if isinstance(name, str) and name in _SPEAKERS:
+        return _SPEAKERS[name]
     speaker = text_in(name, "speaker").lower()
     if speaker not in _SPEAKERS:
         raise MLLMError(f"no role is called {speaker!r}. {near(speaker, _SPEAKERS)} Remove the turn, or the row.")
@@ -152,7 +154,7 @@ def _text(value: Any) -> str:
 
 def _listed_images(row: Any, folder: str) -> list[ImageSource]:
     """Return the images or videos that a row lists under one of the keys for them."""
-    given = [key for key in _KEYS if not absent(row.get(key))]
+    given = [key for key in _KEYS if key in row and not absent(row[key])]
     if len(given) > 1:
         raise MLLMError(f"it has both {given[0]!r} and {given[1]!r}. Keep one of them.")
     return [file_of(inside(folder, name)) for key in given for name in listed(row[key])]
@@ -160,7 +162,7 @@ def _listed_images(row: Any, folder: str) -> list[ImageSource]:
 
 def _check_marks(turns: Sequence[Turn], images: Sequence[ImageSource]) -> None:
     """Check that there is a mark per image or none, and that the assistant says something."""
-    marks = sum(text.count(MARK) for _, text in turns)
+    marks = "\0".join([text for _, text in turns]).count(MARK)
     if marks not in (0, len(images)):
         raise MLLMError(
             f"{marks} marks {MARK} for {len(images)} images; expected one per image, or none. Correct them."
@@ -169,16 +171,23 @@ def _check_marks(turns: Sequence[Turn], images: Sequence[ImageSource]) -> None:
         raise MLLMError("no turn of the assistant has text; expected at least one to train on. Remove it.")
 
 
-def _conversation(name: str, turns: Sequence[Turn], images: Sequence[ImageSource]) -> Item:
-    """Return a conversation with its marks replaced by its images."""
+def _marked(name: str, turns: Sequence[Turn], images: Sequence[ImageSource]) -> Item:
+    """Return a conversation that was checked, with marks in its texts."""
     _check_marks(turns, images)
     if not any(role == "user" for role, _ in turns):
         raise MLLMError("there is no turn of the user; expected a question before an answer. Remove it.")
-    remaining = iter(images)
-    converted = [message(role, list(_parts(text, remaining))) for role, text in turns]
+    return Item(name, tuple(images), (), messages=tuple([{"role": role, "content": text} for role, text in turns]))
+
+
+def _unmarked(item: Item) -> Item:
+    """Return a conversation with its images in the place of the marks, or before its first question without marks."""
+    if not item.messages:  # a caption
+        return item
+    remaining = iter(item.images)
+    converted = [message(turn["role"], list(_parts(turn["content"], remaining))) for turn in item.messages]
     first = next(turn for turn in converted if turn["role"] == "user")
     first["content"] = [*({"type": "image", "image": image} for image in remaining), *first["content"]]
-    return Item(name, tuple(images), (), messages=tuple(checked_messages(converted)))
+    return replace(item, messages=tuple(converted))
 
 
 def _parts(text: str, images: Iterator[ImageSource]) -> Iterator[dict[str, Any]]:

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mllm.data.files import check_regular, files_in, inside, is_large, json_of, records_of, rows_in, rows_of, suffix_of
+from mllm.data.files import check_regular, files_in, inside, records_of, rows_of, suffix_of
 from mllm.data.items import Item
 from mllm.data.lazy import Lazy
 from mllm.data.reading import Reading, reader
@@ -22,7 +22,6 @@ from mllm.errors import MLLMError, first_line, near
 from mllm.media.images import ImageBytes, ImageFile, ImageSource
 from mllm.media.videos import file_of
 
-_LIST = "a list of rows with 'image' and 'caption'"
 _ROW = "'image' and 'caption', or 'image', 'question' and 'answer'"
 
 _Key = tuple[tuple[str, ...], str | None]  # the images of rows that are one item, and their question
@@ -94,12 +93,7 @@ def _records(file: Path) -> Iterable[Record]:
         return records_of(file)
     if kind != ".json":
         raise MLLMError(f"{file}: unknown file type {kind!r}. {near(kind, ['.csv', '.tsv', '.json', '.jsonl'])}")
-    if is_large(file):
-        return rows_of(file, _LIST)
-    content = json_of(file)
-    if isinstance(content, dict):
-        raise MLLMError(f"{file} contains a dict; expected {_LIST}. Convert it.")
-    return rows_in(content, file, _LIST)
+    return rows_of(file, "a list of rows with 'image' and 'caption'")
 
 
 @reader

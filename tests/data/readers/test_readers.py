@@ -188,7 +188,7 @@ def test_images_may_be_in_another_folder(folder: Path) -> None:
         ("t.csv", "image,caption\na.png,x\nc.png,y\n", r"1 of 2 images are missing: .*c.png"),
         ("t.csv", "image,caption\na.png," + "x" * 200_000, r"t.csv, row 1: field larger"),
         ("t.json", '[{"image": "a.png", "capt', r"t.json is not JSON"),
-        ("t.json", '{"image": "a.png"}', r"t.json contains a dict; expected a list"),
+        ("t.json", '{"image": "a.png"}', r"t.json has an unexpected form: it is no list of rows; expected a list"),
         ("t.json", '["a.png"]', r"row 1: 'a.png' is not a row"),
         ("t.json", '[{"image": [], "caption": "x"}]', r"row 1: no 'image'"),
         ("t.jsonl", '{"image": "a.png", "caption": "x"}\n{"image": "b.p', r"t.jsonl, line 2: it is not JSON"),
