@@ -158,8 +158,6 @@ class _Functions(TorchFunctionMode):
             if kwargs.get("generator") is not None:
                 raise RuntimeError(f"a generator of the CPU for the pretend GPU, at {_place()}")
             kwargs["device"] = "cpu"
-        if kwargs.pop("pin_memory", False):
-            self.gpu.pinned += 1
         inherits = getattr(func, "__name__", "") == "new_tensor" and "device" not in kwargs and on_gpu
         result = func(*args, **kwargs)
         return self.gpu.mark(result) if named or inherits else result
@@ -237,6 +235,12 @@ def gpu(monkeypatch: pytest.MonkeyPatch, fresh_accelerator: None) -> Iterator[Pr
 
     for name, value in answers.items():
         monkeypatch.setattr(torch.cuda, name, answering(value))
-    device = PretendGPU()
+    device, empty = PretendGPU(), torch.empty
+
+    def unpinned(*args: Any, pin_memory: bool = False, **options: Any) -> Tensor:
+        device.pinned += pin_memory
+        return empty(*args, **options)
+
+    monkeypatch.setattr(torch, "empty", unpinned)  # in every thread
     with device.running():
         yield device
