@@ -16,7 +16,16 @@ from mllm.config.base import PartSpec
 from mllm.config.messages import checked
 from mllm.config.parts import SCORER, AssemblySpec
 from mllm.decoders.condition import check_condition
-from mllm.devices import DeviceName, DTypeName, cast, choose_device, computes_in_bfloat16, dtype_of, give_memory
+from mllm.devices import (
+    DeviceName,
+    DTypeName,
+    cast,
+    choose_device,
+    computes_in_bfloat16,
+    dtype_of,
+    give_memory,
+    random_apart,
+)
 from mllm.encoders.base import on_meta
 from mllm.encoders.specified import cut_for, newline_for
 from mllm.encoders.specified import encoder_of as encoder_of
@@ -131,8 +140,7 @@ def _build_seeded(
     Raises:
         MLLMError: arguments that the part does not take, or a part of another package that breaks its contract.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(spec.seed_of(group.removeprefix("image_")))
+    with random_apart(spec.seed_of(group.removeprefix("image_"))):
         cls, label = lookup(f"{group}s", part.type), f"{group.replace('_', ' ')} {part.type}"
         return fulfilled(contract, label, made(cls, label, **options, **with_runs(cls, part.options(), device)))
 

@@ -6,6 +6,9 @@ of several processes has a GPU of its own.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -75,11 +78,27 @@ def dtype_of(name: DTypeName) -> torch.dtype:
     return DTYPES[key]
 
 
+def pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor of the host in pinned memory, if it is to be copied to a GPU."""
+    copied = device.type == "cuda" and tensor.device.type == "cpu" and torch.cuda.is_initialized()
+    return tensor.pin_memory() if copied else tensor
+
+
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor on a device; its copy to a GPU takes place while the host goes on."""
-    if device.type != "cuda" or tensor.device.type != "cpu" or not torch.cuda.is_initialized():
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+    """Return a tensor on a device; the host does not wait for its copy to a GPU."""
+    return pinned(tensor, device).to(device, non_blocking=True)
+
+
+@contextlib.contextmanager
+def random_apart(seed: int | None = None) -> Iterator[None]:
+    """Restore torch's generators afterwards, that of the GPU included, which `torch.manual_seed` sets, too.
+
+    ``seed``: start them with it.
+    """
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_initialized() else []):
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield
 
 
 def cast(module: nn.Module, dtype: torch.dtype) -> None:

@@ -15,6 +15,7 @@ from mllm.eval.bench import gpu, plain
 from mllm.eval.bench.costs import shape_of
 from mllm.eval.bench.setups import Setup, agree, captions, setup, source
 from mllm.eval.bench.shapes import LM, llava_class, noise_images, save_vision
+from mllm.eval.bench.shapes_8b import Place
 from mllm.eval.bench.share import share
 from mllm.eval.bench.table import Row, ratio, report
 from mllm.eval.bench.watched import POLL, Watched, watch
@@ -65,7 +66,7 @@ def run(
         if only is not None:
             raise MLLMError("bench train --device measures one part: leave out --only.")
         with tempfile.TemporaryDirectory() as folder:
-            place = gpu.Place(Path(folder), device=device).write()
+            place = Place(Path(folder), device=device).write()
             measured: list[Row] = gpu.measure(place, steps=steps or 12, progress=progress)
         report("train-gpu", measured, out)
         return measured

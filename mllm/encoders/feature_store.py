@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mllm.config.messages import checked
 from mllm.config.recipe import LIMIT, CacheSpec
-from mllm.devices import dtype_of, moved
+from mllm.devices import dtype_of, moved, pinned
 from mllm.encoders.feature_folder import features_folder, warn_of_former_folder
 from mllm.encoders.feature_rows import FeatureRows
 from mllm.encoders.texts import Units, features_of, units_of
@@ -115,7 +115,7 @@ class FeatureStore:
         prepared = self._requested(sources)
         encoder, units = self._model.encoder, [prepared[source].units for source in sources]
         tensors = [unit if isinstance(unit, Tensor) else encoder.preprocess([unit]) for unit in units]
-        return moved(torch.cat(tensors), self._model.device)
+        return torch.cat([moved(tensor, self._model.device) for tensor in tensors])
 
     def _features(self, sources: Sequence[ImageSource], prepared: Mapping[ImageSource, Prepared]) -> Tensor:
         """Return the features ``(U, P, D_vis)`` of the units of images.
@@ -184,7 +184,8 @@ class FeatureStore:
         key = prefix + encoder.key(source)
         if (row := self._rows.get(key)) is not None:
             return Prepared(key, None, row)
-        return Prepared(key, units_of(encoder, cut(encoder.open(source))))
+        units = units_of(encoder, cut(encoder.open(source)))
+        return Prepared(key, pinned(units, self._model.device) if isinstance(units, Tensor) else units)
 
     def flush(self) -> None:
         """Write new features to disk. Errors are those of `FeatureRows.flush`."""

@@ -64,10 +64,10 @@ def features_of(encoder: Any, images: Sequence[Units], device: torch.device, chu
     pixels = [image for image in images if isinstance(image, Tensor)]
     rows: list[Tensor] = []
     if pixels:
-        whole = torch.cat(pixels)
+        whole = torch.cat([moved(image, device) for image in pixels])
         joint = encoder.tiling is not None and encoder.tiling.joint
         parts = whole.split(len(whole) if joint or chunk is None else chunk)
-        rows = [encoder(moved(part, device)) for part in parts]
+        rows = [encoder(part) for part in parts]
     if not texts:
         return torch.cat(rows)
     of_texts = iter(encoder.encode_texts(texts).to(device).split(1))

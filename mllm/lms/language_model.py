@@ -22,7 +22,7 @@ from mllm.hub.identity import of_language_model
 from mllm.lms import generation
 from mllm.lms.cross_attention import EmbeddingsWithMemory
 from mllm.lms.decoding import Decoding
-from mllm.lms.prepared import frozen, quantization
+from mllm.lms.prepared import frozen, loading_options
 from mllm.lms.runners import probes
 from mllm.lms.runners.base import Runner
 from mllm.lms.runners.choose import choose_runner
@@ -69,15 +69,7 @@ class LanguageModel(nn.Module):
         folder = hub.resolve(model, group="lms")
         code: Any = {"trust_remote_code": trust_remote_code}
         tokenizer = hub.load_processor(AutoTokenizer, folder, **code)
-        options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
-        if quantize is not None:
-            # Without a map, transformers puts them on a GPU where there is one, whatever the rest of the model does.
-            options |= {
-                "quantization_config": quantization(quantize, torch.device(device)),
-                "device_map": {"": device},
-            }
-        if attn_implementation is not None:
-            options["attn_implementation"] = attn_implementation
+        options = loading_options(dtype, quantize, torch.device(device), attn_implementation)
         self._folder, self._init, self._code = folder, init, code
         self.model = frozen(self._load(folder, init=init, seed=seed, **options))
         self.text = TextTokenizer(tokenizer, self.model)

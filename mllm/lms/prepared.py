@@ -30,7 +30,20 @@ def _make_contiguous(_: nn.Module, args: Any) -> Any:
     return (args[0].contiguous(), *args[1:])
 
 
-def quantization(spec: Mapping[str, Any], device: torch.device) -> Any:
+def loading_options(
+    dtype: str, quantize: Mapping[str, Any] | None, device: torch.device, attn_implementation: str | None
+) -> dict[str, Any]:
+    """Return the options of `from_pretrained`; the arguments are those of `mllm.lms.language_model.LanguageModel`."""
+    options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
+    if quantize is not None:
+        # Without a map, transformers puts them on a GPU where there is one, whatever the rest of the model does.
+        options |= {"quantization_config": _quantization(quantize, device), "device_map": {"": device}}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    return options
+
+
+def _quantization(spec: Mapping[str, Any], device: torch.device) -> Any:
     """Return the configuration of bitsandbytes for a device, of an `mllm.config.parts.QuantizeSpec`'s values."""
     from transformers import BitsAndBytesConfig
 

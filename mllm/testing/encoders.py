@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import transformers
 
+from mllm.devices import random_apart
+
 
 @dataclass(frozen=True)
 class EncoderFamily:
@@ -33,8 +35,7 @@ class EncoderFamily:
 
     def __call__(self, folder: Path, *, seed: int = 0) -> str:
         """Save a model with random weights and its image processor, and return the folder."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with random_apart(seed):
             config = getattr(transformers, f"{self.name}Config")(**self.config)
             model = getattr(transformers, f"{self.name}Model")(config)
             spread(model)

@@ -17,6 +17,8 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from mllm.devices import random_apart
+
 END, PAD, START = ("<|end|>", "<|pad|>", "<|start|>")
 
 
@@ -50,8 +52,7 @@ class LMFamily:
             **self.config,
         )
         auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with random_apart(seed):
             model = auto.from_config(config, trust_remote_code=False)
             spread(model)
         model.save_pretrained(folder)

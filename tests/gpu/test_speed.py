@@ -18,6 +18,7 @@ from mllm.testing import tiny_image
 pytestmark = pytest.mark.gpu
 
 bench: Any = import_module("mllm.eval.bench.gpu")
+real: Any = import_module("mllm.eval.bench.shapes_8b")
 
 LM_PARAMETERS = 8.03e9
 
@@ -40,8 +41,8 @@ def seconds(synchronize) -> Callable[[Callable[[], Any]], float]:
 def place(tmp_path_factory: pytest.TempPathFactory, smoke: bool, device: str) -> Any:
     """The configurations and images of the bench; tiny ones where SMOKE is set."""
     folder: Path = tmp_path_factory.mktemp("bench")
-    shapes = (bench.TINY_VISION, bench.TINY_TEXT) if smoke else (bench.VISION, bench.TEXT)
-    return bench.Place(folder, *shapes, device).write(16 if smoke else 256)
+    shapes = (real.TINY_VISION, real.TINY_TEXT) if smoke else (real.VISION, real.TEXT)
+    return real.Place(folder, *shapes, device).write(16 if smoke else 256)
 
 
 @pytest.mark.timeout(300)
@@ -54,7 +55,7 @@ def test_llavas_stages_next_to_a_plain_loop(place, smoke, figures):
 @pytest.fixture(scope="module")
 def big(place: Any, device: str) -> Any:
     """A model of real shapes on the device."""
-    with bench.drawn_on(device):
+    with real.drawn_on(device):
         model = mllm.assemble(
             {"model": str(place.folder / "vision"), "layer": -2, "init": "random"},
             {"model": str(place.folder / "text"), "init": "random", "dtype": "bfloat16"},

@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+import mllm
 from mllm.training.train import train
 
 pytestmark = pytest.mark.gpu
@@ -75,3 +77,12 @@ def test_fsdp_divides_the_layers_again_after_a_forward_pass(workplace, device, f
         raise RuntimeError(done.stderr[-300:])
     figures["layers after a forward pass"] = lines[0]
     assert set(lines[0]) == {"SHARDED"}
+
+
+def test_a_model_that_is_built_leaves_the_devices_generator_as_it_was(workplace, device):
+    if device == "cpu":
+        pytest.skip("a CPU's generator is another one")
+    torch.cuda.manual_seed(7)
+    before = torch.cuda.get_rng_state()
+    mllm.assemble({"model": str(workplace.parts / "clip"), "init": "random"}, str(workplace.parts / "lm"), "mlp")
+    assert torch.equal(torch.cuda.get_rng_state(), before)
