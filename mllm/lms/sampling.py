@@ -1,8 +1,8 @@
 """Sample and end the answers of a batch row by row, so that a batch gives what its members give alone.
 
-Notable: a sampled token comes from its row's random generator (the maximum of logits plus Gumbel noise is a sample from
-their softmax), so a request with a seed gets the same answer in any batch. Beams are those of `transformers`; penalties
-and constraints are in `mllm.lms.row_processors`.
+Notable: a sampled token comes from one number of its row's random generator (the place where the cumulative
+probabilities reach it), so a request with a seed gets the same answer in any batch. Beams are those of `transformers`;
+penalties and constraints are in `mllm.lms.row_processors`.
 """
 
 from __future__ import annotations
@@ -46,18 +46,22 @@ class Sampler(LogitsProcessor):
     """
 
     def __init__(self, decodings: Sequence[Decoding]) -> None:
-        self._rows = [(_warpers(decoding), _generator(decoding)) for decoding in decodings]
+        self._generators = {row: _generator(decoding) for row, decoding in enumerate(decodings) if decoding.samples}
+        self._alike: dict[tuple[tuple[str, Any], ...], list[int]] = {}  # rows of the same warpers
+        for row in self._generators:
+            self._alike.setdefault(_active(decodings[row]), []).append(row)
+        self._warpers = [_warpers(active) for active in self._alike]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return scores ``(B, V)``."""
-        rows = []
-        for number, (warpers, generator) in enumerate(self._rows):
-            row = scores[number : number + 1]
-            if generator is not None:
-                uniform = torch.rand(row.shape, generator=generator).clamp_min(1e-20).to(row.device)
-                row = warpers(cast(Any, input_ids[number : number + 1]), row) - (-uniform.log()).log()
-            rows.append(row)
-        return torch.cat(rows)
+        result = scores.clone() if self._alike else scores
+        for rows, warpers in zip(self._alike.values(), self._warpers, strict=True):
+            chances = warpers(cast(Any, input_ids[rows]), scores[rows]).softmax(-1).cumsum(-1, dtype=torch.double)
+            uniform = torch.cat([torch.rand(1, dtype=torch.double, generator=self._generators[row]) for row in rows])
+            reached = uniform.to(chances.device)[:, None] * chances[:, -1:]
+            tokens = torch.searchsorted(chances, reached, right=True).clamp_max(scores.shape[-1] - 1)
+            result[rows] = torch.full_like(scores[rows], -torch.inf).scatter_(1, tokens, 0.0)
+        return result
 
 
 class RowLimits(StoppingCriteria):
@@ -111,22 +115,19 @@ class StopStrings:
         return any(stop in text for stop in self._stops)
 
 
-def _warpers(decoding: Decoding) -> LogitsProcessorList:
-    if not decoding.samples:
-        return LogitsProcessorList()
-    active = {
-        name: decoding.warpers[name]
-        for name in CLASSES
-        if name in decoding.warpers and decoding.warpers[name] != NEUTRAL.get(name)
-    }
+def _active(decoding: Decoding) -> tuple[tuple[str, Any], ...]:
+    """Return the options that change the scores, with their values, in the order of `CLASSES`."""
+    values = decoding.warpers
+    return tuple((name, values[name]) for name in CLASSES if name in values and values[name] != NEUTRAL.get(name))
+
+
+def _warpers(active: Sequence[tuple[str, Any]]) -> LogitsProcessorList:
     try:
-        return LogitsProcessorList([CLASSES[name](value) for name, value in active.items()])
+        return LogitsProcessorList([CLASSES[name](value) for name, value in active])
     except (ValueError, TypeError) as error:
-        raise MLLMError(f"These decoding options are invalid, {active}: {error}") from None
+        raise MLLMError(f"These decoding options are invalid, {dict(active)}: {error}") from None
 
 
-def _generator(decoding: Decoding) -> torch.Generator | None:
-    if not decoding.samples:
-        return None
+def _generator(decoding: Decoding) -> torch.Generator:
     seed = int(torch.randint(2**62, ())) if decoding.seed is None else decoding.seed
     return torch.Generator().manual_seed(seed)

@@ -180,7 +180,7 @@ def test_kept_features_are_in_the_memory_of_the_host(gpu, tiny_model, tmp_path):
     model = tiny_model()
     store = FeatureStore(model, folder=tmp_path)
     first = store([A, B])
-    assert gpu.pinned == 3, "two rows, and the pixels on their way to the device"
+    assert gpu.pinned == 4, "two rows, and the pixels of two images on their way to the device"
     store.flush()
     again, mixed = FeatureStore(model, folder=tmp_path), [B, tiny_image(3), A]
     for features in (first, store([A, B]), store(mixed), again([A, B]), again(mixed)):
