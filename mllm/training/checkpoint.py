@@ -8,6 +8,7 @@ the SHA-256 of all this. The position in the data follows from the step: the str
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -152,19 +153,20 @@ def random_states() -> Tensors:
     return {f"{process}.{device}": state for process, each in gathered for device, state in each.items()}
 
 
-def set_random_states(states: Tensors) -> None:
-    """Set torch's generators to the states of a checkpoint.
+def set_random_states(states: Tensors) -> int:
+    """Set torch's generators to the states of a checkpoint; return the number of processes that wrote it.
 
-    Raises:
-        MLLMError: the run was started with another number of processes.
+    A process that there was not then starts a generator of its own.
     """
-    here = processes()
-    started = len({name.partition(".")[0] for name in states})
-    if started != here.num_processes:
-        raise MLLMError(f"The run was started with {started} processes, and now there are {here.num_processes}.")
-    torch.set_rng_state(states[f"{here.process_index}.cpu"])
-    if f"{here.process_index}.cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states[f"{here.process_index}.cuda"])
+    rank = processes().process_index
+    if f"{rank}.cpu" in states:
+        torch.set_rng_state(states[f"{rank}.cpu"])
+    else:
+        digest = hashlib.sha256(states["0.cpu"].numpy().tobytes() + str(rank).encode()).digest()
+        torch.manual_seed(int.from_bytes(digest[:8], "little"))
+    if f"{rank}.cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states[f"{rank}.cuda"])
+    return len({name.partition(".")[0] for name in states})
 
 
 def optimizer_state(optimizer: Any) -> Tensors:

@@ -25,7 +25,7 @@ from mllm.errors import MLLMError
 from mllm.fits.base import Material
 from mllm.fits.build import fit_of
 from mllm.media.images import open_image
-from mllm.processes import progress
+from mllm.processes import processes, progress
 from mllm.saving import check_fingerprints, fingerprints_of
 from mllm.system import return_memory
 from mllm.training.batches import Batches, check_augmentation, check_packing, training_sources
@@ -54,7 +54,7 @@ def begin_stage(run: Run, model: Assembly, stage: Stage, seed: int, computes: to
     ``computes`` is as for `mllm.build.build`.
     """
     if stage.seed != seed:
-        set_seed(stage.seed)
+        set_seed(stage.seed + processes().process_index)
     model = carry_over(model, assembly_of(stage), run, computes)
     if stage.init.source:
         transfer(model, Path(stage.init.source), stage.init.parts)

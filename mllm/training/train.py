@@ -71,7 +71,7 @@ def train(
     use_device(device)
     train_needs(config)
     started = time.monotonic()
-    set_seed(config.seed)
+    set_seed(config.seed + processes().process_index)  # of several processes each has its own dropout
     model = None
     if resume:
         run = Run.reopen(folder, config, accept=accept_changes)
@@ -177,6 +177,8 @@ def _restored(run: Run, config: Recipe) -> tuple[Assembly, TrainingState]:
             check_fingerprints(run.path, state.fingerprints, here, instead="start a new run with this one")
         with explain_misfit():
             model.load_state_dict(state.model, strict=False)
-            set_random_states(state.random)
+            wrote, here = set_random_states(state.random), processes().num_processes
+        if wrote != here:  # batches are divided among them anew: sums differ in their last bits, and so does dropout
+            run.log(stage="", step=state.step, processes_before=wrote, processes=here)
         model.calibrated = any(stage.sets("connector") for stage in config.stages[: number + 1])
     return model, state

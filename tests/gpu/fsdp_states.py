@@ -1,4 +1,4 @@
-"""Print, for each layer of a language model that FSDP divides, whether it is divided again after a forward pass.
+"""Print what FSDP leaves in a process after a forward pass: states of layers, their bytes, and the error of logits.
 
 python fsdp_states.py FOLDER DEVICE
 """
@@ -9,7 +9,16 @@ import os
 import sys
 from typing import Any
 
-os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29771", RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+os.environ.update(
+    {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29771",
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        **os.environ,
+    }
+)
 
 import torch
 import torch.distributed
@@ -28,13 +37,17 @@ def state(layer: Any) -> str:
 
 if __name__ == "__main__":
     folder, device = sys.argv[1:]
-    torch.distributed.init_process_group("gloo" if device == "cpu" else "nccl", rank=0, world_size=1)
+    torch.distributed.init_process_group("gloo" if device == "cpu" else "nccl")
     processes()
-    lm = LanguageModel(model=folder)
+    lm, whole = LanguageModel(model=folder), LanguageModel(model=folder).to(device)
     sharding.divide(lm, torch.device(device))
     lm.to(device)
     ids = torch.arange(1, 8, device=device)[None]
     with torch.no_grad():
-        lm.logits(lm.embed(ids), torch.ones_like(ids))
+        logits = lm.logits(lm.embed(ids), torch.ones_like(ids))
+        expected = whole.logits(whole.embed(ids), torch.ones_like(ids))
     print("STATES", *(state(layer) for layer in lm.layers))
+    print("DIFFERENCE", float((logits - expected).abs().max()))
+    parameters: list[Any] = [parameter for layer in lm.layers for parameter in layer.parameters()]
+    print("BYTES", sum(parameter.to_local().nbytes for parameter in parameters))
     torch.distributed.destroy_process_group()

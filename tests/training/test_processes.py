@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import mllm
 from mllm.testing import tiny_image
@@ -99,5 +101,31 @@ def test_killed_and_resumed_they_are_the_run_they_would_have_been(two, recipe, s
         time.sleep(0.005)
     process.kill()
     assert not (folder / "model").exists()
+    alone = shutil.copytree(folder, tmp_path / "alone")
     start("train", recipe, "--resume", folder, count=2, **SHARED).finish()
     assert log(folder, "loss") == log(whole, "loss")
+    mllm.train(recipe, resume=alone)
+    assert log(alone, "processes_before") == [2] and log(alone, "processes") == [1]
+    assert log(alone, "loss") == pytest.approx(log(whole, "loss"), rel=1e-4)
+
+
+@pytest.mark.timeout(100)
+def test_after_a_forward_pass_each_process_has_its_part_of_the_layers(tiny_parts):
+    script = Path(__file__).parents[1] / "gpu" / "fsdp_states.py"
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "WORLD_SIZE": "2", "MASTER_PORT": "29773"}
+    both = [
+        subprocess.Popen(
+            [sys.executable, str(script), tiny_parts[1], "cpu"],
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    printed = [dict(line.split(" ", 1) for line in process.communicate()[0].splitlines()) for process in both]
+    lm = transformers.AutoModelForCausalLM.from_pretrained(tiny_parts[1])
+    layers = [sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in lm.model.layers]
+    for each in printed:
+        assert set(each["STATES"].split()) == {"SHARDED"}
+        assert float(each["DIFFERENCE"]) < 1e-5, "from the logits of a model that is not divided"
+        assert int(each["BYTES"]) == pytest.approx(sum(layers) / 2, rel=0.15)
