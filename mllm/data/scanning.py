@@ -81,7 +81,7 @@ class JsonStream:
 
     @property
     def offset(self) -> int:
-        """Return the number of bytes before the next value or sign."""
+        """Return the number of bytes before the next value or character."""
         return self._start + self._at
 
     def close(self) -> None:
@@ -89,7 +89,7 @@ class JsonStream:
         self._stream.close()
 
     def peek(self) -> str:
-        """Return the next sign that is no white space, or an empty text at the end."""
+        """Return the next character that is no white space, or an empty text at the end."""
         while True:
             space = _SPACE.match(self._text, self._at)
             self._at = space.end() if space else self._at
@@ -179,7 +179,7 @@ class JsonStream:
             self._fail("Extra data", self._at)
 
     def _opened(self, closing: str) -> bool:
-        """Read the sign that opens a list or an object; whether it has a part."""
+        """Read the character that opens a list or an object; whether it has a part."""
         self.peek()
         self._at += 1
         return not self._closed(closing)
@@ -187,7 +187,7 @@ class JsonStream:
     def _continued(self, closing: str) -> bool:
         """Read what follows a part of a list or an object; whether another part does."""
         comma = _COMMA.match(self._text, self._at)
-        if comma is None:  # the end, another sign, or the end of a block
+        if comma is None:  # the end, another character, or the end of a block
             if self._closed(closing):
                 return False
             if self.peek() != ",":
