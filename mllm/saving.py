@@ -1,9 +1,8 @@
 """Save and load trained tensors: a safetensors file, and ``assembly.json`` with its name and the model's parts.
 
 ``assembly.json`` contains the fingerprints of the frozen parts that the tensors were trained on (`mllm.hub.identity`);
-with other parts the tensors are refused, and so is a file with a missing or an unknown tensor. The tensors' file is
-named by its content, and ``assembly.json`` is replaced last, so the folder contains one complete model at every moment,
-the old or the new.
+with other parts the tensors are refused, and so is a file with a missing or an unknown tensor. Their file is named by its
+content, and ``assembly.json`` is replaced last: the folder has one complete model at every moment, the old or the new.
 """
 
 from __future__ import annotations
@@ -218,7 +217,8 @@ def find_folder(folder: Path) -> Path:
     for path in (folder, folder / "model"):
         if os.path.isfile(path / ASSEMBLY):
             return path
-    done = ", ".join(str(path.parent) for path in sorted(folder.glob(f"{STAGES}/*/{ASSEMBLY}")))
+    stages = folder.glob(f"{STAGES}/*/{ASSEMBLY}") if os.path.isdir(folder) else ()
+    done = ", ".join(str(path.parent) for path in sorted(stages))
     raise MLLMError(
         f"There is no model in {str(folder)[:200]}: no {ASSEMBLY}, there or in its folder model. Give the folder of a "
         f"run or of a saved model{', such as that of a stage: ' if done else ''}{done}."

@@ -155,8 +155,8 @@ def plain(place: Place, *, steps: int, batch: int, text: int, checkpointing: boo
     """Return the speed and memory of a plain loop on `transformers`' LLaVA, as its documentation writes them."""
     _free(place.device)
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig.from_pretrained(place.folder / "vision"),
-        text_config=LlamaConfig.from_pretrained(place.folder / "text"),
+        vision_config=CLIPVisionConfig.from_pretrained(place.folder / "vision", trust_remote_code=False),
+        text_config=LlamaConfig.from_pretrained(place.folder / "text", trust_remote_code=False),
         image_token_index=IMAGE_TOKEN,
     )
     with torch.device(place.device):

@@ -79,14 +79,14 @@ class Place:
     def parameters(self) -> int:
         """Return the number of the language model's weights that compute: without the table of embeddings."""
         with torch.device("meta"):
-            config = LlamaConfig.from_pretrained(self.folder / "text")
+            config = LlamaConfig.from_pretrained(self.folder / "text", trust_remote_code=False)
             model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         return sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
 
     def tower(self) -> int:
         """Return the number of the encoder's weights."""
         with torch.device("meta"):
-            config = CLIPVisionConfig.from_pretrained(self.folder / "vision")
+            config = CLIPVisionConfig.from_pretrained(self.folder / "vision", trust_remote_code=False)
             model = transformers.AutoModel.from_config(config, trust_remote_code=False)
         return sum(parameter.numel() for parameter in model.parameters())
 

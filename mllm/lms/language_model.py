@@ -58,7 +58,7 @@ class LanguageModel(nn.Module):
         *,
         model: str,
         dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
-        quantize: Mapping[str, Any] | None = None,
+        quantize: Mapping[str, Any] | str | None = None,
         init: Literal["pretrained", "random"] = "pretrained",
         seed: int = 0,
         trust_remote_code: bool = False,

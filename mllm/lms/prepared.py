@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mllm.config.lm import QuantizeSpec
 from mllm.devices import computes_in_bfloat16
 
 
@@ -31,32 +32,33 @@ def _make_contiguous(_: nn.Module, args: Any) -> Any:
 
 
 def loading_options(
-    dtype: str, quantize: Mapping[str, Any] | None, device: torch.device, attn_implementation: str | None
+    dtype: str, quantize: Mapping[str, Any] | str | None, device: torch.device, attn_implementation: str | None
 ) -> dict[str, Any]:
     """Return the options of `from_pretrained`; the arguments are those of `mllm.lms.language_model.LanguageModel`."""
     options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
     if quantize is not None:
         # Without a map, transformers puts them on a GPU where there is one, whatever the rest of the model does.
-        options |= {"quantization_config": _quantization(quantize, device), "device_map": {"": device}}
+        spec = QuantizeSpec.model_validate({"kind": quantize} if isinstance(quantize, str) else quantize)
+        options |= {"quantization_config": _quantization(spec, device), "device_map": {"": device}}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     return options
 
 
-def _quantization(spec: Mapping[str, Any], device: torch.device) -> Any:
-    """Return the configuration of bitsandbytes for a device, of an `mllm.config.parts.QuantizeSpec`'s values."""
+def _quantization(spec: QuantizeSpec, device: torch.device) -> Any:
+    """Return the configuration of bitsandbytes for a device."""
     from transformers import BitsAndBytesConfig
 
     # It appears in every pass of a float32 model: 8-bit layers cast their inputs.
     warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
-    if spec["kind"] == "8bit":
+    if spec.kind == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
-    compute = spec["compute"]
-    if compute == "auto":
-        compute = "bfloat16" if computes_in_bfloat16(device) else None
+    compute = spec.compute
     return BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type=spec["type"],
-        bnb_4bit_use_double_quant=spec["double"],
-        bnb_4bit_compute_dtype=compute,
+        bnb_4bit_quant_type=spec.type,
+        bnb_4bit_use_double_quant=spec.double,
+        bnb_4bit_compute_dtype=(
+            ("bfloat16" if computes_in_bfloat16(device) else None) if compute == "auto" else compute
+        ),
     )

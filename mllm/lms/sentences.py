@@ -45,14 +45,14 @@ class SentenceEncoder(nn.Module):
         *,
         model: str,
         dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
-        quantize: Mapping[str, Any] | None = None,
+        quantize: Mapping[str, Any] | str | None = None,
         init: Literal["pretrained", "random"] = "pretrained",
         seed: int = 0,
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
         if quantize is not None:
-            raise MLLMError(f"lm.quantize is {quantize['kind']}: a sentence encoder cannot be quantized. Leave it out.")
+            raise MLLMError("lm.quantize is given: a sentence encoder cannot be quantized. Leave it out.")
         self._folder, self._init = hub.resolve(model, group="lms"), init
         self._code = code = {"trust_remote_code": trust_remote_code}
         self.tokenizer = hub.load_processor(AutoTokenizer, self._folder, **code)

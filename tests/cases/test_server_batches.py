@@ -129,21 +129,21 @@ def failing(model: Any, where: str) -> Iterator[None]:
                 steps.clear()
                 raise RuntimeError("a step")
 
-    preprocess = model.encoder.preprocess
+    prepared = model.encoder.prepared
 
-    def preprocessed(images: Any) -> Any:
+    def prepares(images: Any) -> Any:
         if any(image.size == SIZE for image in images):
             raise RuntimeError("an image")
-        return preprocess(images)
+        return prepared(images)
 
     handles = [model.lm.model.get_input_embeddings().register_forward_hook(fail_in_a_text)]
     if where == "step":
         handles.append(model.lm.model.register_forward_pre_hook(fail_later))
-    model.encoder.preprocess = preprocessed
+    model.encoder.prepared = prepares
     try:
         yield
     finally:
-        del model.encoder.preprocess
+        del model.encoder.prepared
         for handle in handles:
             handle.remove()
 

@@ -165,8 +165,13 @@ def plain_bytes(path: Path) -> bytes:
 def contents(folder: Path) -> dict[str, bytes]:
     """Return the contents of the files that are the same each time: neither times nor drawings."""
     kinds = (".safetensors", ".jsonl", ".yaml")
-    files = (path for path in folder.rglob("*") if path.is_file() and (path.suffix in kinds or path.name in NAMED))
+    files = (
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and (path.suffix in kinds or path.name in NAMED) and path.name != SPEED
+    )
     return {path.relative_to(folder).as_posix(): plain_bytes(path) for path in files}
 
 
+SPEED = "speed.jsonl"
 NAMED = ("assembly.json", "frozen.json", "data.json", "chat.json", "config.json")

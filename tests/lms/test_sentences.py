@@ -82,7 +82,7 @@ def test_a_vector_is_the_mean_of_the_states_whatever_stands_beside_it(model):
 def test_it_makes_no_text_and_says_so(model):
     with pytest.raises(MLLMError, match="cannot answer"):
         model.generate([[tiny_image(), "A"]])
-    with pytest.raises(MLLMError, match="quantise"):
+    with pytest.raises(MLLMError, match="quantize"):
         lookup("lms", "sentences")(model="x", quantize="8bit")
 
 

@@ -21,11 +21,11 @@ from transformers import (
 import mllm
 from mllm.config.prompt import PromptSpec
 from mllm.data.items import Item, pieces_of
+from mllm.encoders.vision import VisionModel
 from mllm.errors import MLLMError
 from mllm.export.export import export
 from mllm.export.stock import whole_tower
 from mllm.media.images import source_of
-from mllm.model import Model
 from mllm.objectives.caption import Caption
 from mllm.prompts.batch import collate
 from mllm.prompts.messages import checked_messages, rendered, turns
@@ -224,13 +224,13 @@ def test_training_caches_features_and_a_loaded_model_is_the_saved_one(
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     encoded: list[int] = []
-    features = Model.encoded
+    forward = VisionModel.forward
 
-    def counted(model: Model, tiles: Any) -> torch.Tensor:
-        encoded.append(len(tiles))
-        return features(model, tiles)
+    def counted(encoder: VisionModel, pixels: torch.Tensor) -> torch.Tensor:
+        encoded.append(len(pixels))
+        return forward(encoder, pixels)
 
-    monkeypatch.setattr(Model, "encoded", counted)
+    monkeypatch.setattr(VisionModel, "forward", counted)
     run = mllm.train(str(tmp_path / "recipe.yaml"), out=tmp_path / "run")
     assert encoded == [1]  # one image, which two steps ask two questions about
     trained, start = mllm.load(run.path), mllm.assemble(content["encoder"], content["lm"], connector(words))
