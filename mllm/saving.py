@@ -1,7 +1,7 @@
 """Save and load trained tensors: a safetensors file, and ``assembly.json`` with its name and the model's parts.
 
 ``assembly.json`` contains the fingerprints of the frozen parts that the tensors were trained on (`mllm.hub.identity`);
-with other parts the tensors are refused, and so is a file with a missing or an unknown tensor. Their file is named by its
+with other parts the tensors are refused, and so is a file with a missing or an unknown tensor. The file is named by its
 content, and ``assembly.json`` is replaced last: the folder has one complete model at every moment, the old or the new.
 """
 
