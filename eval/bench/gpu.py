@@ -77,20 +77,23 @@ def measure(
     rows = stage(place, steps=steps, progress=progress, compiled=compiled)
     lora = {"adapters": "[{type: lora, r: 128}]", "trains": "{connector: 2.0e-5, adapters: 2.0e-4}"}
     tuned = ours(place, steps=steps, batch=8, checkpointing="true", **lora)
+    rows.append(_wanted("stage 2, LoRA r=128, batch 8", "images/s", tuned.images))
     if tuned.peak:
-        used = tuned.peak / 1e9
-        rows.append(
-            _row("stage 2, LoRA r=128, batch 8, peak memory, alternative: wanted", "GB", used, 40, 40 / used, 1)
-        )
+        rows.append(_wanted("  peak memory", "GB", tuned.peak / 1e9, most=40))
     rate, main, processor = encoder_pass(place)
     progress(f"the encoder: {rate:.0f} images/s")
     return [
         *rows,
-        _row("stage 2, LoRA r=128, batch 8", "images/s", tuned.images, float("nan"), float("nan"), float("nan")),
-        _row("the encoder's features, alternative: wanted", "images/s", rate, 800, rate / 800, 1),
-        _row("  main thread, alternative: wanted", "ms/image", main, 0.3, 0.3 / main, 1),
-        _row("  processor, alternative: wanted", "ms/image", processor, 8, 8 / processor, 1),
+        _wanted("the frozen encoder's features", "images/s", rate, least=800),
+        _wanted("  main thread", "ms/image", main, most=0.3),
+        _wanted("  all threads", "ms/image", processor, most=8),
     ]
+
+
+def _wanted(name: str, unit: str, value: float, *, least: float | None = None, most: float | None = None) -> Row:
+    """Return the row of a figure without an alternative: ``ratio`` is that to what is wanted."""
+    ratio = value / least if least else most / value if most else None
+    return Row(name=name, unit=unit, ours=value, alternative=None, ratio=ratio, wanted=least or most)
 
 
 def stage(

@@ -21,14 +21,14 @@ from mllm.training.run import environment
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement: medians in `unit`, and how many times better ours is."""
+    """One measurement: medians in `unit`, and how many times better ours is; None: there is no alternative."""
 
     name: str
     unit: str
     ours: float
-    alternative: float
-    ratio: float
-    wanted: float
+    alternative: float | None
+    ratio: float | None
+    wanted: float | None
     bound: float | None = None  # of the ratio, by FLOPs
     note: str = ""
 
@@ -58,11 +58,10 @@ def report(name: str, rows: Sequence[Row], out: Path | None) -> None:
     """Print the table, and write it as JSON if a folder is given."""
     table = Table(Column("measurement"), "unit", "ours", "alternative", "ratio", "target", "bound by FLOPs")
     for row in rows:
-        bound = "" if row.bound is None else f"{row.bound:.1f}"
         label = row.name + (f"\n{row.note}" if row.note else "")
-        table.add_row(
-            label, row.unit, f"{row.ours:.3g}", f"{row.alternative:.3g}", f"{row.ratio:.2f}", f"{row.wanted:.3g}", bound
-        )
+        numbers = ((row.alternative, ".3g"), (row.ratio, ".2f"), (row.wanted, ".3g"), (row.bound, ".1f"))
+        cells = ("" if value is None else format(value, form) for value, form in numbers)
+        table.add_row(label, row.unit, f"{row.ours:.3g}", *cells)
     Console().print(table)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)

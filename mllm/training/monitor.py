@@ -65,9 +65,8 @@ class Monitor:
 
 def shown_items(stage: Stage) -> list[Item]:
     """Return the first validation items, whose answers are shown while training."""
-    return [item for source in read_all(stage.data.val, skip=stage.data.skip) for item in source.items][
-        : stage.eval.show
-    ]
+    items = (item for source in read_all(stage.data.val, skip=stage.data.skip) for item in source.items)
+    return list(itertools.islice(items, stage.eval.show))
 
 
 def answers(model: Assembly, items: Sequence[Item]) -> list[tuple[Item, str]]:
