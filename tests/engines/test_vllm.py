@@ -48,7 +48,7 @@ def saved(folder: Path, **options: Any) -> Path:
     with torch.no_grad():
         for name, parameter in model.adapters.named_parameters():
             if "lora_B" in name:
-                parameter.normal_(std=0.01, generator=generator)
+                parameter.normal_(std=0.03, generator=generator)
     return model.save(folder)
 
 
