@@ -14,7 +14,7 @@ from mllm.answering.on_engine import start
 from mllm.assembly import Assembly
 from mllm.config.base import PartSpec
 from mllm.config.messages import checked
-from mllm.config.parts import SCORER, AssemblySpec
+from mllm.config.parts import SCORER, AssemblySpec, EncoderSpec
 from mllm.decoders.condition import check_condition
 from mllm.devices import (
     DeviceName,
@@ -175,9 +175,14 @@ def build_encoder(spec: AssemblySpec, *, device: torch.device | None = None) -> 
     encoder = encoder_of(spec.encoder, seed=spec.seed_of("encoder"), runs=runs)
     if spec.trains("encoder"):
         cast(encoder, torch.float32)
-    elif spec.encoder.dtype == "auto" and device is not None and computes_in_bfloat16(device):
+    elif not _has_dtype(spec.encoder) and device is not None and computes_in_bfloat16(device):
         cast(encoder, torch.bfloat16)
     return encoder
+
+
+def _has_dtype(spec: EncoderSpec) -> bool:
+    """Whether a specification says the type of an encoder's weights, or of one inside of it."""
+    return spec.dtype != "auto" or any(map(_has_dtype, spec.of or ()))
 
 
 def build_connector(spec: AssemblySpec, *, encoder: Any, lm: Any) -> Connector:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer
@@ -21,11 +21,16 @@ class QuantizeSpec(Spec):
     compute: DType = "auto"  # 4bit: the type of the products; auto: bfloat16 on a GPU that has it, else the inputs'
 
 
+def lms_in(parts: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the mappings of the language model of a recipe, of its stages, or of a saved model."""
+    holders = (parts, *(parts.get("stages") or ()))
+    yield from (lm for lm in (holder.get("lm") for holder in holders) if isinstance(lm, dict))
+
+
 def add_quantization(parts: Mapping[str, Any]) -> None:
     """Set ``double`` of language models that were saved before there was this key: no constants were quantized."""
-    for holder in (parts, *(parts.get("stages") or ())):
-        lm = holder.get("lm")
-        if isinstance(lm, dict) and isinstance(lm.get("quantize"), str):
+    for lm in lms_in(parts):
+        if isinstance(lm.get("quantize"), str):
             lm["quantize"] = {"kind": lm["quantize"], "double": False}
 
 

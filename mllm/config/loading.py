@@ -16,7 +16,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mllm.config.lm import add_quantization
+from mllm.config.lm import lms_in
 from mllm.config.messages import checked
 from mllm.config.parts import add_resize, encoders_in
 from mllm.config.recipe import Recipe, Settings
@@ -106,21 +106,25 @@ def dump(recipe: Recipe) -> str:
 def continued(recipe: Recipe, path: Path) -> Recipe:
     """Return a recipe to continue a run with, whose own recipe is in a file.
 
-    In a run that was started before there was ``encoder.resize``, images stay stretched unless the recipe has the key.
+    In a run that was started before there was ``encoder.resize``, images stay stretched unless the recipe has the key;
+    in one of before ``lm.quantize.double``, constants stay as they are.
     """
     before = read_yaml(path) if os.path.lexists(path) else {}
     try:
         complete = all("resize" in encoder for encoder in encoders_in(before))
+        short = any(isinstance(lm.get("quantize"), str) for lm in lms_in(before))
     except (AttributeError, TypeError):  # it is no mapping, or one of its values is none
         raise MLLMError(f"{path} is no recipe: it was changed since the run was started. Restore it.") from None
-    if complete:
+    if complete and not short:
         return recipe
     values = recipe.model_dump(mode="json", by_alias=True)
-    for encoder in encoders_in(values):
-        if encoder["resize"] is None:
-            del encoder["resize"]
-    add_resize(values)
-    add_quantization(values)
+    if not complete:
+        for encoder in encoders_in(values):
+            if encoder["resize"] is None:
+                del encoder["resize"]
+        add_resize(values)
+    for lm in lms_in(values) if short else ():
+        lm["quantize"] = lm["quantize"] and {**lm["quantize"], "double": False}
     return check(values, label=recipe.name)
 
 
