@@ -23,8 +23,8 @@ from mllm.devices import (
     choose_device,
     computes_in_bfloat16,
     dtype_of,
+    forked_rng,
     give_memory,
-    random_apart,
 )
 from mllm.encoders.base import on_meta
 from mllm.encoders.specified import cut_for, newline_for
@@ -140,7 +140,7 @@ def _build_seeded(
     Raises:
         MLLMError: arguments that the part does not take, or a part of another package that breaks its contract.
     """
-    with random_apart(spec.seed_of(group.removeprefix("image_"))):
+    with forked_rng(spec.seed_of(group.removeprefix("image_"))):
         cls, label = lookup(f"{group}s", part.type), f"{group.replace('_', ' ')} {part.type}"
         return fulfilled(contract, label, made(cls, label, **options, **with_runs(cls, part.options(), device)))
 

@@ -90,7 +90,7 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 @contextlib.contextmanager
-def random_apart(seed: int | None = None) -> Iterator[None]:
+def forked_rng(seed: int | None = None) -> Iterator[None]:
     """Restore torch's generators afterwards, that of the GPU included, which `torch.manual_seed` sets, too.
 
     ``seed``: start them with it.

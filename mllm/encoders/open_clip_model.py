@@ -11,7 +11,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 
-from mllm.devices import random_apart
+from mllm.devices import forked_rng
 from mllm.encoders.base import PretrainedEncoder, on_meta
 from mllm.encoders.preprocess import Resize, bounded, normalized_pixels
 from mllm.encoders.timm_model import LAYER_ZERO, TOO_FEW_BLOCKS, explain_errors, tokens_of
@@ -145,7 +145,7 @@ def _created(
             f"encoder.weights is missing: give a file, or a pretrained tag of open_clip ({name} has: {tags})."
         )
     try:
-        with random_apart(seed):
+        with forked_rng(seed):
             tag, device = (weights if load else None), torch.get_default_device()
             model = open_clip.create_model(name, pretrained=tag, force_image_size=resolution, device=device)
     except (OSError, RuntimeError, ValueError) as error:

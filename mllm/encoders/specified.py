@@ -10,7 +10,7 @@ from torch import nn
 
 from mllm.config.parts import EncoderSpec
 from mllm.config.tiles import AnyResolutionSpec, DynamicResolutionSpec, TilesSpec
-from mllm.devices import cast, dtype_of, random_apart
+from mllm.devices import cast, dtype_of, forked_rng
 from mllm.encoders.base import Shape, on_meta
 from mllm.errors import MLLMError
 from mllm.hub import published
@@ -118,5 +118,5 @@ def newline_for(encoder: Encoder, connector: Connector, lm_dim: int | None, *, s
             "encoder.tiles removes the padding of tiles row by row, and the connector's visual tokens form no grid "
             "(linear and mlp keep that of the patches). Set encoder.tiles.unpad=false, or another connector."
         )
-    with random_apart(seed):
+    with forked_rng(seed):
         return nn.Parameter(torch.randn(lm_dim) / lm_dim**0.5)

@@ -14,7 +14,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 
-from mllm.devices import random_apart
+from mllm.devices import forked_rng
 from mllm.encoders.base import PretrainedEncoder, on_meta, select_tokens
 from mllm.encoders.preprocess import Resize, bounded, normalized_pixels
 from mllm.encoders.truncate import run_truncated, truncate
@@ -190,7 +190,7 @@ def _created(timm: Any, name: str, weights: str | None, init: str, seed: int) ->
     load = init == "pretrained" and not on_meta()
     options = {"pretrained_cfg_overlay": {"file": weights}} if weights is not None else {}
     try:
-        with random_apart(seed):
+        with forked_rng(seed):
             model: nn.Module = timm.create_model(name, pretrained=load, num_classes=0, **options)
     except (OSError, RuntimeError, ValueError) as error:
         raise MLLMError(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, ViTImageProcessorPil
 
-from mllm.devices import random_apart
+from mllm.devices import forked_rng
 from mllm.errors import MLLMError, first_line
 from mllm.hub import embedded as parts
 from mllm.hub.embedded_list import PARTS
@@ -86,7 +86,7 @@ def load_model(
             config = load_config(folder, trust_remote_code=trust_remote_code)
             if options.get("dtype") == "auto":  # from_config takes only a dtype; its default is the configuration's
                 del options["dtype"]
-            with random_apart(seed):
+            with forked_rng(seed):
                 model = auto.from_config(config, trust_remote_code=trust_remote_code, **options)
             return (
                 model.to("meta") if torch.get_default_device().type == "meta" else model

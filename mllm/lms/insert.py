@@ -9,7 +9,7 @@ from torch import nn
 
 from mllm.capabilities import CrossAttention, PrefixAdapter
 from mllm.config.parts import AssemblySpec
-from mllm.devices import random_apart
+from mllm.devices import forked_rng
 from mllm.errors import MLLMError
 from mllm.lms.new_tokens import NewTokens
 from mllm.registry import lookup, made
@@ -21,7 +21,7 @@ def build_tokens(spec: AssemblySpec, names: Sequence[str], *, lm: Any) -> NewTok
         return None
     if lm is None:
         raise MLLMError("tokens: new tokens need a language model, and there is none. Give lm.")
-    with random_apart(spec.seed):
+    with forked_rng(spec.seed):
         tokens = NewTokens(lm.model, names)
     lm.new_tokens = tokens.ids()
     return tokens
@@ -37,7 +37,7 @@ def build_adapters(spec: AssemblySpec, *, lm: Any, varying: bool = False) -> lis
     for index, part in enumerate(spec.adapters):
         if part in spec.adapters[:index]:
             raise MLLMError(f"adapters: {part.type} is given twice with the same options. Remove one.")
-    with random_apart(spec.seed):
+    with forked_rng(spec.seed):
         adapters = [
             made(lookup("adapters", part.type), f"adapter {part.type}", lm.model, **part.options())
             for part in spec.adapters

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mllm.config.recipe import Stage
-from mllm.devices import random_apart
+from mllm.devices import forked_rng
 from mllm.planning.draft import Draft
 from mllm.planning.workload import Rows
 from mllm.prompts.batch import Batch
@@ -38,7 +38,7 @@ def step_flops(stage: Stage, pieces: list[list[Piece]], batch: Batch | None) -> 
         batch: their ids ``(B, T)``, on the CPU.
     """
     plain = stage.optim.model_copy(update={"checkpointing": False, "compile": False})
-    with random_apart():
+    with forked_rng():
         draft = Draft(stage.model_copy(update={"optim": plain}), "gpu")
         cost = draft.step(Rows(pieces, batch, sum(len(images_of(row)) for row in pieces)))
         image = 0 if draft.model.encoder_trains else draft.image.flops

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 
-from mllm.devices import random_apart
+from mllm.devices import forked_rng
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class EncoderFamily:
 
     def __call__(self, folder: Path, *, seed: int = 0) -> str:
         """Save a model with random weights and its image processor, and return the folder."""
-        with random_apart(seed):
+        with forked_rng(seed):
             config = getattr(transformers, f"{self.name}Config")(**self.config)
             model = getattr(transformers, f"{self.name}Model")(config)
             spread(model)

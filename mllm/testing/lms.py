@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from mllm.devices import random_apart
+from mllm.devices import forked_rng
 
 END, PAD, START = ("<|end|>", "<|pad|>", "<|start|>")
 
@@ -52,7 +52,7 @@ class LMFamily:
             **self.config,
         )
         auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        with random_apart(seed):
+        with forked_rng(seed):
             model = auto.from_config(config, trust_remote_code=False)
             spread(model)
         model.save_pretrained(folder)

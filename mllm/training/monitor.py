@@ -14,7 +14,7 @@ from mllm.config.recipe import Stage
 from mllm.config.suites import EvalSpec
 from mllm.data.items import Item, question_text
 from mllm.data.sources import read_all
-from mllm.devices import random_apart
+from mllm.devices import forked_rng
 from mllm.evaluation import evaluate
 from mllm.prompts.formatting import formatted
 from mllm.training.run import Run
@@ -53,7 +53,7 @@ class Monitor:
     def evaluate(self, step: int, show: Callable[[str], None]) -> None:
         """Answer the shown prompts and run the recipe's suites; ``show`` prints a line."""
         self.model.eval()
-        with random_apart():
+        with forked_rng():
             for item, answer in answers(self.model, self.items):
                 show(f"[dim]step {step}[/dim] {item.id}: {answer}")
                 self.run.log(stage=self.stage.name, step=step, item=item.id, answer=answer)

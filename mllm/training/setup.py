@@ -216,9 +216,9 @@ def engine_for(accelerator: Accelerator, model: Model, stage: Stage, groups: Gro
 
 def _compiled(model: Model, stage: Stage) -> CompiledLayers:
     """Return the language model's layers, to be compiled where a stage asks for it."""
-    if model.lm is None or not stage.optim.compile:
+    if not (stage.optim.compile and model.generates_text):
         return CompiledLayers()
-    _ = model.generates_text and model.lm.runner.separable  # first: it is found out by running them
+    _ = model.lm.runner.separable  # first: it is found out by running them
     return CompiledLayers(model.lm.layers)
 
 

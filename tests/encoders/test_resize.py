@@ -94,7 +94,11 @@ def test_by_default_the_pixels_are_those_of_the_models_own_processor(name: str, 
 def test_every_family_has_its_own_pixels(family: str, folder: Callable[..., str]) -> None:
     path = folder(family=family)
     expected = expected_pixels(AutoImageProcessor.from_pretrained(path, backend="pil"))
-    assert torch.equal(built(model=path).preprocess(IMAGES), expected)
+    encoder = built(model=path)
+    assert torch.equal(encoder.preprocess(IMAGES), expected)
+    prepared = torch.cat([encoder.prepared([image]) for image in IMAGES])  # one by one, as threads do
+    assert prepared.dtype == (torch.float32 if encoder.resize == "own" else torch.uint8)
+    assert torch.equal(encoder(prepared), encoder(expected))
 
 
 @pytest.mark.parametrize("family", ["dinov3", "siglip2-naflex"])
