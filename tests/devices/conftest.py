@@ -238,7 +238,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, fresh_accelerator: None) -> Iterator[Pr
     device, empty = PretendGPU(), torch.empty
 
     def unpinned(*args: Any, pin_memory: bool = False, **options: Any) -> Tensor:
-        device.pinned += pin_memory
+        device.pinned += bool(pin_memory)
         return empty(*args, **options)
 
     monkeypatch.setattr(torch, "empty", unpinned)  # in every thread
